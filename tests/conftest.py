@@ -1,4 +1,4 @@
-"""What every test may use: short directories for sockets."""
+"""Fixtures for every test: short directories for sockets, and a CA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.tls.authority import Authority
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("brokerd", deadline=None, print_blob=True)
@@ -25,3 +26,9 @@ def socket_dir() -> Iterator[Path]:
         yield Path(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of all certificates in the tests; making one takes its time."""
+    return Authority(tmp_path_factory.mktemp("ca"))

@@ -120,6 +120,7 @@ def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
         assert not broker.log.named("client.refused")
 
 
+@pytest.mark.timing
 def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
     """A listening socket that the system answers for, with nobody behind it, is exit
     status 1 within the timeout.

@@ -161,6 +161,7 @@ def test_a_number_with_colons_is_text() -> None:
     assert document.root == {"a": "1:30", "b": "12:30:45", "c": "1:30.5", "d": "="}
 
 
+@pytest.mark.timing
 @pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{a: ", "&a [", "a:\n"])
 def test_endless_nesting_is_refused(opening: str) -> None:

@@ -47,6 +47,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.timing
 def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
     """Standard error is a pipe that is full: clients come, talk and go, and the end
     comes when it should.

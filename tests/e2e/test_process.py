@@ -51,6 +51,7 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
         assert broker.events("daemon.stopped")[0]["cut_off"] == 0
 
 
+@pytest.mark.timing
 def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
     """Clients that wait for nothing hold up nothing."""
     with (
@@ -86,6 +87,7 @@ def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path)
         assert not broker.events("daemon.killed")
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
     """The second one does not wait for a client that does not read, and the exit status
@@ -107,6 +109,7 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
         assert broker.events("daemon.killed")
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir: Path) -> None:
     """The default leaves room before the SIGKILL that container runtimes send 10
@@ -121,6 +124,7 @@ def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir:
         assert broker.events("daemon.stopped")[0]["cut_off"] == 1
 
 
+@pytest.mark.timing
 def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
     """A client that never reads is cut off; that is counted, and still a clean end."""
     with (

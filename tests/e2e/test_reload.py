@@ -54,6 +54,7 @@ def descriptors(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.timing
 @linux
 def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: Path) -> None:
     """A disk that never answers holds up neither messages nor SIGTERM; signals that

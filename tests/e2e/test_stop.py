@@ -163,6 +163,7 @@ def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(
         assert not broker.socket.exists()
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals: int) -> None:
     """The new process reads a file that does not answer: it is killed, and leaves

@@ -181,6 +181,7 @@ def test_reload_of_ten_thousand_clients_holds_nothing_up(
         )
 
 
+@pytest.mark.timing
 def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
     """8,000 connections end, what waits for some of them comes back, and a client asks
     for long lists all the time.

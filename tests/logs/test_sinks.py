@@ -145,6 +145,7 @@ def test_the_count_does_not_wait_for_the_next_line(
     assert sink.close(TIMEOUT_S)
 
 
+@pytest.mark.timing
 def test_closing_gives_up_in_time(gate: Gate) -> None:
     """Nobody reads: the end comes when the time is over, and what is put after it goes
     nowhere.

@@ -16,6 +16,7 @@ from support.scraping import connect, ended, get, watched
 from brokerd.monitor import http_server as site
 
 
+@pytest.mark.timing
 def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred connections say nothing: the pages come at once, messages pass, and
     only a few are kept open.

@@ -174,6 +174,7 @@ def test_pending_connection_ends_after_its_time_and_with_its_peer() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.timing
 def test_probe_behind_silent_connections_is_answered_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPat
         assert [bob.recv().id for _ in range(60)] == list(range(60))
 
 
+@pytest.mark.timing
 def test_the_drain_timeout_cuts_off() -> None:
     """Who reads nothing is cut off when the time is over, and counted."""
     with (
@@ -171,6 +172,7 @@ def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
         bob.close()
 
 
+@pytest.mark.timing
 def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
     """It need not wait for the end of the time: when its recipient has read everything,
     both are let go.

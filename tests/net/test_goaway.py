@@ -253,6 +253,7 @@ def test_frame_behind_the_half_close_that_reaches_nobody_is_counted(listen: str)
         assert lost(broker) == 3
 
 
+@pytest.mark.timing
 def test_goaway_client_that_never_finishes_does_not_extend_the_drain() -> None:
     with served(limits={"drain_timeout": "300ms"}) as broker, broker.login("alice") as alice:
         alice.ask("goaway")
@@ -262,6 +263,7 @@ def test_goaway_client_that_never_finishes_does_not_extend_the_drain() -> None:
         assert 0.3 <= monotonic() - began < 5
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("goaway", [False, True])
 def test_client_that_floods_does_not_extend_the_drain(goaway: bool, listen: str) -> None:
     """Whatever is taken of its messages is reported, delivered or counted."""
@@ -360,6 +362,7 @@ def _account(listen: str) -> None:
         assert lost(broker) == missing, (sent, got, back)
 
 
+@pytest.mark.timing
 def test_drain_with_long_operations_keeps_turns() -> None:
     """One client has asked for the list of 3,000 clients 2,000 times: the drain ends in
     time, others get turns.

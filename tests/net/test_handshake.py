@@ -569,6 +569,7 @@ def test_a_peer_that_resets_is_forgotten() -> None:
         broker.login("alice").close()
 
 
+@pytest.mark.timing
 def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

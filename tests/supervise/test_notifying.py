@@ -212,6 +212,7 @@ def test_nobody_to_tell_is_no_error(address: str) -> None:
     assert not Supervisor.from_environ({"NOTIFY_SOCKET": address}, 7).notify(READY=1)
 
 
+@pytest.mark.timing
 def test_a_manager_that_does_not_read_holds_up_nobody(socket_dir: Path) -> None:
     """Its queue is full: what is said waits a second at most, and is given up."""
     with Manager(socket_dir / "notify") as manager:

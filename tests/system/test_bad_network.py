@@ -69,6 +69,7 @@ def link() -> Iterator[Link]:
         yield wire
 
 
+@pytest.mark.timing
 def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, way: Way) -> None:
     """It is disconnected when it has answered nothing for limits.keepalive; one that is
     only idle is not.
@@ -89,6 +90,7 @@ def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, 
     print(f"found after {took:.1f} s")
 
 
+@pytest.mark.timing
 def test_a_peer_that_vanishes_with_bytes_under_way_is_found(
     link: Link, socket_dir: Path, way: Way
 ) -> None:
@@ -254,6 +256,7 @@ def test_a_bad_link_loses_and_doubles_no_message(
     account.record(f"round trip {trip * 1000:.0f} ms; no connection ended")
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
 def test_a_client_finds_that_its_broker_has_vanished(
     link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str

@@ -1,6 +1,4 @@
-"""Makes the helpers importable, and one CA for all tests of TLS: making certificates
-takes its time.
-"""
+"""One certificate and one context for all tests of TLS."""
 
 from __future__ import annotations
 
@@ -8,12 +6,6 @@ import ssl
 
 import pytest
 from support.tls.authority import Authority, Issued
-
-
-@pytest.fixture(scope="session")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """The CA that everybody trusts."""
-    return Authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,7 @@ def test_exception_in_tls_is_a_lost_connection(
     assert "unforeseen" in caplog.text
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
 def test_exception_in_the_first_tls_handshake_ends_connect(
     monkeypatch: pytest.MonkeyPatch,

@@ -262,6 +262,7 @@ def test_old_version_needs_the_minimum_lowered(
 # Others are not held up
 
 
+@pytest.mark.timing
 def test_half_open_handshakes_delay_nobody(
     here: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
@@ -598,6 +599,7 @@ def test_tls_link_can_t_be_handed_over(here: RunningDaemon, trusting: ssl.SSLCon
 # Closing, and errors of the library
 
 
+@pytest.mark.timing
 def test_close_is_quick_and_what_was_sent_arrives(
     here: RunningDaemon, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

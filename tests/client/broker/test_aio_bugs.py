@@ -299,6 +299,7 @@ CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_call_that_the_dialog_forgot_ends_at_its_timeout(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]]
@@ -334,6 +335,7 @@ OPERATIONS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
 }
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("call", OPERATIONS.values(), ids=OPERATIONS)
 @pytest.mark.parametrize(
     "answer",

@@ -50,6 +50,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowNames]:
             thread.join(20)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("url", ["slow.example:6000", "tls://slow.example:6000"])
 def test_connect_to_a_slow_name_times_out_and_the_loop_ends(names: SlowNames, url: str) -> None:
     """TimedOut comes in time, and asyncio.run does not wait for the look-up."""

@@ -173,6 +173,7 @@ def test_failed_connect_leaves_nothing(server: FakeServer) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.timing
 def test_silent_listener_is_given_up_in_time(tmp_path: Path) -> None:
     """A listener that accepts and says nothing costs connect() its timeout and no more."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -788,6 +789,7 @@ def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connectio
         assert "UnicodeEncodeError" in caplog.text
 
 
+@pytest.mark.timing
 def test_slow_look_up_of_a_host_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """connect() and close() do not wait for the system's look-up."""
     gate = threading.Event()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.client_faces import PATIENCE, Asyncio, Blocking, Face
+from support.tls.authority import Authority, Issued
 from support.waiting import until
 
 import brokerd_client
@@ -54,20 +55,39 @@ LIMITS = {"max_message": 1_000_000}
 FACES: list[Callable[[], Face]] = [Blocking, Asyncio, uvloop_face]
 
 
+@pytest.fixture(params=["plain", "tls"])
+def tls(request: pytest.FixtureRequest, authority: Authority) -> Issued | None:
+    """The listener's certificate, or None for a listener without TLS."""
+    return authority.issue("server") if request.param == "tls" else None
+
+
 @pytest.fixture(params=FACES, ids=["blocking", "asyncio", "uvloop"])
-def face(request: pytest.FixtureRequest) -> Iterator[Face]:
-    """One kind of client; whatever it opened is closed."""
-    face = request.param()
+def face(
+    request: pytest.FixtureRequest, tls: Issued | None, authority: Authority
+) -> Iterator[Face]:
+    """One kind of client, which trusts the CA; all clients are closed at the end."""
+    face: Face = request.param()
+    if tls is not None:
+        connect = face.connect
+        context = authority.context()
+
+        def connect_over_tls(address: Any = None, *args: Any, **options: Any) -> Any:
+            if str(address).startswith("tls://"):
+                options.setdefault("ssl", context)
+            return connect(address, *args, **options)
+
+        face.connect = connect_over_tls  # type: ignore[method-assign]
     yield face
     face.close()
 
 
 @pytest.fixture
-def broker() -> Iterator[RunningBroker]:
+def broker(tls: Issued | None) -> Iterator[RunningBroker]:
     """A real broker with three plain clients, a pool, an administrator and one with
     rules.
     """
-    with running(ENTRIES, limits=LIMITS) as broker:
+    with running(ENTRIES, limits=LIMITS, tls=None if tls is None else tls.entry()) as broker:
+        assert broker.address.startswith("tls://") == (tls is not None)
         yield broker
 
 
@@ -608,6 +628,7 @@ def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: Run
             act()
 
 
+@pytest.mark.timing
 def test_closed_client_says_so(connect: Connect) -> None:
     """close() twice is fine; everything else is Closed; who was waiting hears it at
     once.

@@ -264,6 +264,7 @@ def test_silent_peer_is_hung_up_on(dial: Any, aside: Any) -> None:
         assert isinstance(accepting.exception(TIMEOUT_S), Closed)
 
 
+@pytest.mark.timing
 def test_dripping_does_not_buy_time(dial: Any, aside: Any) -> None:
     """A peer that sends its answer a byte at a time has no more time than any other."""
     with Listener(authkey=KEY, handshake_timeout=0.2) as listener:

@@ -55,6 +55,7 @@ def serve(server: socket.socket, data: bytes) -> threading.Thread:
     return thread
 
 
+@pytest.mark.timing
 def test_silent_listener_is_given_up(server: socket.socket) -> None:
     """A listener that never challenges is given up after the timeout, with a
     TimeoutError that names it.

@@ -278,6 +278,7 @@ def test_tcp_sends_small_messages_at_once() -> None:
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("timeout", [0, 0.02])
 def test_accept_gives_up_in_time(key: str | None, timeout: float) -> None:

@@ -100,7 +100,7 @@ class Daemon:
 DAEMON = Daemon()
 
 
-def packed(kind, to, payload=b"", id=0):
+def broker_frame(kind, to, payload=b"", id=0):
     return (
         struct.pack("!BBBBQ", kind, 0, 2 if to == "$broker" else 0, len(to), id)
         + to.encode()
@@ -115,7 +115,7 @@ def body_of(frame):
 def stock(name, address=PIPE):
     """Return a stock connection that the broker has let in."""
     connection = Client(address, authkey=key(name))
-    connection.send_bytes(packed(REQUEST, "$broker", b'{"op": "whoami"}'))
+    connection.send_bytes(broker_frame(REQUEST, "$broker", b'{"op": "whoami"}'))
     answer = connection.recv_bytes()
     assert answer[0] == REPLY, answer
     connection.me = json.loads(body_of(answer))["address"]
@@ -158,10 +158,10 @@ def stock_clients_exchange_messages():
     for address in (PIPE, DAEMON.tcp()):
         with stock("alice", address) as alice, stock("bob") as bob:
             for body in (b"hello", BIG, b"behind it"):
-                sent = aside(alice.send_bytes, packed(MESSAGE, bob.me, body))
+                sent = aside(alice.send_bytes, broker_frame(MESSAGE, bob.me, body))
                 assert body_of(bob.recv_bytes()) == body
                 sent()
-                sent = aside(bob.send_bytes, packed(MESSAGE, alice.me, body))
+                sent = aside(bob.send_bytes, broker_frame(MESSAGE, alice.me, body))
                 assert body_of(alice.recv_bytes()) == body
                 sent()
 
@@ -171,7 +171,8 @@ def many_small_messages_keep_their_order():
     with stock("alice") as alice, stock("bob") as bob:
         sent = aside(
             lambda: [
-                alice.send_bytes(packed(MESSAGE, bob.me, b"%d" % number)) for number in range(500)
+                alice.send_bytes(broker_frame(MESSAGE, bob.me, b"%d" % number))
+                for number in range(500)
             ]
         )
         assert [body_of(bob.recv_bytes()) for _ in range(500)] == [
@@ -190,10 +191,10 @@ def a_wrong_key_is_refused():
 @case
 def what_is_too_large_is_answered():
     with stock("alice") as alice:
-        alice.send_bytes(packed(MESSAGE, "bob", bytes(17 * 2**20), id=5))
+        alice.send_bytes(broker_frame(MESSAGE, "bob", bytes(17 * 2**20), id=5))
         refusal = alice.recv_bytes()
         assert (refusal[0], json.loads(body_of(refusal))["code"]) == (ERROR, "too_large")
-        alice.send_bytes(packed(REQUEST, "$broker", b'{"op": "ping"}'))
+        alice.send_bytes(broker_frame(REQUEST, "$broker", b'{"op": "ping"}'))
         assert alice.recv_bytes()[0] == REPLY
 
 
@@ -211,11 +212,11 @@ def garbage_is_hung_up_on():
 def a_client_that_leaves_is_offline():
     with stock("alice") as alice:
         bob = stock("bob")
-        bob.send_bytes(packed(MESSAGE, alice.me, b"last words"))
+        bob.send_bytes(broker_frame(MESSAGE, alice.me, b"last words"))
         bob.close()
         assert body_of(alice.recv_bytes()) == b"last words"
         assert DAEMON.goodbye_to(bob.me)["reason"] == "closed by the client"
-        alice.send_bytes(packed(MESSAGE, bob.me, b"?"))
+        alice.send_bytes(broker_frame(MESSAGE, bob.me, b"?"))
         assert json.loads(body_of(alice.recv_bytes()))["code"] == "offline"
 
 
@@ -268,7 +269,7 @@ def a_reload_opens_and_closes_pipes():
             configure(PIPE)
             assert brokerctl("reload")[0] == 0
             raised(OSError, Client, SECOND, authkey=key("bob"))
-            bob.send_bytes(packed(MESSAGE, alice.me, b"still here"))
+            bob.send_bytes(broker_frame(MESSAGE, alice.me, b"still here"))
             assert body_of(alice.recv_bytes()) == b"still here"
 
 
@@ -314,8 +315,8 @@ def draining_lets_what_is_queued_arrive():
     with stock("alice") as alice, stock("bob") as bob, stock("bob", DAEMON.tcp()) as at_port:
         for to in (bob, at_port):
             for _ in range(20):
-                alice.send_bytes(packed(MESSAGE, to.me, BIG[:100_000]))
-        alice.send_bytes(packed(REQUEST, "$broker", b'{"op": "ping"}'))
+                alice.send_bytes(broker_frame(MESSAGE, to.me, BIG[:100_000]))
+        alice.send_bytes(broker_frame(REQUEST, "$broker", b'{"op": "ping"}'))
         assert alice.recv_bytes()[0] == REPLY
         assert brokerctl("drain")[0] == 0
         for to in (bob, at_port):

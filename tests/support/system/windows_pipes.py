@@ -29,7 +29,7 @@ from brokerd_client.connection import (
 KEY = b"the key"
 
 
-def talk(one, other):
+def exchange(one, other):
     one.send(["an", "object"])
     assert other.recv() == ["an", "object"]
     other.send_bytes(b"")
@@ -61,7 +61,7 @@ def right_key():
         with Listener(family=family, authkey=KEY) as listener:
             accepted = aside(listener.accept, TIMEOUT_S)
             dialer = Client(listener.address, authkey=KEY, timeout=TIMEOUT_S)
-            talk(dialer, accepted())
+            exchange(dialer, accepted())
 
 
 @case
@@ -70,7 +70,7 @@ def no_key():
         with Listener(family=family) as listener:
             accepted = aside(listener.accept, TIMEOUT_S)
             dialer = Client(listener.address, timeout=TIMEOUT_S)
-            talk(dialer, accepted())
+            exchange(dialer, accepted())
 
 
 @case
@@ -78,11 +78,11 @@ def the_standard_library_at_the_other_end():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         dialer = standard.Client(listener.address, authkey=KEY)
-        talk(dialer, accepted())
+        exchange(dialer, accepted())
     with standard.Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept)
         dialer = Client(listener.address, authkey=KEY, timeout=TIMEOUT_S)
-        talk(dialer, accepted())
+        exchange(dialer, accepted())
 
 
 @case
@@ -94,7 +94,7 @@ def wrong_key():
         )
         assert "not accepted here" in raised(AuthenticationError, accepted)
         accepted = aside(listener.accept, TIMEOUT_S)
-        talk(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
+        exchange(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
 
 
 @case
@@ -108,7 +108,7 @@ def bad_peers_hold_up_nobody():
         bad[1].send_bytes(bytes(1000))
         bad[2].recv_bytes()
         bad[2].close()
-        talk(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
+        exchange(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
         for peer in bad:
             peer.close()
 
@@ -120,7 +120,7 @@ def a_crowd_that_says_nothing():
         bad = [
             Client(listener.address, timeout=TIMEOUT_S) for _ in range(80)
         ]  # more than Windows can wait for at once
-        talk(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
+        exchange(Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepted())
         for peer in bad:
             peer.close()
 
