@@ -62,13 +62,6 @@ PENDING: Final = frozenset[str](
     {
         "brokerd/cli/demo.py",
         "brokerd/cli/main.py",
-        "brokerd/config/cert_subjects.py",
-        "brokerd/config/certificates.py",
-        "brokerd/config/fields.py",
-        "brokerd/config/key_files.py",
-        "brokerd/config/model.py",
-        "brokerd/config/units.py",
-        "brokerd/config/values.py",
         "brokerd/core/operations.py",
         "brokerd/ctl/against_running.py",
         "brokerd/ctl/operations.py",

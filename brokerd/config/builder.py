@@ -133,8 +133,8 @@ class Findings:
                 place, shown = where.place(key_path)
                 # The name is not shown: it is the key.
                 what = (
-                    f"is the name of the client at {client}, which has no key and uses its name,"
-                    " and names are no secret (give each client a key of its own: brokerd key)"
+                    f"is the name of the client at {client}, which has no key and uses its name:"
+                    " names are not secret (give each client a key of its own: brokerd key)"
                 )
                 self.problems.append(Problem(place, shown, what))
 

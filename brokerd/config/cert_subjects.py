@@ -55,7 +55,7 @@ def parse(text: str) -> Subject:
     while True:
         match = _PART.match(text, position)
         if match is None or not match[2]:
-            raise ValueError(f"is no certificate's subject ({_RIGHT})")
+            raise ValueError(f"is not a valid certificate subject ({_RIGHT})")
         found.append((match[1], re.sub(r"\\(.)", r"\1", match[2], flags=re.DOTALL)))
         if not match[3]:
             return normal(found)

@@ -57,7 +57,8 @@ def load_tls(
     }
     if entry.client_certificate is not None and entry.client_ca is None:
         complain(
-            "client_certificate", "means nothing without client_ca (give it, or take this out)"
+            "client_certificate",
+            "has no effect without client_ca (give client_ca, or take this out)",
         )
     contents: dict[str, bytes] = {}
     ders: dict[str, list[bytes]] = {}
@@ -135,7 +136,7 @@ def _context(
         elif error.reason in ("CA_MD_TOO_WEAK", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL"):
             complain(
                 "certificate",
-                f"{paths['certificate']} is too weak: {ssl_fault(error)} (issue a stronger one)",
+                f"{paths['certificate']} is too weak: {ssl_fault(error)} (get a stronger one)",
             )
         else:
             complain(
@@ -182,7 +183,7 @@ def _named(content: bytes, path: str) -> Iterator[str]:
 
 def _no_password() -> str:
     raise Unreadable(
-        "is encrypted, and nobody is there to give a password (openssl pkey -in FILE -out PLAIN)"
+        "is encrypted, and the broker can't ask for its password (openssl pkey -in FILE -out PLAIN)"
     )
 
 
@@ -212,7 +213,7 @@ def _out_of_time(path: str, der: bytes) -> str:
     begin, end = certificate.validity(der)
     now = datetime.now(UTC)
     if now > end:
-        return f"{path} expired at {end.isoformat()} (have a new one made)"
+        return f"{path} expired at {end.isoformat()} (get a new one)"
     if now < begin:
         return (
             f"{path} is not valid before {begin.isoformat()} (wait until then, or set the clock"

@@ -100,7 +100,7 @@ def compare(running: Config, new: Config) -> Plan:
         monitor=tuple(_monitor_changes(running.monitor, new.monitor)),
         monitor_opened=(new.monitor.listen,) if new.monitor is not None and moves else (),
         monitor_closed=(running.monitor.listen,) if running.monitor is not None and moves else (),
-        restart=tuple(f"{name} is taken over by a restart only" for name in _kept(running, new)),
+        restart=tuple(f"{name} changes only with a restart" for name in _kept(running, new)),
     )
 
 

@@ -62,7 +62,9 @@ def _right(error: ValueError) -> ValueError:
 
 def _address(value: object) -> Address:
     if isinstance(value, list) and len(value) != 2:
-        raise ValueError(f"a list of {len(value)} is no address (give a host and a port number)")
+        raise ValueError(
+            f"a list of {len(value)} is not a valid address (give a host and a port number)"
+        )
     try:
         address = addresses.parse(value)  # type: ignore[arg-type]  # it judges whatever it is given
         addresses.validate_family(address.family)
@@ -70,7 +72,8 @@ def _address(value: object) -> Address:
         raise _right(error) from None
     if address.tls:
         raise ValueError(
-            "tls:// is what clients write (give HOST:PORT, and tls: {certificate: FILE, key: FILE})"
+            "tls:// belongs in a client's address (give HOST:PORT, and tls: {certificate: FILE,"
+            " key: FILE})"
         )
     return address
 
@@ -78,7 +81,7 @@ def _address(value: object) -> Address:
 def _mode(value: object) -> int:
     if not isinstance(value, str) or not _MODE.fullmatch(value):
         raise ValueError(
-            'is no file mode (give three octal digits in quotes, such as "0600" or "0660")'
+            'is not a valid file mode (give three octal digits in quotes, such as "0600" or "0660")'
         )
     return int(value, 8)
 
@@ -88,14 +91,14 @@ def _group(value: object) -> str | int:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32 - 1:
         return value
-    raise ValueError("is no group (give a group's name or number)")
+    raise ValueError("is not a valid group (give a group's name or number)")
 
 
 def _socket_name(value: object) -> str:
     if not isinstance(value, str) or not _SOCKET_NAME.fullmatch(value):
         raise ValueError(
-            "is no socket's name (give FileDescriptorName= of the .socket unit: ASCII without a"
-            " colon)"
+            "is not a valid socket name (give FileDescriptorName= of the .socket unit: ASCII"
+            " without a colon)"
         )
     return value
 
@@ -104,7 +107,7 @@ def _key(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise ValueError("is no text (put the key in quotes)")
+        raise ValueError("is not text (put the key in quotes)")
     return value.encode()
 
 
@@ -114,34 +117,32 @@ def _moment(value: object) -> datetime:
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise ValueError(f"is no date and time ({right})") from None
+            raise ValueError(f"is not a valid date and time ({right})") from None
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime.combine(value, time())
     if not isinstance(value, datetime):
-        raise ValueError(f"is no date and time ({right})")
+        raise ValueError(f"is not a valid date and time ({right})")
     return value if value.tzinfo is not None else value.replace(tzinfo=UTC)
 
 
 def _timeout(value: object) -> float:
     seconds = units.duration(value)
     if not seconds:
-        raise ValueError("leaves no time at all (give more than 0, such as 5s)")
+        raise ValueError("is not a valid time limit (give more than 0, such as 5s)")
     return seconds
 
 
 def _positive_size(value: object) -> int:
     size = units.size(value)
     if not size:
-        raise ValueError("leaves no room at all (give more than 0, such as 8MiB)")
+        raise ValueError("is not a valid size limit (give more than 0, such as 8MiB)")
     return size
 
 
 def _publish_pattern(value: object) -> str:
     pattern = _topic_pattern(value)
     if pattern.startswith("$"):
-        raise ValueError(
-            "is a topic of the broker's own (nobody but the broker publishes below '$')"
-        )
+        raise ValueError("is reserved for the broker (only the broker publishes below '$')")
     return pattern
 
 
@@ -160,7 +161,7 @@ def _name_pattern(value: object) -> str:
     rest = re.sub(r"\[!?\]?[^\]]*\]", "", text)
     if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", rest):
         raise ValueError(
-            "can match no client (give a client's name, or a pattern such as report.*)"
+            "can't match any client (give a client's name, or a pattern such as report.*)"
         )
     return text
 
@@ -178,7 +179,7 @@ def _tls_version(value: object) -> str:
     # Without quotes, YAML reads the version as a number; that is accepted too.
     text = str(value) if isinstance(value, (str, float)) else ""
     if text not in ("1.2", "1.3"):
-        raise ValueError('is no version of TLS that is spoken here (give "1.3" or "1.2")')
+        raise ValueError('is not a supported TLS version (give "1.3" or "1.2")')
     return text
 
 
@@ -191,7 +192,7 @@ def _fingerprints(value: object) -> tuple[str, ...]:
     found = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
     if not found or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in found):
         raise ValueError(
-            "is no SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout"
+            "is not a valid SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout"
             " -fingerprint -sha256 -in FILE)"
         )
     return tuple(found)
@@ -199,7 +200,7 @@ def _fingerprints(value: object) -> tuple[str, ...]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError("is no text (put it in quotes)")
+        raise ValueError("is not text (put it in quotes)")
     return value
 
 

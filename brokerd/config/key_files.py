@@ -108,12 +108,12 @@ def read_credential(name: str, environ: Mapping[str, str]) -> bytes:
     """Return the key in a credential that systemd hands over. Raises Unreadable."""
     if "/" in name or name in (".", ".."):
         raise Unreadable(
-            "is no credential's name (give the name in LoadCredential=, without a path)"
+            "is not a valid credential name (give the name in LoadCredential=, without a path)"
         )
     directory = environ.get("CREDENTIALS_DIRECTORY") or environ.get("BROKERD_SEALED_DIRECTORY")
     if not directory:
         raise Unreadable(
-            "there is no CREDENTIALS_DIRECTORY (run under systemd with LoadCredential=NAME:PATH)"
+            "CREDENTIALS_DIRECTORY is not set (run under systemd with LoadCredential=NAME:PATH)"
         )
     path = os.path.join(directory, name)  # noqa: PTH118 - read_key_file takes text
     if "\0" in name or not os.path.lexists(path):
@@ -136,11 +136,11 @@ def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
     where = ""
     if not mode & _ANY_WRITE or _is_projected(path):
         where = (
-            ", and it is not below BROKERD_SEALED_DIRECTORY, for secrets that only this container"
-            " sees"
+            ", and it is not below BROKERD_SEALED_DIRECTORY, which is for secrets that only this"
+            " container sees"
         )
     return (
-        f"others than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600"
+        f"users other than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600"
         f" {shlex.quote(path)})"
     )
 
@@ -154,7 +154,7 @@ def oddity(key: bytes, kind: str) -> str:
     right = {
         "env": "set the variable to the key alone",
         "key": "write it in one line, in quotes: not key: |",
-    }.get(kind, "write the key into it anew: brokerd key > FILE")
+    }.get(kind, "write the key again: brokerd key > FILE")
     wrong = ""
     if _is_utf_16(key):
         wrong = "is UTF-16"
@@ -162,13 +162,13 @@ def oddity(key: bytes, kind: str) -> str:
         wrong = "begins with a byte order mark"
     elif _is_text(key):
         if not key.strip():
-            wrong = "is blank"
+            wrong = "is only white space"
         elif key.endswith((b"\n", b"\r")):
             cut = " besides the one that is cut" if kind in ("file", "credential") else ""
             wrong = f"ends with a line break{cut}"
         elif key[-1:].isspace() or key[:1].isspace():
-            wrong = f"{'ends' if key[-1:].isspace() else 'begins'} with a blank"
-    return f"{wrong}, which belongs to the key then ({right})" if wrong else ""
+            wrong = f"{'ends' if key[-1:].isspace() else 'begins'} with white space"
+    return f"{wrong}, and is used as it is ({right})" if wrong else ""
 
 
 def _is_text(key: bytes, encoding: str = "utf-8") -> bool:

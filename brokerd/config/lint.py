@@ -36,7 +36,8 @@ def advice(config: Config, now: datetime) -> list[str]:
     if not config.clients:
         warnings.append(
             one_line(
-                f"{config.path}: there are no clients: nobody can connect (add some to clients:)"
+                f"{config.path}: there are no clients, so no connection is accepted (add some to"
+                " clients:)"
             )
         )
     seen = any(listen.tls is not None and listen.tls.client_ca for listen in config.listen)
@@ -75,9 +76,9 @@ def about_plain(listen: ListenConfig, address: Address) -> str:
     if listen.tls is not None or listen.plain or not is_exposed(address):
         return ""
     return (
-        "plain TCP that other machines can reach: whoever is on the way can read and alter what"
-        " passes (give the listen entry tls: {certificate: FILE, key: FILE}, or plain: true if it"
-        " is meant to be so)"
+        "plain TCP that other machines can reach: machines on the way can read and change its"
+        " traffic (give the listen entry tls: {certificate: FILE, key: FILE}, or plain: true if"
+        " that is intended)"
     )
 
 
@@ -96,17 +97,17 @@ def _about_certificate(listen: ListenConfig, now: datetime) -> Iterator[str]:
     if listen.tls is not None and listen.tls.not_after - now < _SOON:
         end = listen.tls.not_after.isoformat()
         yield (
-            f"{listen.source}: the certificate of {listen.address} expires at {end} (have a new one"
-            " made, and reload)"
+            f"{listen.source}: the certificate of {listen.address} expires at {end} (get a new one,"
+            " and reload)"
         )
 
 
 def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:
     if not monitor.is_local:
         yield (
-            f"{monitor.source}: the monitor at {monitor.address} asks nobody for a password:"
-            f" whoever reaches it reads the metrics (give 127.0.0.1:{monitor.address.port}, or keep"
-            " others away with a firewall)"
+            f"{monitor.source}: the monitor at {monitor.address} has no password: every"
+            f" machine that reaches it can read the metrics (give 127.0.0.1:{monitor.address.port},"
+            " or restrict access with a firewall)"
         )
 
 
@@ -121,7 +122,7 @@ def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta)
             )
         else:
             yield (
-                f"{where} can't connect now: none of its keys is valid yet, or still (see"
+                f"{where} can't connect now: none of its keys is valid at this time (see"
                 " not_before, not_after)"
             )
     last_key = let_in_until(client.keys, now)
@@ -132,7 +133,7 @@ def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta)
     ):
         until = last_key.not_after.isoformat()
         yield (
-            f"{where} can't connect after {until}: its last key expires then (give it one that"
+            f"{where} can't connect after {until}: its last key expires then (give it a key that"
             " begins before)"
         )
 

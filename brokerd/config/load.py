@@ -180,7 +180,7 @@ class _Files:
             for path, pattern in entries.includes:
                 self._include(document, path, pattern, base)
             return
-        what = "is no mapping (a configuration begins with keys such as listen: and clients:)"
+        what = "is not a mapping (a configuration begins with keys such as listen: and clients:)"
         if root is None:
             # An included file may hold only comments, as an example does. A main file
             # of comments alone is a mistake.

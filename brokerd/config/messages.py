@@ -32,9 +32,9 @@ def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
     if error["type"] == "enum":
         # The expected words are in the form 'a', 'b' or 'c'.
         words = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"is none of {', '.join(words)}{_meant(error['input'], words)}"
+        return f"is not one of {', '.join(words)}{_meant(error['input'], words)}"
     words_for = _WORDS.get(error["type"])
-    return words_for(error) if words_for else f"is not right here ({error['msg']})"
+    return words_for(error) if words_for else f"is not valid here ({error['msg']})"
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -42,7 +42,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     short = name_alone(key)
     known = sorted(known)
     if short.removesuffix(":...") in known:
-        return f"unknown key {short!r} (put a space behind the colon)"
+        return f"unknown key {short!r} (put a space after the colon)"
     meant = did_you_mean(short, known)
     return f"unknown key {short!r} ({meant or 'known here: ' + ', '.join(known)})"
 

@@ -135,20 +135,20 @@ class _AddressEntry(_Entry):
 
 
 class TlsEntry(_Entry):
-    """TLS at a listener: what it shows, and what it wants to see."""
+    """TLS at a listener: its certificate, and what it requires of clients."""
 
     certificate: NonEmpty
     """A file with the certificate chain in PEM, the server's own first, relative to this file."""
     key: NonEmpty
     """A file with the certificate's private key in PEM, which only its owner can read."""
     client_ca: NonEmpty | None = None
-    """A file with the certificates, in PEM, of those who issue clients' certificates."""
+    """A file with the CA certificates, in PEM, that clients' certificates must be issued by."""
     client_certificate: Annotated[Requirement, Field(strict=False)] | None = None
     """With client_ca, whether clients must show a certificate: required (default) or optional."""
     minimum: TlsVersion = _written("1.3", str)
-    """The lowest version of TLS that is spoken: 1.2 or 1.3."""
+    """The lowest TLS version that is accepted: 1.2 or 1.3."""
     channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
-    """Whether clients have to bind their key to the TLS channel: required or optional."""
+    """Whether clients must bind their key to the TLS channel: required or optional."""
 
 
 class ListenEntry(_AddressEntry):
@@ -165,7 +165,7 @@ class ListenEntry(_AddressEntry):
     name: SocketName | None = None
     """The FileDescriptorName= of the systemd socket for this entry, if its address differs."""
     tls: TlsEntry | None = None
-    """TLS, on TCP: the certificate, its key, and what clients have to show."""
+    """TLS, on TCP: the certificate, its key, and what is required of clients."""
     plain: bool = False
     """Confirms that TCP without TLS is intended, and silences the warning about it."""
 
@@ -186,22 +186,22 @@ class KeyEntry(_Entry):
     credential: NonEmpty | None = None
     """The name of a systemd credential: a file in $CREDENTIALS_DIRECTORY."""
     not_before: Moment | None = None
-    """The key is accepted from this time on; UTC unless it says otherwise."""
+    """The key is accepted from this time on; in UTC unless it has a zone."""
     not_after: Moment | None = None
-    """The key is accepted up to this time; UTC unless it says otherwise."""
+    """The key is accepted up to this time; in UTC unless it has a zone."""
 
 
 class RateEntry(_Entry):
-    """How much a client may send in a second."""
+    """Most messages and bytes that a client may send per second."""
 
     messages: Rate | None = None
-    """Messages a second, such as 10000/s; no limit unless given."""
+    """Messages per second, such as 10000/s; without it, no limit."""
     bytes: ByteRate | None = None
-    """Bytes a second, such as 50MiB/s; no limit unless given."""
+    """Bytes per second, such as 50MiB/s; without it, no limit."""
 
 
 class CertificateEntry(_Entry):
-    """What a client's certificate has to be, beside the client's key."""
+    """Requirements for a client's certificate, in addition to the client's key."""
 
     model_config = ConfigDict(
         json_schema_extra={"anyOf": [{"required": ["subject"]}, {"required": ["fingerprint"]}]}
@@ -214,7 +214,7 @@ class CertificateEntry(_Entry):
 
 
 class ClientEntry(_Entry):
-    """One identity: its keys, and what whoever has one of them may do."""
+    """One identity: its keys, rules and quotas."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -239,75 +239,73 @@ class ClientEntry(_Entry):
     keys: Annotated[Several[KeyEntry], Field(min_length=1)] | None = None
     """Several keys, any of which is accepted within its time."""
     connections: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    """How many connections may share the name at once."""
+    """Most connections that may share the name at once."""
     send_to: Several[NamePattern] = ("*",)
-    """Whom the client may send to: names, or shell-style patterns."""
+    """Recipients that the client may send to: names, or shell-style patterns."""
     publish: Several[PublishPattern] = (">",)
-    """What the client may publish on: topic patterns."""
+    """Topic patterns that the client may publish on."""
     subscribe: Several[SubscribePattern] = (">", "$broker.>")
     """Topic patterns that the client may subscribe to; $broker.> is other clients' presence."""
     queue: Size = _written("8MiB", units.size)
-    """Bytes that may wait for this client."""
+    """Most bytes that may wait for this client."""
     subscriptions: Annotated[int, Field(ge=0, le=10_000_000)] = 10000
-    """How many subscriptions each of its connections may have."""
+    """Most subscriptions of each of its connections."""
     requests: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
-    """How many requests of each of its connections may be unanswered; one more ends the oldest."""
+    """Most unanswered requests of each of its connections; one more ends the oldest."""
     when_full: Annotated[WhenFull, Field(strict=False)] = WhenFull.WAIT
-    """What happens when the queue is full: wait, refuse, drop_oldest or disconnect."""
+    """Treatment of messages to a full queue: wait, refuse, drop_oldest or disconnect."""
     when_connected: Annotated[WhenConnected, Field(strict=False)] = WhenConnected.REFUSE
-    """What happens to one connection more than allowed: refuse it, or replace the oldest."""
+    """Treatment of a connection more than allowed: refuse it, or replace the oldest."""
     rate: RateEntry = RateEntry()
-    """How much the client may send in a second."""
+    """Most messages and bytes that the client may send per second."""
     allow_md5: bool = False
     """Whether the client may use HMAC-MD5, the only digest Python 3.11 and older know."""
     peer_uid: Annotated[Several[UserId], Field(min_length=1)] | None = None
-    """On a Unix socket, only these users may be this client; without a key, they need none."""
+    """Users that may be this client, on a Unix socket only; a client without a key needs none."""
     certificate: CertificateEntry | None = None
-    """The certificate the client has to show over TLS, besides having its key."""
+    """The certificate that the client must show over TLS, in addition to its key."""
     channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
     """Whether the client must use TLS and bind its key to the channel: required or optional."""
     admin: bool = False
-    """Whether the client may watch and control the broker."""
+    """Whether the client may watch and control the broker, as an administrator."""
 
 
 class Limits(_Entry):
-    """What the broker bears before it says no."""
+    """Resource limits of the broker."""
 
     max_message: Size = _written("16MiB", units.size)
-    """The longest message accepted, in bytes, without the broker's header."""
+    """The longest message that is accepted, in bytes, without the broker's header."""
     connections: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
-    """Connections at once."""
+    """Most connections at once."""
     handshake_timeout: Timeout = _written("5s", units.duration)
-    """The time a connection has to prove who it is."""
+    """The time that a connection has for its handshake."""
     handshakes: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Most unfinished handshakes; beyond it a connection waits, or replaces a silent peer."""
+    """Most pending handshakes; one more connection waits, or replaces a silent peer."""
     identify_by_key: Annotated[int, Field(ge=0, le=10_000_000)] = 1000
     """Keys tried for a client that does not give its name."""
     keepalive: Duration = _written("30s", units.duration)
     """Disconnect a TCP client that answers nothing for this long; 0 leaves it to the system."""
     wait_timeout: Duration = _written("30s", units.duration)
-    """The longest time a sender is held by a full queue (when_full: wait)."""
+    """The longest time that a sender is held by a full queue (when_full: wait)."""
     drain_timeout: Duration = _written("8s", units.duration)
     """The time to deliver what is queued when the broker stops."""
     expiry_warning: Duration = _written("14d", units.duration)
-    """How long before a client's last key expires it is warned of; 0 warns only when it has."""
+    """A client's last key is warned of this long before it expires; 0: only when it has."""
 
 
 class LogAreas(_Entry):
-    """The level of some events, by the first word of their names; what is not given is
-    as ``level`` says.
-    """
+    """Levels of some events, by the first word of their names; the rest have ``level``."""
 
     daemon: Annotated[LogLevel, Field(strict=False)] | None = None
     """Start, reload, stop."""
     client: Annotated[LogLevel, Field(strict=False)] | None = None
-    """Who connects, is refused, is slow, leaves."""
+    """Clients that connect, are refused, are slow or leave."""
     message: Annotated[LogLevel, Field(strict=False)] | None = None
     """Messages that are refused or dropped."""
     admin: Annotated[LogLevel, Field(strict=False)] | None = None
-    """What administrators ask for."""
+    """Administrators' commands."""
     listener: Annotated[LogLevel, Field(strict=False)] | None = None
-    """Where clients connect."""
+    """Listening addresses."""
     key: Annotated[LogLevel, Field(strict=False)] | None = None
     """Keys that expire."""
     log: Annotated[LogLevel, Field(strict=False)] | None = None
@@ -317,7 +315,7 @@ class LogAreas(_Entry):
 
 
 class Log(_Entry):
-    """What is logged, and how."""
+    """Level, form and files of the log."""
 
     level: Annotated[LogLevel, Field(strict=False)] = LogLevel.INFO
     """The least important event that is still logged: debug, info, warning or error."""
@@ -330,14 +328,12 @@ class Log(_Entry):
 
 
 class MonitorEntry(_AddressEntry):
-    """Where the broker tells how it is, over HTTP: an address alone, or a mapping with
-    its options.
-    """
+    """The monitor's HTTP address, alone or in a mapping with its options."""
 
     address: Where
     """HOST:PORT, [HOST, PORT], @ABSTRACT, or a Unix path; no password: keep it local."""
     per_client: bool = False
-    """Whether there are metrics for each client, some eight for each name."""
+    """Whether each client has metrics of its own, some eight for each name."""
     hosts: Several[HostName] = ()
     """Accepted Host names without port; IP addresses, localhost and ``address`` need no entry."""
 
@@ -348,11 +344,11 @@ class IncludedFile(_Entry):
     """
 
     listen: Several[ListenEntry] = ()
-    """Where clients connect; at least one in all files together."""
+    """Addresses that clients connect to; at least one in all files together."""
     clients: dict[Name, ClientEntry] = Field(
         default={}, json_schema_extra={"additionalProperties": False}
     )
-    """Who may connect, by name."""
+    """The clients that may connect, by name."""
     include: Several[NonEmpty] = ()
     """Further files, as paths or patterns relative to this file, that add to listen and clients."""
 
@@ -363,9 +359,9 @@ class File(IncludedFile):
     model_config = ConfigDict(title="brokerd configuration")
 
     limits: Limits = Limits()
-    """What the broker bears before it says no."""
+    """Resource limits of the broker."""
     log: Log = Log()
-    """What is logged, and how."""
+    """Level, form and files of the log."""
     monitor: MonitorEntry | None = None
     """HTTP address of the monitor: /livez, /readyz and /metrics; without it there is none."""
 

@@ -46,7 +46,7 @@ def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
         )
     for directory, (path, where) in open_to_all.items():
         yield (
-            f"{where}: every user can write to the directory {directory}, in which {path} stands "
+            f"{where}: every user can write to the directory {directory}, which holds {path} "
             "(move it to a directory of the broker's own)"
         )
 

@@ -130,7 +130,7 @@ def _is_directory(path: str) -> bool:
         if not _is_there(path):
             return False
         raise Unreadable(
-            f"{path} is not there{target_of(path)} (make that, or remove the link)"
+            f"{path} does not exist{target_of(path)} (make that, or remove the link)"
         ) from None
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {error.strerror} ({_let_in(error)})") from None

@@ -57,7 +57,7 @@ def duration(value: object) -> float:
     right = "give seconds, or a number with ms, s, m, h or d, such as 30s"
     number, unit, per = _split(value, "duration", right)
     if per or unit not in ("", *_SECONDS):
-        raise ValueError(f"{_shown(value)} is no duration ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid duration ({right})")
     seconds = number * _SECONDS[unit or "s"]
     if seconds > _LONGEST_S:
         raise ValueError(f"{_shown(value)} is longer than ten years (give at most 3650d)")
@@ -72,7 +72,7 @@ def size(value: object) -> int:
     number, unit, per = _split(value, "size", right)
     factor = _BYTES.get(unit)
     if per or factor is None:
-        raise ValueError(f"{_shown(value)} is no size ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid size ({right})")
     return _whole_bytes(number, factor, value, right)
 
 
@@ -83,7 +83,7 @@ def rate(value: object) -> float:
     right = "give a number a second, such as 10000/s; /m and /h do too"
     number, unit, per = _split(value, "rate", right)
     if unit:
-        raise ValueError(f"{_shown(value)} is no rate of messages ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid rate of messages ({right})")
     return _per_second(number, per, value, right)
 
 
@@ -93,7 +93,7 @@ def byte_rate(value: object) -> float:
     number, unit, per = _split(value, "rate", right)
     factor = _BYTES.get(unit)
     if factor is None:
-        raise ValueError(f"{_shown(value)} is no rate of bytes ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid rate of bytes ({right})")
     return _per_second(number * factor, per, value, right)
 
 
@@ -103,11 +103,11 @@ def _split(value: object, what: str, right: str) -> tuple[float, str, str]:
         # The range is checked first: isfinite raises for an integer beyond the largest
         # float.
         if not 0 <= value <= _LARGEST or not math.isfinite(value):
-            raise ValueError(f"this number is no {what} ({right})")
+            raise ValueError(f"this number is not a valid {what} ({right})")
         return value, "", ""
     match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"{_shown(value)} is no {what} ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid {what} ({right})")
     return float(match["number"]), match["unit"], match["per"] or ""
 
 
@@ -116,17 +116,16 @@ def _whole_bytes(number: float, factor: int, value: object, right: str) -> int:
     if total > _LARGEST:
         raise ValueError(f"{_shown(value)} is more than 1024 TiB ({right})")
     if total != int(total):
-        raise ValueError(f"{_shown(value)} is no whole number of bytes ({right})")
+        raise ValueError(f"{_shown(value)} is not a whole number of bytes ({right})")
     return int(total)
 
 
 def _per_second(number: float, per: str, value: object, right: str) -> float:
     if per not in ("", "/s", "/m", "/h"):
-        raise ValueError(f"{_shown(value)} is no rate ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid rate ({right})")
     if not 0 < number <= _LARGEST:
         raise ValueError(
-            f"{_shown(value)} lets nothing pass, or everything ({right}; without a limit, take it"
-            " out)"
+            f"{_shown(value)} is not greater than 0 and finite ({right}; for no limit, take it out)"
         )
     return number / _SECONDS[per[1:] or "s"]
 

@@ -105,7 +105,7 @@ class Entries:
             if key not in File.model_fields:
                 self._problem((key,), unknown_key(key, self._model.model_fields), at_key=True)
             elif key not in self._model.model_fields:
-                what = f"has its place in the main file alone (move it to {self._findings.file})"
+                what = f"belongs in the main file only (move it to {self._findings.file})"
                 self._problem((key,), what, at_key=True)
             elif key in ("limits", "log"):
                 section, _ = self._validated((), File, {key: value})
@@ -163,7 +163,7 @@ class Entries:
             for key in ("mode", "group"):
                 if key in entry:
                     self._problem(
-                        (*path, key), "only a Unix socket has a file (take it out)", at_key=True
+                        (*path, key), "applies to Unix sockets only (take it out)", at_key=True
                     )
         tls = self._tls(path, valid)
         if valid.name is not None:
@@ -192,14 +192,14 @@ class Entries:
         if entry.address.family not in ("AF_INET", "AF_INET6"):
             for key in ("tls", "plain"):
                 if key in entry.model_fields_set:
-                    self._problem((*path, key), "TLS is for TCP alone (take it out)", at_key=True)
+                    self._problem((*path, key), "applies to TCP only (take it out)", at_key=True)
             return None
         if entry.tls is None:
             return None
         if entry.plain:
             self._problem(
                 (*path, "plain"),
-                "says that there is no TLS, and tls is given (keep one of them)",
+                "means no TLS, but tls is given (keep one of them)",
                 at_key=True,
             )
         self._note_private(
@@ -221,7 +221,7 @@ class Entries:
         if valid.address.family == "AF_PIPE":
             self._problem(
                 where,
-                "nobody speaks HTTP over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)",
+                "HTTP does not run over a named pipe (give HOST:PORT, such as 127.0.0.1:6060)",
             )
             return
         address, place = self._address(where, valid.address)
@@ -318,7 +318,7 @@ class Entries:
         if not (demanded.subject or demanded.fingerprint):
             self._problem(
                 (*path, "certificate"),
-                "demands nothing (give subject, fingerprint or both)",
+                "has no requirement (give subject, fingerprint or both)",
                 at_key=True,
             )
         return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
@@ -415,7 +415,7 @@ class Entries:
                 # The field is empty, which is already reported.
                 continue
             if len(given) != 1:
-                wrong = f"has {' and '.join(given)}" if given else "says not where the key is"
+                wrong = f"has {' and '.join(given)}" if given else "has no key"
                 self._problem(where, f"{wrong} (give one of file, key, env and credential)")
                 continue
             begin, end = listed.not_before, listed.not_after
@@ -481,7 +481,7 @@ class Entries:
             )
             if exposure:
                 self._findings.exposed.add(self._document.file)
-                self._problem(path, f"a key stands in this file, and {exposure}")
+                self._problem(path, f"this file holds a key, and {exposure}")
         if not key:
             raise Unreadable("is empty (give at least one byte; brokerd key makes a good one)")
         return key

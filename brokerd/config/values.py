@@ -43,12 +43,12 @@ _KEY_ID_PREFIX: Final = b"brokerd key id\0"
 
 
 class WhenFull(StrEnum):
-    """What becomes of a message whose recipient's queue is full."""
+    """The treatment of a message whose recipient's queue is full."""
 
     WAIT = "wait"
     """The sender is held, then refused after ``limits.wait_timeout``."""
     REFUSE = "refuse"
-    """The sender hears ``full`` at once."""
+    """The sender gets ``full`` at once."""
     DROP_OLDEST = "drop_oldest"
     """The oldest waiting messages make room."""
     DISCONNECT = "disconnect"
@@ -56,23 +56,21 @@ class WhenFull(StrEnum):
 
 
 class WhenConnected(StrEnum):
-    """What becomes of a further connection when all of a client's connections are
-    taken.
-    """
+    """The treatment of a connection beyond those that a client may have."""
 
     REFUSE = "refuse"
-    """The new one is refused."""
+    """The new connection is refused."""
     REPLACE = "replace"
-    """The oldest one is closed."""
+    """The oldest connection is closed."""
 
 
 class Requirement(StrEnum):
-    """Whether something has to be there."""
+    """Whether a property of a connection is required."""
 
     REQUIRED = "required"
-    """Who comes without it is turned away."""
+    """A connection without it is refused."""
     OPTIONAL = "optional"
-    """It is taken where it is there."""
+    """It is used if the client has it."""
 
 
 class LogLevel(StrEnum):
@@ -85,7 +83,7 @@ class LogLevel(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """How a line of the log is written."""
+    """The form of a log line."""
 
     AUTO = "auto"
     """Console on a terminal, the journal's own form where standard error is the

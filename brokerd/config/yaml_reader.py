@@ -143,7 +143,7 @@ def read(text: str, file: str) -> Document:
     if bad is not None:
         line = text.count("\n", 0, bad.start())
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
-        what = f"a file of text can't hold the character U+{ord(bad.group()):04X} (take it out)"
+        what = f"a text file can't hold the character U+{ord(bad.group()):04X} (take it out)"
         document.problems.append(Problem(Place(file, line + 1, column + 1), "", what))
         document.whole = False
         return document
@@ -245,12 +245,12 @@ class _Composer:
     def _alias(self, event: Any) -> object:
         value, size = self._anchors.get(event.anchor, (None, 0))
         if value is _OPEN:
-            self._stop(event, "an alias stands inside what it names (take it out)")
+            self._stop(event, "an alias is inside its own anchor (take it out)")
         if not size:
             # Its name is not repeated: it may be a key that begins with an asterisk.
             self._stop(
                 event,
-                "an alias to an anchor that is not there (text that begins with '*' needs quotes)",
+                "an alias to an unknown anchor (text that begins with '*' needs quotes)",
             )
         self._repeated += size
         if self._repeated > _REPEATED + _REPEATED_EACH * self._written:
@@ -337,7 +337,7 @@ class _Composer:
             return key
         if key is not _BROKEN:
             kind = {int: "a number", float: "a number", bool: "true or false"}.get(
-                type(key), "no text"
+                type(key), "not text"
             )
             self._path.pop()
             self.report(event.start_mark, f"holds a key that is {kind} to YAML (put it in quotes)")
@@ -358,7 +358,7 @@ class _Composer:
         if event.tag not in (None, "!", _TAG + kind):
             self.report(
                 event.start_mark,
-                "a tag that means nothing here (text that begins with '!' needs quotes)",
+                "a tag without meaning here (text that begins with '!' needs quotes)",
             )
 
     def _scalar(self, event: Any) -> object:
@@ -373,7 +373,7 @@ class _Composer:
         if construct is None:
             self.report(
                 event.start_mark,
-                "a tag that means nothing here (text that begins with '!' needs quotes)",
+                "a tag without meaning here (text that begins with '!' needs quotes)",
             )
             return _BROKEN
         try:
@@ -394,7 +394,7 @@ class _Composer:
             kind = tag.removeprefix(_TAG)
             self.report(
                 event.start_mark,
-                f"YAML takes this for a {kind}, and it is none (put text in quotes)",
+                f"YAML reads this as type {kind}, and it is not valid (put text in quotes)",
             )
             return _BROKEN
         return value

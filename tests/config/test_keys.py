@@ -78,7 +78,9 @@ def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None
 
     line = refusal(text)
 
-    assert line.startswith("f:2:25: clients.a.key_file: others than its owner can read or write ")
+    assert line.startswith(
+        "f:2:25: clients.a.key_file: users other than its owner can read or write "
+    )
     assert f"mode {mode:04o}" in line
     command = line[line.index("(") + 1 : -1]
     assert command == f"chmod 600 {shlex.quote(str(path))}"
@@ -107,7 +109,7 @@ def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
 
     assert (
         str(refused.value)
-        == f"{file}:3:12: clients.a.key: a key stands in this file, and others than its owner can"
+        == f"{file}:3:12: clients.a.key: this file holds a key, and users other than its owner can"
         f" read or write {file}, mode 0644 (chmod 600 {file})"
     )
     file.chmod(0o600)
@@ -222,14 +224,14 @@ def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
     by_name = refusal(LISTEN + "clients: {a: {key_credential: ../key}}\n", environ)
 
     assert "chmod 600" in by_file
-    assert "is no credential's name" in by_name
+    assert "is not a valid credential name" in by_name
 
 
 def test_a_credential_without_systemd() -> None:
     """Where there are no credentials, the error says who makes them."""
     assert (
         refusal(LISTEN + "clients: {a: {key_credential: ops}}\n")
-        == "f:2:31: clients.a.key_credential: there is no CREDENTIALS_DIRECTORY "
+        == "f:2:31: clients.a.key_credential: CREDENTIALS_DIRECTORY is not set "
         "(run under systemd with LoadCredential=NAME:PATH)"
     )
 
@@ -258,7 +260,7 @@ def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:
     return advice(load_text(text, "f", environ or {}), datetime.now(UTC))
 
 
-ANEW = "(write the key into it anew: brokerd key > FILE)"
+ANEW = "(write the key again: brokerd key > FILE)"
 
 
 @pytest.mark.parametrize(
@@ -266,32 +268,26 @@ ANEW = "(write the key into it anew: brokerd key > FILE)"
     [
         (
             b"the key\n\n",
-            (
-                "ends with a line break besides the one that is cut, which belongs to the key then"
-                f" {ANEW}"
-            ),
+            (f"ends with a line break besides the one that is cut, and is used as it is {ANEW}"),
         ),
         (
             b"the key\r",
-            (
-                "ends with a line break besides the one that is cut, which belongs to the key then"
-                f" {ANEW}"
-            ),
+            (f"ends with a line break besides the one that is cut, and is used as it is {ANEW}"),
         ),
-        (b"the key \n", f"ends with a blank, which belongs to the key then {ANEW}"),
-        (b"the key\t", f"ends with a blank, which belongs to the key then {ANEW}"),
-        (b" the key\n", f"begins with a blank, which belongs to the key then {ANEW}"),
-        (b" \n", f"is blank, which belongs to the key then {ANEW}"),
+        (b"the key \n", f"ends with white space, and is used as it is {ANEW}"),
+        (b"the key\t", f"ends with white space, and is used as it is {ANEW}"),
+        (b" the key\n", f"begins with white space, and is used as it is {ANEW}"),
+        (b" \n", f"is only white space, and is used as it is {ANEW}"),
         (
             b"\xef\xbb\xbfthe key\n",
-            f"begins with a byte order mark, which belongs to the key then {ANEW}",
+            f"begins with a byte order mark, and is used as it is {ANEW}",
         ),
-        ("the key\n".encode("utf-16"), f"is UTF-16, which belongs to the key then {ANEW}"),
-        ("the key\n".encode("utf-16-le"), f"is UTF-16, which belongs to the key then {ANEW}"),
-        ("the key\n".encode("utf-16-be"), f"is UTF-16, which belongs to the key then {ANEW}"),
+        ("the key\n".encode("utf-16"), f"is UTF-16, and is used as it is {ANEW}"),
+        ("the key\n".encode("utf-16-le"), f"is UTF-16, and is used as it is {ANEW}"),
+        ("the key\n".encode("utf-16-be"), f"is UTF-16, and is used as it is {ANEW}"),
         (
             "\ufeffthe key\r\n".encode("utf-16-be"),
-            f"is UTF-16, which belongs to the key then {ANEW}",
+            f"is UTF-16, and is used as it is {ANEW}",
         ),
         (b"the key\n", ""),
         (b"the key\r\n", ""),
@@ -326,15 +322,15 @@ def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
 
     assert warnings(text, {"B": "secret three\n", "C": "secret four"}) == [
         (
-            "f:4:10: a key of client 'a' ends with a line break, which belongs to the key then "
+            "f:4:10: a key of client 'a' ends with a line break, and is used as it is "
             "(write it in one line, in quotes: not key: |)"
         ),
         (
-            "f:6:16: a key of client 'b' ends with a line break, which belongs to the key then "
+            "f:6:16: a key of client 'b' ends with a line break, and is used as it is "
             "(set the variable to the key alone)"
         ),
         (
-            "f:7:30: a key of client 'c' begins with a blank, which belongs to the key then "
+            "f:7:30: a key of client 'c' begins with white space, and is used as it is "
             "(write it in one line, in quotes: not key: |)"
         ),
     ]
@@ -351,8 +347,8 @@ def test_keys_read_only_file_names_the_sealed_directory(tmp_path: Path, mode: in
     line = refusal(LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n")
 
     assert line.endswith(
-        f"{path}, mode {mode:04o}, and it is not below BROKERD_SEALED_DIRECTORY, for secrets that"
-        f" only this container sees (chmod 600 {path})"
+        f"{path}, mode {mode:04o}, and it is not below BROKERD_SEALED_DIRECTORY, which is for"
+        f" secrets that only this container sees (chmod 600 {path})"
     )
 
 
@@ -443,7 +439,7 @@ def test_keys_in_a_directory_open_to_all_are_warned_of(
 
     assert served_from(tmp_path, os.getuid(), monkeypatch) == [
         (
-            "b.yaml:3:17: every user can write to the directory keys, in which keys/a stands "
+            "b.yaml:3:17: every user can write to the directory keys, which holds keys/a "
             "(move it to a directory of the broker's own)"
         )
     ]
@@ -517,9 +513,8 @@ def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
     a, ops = (3, 4) if "  a: {key: ops}\n" + "  ops" in clients else (4, 3)
     assert (place, where) == (f"f:{a}:12", "clients.a.key")
     assert (
-        what
-        == f"is the name of the client at f:{ops}:3, which has no key and uses its name, and names"
-        " are no secret (give each client a key of its own: brokerd key)"
+        what == f"is the name of the client at f:{ops}:3, which has no key and uses its name: names"
+        " are not secret (give each client a key of its own: brokerd key)"
     )
 
 
@@ -591,7 +586,7 @@ def test_expired_keys_stay_and_are_warned_about() -> None:
             " it a new one)"
         ),
         (
-            "f:5: client 'c' can't connect now: none of its keys is valid yet, or still (see"
+            "f:5: client 'c' can't connect now: none of its keys is valid at this time (see"
             " not_before, not_after)"
         ),
     ]
@@ -605,7 +600,7 @@ def test_other_things_worth_a_warning() -> None:
 
     assert advice(config, datetime.now(UTC)) == [
         "f:1: this machine has no group 'no such group' (make it, or give another)",
-        "f: there are no clients: nobody can connect (add some to clients:)",
+        "f: there are no clients, so no connection is accepted (add some to clients:)",
     ]
 
 

@@ -174,7 +174,7 @@ limits:
             "(give each client a key of its own: brokerd key)"
         ),
         (
-            "f:8:12: clients.bob.queue: '8 parsecs' is no size "
+            "f:8:12: clients.bob.queue: '8 parsecs' is not a valid size "
             "(give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB)"
         ),
         "f:9:15: clients.bob.send_to[0]: there is no client 'alcie' (did you mean 'alice'?)",
@@ -183,7 +183,7 @@ limits:
             "(give one of key, key_file, key_env, key_credential and keys, or peer_uid)"
         ),
         (
-            "f:12:16: limits.max_message: this number is no size "
+            "f:12:16: limits.max_message: this number is not a valid size "
             "(give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB)"
         ),
     ]
@@ -199,8 +199,8 @@ GOOD = "listen: [/run/b.sock]\n"
         ("", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
         ("# only a comment\n", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
         ("--- \n", "f:1:1: (file): is empty (a configuration has listen: and clients:)"),
-        ("- a\n", "f:1:1: (file): is no mapping (a configuration begins with keys such as listen: and clients:)"),
-        ("just text\n", "f:1:1: (file): is no mapping (a configuration begins with keys such as listen: and clients:)"),
+        ("- a\n", "f:1:1: (file): is not a mapping (a configuration begins with keys such as listen: and clients:)"),
+        ("just text\n", "f:1:1: (file): is not a mapping (a configuration begins with keys such as listen: and clients:)"),
         ("clients: {}\n", "f:1:1: listen: is missing (give at least one address, such as /run/brokerd/brokerd.sock)"),
         # Keys nobody knows, and keys of a later version.
         (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
@@ -217,22 +217,22 @@ GOOD = "listen: [/run/b.sock]\n"
          "(give a name without a port, such as broker.example)")),
         ("monitor: /run/b.sock\n" + GOOD, ("f:1:10: monitor: /run/b.sock is given twice, first at f:2:10 "
          "(keep one of them)")),
-        (GOOD + "monitor: []\n", "f:2:1: monitor: a list of 0 is no address (give a host and a port number)"),
+        (GOOD + "monitor: []\n", "f:2:1: monitor: a list of 0 is not a valid address (give a host and a port number)"),
         ("listen:\n- {address: a:1, tls: {key: k}}\n", "f:2:18: listen[0].tls.certificate: is missing (give it)"),
         # listen
         ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),
         ("listen: /run/b\n", "f:1:9: listen: is text, not a list (give a list: [one, other], or one '- item' a line)"),
         ("listen: [5]\n", "f:1:10: listen[0]: 5 is a port without a host (give HOST:5, such as localhost:5)"),
         ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is no port (give a number from 0 to 65535)"),
-        ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is no address (give a host and a port number)"),
+        ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is not a valid address (give a host and a port number)"),
         ("listen: [{mode: '0600'}]\n", "f:1:10: listen[0].address: is missing (give it)"),
-        ("listen: [{address: /b, mode: 0600}]\n", ("f:1:30: listen[0].mode: is no file mode "
+        ("listen: [{address: /b, mode: 0600}]\n", ("f:1:30: listen[0].mode: is not a valid file mode "
          '(give three octal digits in quotes, such as "0600" or "0660")')),
         ("listen: [{address: /b, group: [a]}]\n",
-         "f:1:24: listen[0].group: is no group (give a group's name or number)"),
-        ("listen: [{address: 'h:1', mode: '0600'}]\n", ("f:1:27: listen[0].mode: only a Unix socket has a file "
+         "f:1:24: listen[0].group: is not a valid group (give a group's name or number)"),
+        ("listen: [{address: 'h:1', mode: '0600'}]\n", ("f:1:27: listen[0].mode: applies to Unix sockets only "
          "(take it out)")),
-        ("listen: [{address: '@h', group: g}]\n", ("f:1:26: listen[0].group: only a Unix socket has a file "
+        ("listen: [{address: '@h', group: g}]\n", ("f:1:26: listen[0].group: applies to Unix sockets only "
          "(take it out)")),
         ("listen: [/b, {address: /b}]\n", ("f:1:24: listen[1].address: /b is given twice, first at f:1:10 "
          "(keep one of them)")),
@@ -243,19 +243,19 @@ GOOD = "listen: [/run/b.sock]\n"
         (GOOD + "clients: {a b: {key: k}}\n", ("f:2:11: clients.a b: 'a b' is no client name (1 to 64 letters, digits, "
          "'_', '.' and '-', not beginning with '.' or '-')")),
         (GOOD + "clients: {a: secret}\n", "f:2:14: clients.a: is text, not a mapping (give keys with values)"),
-        (GOOD + "clients: {a: {key: 5}}\n", "f:2:20: clients.a.key: is no text (put the key in quotes)"),
+        (GOOD + "clients: {a: {key: 5}}\n", "f:2:20: clients.a.key: is not text (put the key in quotes)"),
         (GOOD + "clients: {a: {key: ''}}\n", ("f:2:20: clients.a.key: is empty "
          "(give at least one byte; brokerd key makes a good one)")),
         (GOOD + "clients: {a: {key: k, key_env: E}}\n", ("f:2:23: clients.a.key_env: key is given too, at f:2:15 "
          "(keep one of key, key_env)")),
         (GOOD + "clients: {a: {keys: []}}\n", ("f:2:15: clients.a.keys: is an empty list (give at least one item, or "
          "take the key out)")),
-        (GOOD + "clients: {a: {keys: [{}]}}\n", ("f:2:22: clients.a.keys[0]: says not where the key is "
+        (GOOD + "clients: {a: {keys: [{}]}}\n", ("f:2:22: clients.a.keys[0]: has no key "
          "(give one of file, key, env and credential)")),
         (GOOD + "clients: {a: {keys: [{key: k, env: E}]}}\n", ("f:2:22: clients.a.keys[0]: has key and env "
          "(give one of file, key, env and credential)")),
-        (GOOD + "clients: {a: {keys: [{key: k, not_after: soon}]}}\n", ("f:2:42: clients.a.keys[0].not_after: is no "
-         "date and time (give a date and time such as 2026-12-31T00:00:00Z)")),
+        (GOOD + "clients: {a: {keys: [{key: k, not_after: soon}]}}\n", ("f:2:42: clients.a.keys[0].not_after: is not a "
+         "valid date and time (give a date and time such as 2026-12-31T00:00:00Z)")),
         (GOOD + "clients: {a: {keys: [{key: k, not_before: 2026-01-02, not_after: 2026-01-01}]}}\n",
          ("f:2:66: clients.a.keys[0].not_after: is not after not_before: the key would never be accepted "
          "(give a later time)")),
@@ -266,18 +266,18 @@ GOOD = "listen: [/run/b.sock]\n"
          "(give 1 or more)")),
         (GOOD + "clients: {a: {key: k, admin: 1}}\n", ("f:2:30: clients.a.admin: is a number, not true or false "
          "(give true or false)")),
-        (GOOD + "clients: {a: {key: k, when_full: wiat}}\n", ("f:2:34: clients.a.when_full: is none of wait, refuse, "
+        (GOOD + "clients: {a: {key: k, when_full: wiat}}\n", ("f:2:34: clients.a.when_full: is not one of wait, refuse, "
          "drop_oldest, disconnect (did you mean 'wait'?)")),
         (GOOD + "clients: {a: {key: k, send_to: b}}\n", ("f:2:32: clients.a.send_to: is text, not a list "
          "(give a list: [one, other], or one '- item' a line)")),
         (GOOD + "clients: {a: {key: k, send_to: [$broker]}}\n", ("f:2:33: clients.a.send_to[0]: is the broker itself "
          "(take it out: every client may send to $broker)")),
-        (GOOD + "clients: {a: {key: k, send_to: ['b c*']}}\n", ("f:2:33: clients.a.send_to[0]: can match no client "
+        (GOOD + "clients: {a: {key: k, send_to: ['b c*']}}\n", ("f:2:33: clients.a.send_to[0]: can't match any client "
          "(give a client's name, or a pattern such as report.*)")),
         (GOOD + "clients: {a: {key: k, send_to: [zzz]}}\n", ("f:2:33: clients.a.send_to[0]: there is no client 'zzz' "
          "(give a name from clients:, or a pattern with '*')")),
-        (GOOD + "clients: {a: {key: k, publish: [$x]}}\n", ("f:2:33: clients.a.publish[0]: is a topic of the broker's "
-         "own (nobody but the broker publishes below '$')")),
+        (GOOD + "clients: {a: {key: k, publish: [$x]}}\n", ("f:2:33: clients.a.publish[0]: is reserved for the "
+         "broker (only the broker publishes below '$')")),
         (GOOD + "clients: {a: {key: k, subscribe: [a..b]}}\n", ("f:2:35: clients.a.subscribe[0]: 'a..b' is no topic "
          "pattern (its tokens are joined by single dots)")),
         (GOOD + "clients: {a: {key: k, subscribe: ['>.a']}}\n", ("f:2:35: clients.a.subscribe[0]: '>.a' is no topic "
@@ -290,11 +290,11 @@ GOOD = "listen: [/run/b.sock]\n"
         (GOOD + "clients: {a: {peer_uid: [root]}}\n", ("f:2:26: clients.a.peer_uid[0]: is text, not a whole number "
          "(give a whole number)")),
         # The rest.
-        (GOOD + "limits: {handshake_timeout: 0}\n", ("f:2:29: limits.handshake_timeout: leaves no time at all "
+        (GOOD + "limits: {handshake_timeout: 0}\n", ("f:2:29: limits.handshake_timeout: is not a valid time limit "
          "(give more than 0, such as 5s)")),
         (GOOD + "limits: [a]\n", "f:2:1: limits: is a list, not a mapping (give keys with values)"),
         (GOOD + "limits:\n", "f:2:1: limits: is empty (give a value, or take the key out)"),
-        (GOOD + "log: {level: loud}\n", ("f:2:14: log.level: is none of debug, info, warning, error "
+        (GOOD + "log: {level: loud}\n", ("f:2:14: log.level: is not one of debug, info, warning, error "
          "(give one of these words)")),
         (GOOD + "include: a\n", ("f:2:10: include: is text, not a list (give a list: [one, other], or one '- item' a "
          "line)")),
@@ -508,7 +508,7 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
         ["d.yaml:2:14", "clients.d.key"],
         ["bad.yaml:2:3", "(file)"],
     ]
-    assert "has its place in the main file alone (move it to" in lines[1]
+    assert "belongs in the main file only (move it to" in lines[1]
     assert "not YAML" in lines[2]
     assert lines[3] == "bad.yaml:2:3: (file): is not UTF-8 (save it as UTF-8)"
 
@@ -566,7 +566,7 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
         ),
         (
             "li*/*.yaml",
-            "link is not there, where the link link leads: nowhere (make that, or remove the link)",
+            "link does not exist, where the link link leads: nowhere (make that, or remove the link)",
         ),
         (
             "li*",
@@ -583,7 +583,7 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
         ("d/*/*.yaml", None),
         (
             "*/no-such.yaml",
-            "link is not there, where the link link leads: nowhere (make that, or remove the link)",
+            "link does not exist, where the link link leads: nowhere (make that, or remove the link)",
         ),
         ("[dx]/no-such.yaml", None),
         ("[dx]/k*", None),
@@ -838,4 +838,4 @@ def test_the_name_of_a_handed_over_socket(tmp_path: Path) -> None:
         )
     ]
     (line,) = lines_of('listen: [{address: "127.0.0.1:1", name: "a:b"}]\nclients: {a: {key: k}}\n')
-    assert "is no socket's name (give FileDescriptorName= of the .socket unit" in line
+    assert "is not a valid socket name (give FileDescriptorName= of the .socket unit" in line

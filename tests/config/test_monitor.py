@@ -46,9 +46,7 @@ def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("listen: [./s]\ninclude: [c.yaml]\n")
     (tmp_path / "c.yaml").write_text("monitor: 127.0.0.1:6060\n")
 
-    with pytest.raises(
-        ConfigError, match=r"c\.yaml:1:1: monitor: has its place in the main file alone"
-    ):
+    with pytest.raises(ConfigError, match=r"c\.yaml:1:1: monitor: belongs in the main file only"):
         load(tmp_path / "b.yaml")
 
 
@@ -78,8 +76,8 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
     shown = address.strip("'")
     port = shown.rpartition(":")[2]
     expected = (
-        f"b.yaml:3: the monitor at {shown} asks nobody for a password: whoever reaches it reads the"
-        f" metrics (give 127.0.0.1:{port}, or keep others away with a firewall)"
+        f"b.yaml:3: the monitor at {shown} has no password: every machine that reaches"
+        f" it can read the metrics (give 127.0.0.1:{port}, or restrict access with a firewall)"
     )
     assert warnings == ([] if local else [expected])
 

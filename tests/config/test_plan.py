@@ -161,7 +161,7 @@ def test_what_only_a_restart_takes_over_stays(monkeypatch: pytest.MonkeyPatch) -
         config(LISTEN + "log: {level: debug}\nlimits: {connections: 5}\n"),
     )
 
-    assert compare(before, after).restart == ("log is taken over by a restart only",)
+    assert compare(before, after).restart == ("log changes only with a restart",)
     assert merge(before, after).log == before.log
     assert merge(before, after).limits == after.limits
 

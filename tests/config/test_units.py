@@ -68,7 +68,7 @@ def test_a_rate_is_how_many_a_second(read: object, written: object, each_second:
      float("nan"), float("inf"), 10**400, "4000d", "5s\n"],
 )  # fmt: skip
 def test_no_duration(written: object) -> None:
-    """What is no duration is refused, saying what one looks like."""
+    """What is not a valid duration is refused, saying what one looks like."""
     with pytest.raises(ValueError, match=r"\(give .*d\)$|\(give .*30s\)$"):
         units.duration(written)
 
@@ -78,7 +78,7 @@ def test_no_duration(written: object) -> None:
     ["", "8M", "8mib", "8 parsecs", "1.5B", -1, 1.5, True, None, "9999999TB", 2**60, "8MiB/s"],
 )
 def test_no_size(written: object) -> None:
-    """What is no size is refused, saying what one looks like."""
+    """What is not a valid size is refused, saying what one looks like."""
     with pytest.raises(ValueError, match=r"\(give .*8MiB\)$"):
         units.size(written)
 
@@ -87,7 +87,7 @@ def test_no_size(written: object) -> None:
     "written", ["", "fast", "10/d", "10/ms", "10/", 0, "0/s", -5, True, "10kB/s"]
 )
 def test_no_rate(written: object) -> None:
-    """What is no rate of messages is refused, and so is one that lets nothing pass."""
+    """What is not a valid rate of messages is refused, and so is one that lets nothing pass."""
     with pytest.raises(ValueError, match=r"\(give .*\)$"):
         units.rate(written)
 
@@ -107,7 +107,7 @@ def test_the_patterns_of_the_schema_say_what_is_understood(written: str) -> None
         try:
             read(written)
         except ValueError as error:
-            wrong_amount = re.search("longer than|more than|no whole|lets nothing", str(error))
+            wrong_amount = re.search("longer than|more than|not a whole|not greater", str(error))
             assert wrong_amount or not re.search(pattern.replace("$", r"\Z"), written)
         else:
             assert re.search(pattern, written)

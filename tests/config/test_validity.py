@@ -68,7 +68,7 @@ def test_check_warns_before_the_last_key_expires() -> None:
     (warning,) = advice(load_text(text, "f"), NOW)
     assert warning == (
         "f:3: client 'a' can't connect after 2026-06-10T00:00:00+00:00: its last key expires then "
-        "(give it one that begins before)"
+        "(give it a key that begins before)"
     )
     assert advice(load_text(text + "limits: {expiry_warning: 1d}\n", "f"), NOW) == []
     assert len(advice(load_text(text + "limits: {expiry_warning: 60d}\n", "f"), NOW)) == 2

@@ -297,7 +297,7 @@ def test_a_plan_for_people_is_harmless() -> None:
             "closed": ["/run/old"],
             "limits": ["connections: 1 -> 2"],
             "log": ["level: info -> debug"],
-            "restart": ["monitor is taken over by a restart only"],
+            "restart": ["monitor changes only with a restart"],
         },
         "warnings": ["f:1: odd"],
     }
@@ -307,6 +307,6 @@ def test_a_plan_for_people_is_harmless() -> None:
         "- listener /run/old",
         "~ limits.connections: 1 -> 2",
         "~ log.level: info -> debug",
-        "! needs a restart: monitor is taken over by a restart only",
+        "! needs a restart: monitor changes only with a restart",
         "! f:1: odd",
     ]

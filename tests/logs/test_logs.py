@@ -139,8 +139,8 @@ def test_a_reload_ends_what_was_changed() -> None:
         (("client", "loud"), "level is not valid"),
         (("client", None), "level is not valid"),
         (("client", ["debug"]), "level is not valid"),
-        (("client", "debug", "long"), "is no duration"),
-        (("client", "debug", []), "is no duration"),
+        (("client", "debug", "long"), "is not a valid duration"),
+        (("client", "debug", []), "is not a valid duration"),
         (("client", "default", "1m"), "has no end"),
     ],
 )

@@ -116,7 +116,7 @@ def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
     issued.key.chmod(mode)
     (problem,) = problems(LISTEN.format(issued))
     assert problem.startswith(
-        "b.yaml:5:10: listen[0].tls.key: others than its owner can read or write"
+        "b.yaml:5:10: listen[0].tls.key: users other than its owner can read or write"
     )
     assert f"(chmod 600 {issued.key})" in problem
 
@@ -198,9 +198,9 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "error"),
     [
-        ("{address: /run/b, tls: {certificate: c, key: k}}", "listen[0].tls: TLS is for TCP alone"),
-        ("{address: /run/b, plain: true}", "listen[0].plain: TLS is for TCP alone"),
-        ("{address: 'tls://h:1'}", "listen[0].address: tls:// is what clients write"),
+        ("{address: /run/b, tls: {certificate: c, key: k}}", "listen[0].tls: applies to TCP only"),
+        ("{address: /run/b, plain: true}", "listen[0].plain: applies to TCP only"),
+        ("{address: 'tls://h:1'}", "listen[0].address: tls:// belongs in a client's address"),
     ],
 )
 def test_what_has_no_sense_is_refused(entry: str, error: str) -> None:
