@@ -35,6 +35,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
         assigned={},
         serves=True,
         supervisor=supervisor,
+        log=Recorder().logger,
         reopen_log=lambda: None,
         listen_again=listen_again,
     )

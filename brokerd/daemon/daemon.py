@@ -37,6 +37,7 @@ from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import DaemonLog
 from brokerd.monitor.toggle import Switch, preload
+from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, listen_for
@@ -466,6 +467,7 @@ class Daemon:
 
     async def _listen_again(self, former: Listening) -> None:
         config, address = former.config, former.address
+        log = listener_logger(self.log, address)
         try:
             opened = await run_in_thread(
                 lambda: listen(config), discard=lambda opened: _close_all((opened,))
@@ -473,7 +475,7 @@ class Daemon:
         except ListenError as error:
             if address not in self._lost:
                 self._lost.add(address)
-                self.log.error("listener.lost", listener=str(address), reason=str(error))
+                log.error("listener.lost", reason=str(error))
             return
         of_server = any(each is former for each in self.server.listening)
         of_monitor = any(each is former for each in self._monitor.listening)
@@ -486,11 +488,7 @@ class Daemon:
         else:
             self._monitor.turn(self.config.monitor, opened)
         self._lost.discard(address)
-        self.log.warning(
-            "listener.restored",
-            listener=str(address),
-            reason="its socket file was removed or replaced",
-        )
+        log.warning("listener.restored", reason="its socket file was removed or replaced")
 
     def _stop_looking(self) -> None:
         if self._looking is not None:

@@ -125,16 +125,12 @@ class Reloading:
     async def run(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:
         """Reload, or only report what a reload would do; the caller settles."""
         daemon = self._daemon
+        log = daemon.log.bind(reason=reason)
         await self._begun.wait()
         if self._kept_still:
             self._waits = False
             if not dry_run:
-                daemon.log.warning(
-                    "daemon.reload_refused",
-                    reason=reason,
-                    cause="upgrade",
-                    problems=[self._kept_still],
-                )
+                log.warning("daemon.reload_refused", cause="upgrade", problems=[self._kept_still])
             return ReloadOutcome(None, [self._kept_still], "upgrade")
         async with self._one:
             self._waits = False
@@ -154,12 +150,7 @@ class Reloading:
             if outcome.problems:
                 daemon.reloads["refused"] += 1
                 daemon.reload_refused = True
-                daemon.log.warning(
-                    "daemon.reload_refused",
-                    reason=reason,
-                    cause=outcome.cause,
-                    problems=outcome.problems,
-                )
+                log.warning("daemon.reload_refused", cause=outcome.cause, problems=outcome.problems)
             return outcome
 
     async def _attempt(self, reason: str, *, dry_run: bool = False) -> ReloadOutcome:

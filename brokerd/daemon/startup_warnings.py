@@ -13,6 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from brokerd.config.lint import about_plain
 from brokerd.config.values import ClientConfig, ListenConfig
+from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening
 from brokerd.net.listen.socket_activation import ActivatedSockets
@@ -40,8 +41,8 @@ def warn_of_surroundings(
             f"the service manager hands over no socket called {entry.name} nor one at this address "
             f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)"
         )
-        log.warning(
-            "listener.not_handed_over", listener=str(entry.address), name=entry.name, reason=reason
+        listener_logger(log, entry.address).warning(
+            "listener.not_handed_over", name=entry.name, reason=reason
         )
     for name, users in unseen(clients).items():
         reason = (
@@ -68,4 +69,4 @@ def warn_of_plain(
     for each in listening:
         reason = about_plain(each.config, each.address)
         if reason and each.config.address in among:
-            log.warning("listener.plain", listener=str(each.address), reason=reason)
+            listener_logger(log, each.address).warning("listener.plain", reason=reason)

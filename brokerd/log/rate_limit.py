@@ -58,11 +58,21 @@ class LogRateLimiter:
         self._loop = loop
         self._flows: dict[str, _Flow] = {}
 
-    def note(self, level: str, event: str, about: str, count: int = 1, **fields: Any) -> None:
+    def note(
+        self,
+        level: str,
+        event: str,
+        about: str,
+        count: int = 1,
+        *,
+        log: FilteringBoundLogger | None = None,
+        **fields: Any,
+    ) -> None:
         """Log an event now, or count it as one of many.
 
         about: the parties and the reason, for counting and for people. count: how often
-        it happened since it was last noted.
+        it happened since it was last noted. log: the logger for a line of its own, with
+        the fields that are bound to it. The line for many uses none of them.
         """
         flow = self._flows.get(event)
         if flow is None:
@@ -75,7 +85,7 @@ class LogRateLimiter:
         flow.level = level
         if limit.has_line(about):
             many = {} if count == 1 else {"count": count}
-            getattr(self.log, level)(event, **fields, **many)
+            getattr(log or self.log, level)(event, **fields, **many)
         else:
             limit.count(about, count)
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from brokerd.core.log_events import LogEvent
 from brokerd.log.rate_limit import LogRateLimiter
+from brokerd.net.bound_loggers import session_logger
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["LEVELS", "report"]
@@ -40,11 +41,7 @@ def report(log_events: Iterable[LogEvent], log_limiter: LogRateLimiter) -> None:
             level = "warning"
         elif event == "admin.asked" and code in _LOOKING:
             level = "debug"
-        fields: dict[str, Any] = {
-            "name": session.client.name,
-            "address": session.address,
-            "peer": session.peer,
-        }
+        fields: dict[str, Any] = {}
         if other:
             fields[other_side] = other
         if code:
@@ -52,4 +49,5 @@ def report(log_events: Iterable[LogEvent], log_limiter: LogRateLimiter) -> None:
         if reason:
             fields["reason"] = reason
         about = f"{session.address}, {other}: {code}" if other else session.address
-        log_limiter.note(level, event, about, times, **fields)
+        log = session_logger(log_limiter.log, session)
+        log_limiter.note(level, event, about, times, log=log, **fields)

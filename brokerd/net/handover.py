@@ -25,6 +25,7 @@ from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
+from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.connection.connection import GRACE, Connection
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.graceful_close import Parting
@@ -542,7 +543,6 @@ class RestoredState:
         try:
             listening.alter(entry)
         except ListenError as error:
-            self._server.log.warning(
-                "listener.unchanged", listener=str(listening.address), reason=str(error)
-            )
+            log = listener_logger(self._server.log, listening.address)
+            log.warning("listener.unchanged", reason=str(error))
             listening.config = entry

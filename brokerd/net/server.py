@@ -19,6 +19,7 @@ from brokerd.core.broker import AdminCommand, Broker
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.rate_limit import LogRateLimiter
+from brokerd.net.bound_loggers import session_logger
 from brokerd.net.connection.connection import Connection
 from brokerd.net.connection.connections import Connections
 from brokerd.net.connection.liveness import Liveness
@@ -340,9 +341,7 @@ class Server:
             "info",
             "client.connected",
             name,
-            name=name,
-            address=session.address,
-            peer=pending.peer,
+            log=session_logger(self.log, session),
             listener=pending.listener,
             key=pending.credential.key.key_id,
             **_tls_fields(pending.tls_peer),

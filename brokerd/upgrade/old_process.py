@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final, NoReturn
 
+from structlog.typing import FilteringBoundLogger
+
 from brokerd import __version__
 from brokerd.core.broker import AdminCommand
 from brokerd.core.operations import reply_to
@@ -173,10 +175,11 @@ class UpgradeSource:
             problem = "the broker is stopping"
         elif not sys.platform.startswith("linux"):
             problem = "processes hand over their sockets on Linux only"
+        log = self._daemon.log.bind(reason=reason)
         if problem:
-            self._say_why_not(reason, problem, order)
+            self._report_failure(log, problem, order)
             return
-        self._task = asyncio.get_running_loop().create_task(self._run(reason, order))
+        self._task = asyncio.get_running_loop().create_task(self._run(log, order))
         self._task.add_done_callback(self._is_done)
 
     def _is_done(self, task: asyncio.Task[None]) -> None:
@@ -207,9 +210,11 @@ class UpgradeSource:
         """
         self._abandon()
 
-    def _say_why_not(self, reason: str, problem: str, order: AdminCommand | None) -> None:
+    def _report_failure(
+        self, log: FilteringBoundLogger, problem: str, order: AdminCommand | None
+    ) -> None:
         daemon = self._daemon
-        daemon.log.warning("daemon.upgrade_failed", reason=reason, problem=problem)
+        log.warning("daemon.upgrade_failed", problem=problem)
         if order is not None:
             reply_to(
                 daemon.broker,
@@ -219,12 +224,12 @@ class UpgradeSource:
             )
             daemon.server.settle()
 
-    async def _run(self, reason: str, order: AdminCommand | None) -> None:
+    async def _run(self, log: FilteringBoundLogger, order: AdminCommand | None) -> None:
         try:
             async with self._daemon.reloading.undisturbed(
                 "an upgrade is going on, which reads the configuration again"
             ):
-                await self._attempt(reason, order)
+                await self._attempt(log, order)
         except (_Failed, UpgradeChannelError) as error:
             problem = f"the new process can't take over: {error}"
         except OSError as error:
@@ -249,14 +254,14 @@ class UpgradeSource:
                 raise
             self._new_process = None
             problem += f" ({how})"
-        self._say_why_not(reason, problem, order)
+        self._report_failure(log, problem, order)
 
     def _abandon(self) -> None:
         if self._new_process is not None:
             self._new_process.abandon()
             self._new_process = None
 
-    async def _attempt(self, reason: str, order: AdminCommand | None) -> NoReturn:
+    async def _attempt(self, log: FilteringBoundLogger, order: AdminCommand | None) -> NoReturn:
         """Hand over and end this process; on any exception, the process continues to
         serve.
         """
@@ -268,7 +273,8 @@ class UpgradeSource:
         # Clients have to be able to reach the sockets that are handed over.
         await daemon.listen_again()
         new_process = self._new_process = _NewProcess(self._pid_holder)
-        daemon.log.info("daemon.upgrading", reason=reason, pid=new_process.pid)
+        log = log.bind(pid=new_process.pid)
+        log.info("daemon.upgrading")
         activated, monitored = daemon.activated.sockets, daemon.monitor_listening
         offer = {
             "format": FORMAT,
@@ -312,9 +318,7 @@ class UpgradeSource:
             raise _Failed("the broker is stopping")
         # The last log line of this process comes before the first of the new process.
         # Two processes writing at once would garble the log.
-        daemon.log.info(
-            "daemon.handing_over", reason=reason, pid=new_process.pid, version=hello["version"]
-        )
+        log.info("daemon.handing_over", version=hello["version"])
         daemon.flush_log()
         # From here on this process does nothing else.
         with _signals_noted() as noted:

@@ -21,6 +21,7 @@ from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
+from brokerd.net.bound_loggers import session_logger
 from brokerd.net.connection.unread import UnreadCounter
 from brokerd.net.context import READ_BUFFER
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
@@ -396,14 +397,13 @@ class Connection:
         end.
         """
         self.context.counters.bugs += 1
-        name, address, trace = (
-            self.session.client.name,
-            self.session.address,
-            traceback.format_exception(error),
-        )
-        about, what = type(error).__name__, in_words(error)
         self.context.log_limiter.note(
-            "error", "daemon.bug", about, name=name, address=address, error=what, trace=trace
+            "error",
+            "daemon.bug",
+            type(error).__name__,
+            log=session_logger(self.context.log, self.session).unbind("peer"),
+            error=in_words(error),
+            trace=traceback.format_exception(error),
         )
         self.lost("a bug in the broker")
 

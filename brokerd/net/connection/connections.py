@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from brokerd.net.bound_loggers import session_logger
 from brokerd.net.connection.connection import GRACE
 from brokerd.net.connection.lingering_close import LingeringClose
 
@@ -98,9 +99,7 @@ class Connections:
             "info",
             "client.disconnected",
             session.client.name,
-            name=session.client.name,
-            address=session.address,
-            peer=session.peer,
+            log=session_logger(self._log_limiter.log, session),
             reason=why,
         )
         self._note_if_empty()

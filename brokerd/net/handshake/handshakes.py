@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import TlsConfig
+from brokerd.net.bound_loggers import handshake_logger
 from brokerd.net.connection.connection import has_hung_up
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Admission, Rank
@@ -418,9 +419,8 @@ class PendingHandshakes:
             self._forget(pending)
             pending.sock.close()
             self._context.counters.handshakes[HandshakeOutcome.LEFT] += 1
-            self._context.log_limiter.note(
-                "debug", "client.left", pending.origin, peer=pending.peer, listener=pending.listener
-            )
+            log = handshake_logger(self._context.log, pending)
+            self._context.log_limiter.note("debug", "client.left", pending.origin, log=log)
         else:
             self._refuse(
                 pending, error.strerror or str(error) or type(error).__name__, HandshakeOutcome.LOST

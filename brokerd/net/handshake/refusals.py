@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from brokerd.net.bound_loggers import handshake_logger
 
 if TYPE_CHECKING:
     from brokerd.net.context import Context
@@ -17,9 +19,12 @@ def note_refusal(
 ) -> None:
     """Count and log a refused connection."""
     context.counters.handshakes[outcome] += 1
-    client = None if pending.credential is None else pending.credential.client.name
-    fields: dict[str, Any] = {} if client is None else {"name": client}
-    fields |= {"peer": pending.peer, "listener": pending.listener, "reason": reason}
+    credential = pending.credential
+    party = pending.origin if credential is None else credential.client.name
     context.log_limiter.note(
-        "warning", "client.refused", f"{client or pending.origin}: {reason}", **fields
+        "warning",
+        "client.refused",
+        f"{party}: {reason}",
+        log=handshake_logger(context.log, pending),
+        reason=reason,
     )

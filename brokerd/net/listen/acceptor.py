@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.connection.connection import tune
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ class Acceptor:
     def _pause(self, listening: Listening, error: OSError) -> None:
         """Leave connections in the system's queue until there are descriptors again."""
         self._context.counters.pauses += 1
-        self._context.log.warning(
-            "listener.paused", listener=str(listening.address), reason=error.strerror
-        )
+        log = listener_logger(self._context.log, listening.address)
+        log.warning("listener.paused", reason=error.strerror)
         self._loop.remove_reader(listening.sock.fileno())
         self._paused.append(listening)
         self._loop.call_later(_OUT_OF_DESCRIPTORS_PAUSE, self._resume, listening)
