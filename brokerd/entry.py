@@ -1,4 +1,4 @@
-"""Setup before large imports: open the standard descriptors and hold signals.
+"""Setup before large imports: hold signals and open the standard descriptors.
 
 Otherwise a closed standard descriptor would be reused for a socket or a file. A print
 would then write into it, and libuv ends the process when it closes one.
@@ -16,8 +16,8 @@ __all__ = ["brokerctl", "brokerd", "open_standard_descriptors"]
 
 def brokerd() -> None:
     """Run the command ``brokerd``."""
-    open_standard_descriptors()
     hold_signals()
+    open_standard_descriptors()
     from brokerd.cli.main import main
 
     main(prog_name="brokerd")

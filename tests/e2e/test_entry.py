@@ -16,6 +16,8 @@ import pytest
 from support.broker_process import BrokerProcess
 from support.keys import key_of
 
+import brokerd
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and descriptors of POSIX")
 
 #: The command, with signals that arrive as soon as it can take any.
@@ -77,17 +79,99 @@ def test_entry_signals_of_another_command_end_it() -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGHUP, "")
 
 
-def test_entry_loads_nothing_large_before_signals_are_held() -> None:
+def test_entry_import_loads_no_other_module_before_signals_are_held() -> None:
     """The time in which a signal still ends the process is that of the interpreter's
-    own start.
+    own start. Without ``site``, no editable installation imports modules of its own.
     """
-    code = "import sys\nfrom brokerd import entry\nprint(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(brokerd.__file__).parent.parent)!r})\n"
+        "before = set(sys.modules)\n"
+        "import brokerd.entry\n"
+        "print(*sorted(sys.modules.keys() - before))"
     )
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"asyncio", "click", "json", "pydantic", "socket", "structlog", "yaml"}
-    assert "brokerd.entry" in done.stdout.split()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == [
+        "__future__",
+        "brokerd",
+        "brokerd._held_signals",
+        "brokerd.entry",
+    ]
+
+
+#: A shell that ignores the three signals, says so, sends them to itself, and becomes the
+#: command.
+IGNORING = """
+trap '' HUP USR1 USR2
+echo ignored
+for name in HUP USR1 USR2; do kill -s "$name" "$$"; done
+exec "$@"
+"""
+#: The command as its script runs it.
+COMMAND = (
+    "import sys; from brokerd.entry import brokerd;"
+    " sys.argv[:] = ['brokerd', '--config', sys.argv[1]]; brokerd()"
+)
+
+
+def start_under_fire(directory: Path, *numbers: signal.Signals) -> BrokerProcess:
+    """Start a broker with ignored signals, and send it signals from before its exec
+    until it serves.
+    """
+    broker = BrokerProcess(directory, program=COMMAND, prefix=("sh", "-c", IGNORING, "sh"))
+    deadline = time.monotonic() + 60
+    while "ignored\n" not in broker.lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    while not broker.events("daemon.started") and broker.popen.poll() is None:
+        assert time.monotonic() < deadline
+        for number in numbers:
+            broker.signal(number)
+        time.sleep(0.0005)
+    return broker
+
+
+def check_start_under_fire(directory: Path) -> None:
+    with start_under_fire(directory, signal.SIGHUP, signal.SIGUSR1) as broker:
+        with broker.login("alice") as alice:
+            reloads = len(broker.wait("daemon.reloaded"))
+            # The last signals of the series may still cause a reload.
+            broker.signal(signal.SIGHUP)
+            broker.wait("daemon.reloaded", reloads + 1)
+            alice.ping()
+        broker.signal()
+        assert broker.exit_status() == 0
+
+
+def test_entry_signals_ignored_at_the_start_serve_reloads(socket_dir: Path) -> None:
+    """A parent can ignore the signals for the interpreter's own start: none ends the
+    process, and the broker installs its handlers all the same.
+    """
+    check_start_under_fire(socket_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_entry_signals_ignored_at_the_start_never_end_it(socket_dir: Path) -> None:
+    """The same, 200 times."""
+    for _ in range(200):
+        check_start_under_fire(socket_dir)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
+)
+def test_entry_sigusr2_ignored_at_the_start_upgrades_later(socket_dir: Path) -> None:
+    """The broker that was started with SIGUSR2 ignored upgrades when it serves."""
+    with start_under_fire(socket_dir) as broker:
+        broker.signal(signal.SIGUSR2)
+        broker.wait("daemon.upgraded")
+        with broker.login("alice") as alice:
+            alice.ping()
+        broker.signal()
+        assert broker.exit_status() == 0
 
 
 CLOSED = [chosen for count in (1, 2, 3) for chosen in itertools.combinations((0, 1, 2), count)]
