@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from brokerd.config import load as loading
-from brokerd.config.load import ConfigError, build, load_text
+from brokerd.config.load import ConfigError, build_config, load_text
 
 ROOT = Path(__file__).resolve().parents[3]
 #: Seconds of computing for one input; an instrumented run takes some ten times as long
@@ -35,7 +35,7 @@ def target(data: bytes) -> None:
 
 
 def program(data: bytes) -> None:
-    """Build from the values, where they are what the types of ``build`` allow."""
+    """Build from the values, where they are what the types of ``build_config`` allow."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError):
@@ -48,7 +48,7 @@ def program(data: bytes) -> None:
     if not all(section is None or isinstance(section, dict) for section in sections.values()):
         return
     try:
-        build(root.get("listen"), root["clients"], **sections, monitor=root.get("monitor"))
+        build_config(root.get("listen"), root["clients"], **sections, monitor=root.get("monitor"))
     except ConfigError as error:
         check(error)
 
