@@ -188,7 +188,8 @@ def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> 
         return size
 
     monkeypatch.setattr(os, "write", write)
-    target = Descriptor(9)
+    # A number that is not in use: the end of an open file would be looked at.
+    target = Descriptor(10_000)
     target.write(b"a line\n")
     for _ in range(2):
         with pytest.raises(OSError, match="no space"):
