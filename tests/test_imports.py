@@ -101,6 +101,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.log",
         "brokerd.monitor",
     ),
+    # A new process hands the daemon what it takes over. That module is below the daemon;
+    # the old process's modules use the daemon.
+    "brokerd.daemon.daemon": (
+        *LEAVES,
+        "brokerd.config",
+        "brokerd.core",
+        "brokerd.daemon",
+        "brokerd.net",
+        "brokerd.log",
+        "brokerd.monitor",
+        "brokerd.upgrade.new_process",
+    ),
     "brokerd.upgrade": (
         *LEAVES,
         *MODEL,
@@ -159,6 +171,7 @@ TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
     ("brokerd.core.*", "brokerd.core.broker"): "functions that Broker calls are given it",
     ("brokerd.core.session", "brokerd.core.*"): "a session keeps state for the other modules",
     ("brokerd.core.*", "brokerd.core.session"): "the routing loop is given the sender's session",
+    ("brokerd.daemon.*", "brokerd.daemon.daemon"): "the parts of Daemon are given it",
     ("brokerd.net.context", "brokerd.net.*"): "the parts of Server share these services",
     (
         "brokerd.net.handshake.*",

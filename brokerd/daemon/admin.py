@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
 
-from brokerd.config.model import Config
-from brokerd.core.broker import AdminCommand, Broker
+from brokerd.core.broker import AdminCommand
 from brokerd.core.operations import reply_to, reply_with
-from brokerd.daemon.reloader import Reloading
 from brokerd.log.levels import LevelRefused
-from brokerd.log.logger import DaemonLog
-from brokerd.net.server import Server
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
-__all__ = ["AdminCommands", "CommandTarget"]
+if TYPE_CHECKING:
+    from brokerd.daemon.daemon import Daemon
+
+__all__ = ["AdminCommands"]
 
 #: Entries of a long answer that are encoded per turn of the event loop: some
 #: milliseconds' work.
@@ -31,39 +30,10 @@ _ENTRIES: Final = 256
 _MOST_LONG: Final = 64
 
 
-class CommandTarget(Protocol):
-    """A daemon, as far as admin commands use it.
-
-    on_upgrade: replaces the process; None where the daemon is only a part of one.
-    """
-
-    config: Config
-    broker: Broker
-    reloading: Reloading
-    on_upgrade: Callable[[str, AdminCommand | None], None] | None
-
-    @property
-    def server(self) -> Server:
-        """The server."""
-
-    @property
-    def own_log(self) -> DaemonLog | None:
-        """The daemon's own log; None where the program gave another log."""
-
-    def key_uses(self) -> Iterator[dict[str, Any]]:
-        """Yield each client's keys, as the `$broker` operation ``keys`` answers."""
-
-    def stop_soon(self, reason: str) -> bool:
-        """Begin to drain; return False if the drain had begun already."""
-
-    def in_background(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run a coroutine as a background task."""
-
-
 class AdminCommands:
     """The admin commands given to one daemon."""
 
-    def __init__(self, daemon: CommandTarget) -> None:
+    def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         #: Long answers are encoded one at a time; `_long` counts those in progress or
         #: waiting.

@@ -11,11 +11,10 @@ import contextlib
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Generator, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from structlog.typing import FilteringBoundLogger
 
@@ -36,6 +35,7 @@ from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of
 from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import DaemonLog
+from brokerd.monitor.sources import ReloadCounts, Sources
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.handshake.keyring import Keyring
@@ -45,7 +45,10 @@ from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Daemon", "OldProcess", "Stopped"]
+if TYPE_CHECKING:
+    from brokerd.upgrade.new_process import UpgradeTarget
+
+__all__ = ["Daemon", "Stopped"]
 
 #: Seconds between two checks of the listening sockets' files: a cleaner of temporary
 #: directories may remove them.
@@ -59,29 +62,6 @@ class Stopped(Exception):
     """The daemon was told to stop while it started."""
 
 
-class OldProcess(Protocol):
-    """A serving process, from which a new process takes over everything.
-
-    offered: the configured addresses that it listens at. monitored: the sockets of its
-    monitor, kept open by both processes. reloads: the counted results of its reloads,
-    known once it is taken over.
-    """
-
-    offered: set[Address]
-    monitored: list[Listening]
-    reloads: Counter[str]
-
-    def take_over(
-        self, server: Server, listen: Iterable[ListenConfig], opened: Iterable[Listening]
-    ) -> dict[str, object]:
-        """Fill the server and return fields for the log; raise if the old process keeps
-        serving.
-        """
-
-    def when_gone(self, act: Callable[[], None]) -> None:
-        """Call ``act`` when the old process has ended."""
-
-
 class Daemon:
     """One broker in the running event loop.
 
@@ -89,9 +69,7 @@ class Daemon:
     manager, which is told the daemon's state. activated: sockets that the service
     manager opened for the daemon.
 
-    reloads: how many reloads were ``accepted`` and ``refused``. reload_refused: whether
-    the last one was refused. reloaded_at: when the configuration in use was taken over,
-    in seconds since the epoch.
+    reloads: the results of the reloads.
     """
 
     def __init__(
@@ -118,11 +96,19 @@ class Daemon:
             routing=routing.NAME,
             now_wall=time.time(),
         )
-        self.reloads: Counter[str] = Counter()
-        self.reload_refused = False
-        self.reloaded_at = self.broker.started_at
+        self.reloads = ReloadCounts(self.broker.started_at)
         self._server: Server | None = None
-        self._monitor = Switch(self)
+        self._monitor = Switch(
+            Sources(
+                broker=self.broker,
+                log=self.log,
+                reloads=self.reloads,
+                config=lambda: self.config,
+                server=lambda: self.server,
+                not_ready=lambda: self.not_ready,
+                key_expiries=self.key_expiries,
+            )
+        )
         self._stopping: asyncio.Task[None] | None = None
         self.reloading = Reloading(self)
         self._key_expiry_monitor: KeyExpiryMonitor | None = None
@@ -196,7 +182,7 @@ class Daemon:
             return "the broker is draining"
         return "" if self.addresses else "the broker is starting"
 
-    async def start(self, old_process: OldProcess | None = None) -> None:
+    async def start(self, old_process: UpgradeTarget | None = None) -> None:
         """Listen at every configured address.
 
         Raises ListenError or Stopped; the daemon then listens at no address.
@@ -237,7 +223,7 @@ class Daemon:
                 for listening in (*opened, *monitored):
                     listening.close()
                 raise
-            self.reloads.update(old_process.reloads)
+            self.reloads.results.update(old_process.reloads)
         if stays:
             monitored = former
         else:
@@ -423,9 +409,7 @@ class Daemon:
         for some in server.misfits_in_turns():
             leaving += some
             yield
-        self.reloads["accepted"] += 1
-        self.reload_refused = False
-        self.reloaded_at = time.time()
+        self.reloads.accept(time.time())
         # The new objects replaced about as many old ones, so the collector has not run:
         # exclude all of them from collections.
         garbage.set_apart()

@@ -9,95 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import AsyncIterator, Generator
-from typing import Final, Protocol
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Final
 
-from structlog.typing import FilteringBoundLogger
-
-from brokerd.config.model import Config
 from brokerd.config.problems import ConfigError
-from brokerd.config.values import ListenConfig
 from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, plan_fields, prepare
-from brokerd.daemon.systemd import Supervisor
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import AuditError
 from brokerd.net.listen.listener import ListenError
-from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
-__all__ = ["Reloadable", "Reloading"]
+if TYPE_CHECKING:
+    from brokerd.daemon.daemon import Daemon
+
+__all__ = ["Reloading"]
 
 #: Entries of a configuration that are freed per turn of the event loop: a millisecond's
 #: work.
 _FREED: Final = 256
 
 
-class Reloadable(Protocol):
-    """A daemon, as far as a reload uses it.
-
-    reloads: the counted results of reloads; those that were ``refused`` are counted
-    here. reload_refused: whether the last one was refused.
-    """
-
-    config: Config
-    log: FilteringBoundLogger
-    supervisor: Supervisor
-    reloads: Counter[str]
-    reload_refused: bool
-
-    @property
-    def activated(self) -> ActivatedSockets:
-        """The sockets that the service manager handed over."""
-
-    @property
-    def assigned(self) -> dict[ListenConfig, list[ActivatedSocket]]:
-        """The sockets from the service manager, by the ``listen`` entry that uses them."""
-
-    @property
-    def serves(self) -> bool:
-        """Whether the daemon has started, and neither drains nor has stopped."""
-
-    def reopen_log(self) -> None:
-        """Open a new file where a file of the log was moved away."""
-
-    def foreseen(self, prepared: Prepared) -> list[str]:
-        """Return why it can't be taken over, as far as a check without trying shows.
-
-        Called in a thread.
-        """
-
-    async def preview(self, prepared: Prepared, problems: list[str]) -> ReloadOutcome:
-        """Return the outcome that a reload would have.
-
-        problems: as ``foreseen`` returns them.
-        """
-
-    def opened(self, prepared: Prepared) -> Prepared:
-        """Return ``prepared`` with its sockets and files opened; called in a thread.
-
-        Raises ListenError or AuditError.
-        """
-
-    async def listen_again(self) -> None:
-        """Listen again where a socket's file is gone."""
-
-    def taking_over(self, prepared: Prepared, reason: str) -> Generator[None, None, ReloadOutcome]:
-        """Take over the configuration in turns.
-
-        Raises ListenError or AuditError; nothing has changed then.
-        """
-
-    async def wait_for_revocations(self) -> None:
-        """Return when all subscriptions that the last reload forbade have ended."""
-
-    async def wait_until_settled(self) -> None:
-        """Return when every request has its answer."""
-
-
 class Reloading:
     """The reloads of one daemon."""
 
-    def __init__(self, daemon: Reloadable) -> None:
+    def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._one = asyncio.Lock()
         self._begun = asyncio.Event()
@@ -148,8 +82,7 @@ class Reloading:
             finally:
                 daemon.supervisor.reloaded(problem)
             if outcome.problems:
-                daemon.reloads["refused"] += 1
-                daemon.reload_refused = True
+                daemon.reloads.refuse()
                 log.warning("daemon.reload_refused", cause=outcome.cause, problems=outcome.problems)
             return outcome
 

@@ -13,51 +13,16 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
-from structlog.typing import FilteringBoundLogger
-
-from brokerd.config.model import Config
-from brokerd.core.broker import Broker
 from brokerd.core.session import Session
+from brokerd.monitor.sources import Sources
 from brokerd.net.connection.connection import Connection
-from brokerd.net.server import Server
 
-__all__ = ["Counts", "Departed", "Reading", "Share", "Watched", "take"]
+__all__ = ["Counts", "Departed", "Reading", "Share", "take"]
 
 #: Connections that are read per turn of the event loop, some 300 microseconds' work.
 _SLICE: Final = 256
-
-
-class Watched(Protocol):
-    """A daemon, as far as the monitor reads it.
-
-    reloads: the counted results of reloads, ``accepted`` or ``refused``. reloaded_at:
-    when the configuration in use was taken over, in seconds since the epoch.
-    """
-
-    config: Config
-    broker: Broker
-    log: FilteringBoundLogger
-    reloads: Counter[str]
-    reload_refused: bool
-    reloaded_at: float
-
-    @property
-    def server(self) -> Server:
-        """The daemon's server, with all of its sockets."""
-
-    @property
-    def not_ready(self) -> str:
-        """The reason why no new client should be sent here, or ""."""
-
-    def key_expiries(self) -> dict[str, datetime]:
-        """Return, by client, the time from which its keys can no longer authenticate
-        it.
-
-        Only clients whose keys have an end are included.
-        """
 
 
 class Counts(NamedTuple):
@@ -166,13 +131,13 @@ class Reading:
             share.queued_bytes += waiting
 
 
-async def take(watched: Watched, departed: Departed | None) -> Reading:
+async def take(sources: Sources, departed: Departed | None) -> Reading:
     """Take a reading of all counters.
 
     departed: for metrics of each client; None where they are not asked for.
     """
-    broker, server = watched.broker, watched.server
-    connections = list(server.connections)
+    broker = sources.broker
+    connections = list(sources.server().connections)
     totals = broker.totals
     reading = Reading(
         counts=Counts(

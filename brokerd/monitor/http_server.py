@@ -28,11 +28,12 @@ from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import in_words
 from brokerd.monitor import formats as exposition
 from brokerd.monitor import metrics
-from brokerd.monitor.collect import Departed, Watched, take
+from brokerd.monitor.collect import Departed, take
 from brokerd.monitor.hosts import fits
 from brokerd.monitor.key_expiry import ends_of_keys, expiry_of
 from brokerd.monitor.loop_lag import Lag
 from brokerd.monitor.pending_requests import Pending
+from brokerd.monitor.sources import Sources
 from brokerd.net.handshake.penalties import origin_of
 from brokerd.net.listen.listener import Listening
 from brokerd_client.address import Address
@@ -77,8 +78,8 @@ _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class Site:
     """The monitor of one daemon, at its current addresses."""
 
-    def __init__(self, watched: Watched) -> None:
-        self._watched = watched
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._loop = asyncio.get_running_loop()
         self.listening: list[Listening] = []
         self._guests = _Guests(self._answer)
@@ -101,7 +102,7 @@ class Site:
         self._ends: tuple[Config, list[tuple[str, str, float]]] | None = None
         self._reading = asyncio.Lock()
         self._rested_at = 0.0
-        watched.server.on_left = self._on_left
+        sources.server().on_left = self._on_left
 
     @property
     def addresses(self) -> list[Address]:
@@ -118,14 +119,14 @@ class Site:
         self.listening = opened
         for each in opened:
             self._listen_at(each)
-        self._watched.log.info(
+        self._sources.log.info(
             "monitor.listening", addresses=[str(address) for address in self.addresses]
         )
 
     def apply(self, config: MonitorConfig) -> None:
         """Apply settings. The sockets are moved by :meth:`move`."""
         if not config.is_local:
-            self._watched.log.warning(
+            self._sources.log.warning(
                 "monitor.exposed",
                 address=str(config.address),
                 reason="it asks nobody for a password: whoever reaches it reads the metrics",
@@ -139,7 +140,7 @@ class Site:
 
     def close(self) -> None:
         """Stop listening and close every connection."""
-        self._watched.log.info(
+        self._sources.log.info(
             "monitor.closed", addresses=[str(address) for address in self.addresses]
         )
         self._stop_listening()
@@ -149,7 +150,7 @@ class Site:
         if self._second is not None:
             self._second.cancel()
             self._second = None
-        self._watched.server.on_left = lambda session: None
+        self._sources.server().on_left = lambda session: None
 
     # Accepting
 
@@ -238,7 +239,7 @@ class Site:
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 - an error in the monitor must not end the broker
-            self._watched.log.error(
+            self._sources.log.error(
                 "monitor.bug",
                 page=request.path,
                 error=in_words(error),
@@ -269,7 +270,7 @@ class Site:
         return _text("live\n")
 
     async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
-        reason = self._watched.not_ready
+        reason = self._sources.not_ready()
         return _text(f"not ready: {reason}\n", 503) if reason else _text("ready\n")
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -295,21 +296,21 @@ class Site:
         """Return all families; those of each client are made when the iterator reaches
         them.
         """
-        watched, departed = self._watched, self._departed
+        sources, departed = self._sources, self._departed
         # In a thread: with many descriptors or keys these take a while.
         process, expiry = await run_in_thread(
-            lambda: (list(self._process.collect()), expiry_of(watched.key_expiries(), time.time()))
+            lambda: (list(self._process.collect()), expiry_of(sources.key_expiries(), time.time()))
         )
-        reading = await take(watched, departed)
+        reading = await take(sources, departed)
         whole = metrics.of_the_broker(
-            watched, reading, self._lag, expiry, python=platform.python_version()
+            sources, reading, self._lag, expiry, python=platform.python_version()
         )
         if departed is None:
             return chain(whole, process)
         return chain(
             whole,
             process,
-            metrics.of_the_clients(reading, await self._ends_of_keys(watched.config)),
+            metrics.of_the_clients(reading, await self._ends_of_keys(sources.config())),
         )
 
     async def _ends_of_keys(self, config: Config) -> list[tuple[str, str, float]]:

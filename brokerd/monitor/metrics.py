@@ -21,9 +21,10 @@ from prometheus_client.core import (
     Metric,
 )
 
-from brokerd.monitor.collect import Reading, Share, Watched
+from brokerd.monitor.collect import Reading, Share
 from brokerd.monitor.key_expiry import Expiry
 from brokerd.monitor.loop_lag import BOUNDS, Lag
+from brokerd.monitor.sources import Sources
 from brokerd.net.counters import HandshakeOutcome
 from brokerd_client.wire.envelope import ErrorCode
 
@@ -39,10 +40,10 @@ _PerClient: TypeAlias = tuple[
 
 
 def of_the_broker(
-    watched: Watched, reading: Reading, lag: Lag, expiry: Expiry, *, python: str
+    sources: Sources, reading: Reading, lag: Lag, expiry: Expiry, *, python: str
 ) -> list[Metric]:
     """Return the families about the broker as a whole. python: its version."""
-    broker, config = watched.broker, watched.config
+    broker, config = sources.broker, sources.config()
     counts = reading.counts
     info = InfoMetricFamily(
         "brokerd_build", "The version, the routing loop that runs and the version of Python."
@@ -61,7 +62,7 @@ def of_the_broker(
         _gauge(
             "ready",
             "1 while the broker takes clients, as /readyz says; 0 while it starts or drains.",
-            not watched.not_ready,
+            not sources.not_ready(),
         ),
         _counter(
             "messages_received",
@@ -112,8 +113,8 @@ def of_the_broker(
             "Requests delivered and not answered yet.",
             reading.incoming_requests,
         ),
-        *_handshake_metrics(watched),
-        *_about_reloads(watched),
+        *_handshake_metrics(sources),
+        *_about_reloads(sources),
         _lag(lag),
         _gauge(
             "clients_expired",
@@ -128,10 +129,10 @@ def of_the_broker(
     ]
 
 
-def _handshake_metrics(watched: Watched) -> Iterator[Metric]:
-    server = watched.server
+def _handshake_metrics(sources: Sources) -> Iterator[Metric]:
+    server = sources.server()
     counters = server.counters
-    limits = watched.config.limits
+    limits = sources.config().limits
     yield _gauge("listeners", "Sockets listened at.", len(server.listening))
     yield _labelled_counter(
         "handshakes",
@@ -154,23 +155,23 @@ def _handshake_metrics(watched: Watched) -> Iterator[Metric]:
     )
 
 
-def _about_reloads(watched: Watched) -> Iterator[Metric]:
+def _about_reloads(sources: Sources) -> Iterator[Metric]:
     yield _labelled_counter(
         "reloads",
         "Reloads of the configuration.",
         "result",
         ("accepted", "refused"),
-        watched.reloads,
+        sources.reloads.results,
     )
     yield _gauge(
         "config_last_reload_successful",
         "0 while the configuration file is not the one in use because the last reload was refused.",
-        not watched.reload_refused,
+        not sources.reloads.was_refused,
     )
     yield _gauge(
         "config_loaded_timestamp_seconds",
         "When the configuration in use was taken over.",
-        watched.reloaded_at,
+        sources.reloads.accepted_at,
     )
 
 

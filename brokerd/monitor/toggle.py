@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from brokerd.config.values import MonitorConfig
-from brokerd.monitor.collect import Watched
+from brokerd.monitor.sources import Sources
 from brokerd.net.listen.listener import Listening
 from brokerd_client.address import Address
 
@@ -31,8 +31,8 @@ def preload(config: MonitorConfig | None) -> None:
 class Switch:
     """The monitor of one daemon, or none."""
 
-    def __init__(self, watched: Watched) -> None:
-        self._watched = watched
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
         self._site: Site | None = None
 
     @property
@@ -58,7 +58,7 @@ class Switch:
         if self._site is None:
             from brokerd.monitor.http_server import Site
 
-            self._site = Site(self._watched)
+            self._site = Site(self._sources)
         self._site.apply(config)
         if opened:
             self._site.move(opened)

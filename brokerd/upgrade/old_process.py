@@ -383,7 +383,7 @@ class UpgradeSource:
         if order is not None and order.source.open:
             asked_by = [handover.position_of(server, order.source), order.id]
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
-        facts["reloads"] = dict(self._daemon.reloads)
+        facts["reloads"] = dict(self._daemon.reloads.results)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
             channel.send(
