@@ -257,7 +257,7 @@ def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -
             20,
         )
         assert second.fields["count"] == 1
-        assert "a key of client 'bob' ends with a blank" in second.fields["warnings"][0]
+        assert "a key of client 'bob' ends with white space" in second.fields["warnings"][0]
         assert "canary" not in str(here.log.events)
         here.write(ALICE)
         assert here.reload() == []

@@ -202,7 +202,7 @@ class Crowded:
         """Connect a client without a socket; in the broker's thread."""
         server, broker = self.daemon.server, self.daemon.broker
         (credential, *_) = server.keyring.named(name)
-        connection = _StandLink(server, Stand(takes), credential)  # type: ignore[arg-type]
+        connection = _StandLink(server.context, Stand(takes), credential)  # type: ignore[arg-type]
         connection.fd = next(_FDS)
         session = broker.attach(
             name, f"{connection.fd:x}", peer="unix uid=0", now_wall=0.0, connection=connection
