@@ -28,6 +28,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 _HEADER_SIZE: Final = HEADER.size
+#: Bound here, because the lookup of the method takes a tenth of a send.
+_pack_head: Final = FRAME_HEAD.pack
 #: Bytes. Shorter frames are joined into one piece; the bodies of longer frames are not
 #: copied.
 _COPIED: Final = 1024
@@ -180,7 +182,7 @@ class Outgoing:
         name = self._recipients[to]
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
-            start = FRAME_HEAD.pack(size, kind, flags, codec, len(name), message_id) + name
+            start = _pack_head(size, kind, flags, codec, len(name), message_id) + name
             if size < _COPIED:
                 self._parts.append(start + body)
             else:
@@ -211,7 +213,7 @@ class Outgoing:
         if extension is None and len(body) < _MAX_SHORT_BODY:
             size = _HEADER_SIZE + len(name) + len(body)
             self._parts += (
-                FRAME_HEAD.pack(size, EVENT_KIND, flags, codec, 0, message_id) + name,
+                _pack_head(size, EVENT_KIND, flags, codec, 0, message_id) + name,
                 body,
             )
             self.queued += 4 + size
