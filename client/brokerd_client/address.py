@@ -4,8 +4,8 @@ or socket.
 An address can be read in two ways, which differ for a plain string:
 
 - :func:`infer_family` follows ``multiprocessing.connection``. A tuple is TCP. A string
-  with two
-  leading backslashes is a Windows named pipe. Any other string is a Unix socket's path.
+  with two leading backslashes is a Windows named pipe. Any other string is a Unix
+  socket's path.
 - :func:`parse` reads the addresses of configuration files and command lines. There
   ``localhost:6000`` is TCP: see its docstring.
 """
@@ -110,11 +110,15 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
             raise AddressError(_no_ipv6(match["host"]))
         return replace(_from_pair((match["host"], int(match["port"]))), tls=tls)
     if tls:
-        raise AddressError(f"{address!r} is no address: give tls://HOST:PORT or tls://[IPV6]:PORT")
+        raise AddressError(
+            f"{address!r} is not a valid address: give tls://HOST:PORT or tls://[IPV6]:PORT"
+        )
     if scheme := _SCHEME.match(address):
-        raise AddressError(f"{address!r} is no address: leave out {scheme[0]} and give {_FORMS}")
+        raise AddressError(
+            f"{address!r} is not a valid address: leave out {scheme[0]} and give {_FORMS}"
+        )
     if "\0" in address:
-        raise AddressError(f"{address!r} is no address: a path can't hold a NUL character")
+        raise AddressError(f"{address!r} is not a valid address: a path can't hold a NUL character")
     _check_path(address)
     return Address("AF_UNIX", path=os.path.expanduser(address))  # noqa: PTH111 - a Path would drop a leading "./"
 
@@ -125,7 +129,7 @@ def _check_path(address: str) -> None:
     if not slash and not address.endswith(_PATH_ENDS):
         raise AddressError(_incomplete(address))
     if not slash and ":" in address:
-        raise AddressError(f"{address!r} is no address: give {_FORMS}")
+        raise AddressError(f"{address!r} is not a valid address: give {_FORMS}")
     if ":" in begin:
         if begin.lower() in _PATH_SCHEMES and rest:
             raise AddressError(
@@ -142,7 +146,7 @@ def _check_path(address: str) -> None:
 def _not_text(value: object) -> str:
     if type(value) is int and 0 < value < 10**_LONGEST_PORT:
         return _incomplete(str(value))
-    return f"{value!r} is no address: give {_FORMS}"
+    return f"{value!r} is not a valid address: give {_FORMS}"
 
 
 def _incomplete(address: str) -> str:
@@ -157,7 +161,7 @@ def _incomplete(address: str) -> str:
     if ":" in bare and _is_ip(bare):
         return f"{address!r} has no port: give [HOST]:PORT, such as [{bare}]:6000"
     if ":" in address or "[" in address or not _HOST.fullmatch(address):
-        return f"{address!r} is no address: give {_FORMS}"
+        return f"{address!r} is not a valid address: give {_FORMS}"
     return (
         f"{address!r} has no port: give {address}:PORT, or ./{address} for the path of a Unix"
         " socket"
@@ -171,21 +175,21 @@ def _from_pair(pair: Sequence[Any]) -> Address:
         or isinstance(pair[1], bool)
         or not isinstance(pair[1], int)
     ):
-        raise AddressError(f"{list(pair)!r} is no address: give a host and a port number")
+        raise AddressError(f"{list(pair)!r} is not a valid address: give a host and a port number")
     host, port = pair[0], pair[1]
     if not 0 <= port <= 65535:
-        raise AddressError(f"{port} is no port: give a number from 0 to 65535")
+        raise AddressError(f"{port} is not a valid port: give a number from 0 to 65535")
     if not _can_be_looked_up(host):
         raise AddressError(
-            f"{host!r} is no host: give a name whose parts have 1 to 63 characters, or an IP"
-            " address"
+            f"{host!r} is not a valid host: give a name whose parts have 1 to 63 characters, or"
+            " an IP address"
         )
     if ":" in host and not _is_ip(host):
         raise AddressError(_no_ipv6(host))
     if _QUAD.fullmatch(host) and not _is_ip(host):
         raise AddressError(
-            f"{host!r} is no IPv4 address: give four numbers from 0 to 255, without zeros before"
-            " them"
+            f"{host!r} is not a valid IPv4 address: give four numbers from 0 to 255, without"
+            " zeros before them"
         )
     return Address("AF_INET6" if ":" in host else "AF_INET", host=host, port=port)
 
@@ -203,8 +207,8 @@ def _is_ip(host: str) -> bool:
 
 def _no_ipv6(host: str) -> str:
     return (
-        f"{host!r} is no IPv6 address: give one such as [::1]:6000, or a name or an IPv4 address"
-        " without brackets"
+        f"{host!r} is not a valid IPv6 address: give one such as [::1]:6000, or a name or an"
+        " IPv4 address without brackets"
     )
 
 

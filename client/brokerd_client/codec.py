@@ -87,13 +87,15 @@ def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
             return json.loads(body)
         # RecursionError: json raises it for deep nesting.
         except (ValueError, RecursionError) as error:
-            raise UndecodablePayload("the payload is not the JSON it is said to be") from error
+            raise UndecodablePayload(
+                "the payload is not valid JSON, although its codec is JSON"
+            ) from error
     if codec == CodecId.PICKLE:
         return _unpickle(body, allow_pickle=allow_pickle)
     if codec == CodecId.MSGPACK:
         return _unmsgpack(body)
     raise UndecodablePayload(
-        f"codec {codec} is reserved: nothing here can read it; .body holds the bytes"
+        f"codec {codec} is reserved, so it can't be decoded; .body holds the bytes"
     )
 
 
@@ -102,13 +104,13 @@ def _number(codec: str | int) -> int:
         number = _BY_NAME.get(codec)
         if number is None:
             raise PayloadError(
-                f"there is no codec {codec!r}: give raw, json, msgpack, pickle or 128 to 255"
+                f"codec {codec!r} is not known: give raw, json, msgpack, pickle or 128 to 255"
             )
         return int(number)
     if codec in _BY_NAME.values() or FIRST_USER_CODEC <= codec <= _LAST_CODEC:
         return int(codec)
     raise PayloadError(
-        f"codec {codec} is not to be used: 0 to 3 are the known ones, 128 to 255 your own"
+        f"codec {codec} is reserved: give 0 to 3, or 128 to 255 for a codec of your own"
     )
 
 
@@ -170,7 +172,9 @@ def _unmsgpack(body: bytes) -> Any:
         ) from error
     except Exception as error:
         # The package raises errors of its own, which differ between its versions.
-        raise UndecodablePayload("the payload is not the MessagePack it is said to be") from error
+        raise UndecodablePayload(
+            "the payload is not valid MessagePack, although that is its codec"
+        ) from error
 
 
 def _msgpack_module() -> Any:

@@ -140,7 +140,7 @@ class Message:
         """Raise AlreadyAnswered if the request was answered before."""
         if self.answered:
             raise AlreadyAnswered(
-                f"request {self.id} of {self.sender} has been answered: each gets one answer"
+                f"request {self.id} of {self.sender} has been answered: a request gets one answer"
             )
 
     def __len__(self) -> int:

@@ -110,7 +110,9 @@ def resolve(
     or InvalidKey, each with a message that says what is right.
     """
     if isinstance(allow_pickle_from, str):
-        raise TypeError("allow_pickle_from takes several names: give a list, even for one")
+        raise TypeError(
+            "allow_pickle_from takes several names: give a list, even for a single name"
+        )
     if inbox <= 0:
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
     if threads < 1:
@@ -144,11 +146,11 @@ def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLC
         return where, None
     if where.family not in ("AF_INET", "AF_INET6"):
         raise AddressError(
-            f"TLS is for TCP, and {where} is none: leave ssl away, or give tls://HOST:PORT"
+            f"TLS is for TCP, and {where} is not a TCP address: omit ssl, or give tls://HOST:PORT"
         )
     if given is False:
         raise AddressError(
-            f"{where} says tls://, and ssl=False that there is none: give one of them"
+            f"{where} asks for TLS, and ssl=False forbids it: leave out tls:// or ssl=False"
         )
     # Imported here, because it takes long to load.
     import ssl
@@ -173,7 +175,9 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
         if given is None:
             raise InvalidKey("the key can't be written in UTF-8: give it as bytes")
         if not given:
-            raise InvalidKey("an empty key authenticates nobody; give a key of at least one byte")
+            raise InvalidKey(
+                "an empty key authenticates no client; give a key of at least one byte"
+            )
         return given
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
     if not path:
@@ -219,10 +223,10 @@ def unreachable(address: Address, error: Exception) -> str:
     """Return the error text for a connection that could not be made."""
     code = error.errno if isinstance(error, OSError) else None
     reason = getattr(error, "strerror", None) or error
-    nobody = code in (errno.ENOENT, errno.ECONNREFUSED)
+    refused = code in (errno.ENOENT, errno.ECONNREFUSED)
     advice = (
         " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)"
-        if nobody
+        if refused
         else ""
     )
     return f"can't connect to {address}: {reason}{advice}"

@@ -283,9 +283,9 @@ def test_an_address_that_can_be_none_is_78_before_anything_is_listened_at(tmp_pa
         result = CliRunner().invoke(main, ["--config", str(tmp_path / "b.yaml"), *command])
         assert result.exit_code == 78
         assert [line.split(" ", 1)[1].split(" (")[0] for line in result.stderr.splitlines()] == [
-            "listen[0]: 'zz' is no IPv6 address",
-            "listen[1]: '1.2.3.999' is no IPv4 address",
-            "monitor: '1.2.3.999' is no IPv4 address",
+            "listen[0]: 'zz' is not a valid IPv6 address",
+            "listen[1]: '1.2.3.999' is not a valid IPv4 address",
+            "monitor: '1.2.3.999' is not a valid IPv4 address",
         ]
 
 
@@ -340,7 +340,7 @@ def test_key_refuses_what_is_no_name() -> None:
     result = brokerd("key", "a b")
 
     assert result.exit_code == 2
-    assert "'a b' is no client name" in result.stderr
+    assert "'a b' is not a valid client name" in result.stderr
     assert result.stdout == ""
 
 

@@ -223,7 +223,7 @@ GOOD = "listen: [/run/b.sock]\n"
         ("listen: []\n", "f:1:1: listen: is an empty list (give at least one address)"),
         ("listen: /run/b\n", "f:1:9: listen: is text, not a list (give a list: [one, other], or one '- item' a line)"),
         ("listen: [5]\n", "f:1:10: listen[0]: 5 is a port without a host (give HOST:5, such as localhost:5)"),
-        ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is no port (give a number from 0 to 65535)"),
+        ("listen: [[h, 70000]]\n", "f:1:10: listen[0]: 70000 is not a valid port (give a number from 0 to 65535)"),
         ("listen: [[h, 1, 2]]\n", "f:1:10: listen[0]: a list of 3 is not a valid address (give a host and a port number)"),
         ("listen: [{mode: '0600'}]\n", "f:1:10: listen[0].address: is missing (give it)"),
         ("listen: [{address: /b, mode: 0600}]\n", ("f:1:30: listen[0].mode: is not a valid file mode "
@@ -240,7 +240,7 @@ GOOD = "listen: [/run/b.sock]\n"
          "108 (give a shorter one)")),
         # clients
         (GOOD + "clients: [a]\n", "f:2:1: clients: is a list, not a mapping (give keys with values)"),
-        (GOOD + "clients: {a b: {key: k}}\n", ("f:2:11: clients.a b: 'a b' is no client name (1 to 64 letters, digits, "
+        (GOOD + "clients: {a b: {key: k}}\n", ("f:2:11: clients.a b: 'a b' is not a valid client name (1 to 64 letters, digits, "
          "'_', '.' and '-', not beginning with '.' or '-')")),
         (GOOD + "clients: {a: secret}\n", "f:2:14: clients.a: is text, not a mapping (give keys with values)"),
         (GOOD + "clients: {a: {key: 5}}\n", "f:2:20: clients.a.key: is not text (put the key in quotes)"),
@@ -278,9 +278,9 @@ GOOD = "listen: [/run/b.sock]\n"
          "(give a name from clients:, or a pattern with '*')")),
         (GOOD + "clients: {a: {key: k, publish: [$x]}}\n", ("f:2:33: clients.a.publish[0]: is reserved for the "
          "broker (only the broker publishes below '$')")),
-        (GOOD + "clients: {a: {key: k, subscribe: [a..b]}}\n", ("f:2:35: clients.a.subscribe[0]: 'a..b' is no topic "
+        (GOOD + "clients: {a: {key: k, subscribe: [a..b]}}\n", ("f:2:35: clients.a.subscribe[0]: 'a..b' is not a valid topic "
          "pattern (its tokens are joined by single dots)")),
-        (GOOD + "clients: {a: {key: k, subscribe: ['>.a']}}\n", ("f:2:35: clients.a.subscribe[0]: '>.a' is no topic "
+        (GOOD + "clients: {a: {key: k, subscribe: ['>.a']}}\n", ("f:2:35: clients.a.subscribe[0]: '>.a' is not a valid topic "
          "pattern ('>' may only be its last token)")),
         (GOOD + "clients: {a: {key: k, rate: 5}}\n", ("f:2:29: clients.a.rate: is a number, not a mapping "
          "(give keys with values)")),

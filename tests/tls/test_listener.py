@@ -631,7 +631,7 @@ def test_reconnect_over_tls(here: RunningDaemon, face: Face, trusting: ssl.SSLCo
     ("address", "given", "error"),
     [
         ("/run/b.sock", True, "TLS is for TCP"),
-        ("tls://h:1", False, "give one of them"),
+        ("tls://h:1", False, "ssl=False forbids it"),
         ("h:1", "yes", r"an ssl\.SSLContext or True"),
         ("h:1", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "a client's context"),
     ],

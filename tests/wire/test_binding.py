@@ -185,7 +185,7 @@ def test_mark_is_refused_where_no_name_may_stand() -> None:
     next(steps)
     next(steps)
     assert steps.send(b"{sha256}" + bytes(32) + b"\0tls-server-end-point") == Send(FAILURE)
-    with pytest.raises(AuthenticationError, match="where 32 are right"):
+    with pytest.raises(AuthenticationError, match="instead of 32"):
         next(steps)
 
 
@@ -200,7 +200,7 @@ def test_md5_has_no_room_for_a_mark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behind", "said"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "did not say why")]
+    ("behind", "said"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "gave no reason")]
 )
 def test_failure_instead_of_a_challenge_tells_why(behind: bytes, said: str) -> None:
     """What a listener says behind #FAILURE#, before anything else, is passed on,

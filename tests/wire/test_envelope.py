@@ -217,7 +217,7 @@ def test_a_frame_shorter_than_a_header_is_malformed(size: int) -> None:
 @pytest.mark.parametrize("kind", [0, 8, 9, 127, 128, 255])
 def test_an_unknown_kind_is_malformed(kind: int) -> None:
     """There are seven kinds."""
-    with pytest.raises(MalformedEnvelope, match=f"no kind {kind}") as caught:
+    with pytest.raises(MalformedEnvelope, match=f"kind {kind} is not known") as caught:
         parse(header(kind=kind))
 
     assert caught.value.id == ID

@@ -297,7 +297,7 @@ def test_a_name_is_refused_where_none_is_expected() -> None:
         as_listener(NONCE, named=False), as_dialer(KEY, OTHER_NONCE, name=b"alice")
     )
 
-    assert "37 bytes where 32 are right" in str(listener.error)
+    assert "37 bytes instead of 32" in str(listener.error)
     assert dialer.error is not None
 
 
@@ -451,22 +451,22 @@ def test_handshake_with_an_empty_key_authenticates() -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"", "no proof"),
-        (b"x" * 15, "no proof"),
-        (b"x" * 17, "no proof"),
-        (b"{sha256" + b"x" * 32, "no proof"),
-        (b"{}" + b"x" * 32, "no proof"),
-        (b"{sha1}" + b"x" * 20, "no proof"),
-        (b"{SHA256}" + b"x" * 32, "no proof"),
-        (b"{\xff\xfe}" + b"x" * 32, "no proof"),
-        (b"{sha256}", "0 bytes where 32 are right"),
-        (b"{sha256}" + b"x" * 31, "31 bytes where 32 are right"),
-        (b"{sha256}" + b"x" * 33, "33 bytes where 32 are right"),
-        (b"{sha384}" + b"x" * 32, "32 bytes where 48 are right"),
+        (b"", "not a valid proof"),
+        (b"x" * 15, "not a valid proof"),
+        (b"x" * 17, "not a valid proof"),
+        (b"{sha256" + b"x" * 32, "not a valid proof"),
+        (b"{}" + b"x" * 32, "not a valid proof"),
+        (b"{sha1}" + b"x" * 20, "not a valid proof"),
+        (b"{SHA256}" + b"x" * 32, "not a valid proof"),
+        (b"{\xff\xfe}" + b"x" * 32, "not a valid proof"),
+        (b"{sha256}", "0 bytes instead of 32"),
+        (b"{sha256}" + b"x" * 31, "31 bytes instead of 32"),
+        (b"{sha256}" + b"x" * 33, "33 bytes instead of 32"),
+        (b"{sha384}" + b"x" * 32, "32 bytes instead of 48"),
         (b"{sha256}" + b"x" * 32, "a key that is not accepted here"),
         (b"x" * 16, "a key that is not accepted here"),
-        (WELCOME, "no proof"),
-        (FAILURE, "no proof"),
+        (WELCOME, "not a valid proof"),
+        (FAILURE, "not a valid proof"),
     ],
 )
 def test_an_answer_that_proves_nothing_is_refused(answer: bytes, reason: str) -> None:

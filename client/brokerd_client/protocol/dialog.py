@@ -209,12 +209,12 @@ class Dialog(Generic[M]):
         except (AuthenticationError, ProtocolError) as error:
             effects.broken = error
         except Exception as error:  # noqa: BLE001 - a bug must not leave a call without its outcome
-            what = (
+            text = (
                 f"{error}"
                 if isinstance(error, BrokerdError)
                 else f"{type(error).__name__}: {error}"
             )
-            effects.broken = ProtocolError(f"what the broker sent can't be understood: {what}")
+            effects.broken = ProtocolError(f"the bytes from the broker can't be understood: {text}")
             effects.broken.__cause__ = error
         self._finish()
         self.undelivered += len(effects.undelivered)
@@ -374,9 +374,9 @@ class Dialog(Generic[M]):
         if self._link_deadline is not None and self._link_deadline <= now:
             self._link_deadline = None
             silent = self.state is State.AUTHENTICATING and not self._challenged
-            why = SILENT if silent else self.state.value
+            reason = SILENT if silent else self.state.value
             effects.broken = TimedOut(
-                f"the broker did not answer within {self._timeout_s:g} s ({why})"
+                f"the broker did not answer within {self._timeout_s:g} s ({reason})"
             )
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.
@@ -619,9 +619,7 @@ class Dialog(Generic[M]):
             return
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("the client is closed")
-        raise Disconnected(
-            f"there is no connection to the broker: {self.reason or self.state.value}"
-        )
+        raise Disconnected(f"not connected to the broker: {self.reason or self.state.value}")
 
     @property
     def may_answer(self) -> bool:
@@ -678,12 +676,12 @@ class Dialog(Generic[M]):
             self.unwatch(pending.sink)
 
     def _loss(self, message_id: int, to: str, *, left: bool) -> Disconnected:
-        why = f"the connection to the broker is gone ({self.reason})"
+        reason = f"the connection to the broker is lost ({self.reason})"
         if left:
             return InDoubt(
-                f"{why}, and what became of {message_id} to {to} is not known", id=message_id
+                f"{reason}, and the outcome of {message_id} to {to} is not known", id=message_id
             )
-        return Disconnected(f"{why}, and {message_id} to {to} was not sent", id=message_id)
+        return Disconnected(f"{reason}, and {message_id} to {to} was not sent", id=message_id)
 
     def _step(self, step: Event) -> None:
         follows = NEXT[self.state].get(step)
@@ -714,7 +712,7 @@ class Dialog(Generic[M]):
             return self._reader.take_rest()
         except AuthenticationError as error:
             raise AuthenticationError(
-                f"{error} (as {self.name or 'whoever the key names'})"
+                f"{error} (as {self.name or 'the client that the key names'})"
             ) from error
         return b""
 
@@ -775,7 +773,9 @@ class Dialog(Generic[M]):
         if not isinstance(name, str) or not is_name(name):
             raise ProtocolError("the broker's introduction has no valid name for this client")
         if self.name and name != self.name:
-            raise ProtocolError(f"the broker calls this client {name}, and it is {self.name}")
+            raise ProtocolError(
+                f"the broker calls this client {name}, but it connects as {self.name}"
+            )
         if (
             not isinstance(address, str)
             or not is_address(address)

@@ -27,12 +27,12 @@ class Purpose(Enum):
     CONTROL = "an operation of the broker, for the caller"
     SUBSCRIBE = "a subscription, for the caller"
     WATCH = "the list of clients that begins a watch, for the caller"
-    WHOAMI = "who we are, right after the handshake"
+    WHOAMI = "the introduction of the client, right after the handshake"
     RESUBSCRIBE = "a subscription, made again on a new connection or for a watch"
     RESYNC = "the list of clients, on a new connection"
-    GOAWAY = "to be told before the broker closes the connection"
-    FINISHED = "all that was sent on the connection is written or reported"
-    FORGET = "an operation whose answer nobody needs"
+    GOAWAY = "the notice before the broker closes the connection"
+    FINISHED = "the confirmation that all earlier sends are written or reported"
+    FORGET = "an operation whose answer is not needed"
 
 
 class Pending:

@@ -14,29 +14,29 @@ __all__ = ["NEXT", "Event", "State"]
 class State(Enum):
     """The state of the connection."""
 
-    IDLE = "nothing has been tried yet"
-    CONNECTING = "the face is opening a connection"
+    IDLE = "the client has not tried to connect yet"
+    CONNECTING = "the client is opening a connection"
     AUTHENTICATING = "the handshake is under way"
-    INTRODUCING = "authenticated; the broker has been asked who we are"
-    READY = "messages flow"
+    INTRODUCING = "the broker has not introduced the client yet"
+    READY = "the client is connected"
     DRAINING = "the broker closes the connection soon; only answers are sent"
-    WAITING = "the connection is gone; the next try has its time"
-    CLOSING = "close() was called; what the broker still says about earlier sends is taken in"
-    GONE = "the connection is gone and no other will be made"
-    CLOSED = "close() was called, and the connection is gone"
+    WAITING = "the connection is lost; another attempt follows"
+    CLOSING = "close() was called; outcomes of earlier sends are still received"
+    GONE = "the connection is lost; no other attempt follows"
+    CLOSED = "close() was called, and the connection is closed"
 
 
 class Event(Enum):
     """An event that changes the state of the connection."""
 
     DIAL = "the face begins to connect"
-    OPEN = "there is a connection"
+    OPEN = "the connection is made"
     AUTHENTICATE = "both sides have proved that they know the key"
-    INTRODUCE = "the broker has said who we are"
-    DRAIN = "the broker has said that it closes the connection soon"
-    LOSE = "the connection is gone, or could not be made; another try follows"
-    GIVE_UP = "the connection is gone, or could not be made; no other try follows"
-    CLOSE = "the caller closes"
+    INTRODUCE = "the broker has introduced the client"
+    DRAIN = "the broker announces the end of the connection"
+    LOSE = "the connection is lost, or could not be made; another attempt follows"
+    GIVE_UP = "the connection is lost, or could not be made; no other attempt follows"
+    CLOSE = "the program closes the client"
 
 
 #: NEXT[state][event] is the state that follows; an event that is not in the table can't

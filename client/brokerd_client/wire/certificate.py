@@ -98,7 +98,7 @@ def _moment(tag: int, content: bytes) -> datetime:
         # RFC 5280, 4.1.2.5.1: the years 50 to 99 are 1950 to 1999.
         text = ("19" if text >= "50" else "20") + text
     elif tag != _GENERALIZED_TIME:
-        raise ValueError("the certificate's validity is no time")
+        raise ValueError("the certificate's validity is not a valid time")
     return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
 
 
@@ -111,19 +111,19 @@ def _fields(data: bytes, least: int = 1) -> list[tuple[int, bytes]]:
     position = 0
     while position < len(data):
         if position + 2 > len(data):
-            raise ValueError("the certificate is cut short")
+            raise ValueError("the certificate is truncated")
         tag, size = data[position], data[position + 1]
         position += 2
         if size & 0x80:
             width = size & 0x7F
             if not 1 <= width <= 4:
-                raise ValueError("the certificate has an element of no sensible length")
+                raise ValueError("the certificate has an element whose length is not valid")
             size = int.from_bytes(data[position : position + width], "big")
             position += width
         if position + size > len(data):
-            raise ValueError("the certificate is cut short")
+            raise ValueError("the certificate is truncated")
         found.append((tag, data[position : position + size]))
         position += size
     if len(found) < least:
-        raise ValueError("the certificate lacks something that must be there")
+        raise ValueError("the certificate lacks a required element")
     return found

@@ -81,8 +81,8 @@ def choose(offered: bytes, bindings: Bindings) -> str:
     *kinds, version = offered[1:].split(b" ") if offered.startswith(b"\0") else [b""]
     if version != _VERSION:
         raise ValueError(
-            "the listener does not offer keys bound to the channel, version 2: it is older, or no"
-            " broker"
+            "the listener does not offer keys bound to the channel, version 2: it is an older"
+            " broker, or not a broker"
         )
     return next((kind for kind in KINDS if kind in bindings and kind.encode() in kinds), END_POINT)
 

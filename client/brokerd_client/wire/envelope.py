@@ -234,7 +234,7 @@ def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
     kind_number, flags, codec, name_size, message_id = HEADER.unpack_from(body)
     kind = _KINDS.get(kind_number)
     if kind is None:
-        raise MalformedEnvelope(f"there is no kind {kind_number}", message_id)
+        raise MalformedEnvelope(f"kind {kind_number} is not known", message_id)
     if flags & ~_KNOWN_FLAGS:
         raise MalformedEnvelope(f"flags has unknown bits set: {flags:#04x}", message_id)
     position = HEADER.size
@@ -359,8 +359,8 @@ def check_name(text: str) -> str:
     """Return the text. Raises InvalidName if it can't name a client."""
     if not is_name(text):
         raise InvalidName(
-            f"{text!r} is no client name: 1 to 64 letters, digits, '_', '.' and '-', not beginning"
-            " with '.' or '-'"
+            f"{text!r} is not a valid client name: 1 to 64 letters, digits, '_', '.' and '-',"
+            " not beginning with '.' or '-'"
         )
     return text
 
@@ -369,7 +369,7 @@ def check_address(text: str) -> str:
     """Return the text. Raises InvalidName if it can't be a recipient."""
     if not is_address(text):
         raise InvalidName(
-            f"{text!r} is no recipient: give a client's name, NAME/INSTANCE or $broker"
+            f"{text!r} is not a valid recipient: give a client's name, NAME/INSTANCE or $broker"
         )
     return text
 
@@ -384,7 +384,7 @@ def check_topic(text: str) -> str:
     """Return the text. Raises InvalidName if it is not a topic to publish on."""
     _check_tokens(text, "topic")
     if any(token in ("*", ">") for token in text.split(".")):
-        raise InvalidName(f"{text!r} is no topic: '*' and '>' are for subscriptions")
+        raise InvalidName(f"{text!r} is not a valid topic: '*' and '>' are for subscriptions")
     return text
 
 
@@ -395,7 +395,7 @@ def check_pattern(text: str) -> str:
     """
     _check_tokens(text, "topic pattern")
     if ">" in text.split(".")[:-1]:
-        raise InvalidName(f"{text!r} is no topic pattern: '>' may only be its last token")
+        raise InvalidName(f"{text!r} is not a valid topic pattern: '>' may only be its last token")
     return text
 
 
@@ -404,4 +404,4 @@ def _check_tokens(text: str, what: str) -> None:
     if not 0 < size <= MAX_TOPIC:
         raise InvalidName(f"a {what} has 1 to {MAX_TOPIC} bytes; this one has {size}")
     if not all(text.split(".")):
-        raise InvalidName(f"{text!r} is no {what}: its tokens are joined by single dots")
+        raise InvalidName(f"{text!r} is not a valid {what}: its tokens are joined by single dots")

@@ -330,12 +330,13 @@ def _check_verdict(verdict: bytes | None) -> None:
     """Raise AuthenticationError unless the peer accepted this end's answer."""
     if verdict == FAILURE:
         raise AuthenticationError(
-            "the peer rejected our answer: it does not accept the key used here, or has no place"
-            " left for who uses it"
+            "the peer rejected our answer: it does not accept the key used here, or has no room"
+            " for another connection with it"
         )
     if verdict != WELCOME:
         raise AuthenticationError(
-            "the peer answered neither #WELCOME# nor #FAILURE# to our proof: it is no listener"
+            "the peer answered neither #WELCOME# nor #FAILURE# to this end's proof: it is not a"
+            " listener"
         )
 
 
@@ -356,9 +357,11 @@ def _read_challenge(message: bytes) -> bytes:
     if message.startswith(FAILURE):
         # A listener that refuses a connection before the handshake sends the reason
         # after the word.
-        text = message[len(FAILURE) :].decode("ascii", "replace").strip() or "it did not say why"
-        why = "".join(letter if letter.isprintable() else "?" for letter in text)
-        raise AuthenticationError(f"the listener sent us away before any key was shown: {why}")
+        text = message[len(FAILURE) :].decode("ascii", "replace").strip() or "it gave no reason"
+        reason = "".join(letter if letter.isprintable() else "?" for letter in text)
+        raise AuthenticationError(
+            f"the listener refused the connection before any key was shown: {reason}"
+        )
     if not message.startswith(CHALLENGE):
         raise AuthenticationError(
             "expected a challenge from the peer and got something else: is authentication switched"
@@ -409,14 +412,13 @@ def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: boo
         prefix = _digest_prefix(answer)
         if prefix is None:
             raise AuthenticationError(
-                "the peer's answer is no proof: neither 16 bytes nor a known {digest}"
+                "the peer's answer is not a valid proof: neither 16 bytes nor a known {digest}"
             )
         digest, rest = prefix
         mac, name = rest[: DIGESTS[digest]], rest[DIGESTS[digest] :]
         if len(mac) != DIGESTS[digest] or (name and not named):
             raise AuthenticationError(
-                f"the peer's {digest} answer has {len(rest)} bytes where {DIGESTS[digest]} are"
-                " right"
+                f"the peer's {digest} answer has {len(rest)} bytes instead of {DIGESTS[digest]}"
             )
     try:
         name, binding = unmarked(name)
