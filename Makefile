@@ -3,7 +3,7 @@
 #   make run PYTHON=python3.13      uses that interpreter for a new .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-system lint coverage fuzz sanitize test-oldest \
+.PHONY: help run test test-all test-system faces lint coverage fuzz sanitize test-oldest \
         lock audit sbom reproducible bench faults siege soak clean ready-run ready-test ready-tools
 
 VENV := .venv
@@ -36,6 +36,10 @@ test-all: ready-test ## run every test, the slow ones too, on all supported Pyth
 # As root, on Debian or a relative of it: what is missing is installed with apt, and everything made is removed again.
 test-system: ready-test ## run the tests that boot a systemd and build and run the image
 	@$(BIN)/python -m pytest -m system tests/system
+
+# One source, two faces: client.py and subscriptions.py of blocking/ are made from those of aio/.
+faces: ready-test ## write the generated part of the blocking client
+	@$(BIN)/python .ci/blocking_face.py
 
 lint: ready-test ## run ruff and mypy only
 	@status=0; \

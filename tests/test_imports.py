@@ -168,6 +168,15 @@ NOT_IN_SANS_IO = {
 #: Imports under TYPE_CHECKING that close a circle: (importing module, imported module),
 #: where a ``*`` stands for any module of the folder, and the reason. Nothing else may.
 TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
+    (
+        "brokerd_client.aio.*",
+        "brokerd_client.aio.base",
+    ): "a transport reports its events to the client",
+    (
+        "brokerd_client.aio.*",
+        "brokerd_client.aio.client",
+    ): "messages and subscriptions pass their calls on to the client",
+    ("brokerd_client.blocking.*", "brokerd_client.blocking.client"): "the same",
     ("brokerd.core.*", "brokerd.core.broker"): "functions that Broker calls are given it",
     ("brokerd.core.session", "brokerd.core.*"): "a session keeps state for the other modules",
     ("brokerd.core.*", "brokerd.core.session"): "the routing loop is given the sender's session",

@@ -109,13 +109,13 @@ def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
     alice.on_undelivered(account.hear)
     alice.ping()
     reads_on = threading.Event()
-    act = BaseClient.act
+    act = BaseClient._on_ready
 
     def late(self: BaseClient, *, readable: bool, writable: bool) -> None:
         reads_on.wait(TIMEOUT_S)
         act(self, readable=readable, writable=writable)
 
-    monkeypatch.setattr(BaseClient, "act", late)
+    monkeypatch.setattr(BaseClient, "_on_ready", late)
     place.begin_to_stop()
     for _ in range(BURST):
         account.note(alice.send("absent", account.next_body()))

@@ -606,9 +606,9 @@ def test_close_is_quick_and_what_was_sent_arrives(
     """A client that sends and closes at once has everything delivered, and is not
     closed by a time that runs out.
     """
-    for module in (dialog, aio.client, blocking.client):
+    for module in (dialog, aio.base, blocking.base):
         monkeypatch.setattr(module, "LINGER_S", 3 * PATIENCE)
-    monkeypatch.setattr(blocking.client, "_THREAD_GRACE_S", 3 * PATIENCE)
+    monkeypatch.setattr(blocking.base, "_THREAD_GRACE_S", 3 * PATIENCE)
     bob = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
     alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
     for number in range(200):

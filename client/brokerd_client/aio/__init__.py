@@ -5,11 +5,11 @@ from __future__ import annotations
 from brokerd_client.aio.client import (
     Client,
     Message,
-    Opening,
     PresenceWatch,
     Subscription,
     connect,
 )
+from brokerd_client.aio.opening import Opening
 
 __all__ = [
     "Client",

@@ -12,13 +12,16 @@ import contextlib
 import inspect
 import os
 from asyncio import _get_running_loop as running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import get_ident
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Self, TypeVar
 
+from brokerd_client import message
 from brokerd_client._common import forks
+from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
+from brokerd_client.aio.handlers import ends_worker, request_job
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Resolver, Transport, dial
 from brokerd_client.aio.waiters import WaitQueue
@@ -31,12 +34,18 @@ from brokerd_client.errors import (
     WrongLoop,
     WrongProcess,
 )
-from brokerd_client.protocol.dialog import Dialog, Effects
+from brokerd_client.message import Receipt
+from brokerd_client.protocol.bulk import Bulk
+from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
-__all__ = ["BaseClient", "ends_worker", "runs"]
+__all__ = ["BaseClient"]
+
+H = TypeVar("H")
+R = TypeVar("R")
+S = TypeVar("S", bound=BaseSubscription[Any])
 
 #: Most requests that a client's handler works on at the same time.
 _REQUEST_TASKS: Final = 64
@@ -44,6 +53,8 @@ _REQUEST_TASKS: Final = 64
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 #: Seconds between two checks whether a connection that is not read has ended.
 _LOOK_S: Final = 0.5
+#: Seconds by which the dialog may be late with its own deadlines.
+_LATENESS_S: Final = 1.0
 #: Seconds after its deadline when a call ends, if the dialog has not ended it.
 _GRACE_S: Final = 0.05
 #: States in which the client has no connection and the dialog knows it.
@@ -52,21 +63,17 @@ _WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
 _FLUSH_ABOVE: Final = 64 * 1024
 
 
-class BaseClient:
+class BaseClient(ClientProperties):
     """One client's dialog with the broker, and the task that keeps it connected.
 
     Args:
         settings: The settings of the client.
-        answering: Wraps a request handler in a job that sends the handler's result.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        answering: Callable[[Callable[[Message], object]], Callable[[Message], object]],
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
+        self._address = settings.address
         self._loop = asyncio.get_running_loop()
         self._thread_id = get_ident()
         self._dialog: Dialog[Message] = Dialog(
@@ -93,12 +100,12 @@ class BaseClient:
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
         self._meter = InboxMeter(settings.inbox)
-        self._feeds: set[BaseSubscription[Any]] = set()
+        self._subscriptions: set[BaseSubscription[Any]] = set()
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
         self._requests: WaitQueue[Job] = self._new_queue()
         self._dispatcher: Dispatcher[Message] = Dispatcher(
-            self._inbox, self._ordered, self._requests, answering
+            self._inbox, self._ordered, self._requests, request_job
         )
         self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {
             self._ordered: set(),
@@ -116,16 +123,6 @@ class BaseClient:
         forks.register(self)
         self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
         self._keeper.add_done_callback(self._on_keeper_done)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a client can't be pickled or copied, for its connection can't: connect in the child"
-        )
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called, or the connection is lost for good."""
-        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
 
     def _after_fork(self) -> None:
         """Disable this copy in a forked child; see brokerd_client._common.forks."""
@@ -160,10 +157,6 @@ class BaseClient:
                 "this client belongs to the thread of its event loop: elsewhere use"
                 " asyncio.run_coroutine_threadsafe, or connect a blocking client"
             )
-
-    def _limit(self, timeout: float | None) -> float | None:
-        """Return the timeout in seconds, or None for no limit. Raises ValueError."""
-        return None if timeout is None else check_timeout(timeout)
 
     def _deadline(self, timeout: float | None) -> float | None:
         """Return the deadline for a timeout in seconds.
@@ -292,7 +285,212 @@ class BaseClient:
         self._dialog.abandon(message_id)
         self._write()
 
-    # What happens
+    def _send_at_once(
+        self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int | None:
+        """Send a message if that needs no wait; return its id, or None."""
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+            return None
+        message_id = self._dialog.send(to, number, body, extension)
+        self._write()
+        return message_id
+
+    def _publish_at_once(
+        self, topic: str, number: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int | None:
+        """Publish an event if that needs no wait; return its id, or None."""
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+            return None
+        message_id = self._dialog.publish(topic, number, body, extension)
+        self._write()
+        return message_id
+
+    async def _put(self, timeout: float | None, put: Callable[..., R], *args: Any) -> R:
+        """Queue frames with ``put`` once they can be written; return its result."""
+        await self._wait_until_clear(timeout)
+        result = put(*args)
+        self._write()
+        return result
+
+    async def _put_many(self, timeout: float | None, bulk: Bulk) -> list[int]:
+        """Queue messages once they can be written; return their ids."""
+        check_timeout(timeout)
+        return await self._put(timeout, self._dialog.send_many, *bulk)
+
+    async def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
+        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
+        deadline = self._deadline(timeout)
+        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+            await self._wait_until_clear(timeout)
+        call = self._loop.create_future()
+        return await self._outcome(call, put(*args, call, deadline), deadline)
+
+    async def _ask_many(self, timeout: float | None, bulk: Bulk) -> list[Receipt | BrokerdError]:
+        """Queue messages that ask for receipts; return the outcome of each."""
+        to, codecs, bodies = bulk
+        deadline = self._deadline(timeout)
+        await self._wait_until_clear(timeout)
+        calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in to]
+        put = self._dialog.send_for_receipt
+        ids = [
+            put(recipient, number, body, None, call, deadline)
+            for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+        ]
+        outcomes: list[Receipt | BrokerdError] = []
+        try:
+            for call, message_id in zip(calls, ids, strict=True):
+                try:
+                    outcomes.append(await self._outcome(call, message_id, deadline))
+                except BrokerdError as error:
+                    outcomes.append(error)
+        finally:
+            for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
+                self._abandon(call, message_id)
+        return outcomes
+
+    async def _answer(self, request: message.Message, put: Callable[..., None], *args: Any) -> None:
+        """Queue the answer to a request with ``put``, once it can be written."""
+        await self._wait_until_clear(None, answer=True)
+        request.require_unanswered()
+        put(*args)
+        self._write()
+        request.mark_answered()
+
+    def _fail_at_once(self, request: Message, text: str) -> None:
+        """Answer a request with an error, if that is possible without waiting."""
+        if self._can_answer and not request.answered:
+            self._dialog.fail(request.sender, request.id, "failed", text)
+            self._write()
+            request.mark_answered()
+
+    def _handle(self, handle: Callable[[H], None], handler: H) -> H:
+        """Set a handler of the dispatcher with ``handle``; return the handler."""
+        self._check()
+        handle(handler)
+        return handler
+
+    # Receiving
+
+    def __aiter__(self) -> Self:
+        """Yield messages, and requests if no request handler is set, until the client
+        is closed.
+        """
+        return self
+
+    async def __anext__(self) -> Message:
+        self._check()
+        try:
+            return self._inbox.take_now()
+        except IndexError:
+            pass
+        try:
+            return await self._inbox.take(None)
+        except Closed:
+            raise StopAsyncIteration from None
+
+    async def _open(self, subscription: S, timeout: float | None) -> S:
+        """Begin a subscription or a watch, and wait for the broker's confirmation."""
+        deadline = self._deadline(timeout)
+        await self._wait_until_clear(timeout)
+        call = self._loop.create_future()
+        message_id = subscription._begin(call, deadline)
+        self._subscriptions.add(subscription)
+        try:
+            await self._outcome(call, message_id, deadline)
+        except BaseException:
+            # A cancelled task may have its answer already: the subscription exists, at
+            # the broker too.
+            self._drop(subscription, None, None)
+            raise
+        return subscription
+
+    async def _unsubscribe(self, subscription: BaseSubscription[Any]) -> None:
+        """End a subscription or a watch, and wait for the broker's confirmation."""
+        self._check()
+        call = self._loop.create_future()
+        deadline = self._deadline(self._settings.timeout_s)
+        message_id = self._drop(subscription, call, deadline)
+        if message_id is not None:
+            # With any answer, and without an answer, no more events come.
+            with contextlib.suppress(Disconnected, Closed, TimedOut):
+                await self._outcome(call, message_id, deadline)
+
+    def _drop(
+        self,
+        subscription: BaseSubscription[Any],
+        call: asyncio.Future[Any] | None,
+        deadline: float | None,
+    ) -> int | None:
+        """End a subscription or a watch; return the id of the request to the broker."""
+        message_id = subscription._end(call, deadline)
+        subscription.queue.end(Closed(subscription._end_reason))
+        self._subscriptions.discard(subscription)
+        self._write()
+        return message_id
+
+    # Closing
+
+    async def wait_until_ready(self) -> None:
+        """Wait for the first introduction.
+
+        Raises:
+            TimedOut: The connection was not made in time.
+            BrokerdError: The reason why the connection was not made.
+        """
+        self._check()
+        limit = self._settings.timeout_s
+        # The dialog's own deadline expires first.
+        if not await self._until(lambda: not self._dialog.beginning, limit + _LATENESS_S):
+            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
+        if self._dialog.state is State.GONE and self._dialog.reason is not None:
+            raise self._dialog.reason
+
+    async def _close(self) -> None:
+        """Close the connection and end every task of the client."""
+        if self._forked:
+            return
+        self._check()
+        try:
+            await self._close_connection()
+        finally:
+            self._ended = True
+            self._stop_timer()
+            for link in self._links:
+                link.abort()
+            here = asyncio.current_task()
+            tasks = {
+                self._keeper,
+                *(task for workers in self._crews.values() for task in workers),
+            } - {here}
+            for task in tasks:
+                task.cancel()
+            self._dispatcher.log_failures(self._loop.time())
+            self._warn_of_more()
+        await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
+
+    async def _close_connection(self) -> None:
+        try:
+            if self._dialog.may_answer:
+                self._flush()
+                await self._until(lambda: not self._dialog.may_answer or self._can_answer, LINGER_S)
+        finally:
+            # Cancelled or not: from here on the client is closed, and every task that
+            # waits gets Closed.
+            first = self._dialog.may_answer
+            self._apply(self._dialog.close(self._loop.time()))
+            self._note_state()
+            for queue in (self._inbox, self._requests):
+                queue.inbox.clear()
+            self._dispatcher.drop_jobs()
+        if self._dialog.state is State.CLOSING and self._link is not None:
+            self._update_reading()
+            self._schedule()
+            if first and self._link.transport.can_write_eof():
+                with contextlib.suppress(OSError):
+                    self._link.transport.write_eof()
+            await asyncio.wait([self._link.closed], timeout=LINGER_S)
+
+    # Events of the connection
 
     def _on_open(self, link: Transport) -> None:
         self._links.add(link)
@@ -418,7 +616,7 @@ class BaseClient:
                 self._dispatcher.dispatch_events(effects.events)
         for subscription, why in effects.ended:
             subscription.queue.end(why)
-            self._feeds.discard(subscription)
+            self._subscriptions.discard(subscription)
         for error in effects.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
         self._dispatcher.report(effects, self._loop.time())
@@ -454,7 +652,7 @@ class BaseClient:
             for queue in self._queues():
                 why = f"the connection to the broker is gone: {self._dialog.reason}"
                 queue.end(Disconnected(why) if gone else Closed("the client is closed"))
-            self._feeds.clear()
+            self._subscriptions.clear()
         for waiter in self._clear_waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -464,7 +662,7 @@ class BaseClient:
             self._inbox,
             self._ordered,
             self._requests,
-            *(subscription.queue for subscription in self._feeds),
+            *(subscription.queue for subscription in self._subscriptions),
         ]
 
     def _new_queue(self) -> WaitQueue[Any]:
@@ -648,24 +846,3 @@ class BaseClient:
 def _expire(call: asyncio.Future[Any], message_id: int) -> None:
     if not call.done():
         call.set_exception(TimedOut(f"no answer to {message_id} in time"))
-
-
-def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
-    """Return whether an exception must end the task instead of being logged.
-
-    That is so for exits meant for the event loop, and for a cancellation from outside.
-    A task that is dropped gets GeneratorExit from outside, and is not running then.
-    """
-    if isinstance(error, asyncio.CancelledError):
-        return task.cancelling() > 0
-    if isinstance(error, GeneratorExit):
-        return not runs(task)
-    return isinstance(error, (KeyboardInterrupt, SystemExit))
-
-
-def runs(task: asyncio.Task[Any]) -> bool:
-    """Return whether the calling code runs in this task."""
-    try:
-        return asyncio.current_task() is task
-    except RuntimeError:
-        return False

@@ -12,33 +12,21 @@ iterates over, and ``waiters`` has the objects that calls wait on.
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from brokerd_client import message
-from brokerd_client._common.dispatcher import log
-from brokerd_client.aio.base import BaseClient, ends_worker, runs
-from brokerd_client.aio.subscriptions import Message, Opening, PresenceWatch, Subscription
+from brokerd_client.aio.base import BaseClient
+from brokerd_client.aio.opening import Opening
+from brokerd_client.aio.subscriptions import Message, PresenceWatch, Subscription
 from brokerd_client.codec import encode
-from brokerd_client.errors import (
-    AlreadyAnswered,
-    BrokerdError,
-    Closed,
-    Disconnected,
-    TimedOut,
-)
+from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
-from brokerd_client.protocol.dialog import LINGER_S
-from brokerd_client.protocol.state import State
 from brokerd_client.settings import (
     DEFAULT_INBOX,
     DEFAULT_TIMEOUT_S,
@@ -53,9 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
 
-#: Seconds by which the dialog may be late with its own deadlines.
-_GRACE_S: Final = 1.0
-
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
@@ -65,50 +50,12 @@ class Client(BaseClient):
     """A named client of a broker, made by :func:`connect`.
 
     Any task of its event loop may use it. Every call raises Closed after close(),
-    WrongProcess in a fork, and WrongLoop in another event loop or thread. Calls that
-    send wait while the client reconnects, for ``timeout`` seconds at most. With None
-    they wait for the timeout of connect(). After that they raise Disconnected: nothing
-    was sent.
+    WrongProcess in a fork, and WrongLoop in another event loop or thread.
+
+    Calls that send wait while the client reconnects, for ``timeout`` seconds at most.
+    With None they wait for the timeout of connect(). After that they raise
+    Disconnected: nothing was sent.
     """
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, _answering)
-
-    # Properties
-
-    @property
-    def name(self) -> str:
-        """The client's name, as the broker reported it."""
-        return self._dialog.name
-
-    @property
-    def address(self) -> str:
-        """The sender's address that other clients see: the name, or NAME/INSTANCE in a
-        pool.
-
-        It may change with a reconnect.
-        """
-        return self._dialog.address
-
-    @property
-    def connected(self) -> bool:
-        """Whether the client is connected and ready to send at this moment."""
-        return self._dialog.state is State.READY
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """Counts of failures so far, by kind.
-
-        Counted are late answers, undelivered sends, unclaimed events and lost
-        connections.
-        """
-        return self._dialog.counters
-
-    def __repr__(self) -> str:
-        return (
-            f"<Client {self.address or self.name!r} at {self._settings.address}"
-            f" {self._dialog.state.name.lower()}>"
-        )
 
     # Sending
 
@@ -150,10 +97,10 @@ class Client(BaseClient):
             extension = with_ttl(extension, ttl)
         if timeout is not None:
             check_timeout(timeout)
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
-            await self._wait_until_clear(timeout)
-        message_id = self._dialog.send(to, number, body, extension)
-        self._write()
+        message_id = self._send_at_once(to, number, body, extension)
+        if message_id is None:
+            put = self._dialog.send
+            message_id = await self._put(timeout, put, to, number, body, extension)
         return message_id
 
     async def send_confirmed(
@@ -219,12 +166,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        to, codecs, bodies = encode_many(messages, codec)
-        check_timeout(timeout)
-        await self._wait_until_clear(timeout)
-        ids = self._dialog.send_many(to, codecs, bodies)
-        self._write()
-        return ids
+        return await self._put_many(timeout, encode_many(messages, codec))
 
     async def send_many_confirmed(
         self,
@@ -251,34 +193,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        to, codecs, bodies = encode_many(messages, codec)
-        deadline = self._deadline(timeout)
-        await self._wait_until_clear(timeout)
-        calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in to]
-        put = self._dialog.send_for_receipt
-        ids = [
-            put(recipient, number, body, None, call, deadline)
-            for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
-        ]
-        outcomes: list[Receipt | BrokerdError] = []
-        try:
-            for call, message_id in zip(calls, ids, strict=True):
-                try:
-                    outcomes.append(await self._outcome(call, message_id, deadline))
-                except BrokerdError as error:
-                    outcomes.append(error)
-        finally:
-            for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
-                self._abandon(call, message_id)
-        return outcomes
-
-    async def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
-        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
-        deadline = self._deadline(timeout)
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
-            await self._wait_until_clear(timeout)
-        call = self._loop.create_future()
-        return await self._outcome(call, put(*args, call, deadline), deadline)
+        return await self._ask_many(timeout, encode_many(messages, codec))
 
     async def request(
         self,
@@ -339,25 +254,12 @@ class Client(BaseClient):
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
-        await self._wait_until_clear(None, answer=True)
-        message.require_unanswered()
-        self._dialog.reply(message.sender, message.id, number, body, extension)
-        self._write()
-        message.mark_answered()
+        put = self._dialog.reply
+        await self._answer(message, put, message.sender, message.id, number, body, extension)
 
     async def _fail(self, message: Message, text: str, code: str) -> None:
-        await self._wait_until_clear(None, answer=True)
-        message.require_unanswered()
-        self._dialog.fail(message.sender, message.id, code, text)
-        self._write()
-        message.mark_answered()
-
-    def _fail_at_once(self, message: Message, text: str) -> None:
-        """Answer a request with an error, if that is possible without waiting."""
-        if self._can_answer and not message.answered:
-            self._dialog.fail(message.sender, message.id, "failed", text)
-            self._write()
-            message.mark_answered()
+        put = self._dialog.fail
+        await self._answer(message, put, message.sender, message.id, code, text)
 
     async def publish(
         self,
@@ -395,10 +297,10 @@ class Client(BaseClient):
         extension = with_ttl(extension, ttl)
         if timeout is not None:
             check_timeout(timeout)
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
-            await self._wait_until_clear(timeout)
-        message_id = self._dialog.publish(topic, number, body, extension)
-        self._write()
+        message_id = self._publish_at_once(topic, number, body, extension)
+        if message_id is None:
+            put = self._dialog.publish
+            message_id = await self._put(timeout, put, topic, number, body, extension)
         return message_id
 
     async def publish_confirmed(
@@ -457,33 +359,17 @@ class Client(BaseClient):
             Disconnected: The connection is lost, and the client will not reconnect.
         """
         self._check()
-        return await self._inbox.take(self._limit(timeout))
-
-    def __aiter__(self) -> Self:
-        """Yield messages, and requests if no request handler is set, until the client
-        is closed.
-        """
-        return self
-
-    async def __anext__(self) -> Message:
-        self._check()
-        try:
-            return self._inbox.take_now()
-        except IndexError:
-            pass
-        try:
-            return await self.recv()
-        except Closed:
-            raise StopAsyncIteration from None
+        return await self._inbox.take(None if timeout is None else check_timeout(timeout))
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Set the handler of requests; can be used as a decorator.
 
-        The client sends the result of ``handler(message)`` as the reply. An exception
-        of any type is logged. The answer is then an ERROR ``failed`` that holds only
-        the name of its type. KeyboardInterrupt and SystemExit then end the event loop,
-        as in every task. A handler that calls message.reply() or message.fail() itself
-        returns None.
+        The client sends the result of ``handler(message)`` as the reply. A handler that
+        calls message.reply() or message.fail() itself returns None.
+
+        An exception of any type is logged. The answer is then an ERROR ``failed`` that
+        holds only the name of its type. KeyboardInterrupt and SystemExit then end the
+        event loop, as in every task.
 
         Args:
             handler: The function or coroutine function to call for each request.
@@ -491,9 +377,7 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._check()
-        self._dispatcher.handle_requests(handler)
-        return handler
+        return self._handle(self._dispatcher.handle_requests, handler)
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Set the handler of messages; can be used as a decorator.
@@ -506,9 +390,7 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._check()
-        self._dispatcher.handle_messages(handler)
-        return handler
+        return self._handle(self._dispatcher.handle_messages, handler)
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
         """Set the handler of failed sends without a receipt; can be used as a
@@ -523,9 +405,7 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._check()
-        self._dispatcher.handle_undelivered(handler)
-        return handler
+        return self._handle(self._dispatcher.handle_undelivered, handler)
 
     # Topics, presence and the broker itself
 
@@ -559,49 +439,7 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-
-        async def open() -> Subscription:
-            deadline = self._deadline(timeout)
-            await self._wait_until_clear(timeout)
-            subscription = Subscription(self, pattern, group, callback)
-            call = self._loop.create_future()
-            message_id, subscription._entry = self._dialog.subscribe(
-                pattern, group, subscription, call, deadline
-            )
-            self._feeds.add(subscription)
-            try:
-                await self._outcome(call, message_id, deadline)
-            except BaseException:
-                # A cancelled task may have its answer already: the subscription exists,
-                # at the broker too.
-                self._drop_subscription(subscription, None, None)
-                raise
-            return subscription
-
-        return Opening(open)
-
-    async def _unsubscribe(self, subscription: Subscription) -> None:
-        self._check()
-        call = self._loop.create_future()
-        deadline = self._deadline(self._settings.timeout_s)
-        message_id = self._drop_subscription(subscription, call, deadline)
-        if message_id is not None:
-            # With any answer, and without an answer, no more events come.
-            with contextlib.suppress(Disconnected, Closed, TimedOut):
-                await self._outcome(call, message_id, deadline)
-
-    def _drop_subscription(
-        self, subscription: Subscription, call: asyncio.Future[Any] | None, deadline: float | None
-    ) -> int | None:
-        """End the subscription and send unsubscribe; return its id, or None if not
-        needed.
-        """
-        assert subscription._entry is not None
-        message_id = self._dialog.unsubscribe(subscription._entry, subscription, call, deadline)
-        subscription.queue.end(Closed("the subscription was ended"))
-        self._feeds.discard(subscription)
-        self._write()
-        return message_id
+        return Opening(lambda: self._open(Subscription(self, pattern, group, callback), timeout))
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> Opening[PresenceWatch]:
         """Watch which clients are online.
@@ -619,35 +457,7 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-
-        async def open() -> PresenceWatch:
-            deadline = self._deadline(timeout)
-            await self._wait_until_clear(timeout)
-            subscription = PresenceWatch(self)
-            call = self._loop.create_future()
-            message_id, subscription._watch = self._dialog.watch(subscription, call, deadline)
-            self._feeds.add(subscription)
-            try:
-                await self._outcome(call, message_id, deadline)
-            except BaseException:
-                # A cancelled task may have its answer already: the watch exists, its
-                # subscriptions too.
-                self._drop_watch(subscription)
-                raise
-            return subscription
-
-        return Opening(open)
-
-    def _unwatch(self, subscription: PresenceWatch) -> None:
-        self._check()
-        self._drop_watch(subscription)
-
-    def _drop_watch(self, subscription: PresenceWatch) -> None:
-        assert subscription._watch is not None
-        self._dialog.unwatch(subscription._watch)
-        self._write()
-        self._feeds.discard(subscription)
-        subscription.queue.end(Closed("the watch was ended"))
+        return Opening(lambda: self._open(PresenceWatch(self), timeout))
 
     async def control(
         self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
@@ -712,48 +522,7 @@ class Client(BaseClient):
         Messages that were not taken are dropped. In a fork of the client's process this
         does nothing.
         """
-        if self._forked:
-            return
-        self._check()
-        try:
-            await self._close_connection()
-        finally:
-            self._ended = True
-            self._stop_timer()
-            for link in self._links:
-                link.abort()
-            here = asyncio.current_task()
-            tasks = {
-                self._keeper,
-                *(task for workers in self._crews.values() for task in workers),
-            } - {here}
-            for task in tasks:
-                task.cancel()
-            self._dispatcher.log_failures(self._loop.time())
-            self._warn_of_more()
-        await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
-
-    async def _close_connection(self) -> None:
-        try:
-            if self._dialog.may_answer:
-                self._flush()
-                await self._until(lambda: not self._dialog.may_answer or self._can_answer, LINGER_S)
-        finally:
-            # Cancelled or not: from here on the client is closed, and every task that
-            # waits gets Closed.
-            first = self._dialog.may_answer
-            self._apply(self._dialog.close(self._loop.time()))
-            self._note_state()
-            for queue in (self._inbox, self._requests):
-                queue.inbox.clear()
-            self._dispatcher.drop_jobs()
-        if self._dialog.state is State.CLOSING and self._link is not None:
-            self._update_reading()
-            self._schedule()
-            if first and self._link.transport.can_write_eof():
-                with contextlib.suppress(OSError):
-                    self._link.transport.write_eof()
-            await asyncio.wait([self._link.closed], timeout=LINGER_S)
+        await self._close()
 
     async def __aenter__(self) -> Self:
         self._check()
@@ -766,61 +535,6 @@ class Client(BaseClient):
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-    async def wait_until_ready(self) -> None:
-        """Wait for the first introduction.
-
-        Raises:
-            TimedOut: The connection was not made in time.
-            BrokerdError: The reason why the connection was not made.
-        """
-        self._check()
-        limit = self._settings.timeout_s
-        # The dialog's own deadline expires first.
-        if not await self._until(lambda: not self._dialog.beginning, limit + _GRACE_S):
-            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
-        if self._dialog.state is State.GONE and self._dialog.reason is not None:
-            raise self._dialog.reason
-
-
-def _answering(handler: Callable[[Message], object]) -> Callable[[Message], object]:
-    """Return a job that answers a request with the handler's result."""
-
-    async def answer(request: Message) -> None:
-        result: object = None
-        returned = False
-        task = asyncio.current_task()
-        assert task is not None
-        try:
-            result = handler(request)
-            if inspect.isawaitable(result):
-                result = await result
-            returned = True
-            if not request.answered:
-                await request.reply(result)
-            elif result is not None:
-                log().warning(
-                    "a request of %s had been answered when its handler returned more",
-                    request.sender,
-                )
-        except BaseException as error:
-            if isinstance(error, GeneratorExit) and not runs(task):
-                raise
-            if returned and isinstance(error, (Disconnected, Closed)):
-                log().warning(
-                    "a request of %s could not be answered: the connection is gone", request.sender
-                )
-                return
-            text = f"the handler failed: {type(error).__name__}"
-            if ends_worker(error, task):
-                # Its task must not wait any more.
-                request._owner._fail_at_once(request, text)
-                raise
-            log().exception("the handler of a request of %s failed", request.sender)
-            with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
-                await request.fail(text)
-
-    return answer
 
 
 def connect(
@@ -843,19 +557,18 @@ def connect(
 
     Args:
         address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after
-        that
-            /run/brokerd/brokerd.sock.
+            that /run/brokerd/brokerd.sock.
         name: The client's name. The default is $BROKERD_NAME; without it the broker
-        finds
-            the name by the key.
-        key: The client's key. The default is the content of ``key_file``. key_file: The
-        file that holds the key; one trailing newline is removed. The default
-            is $BROKERD_KEY_FILE.
+            finds the name by the key.
+        key: The client's key. The default is the content of ``key_file``.
+        key_file: The file that holds the key; one trailing newline is removed. The
+            default is $BROKERD_KEY_FILE.
         timeout: Seconds for connecting, and seconds that a send waits for a connection.
             Infinity or None means no limit.
         reconnect: Whether to connect again after a loss; with False the first loss is
-        final. allow_pickle_from: Names of the clients whose pickles may be read. inbox:
-        Bytes of received messages kept in this process before the client stops
+            final.
+        allow_pickle_from: Names of the clients whose pickles may be read.
+        inbox: Bytes of received messages kept in this process before the client stops
             reading the socket.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.
@@ -884,14 +597,15 @@ def connect(
         inbox=inbox,
         ssl=ssl,
     )
+    return Opening(lambda: _connected(settings))
 
-    async def open() -> Client:
-        client = Client(settings)
-        try:
-            await client.wait_until_ready()
-        except BaseException:
-            await client.close()
-            raise
-        return client
 
-    return Opening(open)
+async def _connected(settings: Settings) -> Client:
+    """Return a new client when it is introduced; close it if that fails."""
+    client = Client(settings)
+    try:
+        await client.wait_until_ready()
+    except BaseException:
+        await client.close()
+        raise
+    return client

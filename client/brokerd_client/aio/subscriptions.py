@@ -1,5 +1,4 @@
-"""Objects that an asyncio client returns: messages, openings, subscriptions and
-watches.
+"""Objects that an asyncio client returns: messages, subscriptions and presence watches.
 
 A part of the asyncio face; each object passes its calls on to its client.
 """
@@ -7,41 +6,23 @@ A part of the asyncio face; each object passes its calls on to its client.
 # ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from brokerd_client import message
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import Closed
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
+from brokerd_client.settings import check_timeout
 
-__all__ = ["BaseSubscription", "Message", "Opening", "PresenceWatch", "Subscription"]
+if TYPE_CHECKING:
+    from brokerd_client.aio.client import Client
+
+__all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]
 
 T = TypeVar("T")
-
-
-class Giver(message.Owner, Protocol):
-    """The part of the client that this module needs."""
-
-    async def reply(
-        self, message: Message, payload: object, *, codec: str | int | None = None
-    ) -> None: ...
-
-    async def _fail(self, message: Message, text: str, code: str) -> None: ...
-
-    def _fail_at_once(self, message: Message, text: str) -> None: ...
-
-    def _check(self) -> None: ...
-
-    def _limit(self, timeout: float | None) -> float | None: ...
-
-    def _new_queue(self) -> WaitQueue[Any]: ...
-
-    async def _unsubscribe(self, subscription: Subscription) -> None: ...
-
-    def _unwatch(self, subscription: PresenceWatch) -> None: ...
 
 
 class Message(message.Message):
@@ -49,7 +30,7 @@ class Message(message.Message):
 
     __slots__ = ()
 
-    _owner: Giver
+    _owner: Client
 
     async def reply(self, payload: object, *, codec: str | int | None = None) -> None:
         """Answer this request.
@@ -81,109 +62,28 @@ class Message(message.Message):
         await self._owner._fail(self, text, code)
 
 
-class Opened(Protocol):
-    """The result of an Opening: it can be entered and iterated over."""
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def __aiter__(self) -> AsyncIterator[Any]: ...
-
-
-O = TypeVar("O", bound=Opened)  # noqa: E741 - for Opened
-
-
-class Opening(Generic[O]):
-    """An object that is opened on first use.
-
-    Await it, enter it with ``async with``, or iterate over it with ``async for``.
-    """
-
-    def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
-        self._open = open
-        self._opened: O | None = None
-
-    def __await__(self) -> Generator[Any, None, O]:
-        return self._open().__await__()
-
-    async def __aenter__(self) -> O:
-        self._opened = await self._open()
-        return await self._opened.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._opened is not None
-        await self._opened.__aexit__(kind, error, trace)
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return Iteration(self._open)
-
-
-class Iteration(Generic[O]):
-    """An iterator over an object that it opens at its first step.
-
-    It closes the object at its end, or when it is dropped. A step that is cancelled,
-    for example by a timeout, does not end the iteration: the next step continues.
-    """
-
-    def __init__(self, open: Callable[[], Awaitable[O]]) -> None:
-        self._open = open
-        self._ended = False
-        #: Suspended inside an ``async with``: when the generator is dropped, the event
-        #: loop closes it, and with it the opened object.
-        self._holder: AsyncGenerator[O, None] | None = None
-        self._items: AsyncIterator[Any] | None = None
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            if self._items is None:
-                holder = _hold(self._open)
-                opened = await anext(holder)
-                self._holder, self._items = holder, aiter(opened)
-            return await anext(self._items)
-        except Exception:
-            await self.aclose()
-            raise
-
-    async def aclose(self) -> None:
-        """End the iteration, and close the object that it has opened."""
-        self._ended = True
-        holder, self._holder, self._items = self._holder, None, None
-        if holder is not None:
-            await holder.aclose()
-
-
-# Not a method: a generator that refers to its iterator would be dropped only by the
-# garbage collector.
-async def _hold(open: Callable[[], Awaitable[O]]) -> AsyncGenerator[O, None]:
-    async with await open() as opened:
-        yield opened
-
-
 class BaseSubscription(Generic[T]):
     """The base of subscriptions and watches: an async iterator of items.
 
     It ends when the subscription, the watch or its client is closed.
     """
 
-    def __init__(self, client: Giver) -> None:
+    #: The callback for its items; None if callers wait for them.
+    callback: Callable[[T], object] | None = None
+    #: The text of the error that calls raise after close().
+    _end_reason: ClassVar[str]
+
+    def __init__(self, client: Client) -> None:
         self._client = client
         self.queue: WaitQueue[T] = client._new_queue()
+
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        raise NotImplementedError
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Queue the request that ends it; return its id; None if none is needed."""
+        raise NotImplementedError
 
     async def recv(self, timeout: float | None = None) -> T:
         """Return the next item.
@@ -200,7 +100,7 @@ class BaseSubscription(Generic[T]):
             Refused: The broker has ended the subscription or the watch.
         """
         self._client._check()
-        return await self.queue.take(self._client._limit(timeout))
+        return await self.queue.take(check_timeout(timeout))
 
     def __aiter__(self) -> Self:
         return self
@@ -212,8 +112,11 @@ class BaseSubscription(Generic[T]):
             raise StopAsyncIteration from None
 
     async def close(self) -> None:
-        """End the subscription or the watch."""
-        raise NotImplementedError
+        """End the subscription or the watch.
+
+        Iterating ends after the items that have arrived already.
+        """
+        await self._client._unsubscribe(self)
 
     async def __aenter__(self) -> Self:
         self._client._check()
@@ -232,13 +135,14 @@ class Subscription(BaseSubscription[Message]):
     """Events whose topic fits ``pattern``; those of a ``group`` are shared among its
     members.
 
-    With a callback, a function or a coroutine function, the events go to it, one after
-    the other.
+    With a callback, the client passes the events to it, one after the other.
     """
+
+    _end_reason = "the subscription was ended"
 
     def __init__(
         self,
-        client: Giver,
+        client: Client,
         pattern: str,
         group: str | None,
         callback: Callable[[Message], object] | None,
@@ -248,6 +152,19 @@ class Subscription(BaseSubscription[Message]):
         self.group = group
         self.callback = callback
         self._entry: SubscriptionEntry | None = None
+
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        message_id, self._entry = self._client._dialog.subscribe(
+            self.pattern, self.group, self, call, deadline
+        )
+        return message_id
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Queue the request that ends it; return its id; None if none is needed."""
+        if self._entry is None:
+            return None
+        return self._client._dialog.unsubscribe(self._entry, self, call, deadline)
 
     async def unsubscribe(self) -> None:
         """End the subscription.
@@ -265,9 +182,16 @@ class Subscription(BaseSubscription[Message]):
 class PresenceWatch(BaseSubscription[Presence]):
     """First one Presence for each client that this one may send to; then every change."""
 
-    callback = None
+    _end_reason = "the watch was ended"
     _watch: Watch | None = None
 
-    async def close(self) -> None:
-        """End the watch."""
-        self._client._unwatch(self)
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        message_id, self._watch = self._client._dialog.watch(self, call, deadline)
+        return message_id
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Stop watching; no request is needed."""
+        if self._watch is not None:
+            self._client._dialog.unwatch(self._watch)
+        return None

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from brokerd_client.address import Address
-from brokerd_client.aio.transport import Hearer, Resolver, Transport, dial
+from brokerd_client.aio.transport import Resolver, Transport, dial
 from brokerd_client.errors import Disconnected, TlsError
 from brokerd_client.tls.engine import Engine, explain
+
+if TYPE_CHECKING:
+    from brokerd_client.aio.base import BaseClient
 
 __all__ = ["TlsTransport", "dial_tls"]
 
@@ -25,7 +28,7 @@ class TlsTransport(Transport):
     The future ``opened`` is done when TLS is ready or has failed.
     """
 
-    def __init__(self, client: Hearer, context: ssl.SSLContext, hostname: str) -> None:
+    def __init__(self, client: BaseClient, context: ssl.SSLContext, hostname: str) -> None:
         super().__init__(client)
         self._engine = Engine(context, hostname=hostname)
         self._raw: asyncio.Transport | None = None
@@ -147,7 +150,7 @@ def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
 
 
 async def dial_tls(
-    address: Address, context: ssl.SSLContext, client: Hearer, resolver: Resolver
+    address: Address, context: ssl.SSLContext, client: BaseClient, resolver: Resolver
 ) -> None:
     """Connect to the address and make TLS ready. Raises OSError, also as TlsError."""
     made: list[TlsTransport] = []

@@ -12,33 +12,22 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from brokerd_client._common.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
 from brokerd_client._common.lookup import Candidate, Lookup, numeric
 from brokerd_client._common.pipe_bridge import BridgedSocket, dial_pipe
 from brokerd_client.address import Address, validate_family
 
-__all__ = ["Hearer", "Resolver", "Transport", "dial"]
+if TYPE_CHECKING:
+    from brokerd_client.aio.base import BaseClient
+
+__all__ = ["Resolver", "Transport", "dial"]
 
 #: Most bytes per read of the input that is left when a connection is lost.
 _PIECE: Final = 64 * 1024
 #: Seconds until a listener whose queue of new connections is full is tried again.
 _CROWDED_S: Final = 0.01
-
-
-class Hearer(Protocol):
-    """The client that gets the events of a connection, each with the connection."""
-
-    def _on_open(self, link: Transport) -> None: ...
-
-    def _on_data(self, link: Transport, data: bytes) -> None: ...
-
-    def _on_writable(self, link: Transport) -> None: ...
-
-    def _on_lost(self, link: Transport, error: Exception | None) -> None: ...
-
-    def _on_bug(self, link: Transport, error: BaseException) -> None: ...
 
 
 class Transport(asyncio.Protocol):
@@ -50,7 +39,7 @@ class Transport(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, client: Hearer) -> None:
+    def __init__(self, client: BaseClient) -> None:
         self._client = client
         #: Done when the connection is closed and its resources are freed.
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -22,6 +22,7 @@ too; waiting would be a deadlock with itself.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import threading
@@ -29,17 +30,28 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import FrameType
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
+from brokerd_client import message
 from brokerd_client._common import forks
+from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
-from brokerd_client.blocking.handlers import HandlerThreads
-from brokerd_client.blocking.subscriptions import Message
+from brokerd_client.blocking.handlers import HandlerThreads, RequestJob
+from brokerd_client.blocking.subscriptions import BaseSubscription, Message
 from brokerd_client.blocking.transport import Transport
-from brokerd_client.blocking.waiters import Call, Waiters, WaitQueue, gate, wait_at
+from brokerd_client.blocking.waiters import (
+    NOTHING,
+    Call,
+    Waiters,
+    WaitQueue,
+    by_handler,
+    gate,
+    wait_at,
+)
 from brokerd_client.errors import (
     BrokerdError,
     Closed,
@@ -50,13 +62,18 @@ from brokerd_client.errors import (
     WouldDeadlock,
     WrongProcess,
 )
-from brokerd_client.protocol.dialog import Dialog, Effects
+from brokerd_client.message import Receipt
+from brokerd_client.protocol.bulk import Bulk
+from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.state import State
-from brokerd_client.settings import Settings, broken, no_connection
+from brokerd_client.settings import Settings, broken, check_timeout, no_connection
+from brokerd_client.wire.envelope import check_address, check_topic
 
 __all__ = ["MOST_THREADS", "BaseClient"]
 
+H = TypeVar("H")
+S = TypeVar("S", bound=BaseSubscription[Any])
 T = TypeVar("T")
 
 #: Seconds until a listener whose queue of new connections is full is tried again.
@@ -71,6 +88,12 @@ _LOOK_S: Final = 0.5
 #: each exception that follows at once, and the maximum.
 _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
+#: Seconds by which the dialog may be late with its own deadlines.
+_LATENESS_S: Final = 1.0
+#: Seconds that close() waits for a handler that is still running.
+_HANDLER_GRACE_S: Final = 1.0
+#: Seconds that close() waits for the I/O thread.
+_THREAD_GRACE_S: Final = 5.0
 #: Seconds that an interrupted start waits for the end of the I/O thread, at most.
 _STOP_S: Final = 5.0
 #: Most threads of a client's request handler, unless ``threads`` is larger.
@@ -88,23 +111,19 @@ _LINKED: Final = (
 _READING: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 
 
-class BaseClient:
+class BaseClient(ClientProperties):
     """One client's dialog with the broker, and its I/O thread.
 
     Unless a comment says otherwise, the methods are called with the lock held.
 
     Args:
         settings: The settings of the client.
-        answering: Wraps a request handler in a job that sends the handler's result.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        answering: Callable[[Callable[[Message], object]], Callable[[Message], object]],
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
+        self._address = settings.address
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
@@ -148,7 +167,7 @@ class BaseClient:
         for queue in (self._inbox, self._ordered, self._requests):
             self._queues.add(queue)
         self._dispatcher: Dispatcher[Message] = Dispatcher(
-            self._inbox, self._ordered, self._requests, answering
+            self._inbox, self._ordered, self._requests, RequestJob
         )
         count = settings.threads
         self._for_requests = HandlerThreads(
@@ -163,6 +182,7 @@ class BaseClient:
         )
         self._start_thread()
         forks.register(self)
+        _open_clients.add(self)
 
     def _start_thread(self) -> None:
         """Start the I/O thread. If that fails, leave neither a thread nor a descriptor.
@@ -190,11 +210,6 @@ class BaseClient:
                 raise
         # Not in the handler above, where the RuntimeError would become its context.
         raise interrupting
-
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called, or the connection is lost for good."""
-        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
 
     def __del__(self) -> None:
         # A client whose constructor raised has no thread.
@@ -225,11 +240,6 @@ class BaseClient:
             raise WrongProcess(
                 "this client belongs to the process that made it: connect again in the child"
             )
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a client can't be pickled or copied, for its connection can't: connect in the child"
-        )
 
     # Calls; without the lock
 
@@ -307,15 +317,17 @@ class BaseClient:
         result.
 
         Args:
-            timeout: Seconds to wait; None for the timeout of connect(). put: The
-            function that queues the frames. *args: Its arguments. answer: Whether the
-            frame is an answer. A connection that the broker closes soon
-                still accepts answers.
+            timeout: Seconds to wait; None for the timeout of connect().
+            put: The function that queues the frames.
+            *args: Its arguments.
+            answer: Whether the frame is an answer. A connection that the broker closes
+                soon still accepts answers.
 
         Raises:
             WouldDeadlock: A signal handler calls this while it interrupts the client.
             BrokerdError: As _wait_until_clear and ``put`` do.
         """
+        limit = check_timeout(timeout)
         self._check()
         deadline = None
         while True:
@@ -328,7 +340,7 @@ class BaseClient:
                             self._write(awaited=True) and self._dialog.state is State.READY
                         )
                         return result
-                deadline = self._wait_until_clear(timeout, deadline, answer=answer)
+                deadline = self._wait_until_clear(limit, deadline, answer=answer)
             except BaseException:
                 self._mend()
                 raise
@@ -485,17 +497,316 @@ class BaseClient:
                     if call is not None:
                         call.settle(value)
 
-    def _put_late(self, ids: list[int], to: str, put: Callable[[], None]) -> None:
-        """Queue, as a chore, the messages that a signal handler has sent."""
+    def _put_as_chore(self, message_id: int, to: str, put: Callable[[], None]) -> None:
+        """Queue a frame of a signal handler with ``put``; report a failure as of a send."""
         try:
             put()
         except (Disconnected, Closed) as error:
-            for message_id in ids:
-                self._dialog.undelivered += 1
-                self._dispatcher.tell_undelivered(
-                    Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id),
-                    time.monotonic(),
-                )
+            self._dialog.undelivered += 1
+            self._dispatcher.tell_undelivered(
+                Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id),
+                time.monotonic(),
+            )
+
+    # Sending; without the lock
+
+    def _send_at_once(
+        self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int | None:
+        """Send a message if that needs no wait; return its id, or None.
+
+        In a signal handler that interrupts the client, queue it for the I/O thread.
+        """
+        if self._forked:
+            self._check()
+        # The same as _put and _write, inlined to save the calls.
+        try:
+            with self._lock:
+                if self._clear and not self._chores:
+                    self._clear = False
+                    dialog, transport = self._dialog, self._transport
+                    message_id = dialog.send(to, number, body, extension)
+                    dialog.took(transport.write(dialog.peek()))
+                    if transport.backlog or self._chores:
+                        transport.wake()
+                    else:
+                        self._clear = True
+                    return message_id
+            if self._interrupting():
+                check_address(to)
+                return self._put_late(self._dialog.send_as, to, number, body, extension)
+        except BaseException:
+            self._mend()
+            raise
+        return None
+
+    def _publish_at_once(
+        self, topic: str, number: int, body: bytes, extension: Mapping[str, Any] | None
+    ) -> int | None:
+        """Queue an event for the I/O thread in a signal handler that interrupts the client.
+
+        Returns its id. In other calls, return None.
+        """
+        if not self._interrupting():
+            return None
+        check_topic(topic)
+        self._check()
+        return self._put_late(self._dialog.publish_as, topic, number, body, extension)
+
+    def _put_late(self, put: Callable[..., None], to: str, *args: Any) -> int:
+        """Queue a frame as a chore, with ``put(message_id, to, *args)``; return its id.
+
+        A signal handler can't wait for the lock.
+        """
+        message_id = next(self._dialog.late_ids)
+        late_put = partial(put, message_id, to, *args)
+        self._leave_chore(lambda: self._put_as_chore(message_id, to, late_put))
+        return message_id
+
+    def _put_many(self, timeout: float | None, bulk: Bulk) -> list[int]:
+        """Queue messages once they can be written; return their ids."""
+        check_timeout(timeout)
+        if self._interrupting():
+            put = self._dialog.send_as
+            return [self._put_late(put, *frame, None) for frame in zip(*bulk, strict=True)]
+        return self._put(timeout, self._dialog.send_many, *bulk)
+
+    def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
+        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
+        deadline = _deadline(timeout)
+        self._check()
+        self._refuse_to_wait()
+        call = Call()
+
+        def put_out() -> int:
+            self._calls.add(call)
+            return put(*args, call, deadline)
+
+        try:
+            return self._outcome(call, self._put(timeout, put_out), deadline)
+        except BaseException:
+            if call in self._calls:
+                self._forsake(call)
+            raise
+
+    def _ask_many(self, timeout: float | None, bulk: Bulk) -> list[Receipt | BrokerdError]:
+        """Queue messages that ask for receipts; return the outcome of each."""
+        to, codecs, bodies = bulk
+        deadline = _deadline(timeout)
+        self._refuse_to_wait()
+        calls = [Call() for _ in to]
+
+        def put_all() -> list[int]:
+            self._calls.update(calls)
+            put = self._dialog.send_for_receipt
+            return [
+                put(recipient, number, body, None, call, deadline)
+                for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+            ]
+
+        outcomes: list[Receipt | BrokerdError] = []
+        try:
+            for call, message_id in zip(calls, self._put(timeout, put_all), strict=True):
+                try:
+                    outcomes.append(self._outcome(call, message_id, deadline))
+                except BrokerdError as error:
+                    outcomes.append(error)
+        except BaseException:
+            for call in calls:
+                self._forsake(call)
+            raise
+        return outcomes
+
+    def _answer(self, request: message.Message, put: Callable[..., None], *args: Any) -> None:
+        """Queue the answer to a request with ``put``, once it can be written."""
+        self._check()
+
+        def put_out() -> None:
+            request.require_unanswered()
+            put(*args)
+            request.mark_answered()
+
+        if self._interrupting():
+            request.require_unanswered()
+            self._leave_chore(lambda: self._put_as_chore(request.id, request.sender, put_out))
+        else:
+            self._put(None, put_out, answer=True)
+
+    def _handle(self, handle: Callable[[H], None], handler: H) -> H:
+        """Set a handler of the dispatcher with ``handle``; return the handler."""
+        for_requests = handle == self._dispatcher.handle_requests
+        threads = self._for_requests if for_requests else self._for_messages
+
+        def act() -> None:
+            handle(handler)
+            threads.start()
+
+        self._check()
+        self._have_done(act)
+        return handler
+
+    # Receiving; without the lock
+
+    def __iter__(self) -> Iterator[Message]:
+        """Yield messages, and requests if no request handler is set, until the client
+        is closed.
+        """
+        self._check()
+        queue, meter = self._inbox, self._meter
+        inbox = queue.inbox
+        items = inbox.items
+        with contextlib.suppress(Closed):
+            while True:
+                # The common case, without a call: the next message is here already.
+                # WaitQueue.take says why this is a loop over popleft.
+                try:
+                    for item in iter(items.popleft, NOTHING):
+                        # Only after the item is taken: see InboxMeter.weigh.
+                        if meter.full and len(items) <= inbox.mark:
+                            try:
+                                queue.resume_reading()
+                            except BaseException:
+                                queue.give_back(item)
+                                raise
+                        yield item
+                except IndexError as error:
+                    if by_handler(error):
+                        raise
+                    yield queue.take(None)
+
+    def _open(self, subscription: S, timeout: float | None) -> S:
+        """Begin a subscription or a watch, and wait for the broker's confirmation."""
+        call = Call()
+
+        def begin(deadline: float | None) -> int:
+            self._calls.add(call)
+            if subscription.callback is not None:
+                self._for_messages.start()
+            message_id = subscription._begin(call, deadline)
+            self._queues.add(subscription.queue)
+            return message_id
+
+        try:
+            self._check()
+            self._refuse_to_wait()
+            deadline = _deadline(timeout)
+            message_id = self._have_put(timeout, lambda: begin(deadline))
+            self._outcome(call, message_id, deadline)
+        except BaseException:
+            self._leave_chore(lambda: self._drop(subscription, "the subscription was not made"))
+            self._forsake(call)
+            raise
+        return subscription
+
+    def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
+        """Call ``put``, which queues frames, in the I/O thread, once these can be
+        written.
+        """
+        limit = check_timeout(timeout)
+        deadline = None
+        while True:
+            try:
+                deadline = self._wait_until_clear(limit, deadline)
+                return self._have_done(put)
+            except Disconnected:
+                # The connection was lost between the two calls: the client may
+                # reconnect in time.
+                if self.closed or deadline is None or time.monotonic() >= deadline:
+                    raise
+            except BaseException:
+                self._mend()
+                raise
+
+    def _unsubscribe(self, subscription: BaseSubscription[Any]) -> None:
+        """End a subscription or a watch, and wait for the broker's confirmation."""
+        self._check()
+        reason = subscription._end_reason
+        if self._interrupting():
+            self._leave_chore(lambda: self._drop(subscription, reason))
+            return
+        call = Call()
+        deadline = _deadline(self._settings.timeout_s)
+
+        def end() -> int | None:
+            self._calls.add(call)
+            message_id = subscription._end(call, deadline)
+            self._end_queue(subscription.queue, Closed(reason))
+            return message_id
+
+        try:
+            message_id = self._have_done(end)
+            if message_id is not None:
+                # With any answer, and without an answer, no more events come.
+                with contextlib.suppress(Disconnected, Closed, TimedOut):
+                    self._outcome(call, message_id, deadline)
+            self._calls.discard(call)
+        except BaseException:
+            self._forsake(call)
+            raise
+
+    def _drop(self, subscription: BaseSubscription[Any], reason: str) -> None:
+        """End a subscription or watch and tell the broker; with the lock, in the I/O
+        thread.
+        """
+        self._dialog.forget(subscription)
+        self._end_queue(subscription.queue, Closed(reason))
+
+    # Closing; without the lock
+
+    def wait_until_ready(self) -> None:
+        """Wait for the first introduction.
+
+        Raises:
+            TimedOut: The connection was not made in time.
+            BrokerdError: The reason why the connection was not made.
+        """
+        limit = self._settings.timeout_s
+        # The dialog's own deadline expires first.
+        if not self._until(lambda: not self._dialog.beginning, limit + _LATENESS_S):
+            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
+        if self._dialog.state is State.GONE and self._dialog.reason is not None:
+            raise self._dialog.reason
+
+    def _close(self) -> None:
+        """Close the connection and end every thread of the client."""
+        if self._forked:
+            return
+        if self._interrupting():
+            self._leave_chore(self._begin_end)
+            return
+        # Messages that a signal handler has queued as chores are flushed, too.
+        self._until(
+            lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores),
+            LINGER_S,
+        )
+        while True:
+            # Repeated if an exception in the I/O thread has cut it short.
+            with contextlib.suppress(InDoubt):
+                self._have_done(self._begin_end)
+                break
+        _open_clients.discard(self)
+        here = threading.current_thread()
+        self._thread.join(_THREAD_GRACE_S)
+        with self._lock:
+            # A warning that the thread has logged already is not logged twice.
+            self._dispatcher.warn_of_more(time.monotonic())
+        deadline = time.monotonic() + _HANDLER_GRACE_S
+        for thread in (*self._for_requests.threads, *self._for_messages.threads):
+            if thread is not here:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _begin_end(self) -> None:
+        """Begin to close the client; with the lock, in the I/O thread or after its end."""
+        first = self._dialog.state not in (State.CLOSING, State.CLOSED)
+        self._clear = False
+        self._apply(self._dialog.close(time.monotonic()), time.monotonic())
+        if self._dialog.state is State.CLOSING and first:
+            self._transport.shut()
+        for queue in list(self._queues):
+            if queue is not self._ordered:
+                queue.inbox.clear()
+        self._dispatcher.drop_jobs()
+        self._note_state()
 
     # With the lock
 
@@ -553,12 +864,12 @@ class BaseClient:
         # hold the client.
         return WaitQueue(self._meter, self._transport, self._lock._is_owned)
 
-    def _end_feed(self, queue: WaitQueue[Any], why: BrokerdError) -> None:
+    def _end_queue(self, queue: WaitQueue[Any], reason: BrokerdError) -> None:
         """End the wait queue of a subscription or watch.
 
         Its remaining items can still be taken, but no longer count against the inbox.
         """
-        queue.end(why)
+        queue.end(reason)
         queue.inbox.release()
         self._queues.discard(queue)
 
@@ -575,8 +886,8 @@ class BaseClient:
                 )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
-        for sink, why in effects.ended:
-            self._end_feed(sink.queue, why)
+        for subscription, reason in effects.ended:
+            self._end_queue(subscription.queue, reason)
         if effects.undelivered or effects.unreadable or effects.warnings or effects.broken:
             was_due = self._dispatcher.warning_due
             for error in effects.undelivered:
@@ -631,7 +942,7 @@ class BaseClient:
 
     # The I/O thread; without the lock
 
-    def prepare(self) -> tuple[float | None, bool] | None:
+    def _prepare(self) -> tuple[float | None, bool] | None:
         """Do the work that is due; return (seconds to wait, whether to read).
 
         Returns None when the I/O thread has nothing more to do.
@@ -642,10 +953,10 @@ class BaseClient:
         with self._lock:
             self._clear = False
             self._look_over(now)
-            self._drop()
+            self._close_lost()
             self._do_chores()
             self._apply(self._dialog.tick(now), now)
-            self._drop()
+            self._close_lost()
             state = self._dialog.state
             if state in _LINKED and self._transport.open:
                 self._write()
@@ -691,17 +1002,17 @@ class BaseClient:
                 remaining = 0.0
         return remaining, reading
 
-    def _drop(self) -> None:
+    def _close_lost(self) -> None:
         """Close the connection if the dialog has lost it."""
         if self._dropping:
             self._transport.drop()
             self._dropping = False
 
-    def replace(self, thread: threading.Thread) -> None:
+    def _replace_thread(self, thread: threading.Thread) -> None:
         """Store the thread that is the I/O thread from now on."""
         self._thread = thread
 
-    def survive(self, error: BaseException) -> None:
+    def _survive(self, error: BaseException) -> None:
         """Recover from an exception in the I/O thread; the connection is treated as
         lost.
         """
@@ -744,9 +1055,9 @@ class BaseClient:
             self._lose_by_bug(no_connection(self._settings.address, error), error)
             return
         if done:
-            self._open()
+            self._on_open()
 
-    def _open(self) -> None:
+    def _on_open(self) -> None:
         try:
             bindings = self._transport.bindings
         except TlsError as error:
@@ -767,7 +1078,7 @@ class BaseClient:
         reason.__cause__ = error
         self._lose(reason)
 
-    def act(self, *, readable: bool, writable: bool) -> None:
+    def _on_ready(self, *, readable: bool, writable: bool) -> None:
         """Read and write as far as the socket is ready."""
         try:
             self._act(readable=readable, writable=writable)
@@ -784,7 +1095,7 @@ class BaseClient:
                     self._lose(no_connection(self._settings.address, error))
                     return
                 if done:
-                    self._open()
+                    self._on_open()
             return
         gone: OSError | None = None
         data: bytes | None = None
@@ -880,7 +1191,24 @@ def _transport(settings: Settings) -> Transport:
 
 #: Modules and names of the methods that may hold a client's lock.
 _OWN_MODULES: Final = (__name__, "brokerd_client.blocking.client")
-_LOCKING: Final = ("send", "_put", "_mend", "_wait_until_clear", "_do_chores", "close")
+_LOCKING: Final = ("_send_at_once", "_put", "_mend", "_wait_until_clear", "_do_chores", "_close")
+
+_open_clients: weakref.WeakSet[BaseClient] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for client in list(_open_clients):
+        client._close()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """Return the deadline for a timeout in seconds.
+
+    Raises ValueError if it is not valid.
+    """
+    limit = check_timeout(timeout)
+    return None if limit is None else time.monotonic() + limit
 
 
 def _move_bytes(
@@ -894,9 +1222,11 @@ def _move_bytes(
     It holds the client only between two waits.
 
     Args:
-        ref: The client. transport: The client's transport, which the thread closes.
+        ref: The client.
+        transport: The client's transport, which the thread closes.
         queues: Wait queues that the thread ends; a client that was dropped unclosed
-        can't. error: The exception that ended the previous I/O thread, if any.
+            can't.
+        error: The exception that ended the previous I/O thread, if any.
     """
     try:
         _keep_moving(ref, transport, error)
@@ -911,7 +1241,7 @@ def _move_bytes(
             daemon=True,
         )
         if (client := ref()) is not None:
-            client.replace(thread)
+            client._replace_thread(thread)
         thread.start()
 
 
@@ -941,7 +1271,7 @@ def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
     if (client := ref()) is None:
         return False
     try:
-        plan = client.prepare()
+        plan = client._prepare()
     finally:
         del client
     if plan is None:
@@ -950,7 +1280,7 @@ def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
     if (client := ref()) is None:
         return False
     try:
-        client.act(readable=readable, writable=writable)
+        client._on_ready(readable=readable, writable=writable)
     finally:
         del client
     return True
@@ -960,7 +1290,7 @@ def _survive(ref: weakref.ref[BaseClient], error: BaseException) -> bool:
     if (client := ref()) is None:
         return False
     try:
-        client.survive(error)
+        client._survive(error)
     finally:
         del client
     return True

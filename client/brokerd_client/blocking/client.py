@@ -7,45 +7,23 @@ and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user
 iterates over, and ``waiters`` has the objects that calls wait on.
 """
 
+# Written by .ci/blocking_face.py from aio/client.py: change that file, and run `make faces`.
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from brokerd_client import message
-from brokerd_client._common.dispatcher import log
 from brokerd_client.blocking.base import BaseClient
-from brokerd_client.blocking.handlers import HandlerThreads
-from brokerd_client.blocking.subscriptions import (
-    BaseSubscription,
-    Message,
-    PresenceWatch,
-    Subscription,
-)
-from brokerd_client.blocking.waiters import NOTHING, Call, by_handler
+from brokerd_client.blocking.subscriptions import Message, PresenceWatch, Subscription
 from brokerd_client.codec import encode
-from brokerd_client.errors import (
-    AlreadyAnswered,
-    BrokerdError,
-    Closed,
-    Disconnected,
-    InDoubt,
-    TimedOut,
-)
+from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Receipt, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
-from brokerd_client.protocol.dialog import LINGER_S
-from brokerd_client.protocol.state import State
-from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import (
     DEFAULT_INBOX,
     DEFAULT_THREADS,
@@ -55,7 +33,6 @@ from brokerd_client.settings import (
     check_timeout,
     resolve,
 )
-from brokerd_client.wire.envelope import check_address, check_topic
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -65,64 +42,18 @@ __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
-T = TypeVar("T")
-
-#: Seconds that close() waits for a handler that is still running.
-_HANDLER_GRACE_S: Final = 1.0
-#: Seconds that close() waits for the I/O thread.
-_THREAD_GRACE_S: Final = 5.0
 
 
 class Client(BaseClient):
     """A named client of a broker, made by :func:`connect`.
 
-    Any thread may use it, but a fork of the process may not.
+    Any thread may use it, but a fork of the process may not. Every call raises Closed
+    after close(), and WrongProcess in a fork.
 
-    Every call raises Closed after close(), and WrongProcess in a fork. Calls that send
-    wait while the client reconnects, for ``timeout`` seconds at most. With None they
-    wait for the timeout of connect(). After that they raise Disconnected: nothing was
-    sent.
+    Calls that send wait while the client reconnects, for ``timeout`` seconds at most.
+    With None they wait for the timeout of connect(). After that they raise
+    Disconnected: nothing was sent.
     """
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, _Answer)
-        _open_clients.add(self)
-
-    # Properties
-
-    @property
-    def name(self) -> str:
-        """The client's name, as the broker reported it."""
-        return self._dialog.name
-
-    @property
-    def address(self) -> str:
-        """The sender's address that other clients see: the name, or NAME/INSTANCE in a
-        pool.
-
-        It may change with a reconnect.
-        """
-        return self._dialog.address
-
-    @property
-    def connected(self) -> bool:
-        """Whether the client is connected and ready to send at this moment."""
-        return self._dialog.state is State.READY
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """Counts of failures so far, by kind.
-
-        Counted are late answers, undelivered sends, unclaimed events and lost
-        connections.
-        """
-        return self._dialog.counters
-
-    def __repr__(self) -> str:
-        return (
-            f"<Client {self.address or self.name!r} at {self._settings.address}"
-            f" {self._dialog.state.name.lower()}>"
-        )
 
     # Sending
 
@@ -163,40 +94,11 @@ class Client(BaseClient):
         if ttl is not None:
             extension = with_ttl(extension, ttl)
         if timeout is not None:
-            timeout = check_timeout(timeout)
-        if self._forked:
-            self._check()
-        deadline = None
-        dialog, transport = self._dialog, self._transport
-        while True:
-            # The same as BaseClient._put and BaseClient._write, inlined to save the
-            # calls.
-            try:
-                with self._lock:
-                    if self._clear and not self._chores:
-                        self._clear = False
-                        message_id = dialog.send(to, number, body, extension)
-                        dialog.took(transport.write(dialog.peek()))
-                        if transport.backlog or self._chores:
-                            transport.wake()
-                        else:
-                            self._clear = True
-                        return message_id
-                if self._interrupting():
-                    return self._send_late(to, number, body, extension)
-                deadline = self._wait_until_clear(timeout, deadline)
-            except BaseException:
-                self._mend()
-                raise
-
-    def _send_late(
-        self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None
-    ) -> int:
-        """Queue a send for the I/O thread: a signal handler can't wait for the lock."""
-        check_address(to)
-        message_id = next(self._dialog.late_ids)
-        put = partial(self._dialog.send_as, message_id, to, number, body, extension)
-        self._leave_chore(lambda: self._put_late([message_id], to, put))
+            check_timeout(timeout)
+        message_id = self._send_at_once(to, number, body, extension)
+        if message_id is None:
+            put = self._dialog.send
+            message_id = self._put(timeout, put, to, number, body, extension)
         return message_id
 
     def send_confirmed(
@@ -262,12 +164,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        to, codecs, bodies = encode_many(messages, codec)
-        timeout = check_timeout(timeout)
-        if self._interrupting():
-            bulk = zip(to, codecs, bodies, strict=True)
-            return [self._send_late(*message, None) for message in bulk]
-        return self._put(timeout, self._dialog.send_many, to, codecs, bodies)
+        return self._put_many(timeout, encode_many(messages, codec))
 
     def send_many_confirmed(
         self,
@@ -294,51 +191,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        to, codecs, bodies = encode_many(messages, codec)
-        timeout = check_timeout(timeout)
-        self._refuse_to_wait()
-        deadline = _deadline(timeout)
-        calls = [Call() for _ in to]
-
-        def put_all() -> list[int]:
-            self._calls.update(calls)
-            put = self._dialog.send_for_receipt
-            return [
-                put(recipient, number, body, None, call, deadline)
-                for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
-            ]
-
-        outcomes: list[Receipt | BrokerdError] = []
-        try:
-            for call, message_id in zip(calls, self._put(timeout, put_all), strict=True):
-                try:
-                    outcomes.append(self._outcome(call, message_id, deadline))
-                except BrokerdError as error:
-                    outcomes.append(error)
-        except BaseException:
-            for call in calls:
-                self._forsake(call)
-            raise
-        return outcomes
-
-    def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
-        """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
-        timeout = check_timeout(timeout)
-        self._check()
-        self._refuse_to_wait()
-        deadline = _deadline(timeout)
-        call = Call()
-
-        def put_out() -> int:
-            self._calls.add(call)
-            return put(*args, call, deadline)
-
-        try:
-            return self._outcome(call, self._put(timeout, put_out), deadline)
-        except BaseException:
-            if call in self._calls:
-                self._forsake(call)
-            raise
+        return self._ask_many(timeout, encode_many(messages, codec))
 
     def request(
         self,
@@ -399,26 +252,12 @@ class Client(BaseClient):
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
-        self._answer(
-            message, self._dialog.reply, message.sender, message.id, number, body, extension
-        )
+        put = self._dialog.reply
+        self._answer(message, put, message.sender, message.id, number, body, extension)
 
     def _fail(self, message: Message, text: str, code: str) -> None:
-        self._answer(message, self._dialog.fail, message.sender, message.id, code, text)
-
-    def _answer(self, message: message.Message, put: Callable[..., None], *args: Any) -> None:
-        self._check()
-
-        def put_out() -> None:
-            message.require_unanswered()
-            put(*args)
-            message.mark_answered()
-
-        if self._interrupting():
-            message.require_unanswered()
-            self._leave_chore(lambda: self._put_late([message.id], message.sender, put_out))
-        else:
-            self._put(None, put_out, answer=True)
+        put = self._dialog.fail
+        self._answer(message, put, message.sender, message.id, code, text)
 
     def publish(
         self,
@@ -454,15 +293,13 @@ class Client(BaseClient):
         """
         number, body = encode(payload, codec)
         extension = with_ttl(extension, ttl)
-        timeout = check_timeout(timeout)
-        if self._interrupting():
-            check_topic(topic)
-            self._check()
-            message_id = next(self._dialog.late_ids)
-            put = partial(self._dialog.publish_as, message_id, topic, number, body, extension)
-            self._leave_chore(lambda: self._put_late([message_id], topic, put))
-            return message_id
-        return self._put(timeout, self._dialog.publish, topic, number, body, extension)
+        if timeout is not None:
+            check_timeout(timeout)
+        message_id = self._publish_at_once(topic, number, body, extension)
+        if message_id is None:
+            put = self._dialog.publish
+            message_id = self._put(timeout, put, topic, number, body, extension)
+        return message_id
 
     def publish_confirmed(
         self,
@@ -519,44 +356,18 @@ class Client(BaseClient):
             Closed: The client is closed.
             Disconnected: The connection is lost, and the client will not reconnect.
         """
-        if self._forked:
-            self._check()
-        return self._inbox.take(timeout if timeout is None else check_timeout(timeout))
-
-    def __iter__(self) -> Iterator[Message]:
-        """Yield messages, and requests if no request handler is set, until the client
-        is closed.
-        """
         self._check()
-        queue, meter = self._inbox, self._meter
-        inbox = queue.inbox
-        items = inbox.items
-        with contextlib.suppress(Closed):
-            while True:
-                # The common case, without a call: the next message is here already.
-                # WaitQueue.take says why this is a loop over popleft.
-                try:
-                    for item in iter(items.popleft, NOTHING):
-                        # Only after the item is taken: see InboxMeter.weigh.
-                        if meter.full and len(items) <= inbox.mark:
-                            try:
-                                queue.resume_reading()
-                            except BaseException:
-                                queue.give_back(item)
-                                raise
-                        yield item
-                except IndexError as error:
-                    if by_handler(error):
-                        raise
-                    yield queue.take(None)
+        return self._inbox.take(None if timeout is None else check_timeout(timeout))
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
         """Set the handler of requests; can be used as a decorator.
 
-        The client calls ``handler(message)`` on its own threads and sends the result as
-        the reply. An exception is logged, and answered with an ERROR ``failed`` that
-        holds only the name of its type. A handler that calls message.reply() or
-        message.fail() itself returns None.
+        The client sends the result of ``handler(message)`` as the reply. A handler that
+        calls message.reply() or message.fail() itself returns None.
+
+        An exception of any type is logged. The answer is then an ERROR ``failed`` that
+        holds only the name of its type. The handler runs on a thread
+        of the client.
 
         Args:
             handler: The function to call for each request.
@@ -564,14 +375,12 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._handle(self._dispatcher.handle_requests, handler, self._for_requests)
-        return handler
+        return self._handle(self._dispatcher.handle_requests, handler)
 
     def on_message(self, handler: MessageHandler) -> MessageHandler:
         """Set the handler of messages; can be used as a decorator.
 
-        The client calls ``handler(message)`` for each message, in order, on its own
-        thread.
+        The client calls ``handler(message)`` for each message, in order, on a thread.
 
         Args:
             handler: The function to call for each message.
@@ -579,8 +388,7 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._handle(self._dispatcher.handle_messages, handler, self._for_messages)
-        return handler
+        return self._handle(self._dispatcher.handle_messages, handler)
 
     def on_undelivered(self, handler: UndeliveredHandler) -> UndeliveredHandler:
         """Set the handler of failed sends without a receipt; can be used as a
@@ -595,16 +403,7 @@ class Client(BaseClient):
         Returns:
             The handler.
         """
-        self._handle(self._dispatcher.handle_undelivered, handler, self._for_messages)
-        return handler
-
-    def _handle(self, handle: Callable[[Any], None], handler: Any, threads: HandlerThreads) -> None:
-        def act() -> None:
-            handle(handler)
-            threads.start()
-
-        self._check()
-        self._have_done(act)
+        return self._handle(self._dispatcher.handle_undelivered, handler)
 
     # Topics, presence and the broker itself
 
@@ -616,19 +415,19 @@ class Client(BaseClient):
         *,
         timeout: float | None = 30.0,
     ) -> Subscription:
-        """Subscribe to topics, and return once the broker has confirmed the
-        subscription.
+        """Subscribe to topics.
 
         The client renews the subscription after every reconnect.
 
         Args:
-            pattern: The topics to receive; it may contain wildcards. group: A group of
-            subscribers; each event goes to one member of the group. callback: The
-            function to call for each event, on the client's handler thread. timeout:
-            Seconds to wait for the broker's confirmation; None for no limit.
+            pattern: The topics to receive; it may contain wildcards.
+            group: A group of subscribers; each event goes to one member of the group.
+            callback: The function to call for each event, on a thread of the client.
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
 
         Returns:
-            The subscription: an iterator of events, unless a callback is given.
+            The subscription: an iterator of events, unless a
+            callback is given.
 
         Raises:
             Denied: The policy does not allow this client to subscribe to these topics.
@@ -638,100 +437,7 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        subscription = Subscription(self, pattern, group, callback)
-        call = Call()
-
-        def put(deadline: float | None) -> int:
-            self._calls.add(call)
-            if callback is not None:
-                self._for_messages.start()
-            message_id, subscription._entry = self._dialog.subscribe(
-                pattern, group, subscription, call, deadline
-            )
-            self._queues.add(subscription.queue)
-            return message_id
-
-        try:
-            self._begin_feed(call, put, timeout)
-            return subscription
-        except BaseException:
-            self._forsake_feed(subscription, call)
-            raise
-
-    def _begin_feed(
-        self, call: Call, put: Callable[[float | None], int], timeout: float | None
-    ) -> None:
-        """Begin a subscription or a watch, and wait for the broker's confirmation."""
-        self._check()
-        self._refuse_to_wait()
-        timeout = check_timeout(timeout)
-        deadline = _deadline(timeout)
-        message_id = self._have_put(timeout, lambda: put(deadline))
-        self._outcome(call, message_id, deadline)
-
-    def _forsake_feed(self, subscription: BaseSubscription[Any], call: Call) -> None:
-        """Remove a subscription or watch whose creation an exception has cut short."""
-        self._leave_chore(
-            lambda: self._end_feed_here(subscription, "the subscription was not made")
-        )
-        self._forsake(call)
-
-    def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
-        """Call ``put``, which queues frames, in the I/O thread, once these can be
-        written.
-        """
-        until = None
-        while True:
-            try:
-                until = self._wait_until_clear(timeout, until)
-                return self._have_done(put)
-            except Disconnected:
-                # The connection was lost between the two calls: the client may
-                # reconnect in time.
-                if self.closed or until is None or time.monotonic() >= until:
-                    raise
-            except BaseException:
-                self._mend()
-                raise
-
-    def _end_feed_here(self, subscription: BaseSubscription[Any], why: str) -> None:
-        """End a subscription or watch and tell the broker; with the lock, in the I/O
-        thread.
-        """
-        self._dialog.forget(subscription)
-        self._end_feed(subscription.queue, Closed(why))
-
-    def _unsubscribe(self, subscription: Subscription) -> None:
-        self._check()
-        if self._interrupting():
-            self._leave_chore(
-                lambda: self._end_feed_here(subscription, "the subscription was ended")
-            )
-            return
-        call = Call()
-        deadline = _deadline(self._settings.timeout_s)
-
-        def put() -> int | None:
-            self._calls.add(call)
-            entry: SubscriptionEntry | None = subscription._entry
-            message_id = (
-                None
-                if entry is None
-                else self._dialog.unsubscribe(entry, subscription, call, deadline)
-            )
-            self._end_feed(subscription.queue, Closed("the subscription was ended"))
-            return message_id
-
-        try:
-            message_id = self._have_done(put)
-            if message_id is not None:
-                # With any answer, and without an answer, no more events come.
-                with contextlib.suppress(Disconnected, Closed, TimedOut):
-                    self._outcome(call, message_id, deadline)
-            self._calls.discard(call)
-        except BaseException:
-            self._forsake(call)
-            raise
+        return self._open(Subscription(self, pattern, group, callback), timeout)
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> PresenceWatch:
         """Watch which clients are online.
@@ -740,8 +446,8 @@ class Client(BaseClient):
             timeout: Seconds to wait for the broker's confirmation; None for no limit.
 
         Returns:
-            An iterator of Presence. First comes the present state of every client that
-            this client may send to, then every change.
+            An iterator of Presence. First comes the present state
+            of every client that this client may send to, then every change.
 
         Raises:
             Refused: The broker refused the watch.
@@ -749,28 +455,7 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        subscription = PresenceWatch(self)
-        call = Call()
-
-        def put(deadline: float | None) -> int:
-            self._calls.add(call)
-            message_id, subscription._watch = self._dialog.watch(subscription, call, deadline)
-            self._queues.add(subscription.queue)
-            return message_id
-
-        try:
-            self._begin_feed(call, put, timeout)
-            return subscription
-        except BaseException:
-            self._forsake_feed(subscription, call)
-            raise
-
-    def _unwatch(self, subscription: PresenceWatch) -> None:
-        self._check()
-        if self._interrupting():
-            self._leave_chore(lambda: self._end_feed_here(subscription, "the watch was ended"))
-        else:
-            self._have_done(lambda: self._end_feed_here(subscription, "the watch was ended"))
+        return self._open(PresenceWatch(self), timeout)
 
     def control(
         self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
@@ -834,46 +519,10 @@ class Client(BaseClient):
         Messages that were not taken are dropped. In a fork of the client's process this
         does nothing.
         """
-        if self._forked:
-            return
-        if self._interrupting():
-            self._leave_chore(self._begin_end)
-            return
-        # Messages that a signal handler has queued as chores are flushed, too.
-        self._until(
-            lambda: not self._dialog.may_answer or not (self._transport.backlog or self._chores),
-            LINGER_S,
-        )
-        while True:
-            # Repeated if an exception in the I/O thread has cut it short.
-            with contextlib.suppress(InDoubt):
-                self._have_done(self._begin_end)
-                break
-        _open_clients.discard(self)
-        here = threading.current_thread()
-        self._thread.join(_THREAD_GRACE_S)
-        with self._lock:
-            # A warning that the thread has logged already is not logged twice.
-            self._dispatcher.warn_of_more(time.monotonic())
-        deadline = time.monotonic() + _HANDLER_GRACE_S
-        for thread in (*self._for_requests.threads, *self._for_messages.threads):
-            if thread is not here:
-                thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _begin_end(self) -> None:
-        """Begin to close the client; with the lock, in the I/O thread or after its end."""
-        first = self._dialog.state not in (State.CLOSING, State.CLOSED)
-        self._clear = False
-        self._apply(self._dialog.close(time.monotonic()), time.monotonic())
-        if self._dialog.state is State.CLOSING and first:
-            self._transport.shut()
-        for queue in list(self._queues):
-            if queue is not self._ordered:
-                queue.inbox.clear()
-        self._dispatcher.drop_jobs()
-        self._note_state()
+        self._close()
 
     def __enter__(self) -> Self:
+        self._check()
         return self
 
     def __exit__(
@@ -883,67 +532,6 @@ class Client(BaseClient):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def wait_until_ready(self, timeout: float) -> None:
-        """Wait for the first introduction.
-
-        Args:
-            timeout: Seconds to wait at most.
-
-        Raises:
-            TimedOut: The connection was not made in time.
-            BrokerdError: The reason why the connection was not made.
-        """
-        # The dialog's own deadline expires first.
-        if not self._until(lambda: not self._dialog.beginning, timeout + _HANDLER_GRACE_S):
-            raise TimedOut(f"no connection to {self._settings.address} within {timeout:g} s")
-        if self._dialog.state is State.GONE and self._dialog.reason is not None:
-            raise self._dialog.reason
-
-
-class _Answer:
-    """A request handler, as a job: its result is the reply."""
-
-    __slots__ = ("_handler",)
-
-    def __init__(self, handler: Callable[[Message], object]) -> None:
-        self._handler = handler
-
-    def __call__(self, request: Message) -> None:
-        result = self._handler(request)
-        try:
-            if not request.answered:
-                request.reply(result)
-            elif result is not None:
-                log().warning(
-                    "a request of %s had been answered when its handler returned more",
-                    request.sender,
-                )
-        except (Disconnected, Closed):
-            log().warning(
-                "a request of %s could not be answered: the connection is gone", request.sender
-            )
-
-    def failed(self, request: Message, error: BaseException) -> None:
-        """Log the handler's exception, and tell the requester that its request has
-        failed.
-        """
-        log().error("the handler of a request of %s failed", request.sender, exc_info=error)
-        with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
-            request.fail(f"the handler failed: {type(error).__name__}")
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
-
-
-_open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for client in list(_open_clients):
-        client.close()
 
 
 def connect(
@@ -959,24 +547,24 @@ def connect(
     ssl: SSLContext | bool | None = None,
     threads: int = DEFAULT_THREADS,
 ) -> Client:
-    """Connect to a broker and return the client, authenticated and introduced.
+    """Connect to a broker and return the client.
 
     Once connecting has begun, only the first five errors of the list below are raised.
 
     Args:
         address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after
-        that
-            /run/brokerd/brokerd.sock.
+            that /run/brokerd/brokerd.sock.
         name: The client's name. The default is $BROKERD_NAME; without it the broker
-        finds
-            the name by the key.
-        key: The client's key. The default is the content of ``key_file``. key_file: The
-        file that holds the key; one trailing newline is removed. The default
-            is $BROKERD_KEY_FILE.
+            finds the name by the key.
+        key: The client's key. The default is the content of ``key_file``.
+        key_file: The file that holds the key; one trailing newline is removed. The
+            default is $BROKERD_KEY_FILE.
         timeout: Seconds for connecting, and seconds that a send waits for a connection.
+            Infinity or None means no limit.
         reconnect: Whether to connect again after a loss; with False the first loss is
-        final. allow_pickle_from: Names of the clients whose pickles may be read. inbox:
-        Bytes of received messages kept in this process before the client stops
+            final.
+        allow_pickle_from: Names of the clients whose pickles may be read.
+        inbox: Bytes of received messages kept in this process before the client stops
             reading the socket.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.
@@ -984,7 +572,7 @@ def connect(
             the broker.
 
     Returns:
-        The client.
+        The client, authenticated and introduced.
 
     Raises:
         AuthenticationError: The broker or the client was not authenticated.
@@ -1008,9 +596,14 @@ def connect(
         ssl=ssl,
         threads=threads,
     )
+    return _connected(settings)
+
+
+def _connected(settings: Settings) -> Client:
+    """Return a new client when it is introduced; close it if that fails."""
     client = Client(settings)
     try:
-        client.wait_until_ready(settings.timeout_s)
+        client.wait_until_ready()
     except BaseException:
         client.close()
         raise

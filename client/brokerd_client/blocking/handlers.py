@@ -7,14 +7,17 @@ messages behind it would never be handled.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from brokerd_client._common.dispatcher import Job, log
+from brokerd_client.blocking.subscriptions import Message
 from brokerd_client.blocking.waiters import WaitQueue
-from brokerd_client.errors import BrokerdError
+from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected
 
-__all__ = ["HandlerThreads"]
+__all__ = ["HandlerThreads", "RequestJob"]
 
 
 class HandlerThreads:
@@ -111,6 +114,38 @@ class HandlerThreads:
         me = threading.get_ident()
         self._threads.pop(me, None)
         self._waiting.discard(me)
+
+
+class RequestJob:
+    """A request handler, as a job: its result is the reply."""
+
+    __slots__ = ("_handler",)
+
+    def __init__(self, handler: Callable[[Message], object]) -> None:
+        self._handler = handler
+
+    def __call__(self, request: Message) -> None:
+        result = self._handler(request)
+        try:
+            if not request.answered:
+                request.reply(result)
+            elif result is not None:
+                log().warning(
+                    "a request of %s had been answered when its handler returned more",
+                    request.sender,
+                )
+        except (Disconnected, Closed):
+            log().warning(
+                "a request of %s could not be answered: the connection is gone", request.sender
+            )
+
+    def failed(self, request: Message, error: BaseException) -> None:
+        """Log the handler's exception, and tell the requester that its request has
+        failed.
+        """
+        log().error("the handler of a request of %s failed", request.sender, exc_info=error)
+        with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
+            request.fail(f"the handler failed: {type(error).__name__}")
 
 
 def _on_failure(function: Any, item: Any, error: BaseException) -> None:

@@ -3,12 +3,13 @@
 A part of the blocking face; each object passes its calls on to its client.
 """
 
+# Written by .ci/blocking_face.py from aio/subscriptions.py: change that file, and run `make faces`.
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from brokerd_client import message
 from brokerd_client.blocking.waiters import WaitQueue
@@ -17,27 +18,12 @@ from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
 
+if TYPE_CHECKING:
+    from brokerd_client.blocking.client import Client
+
 __all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]
 
 T = TypeVar("T")
-
-
-class Giver(message.Owner, Protocol):
-    """The part of the client that this module needs."""
-
-    def reply(
-        self, message: Message, payload: object, *, codec: str | int | None = None
-    ) -> None: ...
-
-    def _fail(self, message: Message, text: str, code: str) -> None: ...
-
-    def _check(self) -> None: ...
-
-    def _new_queue(self) -> WaitQueue[Any]: ...
-
-    def _unsubscribe(self, subscription: Subscription) -> None: ...
-
-    def _unwatch(self, subscription: PresenceWatch) -> None: ...
 
 
 class Message(message.Message):
@@ -45,7 +31,7 @@ class Message(message.Message):
 
     __slots__ = ()
 
-    _owner: Giver
+    _owner: Client
 
     def reply(self, payload: object, *, codec: str | int | None = None) -> None:
         """Answer this request.
@@ -83,9 +69,22 @@ class BaseSubscription(Generic[T]):
     It ends when the subscription, the watch or its client is closed.
     """
 
-    def __init__(self, client: Giver) -> None:
+    #: The callback for its items; None if callers wait for them.
+    callback: Callable[[T], object] | None = None
+    #: The text of the error that calls raise after close().
+    _end_reason: ClassVar[str]
+
+    def __init__(self, client: Client) -> None:
         self._client = client
         self.queue: WaitQueue[T] = client._new_queue()
+
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        raise NotImplementedError
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Queue the request that ends it; return its id; None if none is needed."""
+        raise NotImplementedError
 
     def recv(self, timeout: float | None = None) -> T:
         """Return the next item.
@@ -110,10 +109,14 @@ class BaseSubscription(Generic[T]):
                 yield self.recv()
 
     def close(self) -> None:
-        """End the subscription or the watch."""
-        raise NotImplementedError
+        """End the subscription or the watch.
+
+        Iterating ends after the items that have arrived already.
+        """
+        self._client._unsubscribe(self)
 
     def __enter__(self) -> Self:
+        self._client._check()
         return self
 
     def __exit__(
@@ -129,13 +132,15 @@ class Subscription(BaseSubscription[Message]):
     """Events whose topic fits ``pattern``; those of a ``group`` are shared among its
     members.
 
-    With a callback the events go to it, on the client's handler thread, one after the
-    other.
+    With a callback, the client passes the events to it on a thread of its own,
+    one after the other.
     """
+
+    _end_reason = "the subscription was ended"
 
     def __init__(
         self,
-        client: Giver,
+        client: Client,
         pattern: str,
         group: str | None,
         callback: Callable[[Message], object] | None,
@@ -145,6 +150,19 @@ class Subscription(BaseSubscription[Message]):
         self.group = group
         self.callback = callback
         self._entry: SubscriptionEntry | None = None
+
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        message_id, self._entry = self._client._dialog.subscribe(
+            self.pattern, self.group, self, call, deadline
+        )
+        return message_id
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Queue the request that ends it; return its id; None if none is needed."""
+        if self._entry is None:
+            return None
+        return self._client._dialog.unsubscribe(self._entry, self, call, deadline)
 
     def unsubscribe(self) -> None:
         """End the subscription.
@@ -162,9 +180,16 @@ class Subscription(BaseSubscription[Message]):
 class PresenceWatch(BaseSubscription[Presence]):
     """First one Presence for each client that this one may send to; then every change."""
 
-    callback = None
+    _end_reason = "the watch was ended"
     _watch: Watch | None = None
 
-    def close(self) -> None:
-        """End the watch."""
-        self._client._unwatch(self)
+    def _begin(self, call: object, deadline: float | None) -> int:
+        """Queue the request to the broker; return its id."""
+        message_id, self._watch = self._client._dialog.watch(self, call, deadline)
+        return message_id
+
+    def _end(self, call: object, deadline: float | None) -> int | None:
+        """Stop watching; no request is needed."""
+        if self._watch is not None:
+            self._client._dialog.unwatch(self._watch)
+        return None

@@ -158,7 +158,7 @@ def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
             await alice.ping()
             assert server.broker.online["alice"].subscriptions == []
             assert len(alice._dialog.subscriptions) == 0
-            assert alice._feeds == set()
+            assert alice._subscriptions == set()
 
     run(main)
 

@@ -293,8 +293,8 @@ CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
     "send_many_confirmed": lambda client: client.send_many_confirmed([("bob", 1)] * 3, timeout=0.1),
     "request": lambda client: client.request("bob", 1, timeout=0.1),
     "publish_confirmed": lambda client: client.publish_confirmed("a", 1, timeout=0.1),
-    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
-    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._open(),
+    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._opener(),
+    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._opener(),
     "control": lambda client: client.control("ping", timeout=0.1),
 }
 
@@ -320,7 +320,7 @@ def test_call_that_the_dialog_forgot_ends_at_its_timeout(
             assert {type(each) for each in outcome} == {TimedOut}
             assert time.monotonic() - began < 2
             network.broker.intercept = None
-            assert alice._feeds == set()
+            assert alice._subscriptions == set()
             assert len(alice._dialog.subscriptions) == 0
 
     play(monkeypatch, scenario)
@@ -330,8 +330,8 @@ OPERATIONS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
     "ping": lambda client: client.control("ping", timeout=0.1),
     "clients": lambda client: client.control("clients", timeout=0.1),
     "whoami": lambda client: client.control("whoami", timeout=0.1),
-    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._open(),
-    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._open(),
+    "subscribe": lambda client: client.subscribe("a", timeout=0.1)._opener(),
+    "watch_presence": lambda client: client.watch_presence(timeout=0.1)._opener(),
 }
 
 

@@ -100,7 +100,7 @@ def require_nothing_left(client: aio.Client, network: MemoryBroker) -> None:
     assert len(dialog.pending_calls) == 0
     assert len(dialog.subscriptions) == 0
     assert dialog._watches == {}
-    assert client._feeds == set()
+    assert client._subscriptions == set()
     assert client._clear_waiters == []
     assert not client._inbox._waiters
     assert network.broker.online[client.name].subscriptions == []
@@ -376,7 +376,7 @@ def test_calls_cancelled_at_random_for_seconds_leave_nothing(server: FakeServer)
             assert len(alice._dialog.pending_calls) == 0
             assert len(alice._dialog.subscriptions) == 0
             assert alice._dialog._watches == {}
-            assert alice._feeds == set()
+            assert alice._subscriptions == set()
             assert server.broker.online["alice"].subscriptions == []
 
     asyncio.run(main())

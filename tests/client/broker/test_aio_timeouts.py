@@ -195,7 +195,7 @@ def test_iterator_that_is_dropped_closes_what_it_opened(monkeypatch: pytest.Monk
                 for _ in range(20):
                     await asyncio.sleep(0)
                 assert subscriptions == []
-                assert alice._feeds == set()
+                assert alice._subscriptions == set()
 
             sending = asyncio.ensure_future(_publish_often(bob))
             async for event in alice.subscribe("a"):

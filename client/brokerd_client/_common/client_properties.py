@@ -1,0 +1,63 @@
+"""The properties that a client has in both faces."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from brokerd_client.address import Address
+from brokerd_client.protocol.dialog import Dialog
+from brokerd_client.protocol.state import State
+
+__all__ = ["ClientProperties"]
+
+
+class ClientProperties:
+    """The properties of a client; the client sets the attributes below."""
+
+    _dialog: Dialog[Any]
+    #: Where the broker listens.
+    _address: Address
+
+    @property
+    def name(self) -> str:
+        """The client's name, as the broker reported it."""
+        return self._dialog.name
+
+    @property
+    def address(self) -> str:
+        """The sender's address that other clients see: the name, or NAME/INSTANCE in a
+        pool.
+
+        It may change with a reconnect.
+        """
+        return self._dialog.address
+
+    @property
+    def connected(self) -> bool:
+        """Whether the client is connected and ready to send at this moment."""
+        return self._dialog.state is State.READY
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called, or the connection is lost for good."""
+        return self._dialog.state in (State.CLOSING, State.CLOSED, State.GONE)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Counts of failures so far, by kind.
+
+        Counted are late answers, undelivered sends, unclaimed events and lost
+        connections.
+        """
+        return self._dialog.counters
+
+    def __repr__(self) -> str:
+        return (
+            f"<Client {self.address or self.name!r} at {self._address}"
+            f" {self._dialog.state.name.lower()}>"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a client can't be pickled or copied, for its connection can't: connect in the child"
+        )
