@@ -401,7 +401,7 @@ class Connection:
             "error",
             "daemon.bug",
             type(error).__name__,
-            log=session_logger(self.context.log, self.session).unbind("peer"),
+            log=session_logger(self.context.log, self.session),
             error=in_words(error),
             trace=traceback.format_exception(error),
         )
