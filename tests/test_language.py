@@ -60,16 +60,10 @@ FORBIDDEN: Final = (
 #: Files that do not follow the rules yet; a file that does is taken off this list.
 PENDING: Final = frozenset[str](
     {
-        "brokerd/cli/demo.py",
-        "brokerd/cli/main.py",
         "brokerd/core/operations.py",
-        "brokerd/ctl/against_running.py",
-        "brokerd/ctl/operations.py",
-        "brokerd/ctl/top.py",
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",
-        "brokerd/upgrade/channel.py",
         "docs/brokerctl.md",
         "docs/direct-api.md",
         "docs/operations.md",

@@ -74,14 +74,15 @@ def add_client(name: str, main: Path) -> Added:
             _write_new(entry, text, 0o644 & main.stat().st_mode, undo)
         except FileExistsError as error:
             raise NotAdded(
-                f"there is a file {error.filename} already (move it away, or choose another name)"
+                f"the file {error.filename} exists already (move it away, or choose another name)"
             ) from error
         except OSError as error:
             raise NotAdded(
-                f"{error.filename or home} can't be written: {error.strerror} (see to it)"
+                f"{error.filename or home} can't be written: {error.strerror} (check the file"
+                " system)"
             ) from error
         if name not in load(main).clients:
-            raise NotAdded(f"{main} does not read {entry} (see to its include:)")
+            raise NotAdded(f"{main} does not read {entry} (check its include:)")
         undo.pop_all()
     return Added(entry, key)
 
@@ -100,7 +101,7 @@ def _check_new(name: str, main: Path, entry: Path, key: Path) -> None:
         )
     for file in (key, entry):
         if file.is_symlink() or file.exists():
-            raise NotAdded(f"there is a file {file} already (move it away, or choose another name)")
+            raise NotAdded(f"the file {file} exists already (move it away, or choose another name)")
 
 
 def _includes(file: Path, entry: Path) -> bool:

@@ -88,7 +88,7 @@ def run(console: Console | None = None) -> int:
         )
         return 1
     console.print(
-        f"\n{shown} messages arrived, none was lost, in {time.monotonic() - began:.1f} seconds.",
+        f"\n{shown} messages arrived and none was lost, in {time.monotonic() - began:.1f} seconds.",
         style="bold",
     )
     return 0
@@ -195,22 +195,20 @@ class _Demo:
         self._expect(
             (reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42"
         )
-        self._arrive("alice", f"hears from bob: {reply.payload['product']}")
+        self._arrive("alice", f"receives from bob: {reply.payload['product']}")
 
     def _refusal(self, alice: brokerd_client.Client) -> None:
-        self._say("alice", "sends something to dave, who does not exist")
+        self._say("alice", "sends a message to dave, and there is no such client")
         try:
-            alice.send_confirmed("dave", "anybody there?", timeout=_TIMEOUT_S)
+            alice.send_confirmed("dave", "are you there?", timeout=_TIMEOUT_S)
         except NoSuchClient as error:
-            self._say("alice", f"is told so: {error}")
+            self._say("alice", f"gets the error: {error}")
         else:
-            raise _Failed("a message to nobody was accepted")
+            raise _Failed("a message to an unknown client was accepted")
 
     def _stock_python(self, bob: brokerd_client.Client) -> None:
         version = ".".join(map(str, self._stock.version))
-        self._say(
-            "carol", f"is Python {version} as it comes, nothing installed, and runs these lines:"
-        )
+        self._say("carol", f"is Python {version} with nothing installed, and runs these lines:")
         # Printed as text, which a narrow terminal wraps: a Syntax object would cut the
         # lines.
         for line in (
@@ -241,8 +239,10 @@ class _Demo:
                 carol.kill()
                 raise
         self._expect(carol.returncode == 0, f"the stock Python failed: {complaints.strip()[-500:]}")
-        self._expect(heard.splitlines() == ["bob", "welcome"], f"the stock Python heard {heard!r}")
-        self._arrive("carol", 'hears from bob: "welcome"')
+        self._expect(
+            heard.splitlines() == ["bob", "welcome"], f"the stock Python received {heard!r}"
+        )
+        self._arrive("carol", 'receives from bob: "welcome"')
 
     def _split_address(self) -> list[str]:
         host, colon, port = self._address.rpartition(":")
@@ -256,10 +256,10 @@ class _Demo:
         message = client.recv(timeout=_TIMEOUT_S)
         self._expect(
             (message.sender, message.payload) == (sender, payload),
-            f"{message.sender} sent {message.payload!r} where {sender} was to send {payload!r}",
+            f"{message.sender} sent {message.payload!r}, expected {payload!r} from {sender}",
         )
         text = payload.decode() if isinstance(payload, bytes) else payload
-        self._arrive("bob", f'hears from {sender}: "{text}"')
+        self._arrive("bob", f'receives from {sender}: "{text}"')
 
     def _expect(self, truth: bool, otherwise: str) -> None:
         if not truth:

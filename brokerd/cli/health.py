@@ -24,7 +24,7 @@ __all__ = ["Unhealthy", "entrance_to_ask", "probe"]
 
 #: The loopback address to ask for each address that means every interface.
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - nothing is bound here
-_NO_BROKER: Final = "something else than a broker answers (is this its address?)"
+_NO_BROKER: Final = "the answer is not a broker's (is this its address?)"
 
 
 class Unhealthy(Exception):
@@ -42,7 +42,7 @@ def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
     askable = [each for each in entrances if each.address.family == "AF_UNIX" or each.address.port]
     if not askable:
         raise Unhealthy(
-            "the configuration names no Unix socket and no fixed port to ask at (give --address)"
+            "the configuration has no Unix socket and no fixed port to connect to (give --address)"
         )
     return min(askable, key=lambda each: (each.address.family != "AF_UNIX", each.tls))
 
@@ -66,7 +66,7 @@ def probe(entrance: Entrance, timeout: float) -> float:
         # With a full accept queue, a Unix socket raises BlockingIOError where TCP would
         # wait.
         raise Unhealthy(
-            f"no challenge within {timeout:g} s (it is stopped, stuck or overrun)"
+            f"no challenge within {timeout:g} s (the broker is stopped, stuck or overloaded)"
         ) from None
     except FrameError:
         raise Unhealthy(_NO_BROKER) from None
@@ -100,7 +100,7 @@ def _connected(address: Address, deadline: float) -> socket.socket:
         family, _, _, _, place = found[-1]
         return _connected_to(family, place, deadline)
     if address.family == "AF_PIPE" or not hasattr(socket, "AF_UNIX"):
-        raise Unhealthy("only sockets can be asked (give --address HOST:PORT)")
+        raise Unhealthy("a health check needs a socket (give --address HOST:PORT)")
     return _connected_to(socket.AF_UNIX, address.path, deadline)
 
 
@@ -141,7 +141,9 @@ def _await_challenge(stream: socket.socket, deadline: float) -> None:
         stream.settimeout(_left(deadline))
         data = stream.recv(LIMIT)
         if not data:
-            raise Unhealthy("closed without a challenge (it is draining, or full: see its log)")
+            raise Unhealthy(
+                "closed without a challenge (the broker is draining, or full: see its log)"
+            )
         reader.feed(data)
     if not body.startswith(CHALLENGE):
         raise Unhealthy(_NO_BROKER)

@@ -62,7 +62,7 @@ class _Commands(click.Group):
     show_default=f"$BROKERD_CONFIG, else the text in ${VARIABLE}, else {DEFAULT_CONFIG}",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="The configuration.",
+    help="The configuration file.",
 )
 @click.version_option(__version__, prog_name="brokerd")
 @click.pass_context
@@ -137,7 +137,7 @@ def _import_structlog_alone() -> None:
     "--json", "as_json", is_flag=True, help="With --against-running: print the answer as JSON."
 )
 @click.option(
-    "--memory", is_flag=True, help="Say how much memory its limits allow at most, and what for."
+    "--memory", is_flag=True, help="Show how much memory its limits allow at most, and for what."
 )
 @click.pass_context
 def check(
@@ -145,12 +145,12 @@ def check(
 ) -> None:
     """Check a configuration and everything it includes; change nothing.
 
-    Every mistake is a line on standard error, and the exit status is then 78. Opens no
-    socket and writes nothing.
+    Each mistake is a line on standard error, and the exit status is then 78. No socket
+    is opened, and nothing is written.
 
     With --against-running, the broker that runs with this configuration is asked what a
-    reload would change: as the client that BROKERD_NAME, BROKERD_KEY_FILE and
-    BROKERD_ADDRESS say, or else as an administrator of the configuration. The exit
+    reload would change. BROKERD_NAME, BROKERD_KEY_FILE and BROKERD_ADDRESS name the
+    client that asks; without them, an administrator of the configuration does. The exit
     status is 0 only if the reload would work.
     """
     from brokerd.config.lint import advice
@@ -242,7 +242,7 @@ def _check_against_running(config: Config, as_json: bool) -> int:
 @click.option(
     "--address",
     metavar="ADDRESS",
-    help="Where to ask; else the configuration says where it listens.",
+    help="The address to check, by default one of the configuration.",
 )
 @click.option(
     "--timeout",
@@ -250,13 +250,14 @@ def _check_against_running(config: Config, as_json: bool) -> int:
     default=5.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long the broker may take to answer.",
+    help="Longest time for the answer, in seconds.",
 )
 @click.pass_context
 def health(context: click.Context, address: str | None, timeout: float) -> None:
-    """Ask the running broker for a sign of life; needs no key.
+    """Check that the running broker answers; needs no key.
 
-    It lives if it challenges who connects. Exit status 0 if it does, 1 if not.
+    A broker is healthy if it challenges a new connection. The exit status is then 0,
+    otherwise 1.
     """
     from brokerd.cli import health
     from brokerd.config.file_reader import Unreadable
@@ -289,15 +290,15 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --add: the configuration.",
+    help="With --add: the configuration file.",
 )
 @click.pass_context
 def key(context: click.Context, name: str | None, add: bool, config: Path | None) -> None:
-    """Print a fresh key; with a client's NAME, also the YAML to paste.
+    """Print a new key; with a client's NAME, also the YAML to paste.
 
-    With --add nothing is printed of the key: it is written to keys/NAME, beside the
-    configuration, for the owner alone, and clients.d/NAME.yaml makes NAME a client that
-    has it. Both files are written, or none; never over another.
+    With --add, the key is not printed. It is written to keys/NAME beside the
+    configuration, readable by its owner only. clients.d/NAME.yaml makes NAME a client
+    with this key. Both files are written, or none; no file is overwritten.
     """
     from brokerd.config.key_files import new_key
 
@@ -311,7 +312,7 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
     click.echo(fresh)
     if name is not None:
         click.echo(
-            "\n# To put it into a file beside the configuration that only its owner can read:\n#  "
+            "\n# To write it to a file beside the configuration that only its owner can read:\n#  "
             f" (umask 077; mkdir -p keys; printf '%s\\n' {fresh} > keys/{name})\n# or, in a"
             " configuration that only its owner can read, give the key itself: key, not"
             f" key_file.\nclients:\n  {_quoted(name)}:\n    key_file: {_quoted(f'keys/{name}')}"
@@ -342,7 +343,7 @@ def _add_client(name: str, config: Path) -> int:
 
 @main.command()
 def schema() -> None:
-    """Print the JSON Schema of the configuration, for editors and other checks."""
+    """Print the JSON Schema of the configuration, for editors and other programs."""
     import json
 
     from brokerd.config.model import json_schema

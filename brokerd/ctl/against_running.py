@@ -71,8 +71,8 @@ def _connected(
     if not administrators:
         raise Failure(
             Status.USAGE,
-            "there is nobody to ask the running broker as (set BROKERD_NAME and BROKERD_KEY_FILE, "
-            "or give a client admin: true)",
+            "no client is given to ask the running broker as (set BROKERD_NAME and"
+            " BROKERD_KEY_FILE, or give a client admin: true)",
         )
     failures = []
     for where in [address] if address else addresses:
@@ -91,5 +91,5 @@ def _connected(
                 failures.append(f"{each.name} at {where}: {error}")
     tried = "\n".join(failures)
     raise Failure(
-        Status.UNREACHABLE, f"no broker lets an administrator of this configuration in:\n{tried}"
+        Status.UNREACHABLE, f"no broker accepts an administrator of this configuration:\n{tried}"
     )

@@ -47,31 +47,31 @@ class Result:
     type=click.IntRange(min=1),
     default=50_000,
     show_default=True,
-    help="How many to send.",
+    help="Number of messages.",
 )
 @click.option(
-    "--size", type=click.IntRange(min=0), default=16, show_default=True, help="Bytes in each."
+    "--size", type=click.IntRange(min=0), default=16, show_default=True, help="Bytes per message."
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Messages a system call.",
+    help="Messages per system call.",
 )
 @click.option(
     "--pings",
     type=click.IntRange(min=1),
     default=500,
     show_default=True,
-    help="Round trips to measure.",
+    help="Number of round trips.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="Seconds at most.",
+    help="Time limit in seconds.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @connecting
@@ -79,10 +79,10 @@ class Result:
 def bench(
     access: Access, messages: int, size: int, batch: int, pings: int, timeout: float, as_json: bool
 ) -> None:
-    """Measure the way through the broker: messages from this client to itself, and
+    """Measure the path through the broker: messages from this client to itself, and
     round trips to the broker.
 
-    It is a failure if a message does not arrive.
+    The command fails if a message does not arrive.
     """
     with (
         access.connect() as client,

@@ -24,15 +24,15 @@ _INBOX: Final = 64 * 2**20
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_HELP = "Talk to a running broker."
+_HELP = "Control and use a running broker."
 _EPILOG = """\b
 Exit status:
-  0  what was asked for happened
-  1  refused, by the broker or by the other client
+  0  done
+  1  refused by the broker or by the other client
   2  the command line, the key file or the address is wrong
   3  timed out
-  4  no broker could be reached, or it went away
-  5  in doubt: the connection went before the outcome was known
+  4  no broker could be reached, or the connection ended
+  5  in doubt: the connection ended before the outcome was known
   78  the configuration has mistakes (reload)
   130  interrupted by Ctrl-C
 """
@@ -93,17 +93,17 @@ def _option(name: str, words: str, *, file: bool = False) -> Callable[[_Function
 
 #: In reverse order, as decorators are applied.
 _OPTIONS: Final = (
-    _option("key-file", "A file that holds this client's key.", file=True),
+    _option("key-file", "The file that holds this client's key.", file=True),
     _option(
         "cert-key", "Over TLS, the private key of --cert, if it is in another file.", file=True
     ),
     _option("cert", "Over TLS, the certificate to show to the broker.", file=True),
     _option(
         "ca",
-        "Over TLS, who may have issued the broker's certificate; the system's list if not given.",
+        "Over TLS, the CA certificates to trust; the system's list by default.",
         file=True,
     ),
-    _option("name", "The client to be; found by the key if not given."),
+    _option("name", "This client's name; by default, the broker finds it by the key."),
     _option("address", "HOST:PORT, [IPV6]:PORT, tls://HOST:PORT, a path or @ABSTRACT."),
 )
 

@@ -33,14 +33,14 @@ def _payload_options(function: _Function) -> _Function:
         click.option(
             "--ttl",
             type=click.FloatRange(min=0),
-            help="Seconds for which it may still be delivered.",
+            help="Seconds in which it may be delivered.",
         ),
         click.option(
             "--codec",
             type=click.Choice(["raw", "json"]),
             default="raw",
             show_default=True,
-            help="raw: the bytes as they are. json: the payload is JSON, and is checked.",
+            help="raw: bytes, sent unchanged. json: JSON, which is checked.",
         ),
         click.argument("payload", required=False),
     ):
@@ -50,13 +50,17 @@ def _payload_options(function: _Function) -> _Function:
 
 def _incoming_options(function: _Function) -> _Function:
     for option in (
-        click.option("--raw", is_flag=True, help="Write the payloads' bytes and nothing else."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line."),
+        click.option("--raw", is_flag=True, help="Write only the payloads' bytes."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line."),
         click.option(
-            "--reconnect", is_flag=True, help="Wait for a broker that goes away, instead of ending."
+            "--reconnect",
+            is_flag=True,
+            help="Connect again when the connection ends, instead of exiting.",
         ),
-        click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to listen at most."),
-        click.option("--count", type=click.IntRange(min=1), help="End after so many messages."),
+        click.option("--timeout", type=click.FloatRange(min=0), help="Time limit in seconds."),
+        click.option(
+            "--count", type=click.IntRange(min=1), help="Exit after this number of messages."
+        ),
     ):
         function = option(function)
     return function
@@ -68,7 +72,7 @@ def _timeout_option(default: float) -> Callable[[_Function], _Function]:
         type=click.FloatRange(min=0),
         default=default,
         show_default=True,
-        help="Seconds to wait.",
+        help="Time limit in seconds.",
     )
 
 
@@ -92,15 +96,15 @@ def _encode(payload: bytes, codec: str) -> Any:
         return json.loads(payload)
     except ValueError as error:
         raise click.BadParameter(
-            f"the payload is no JSON: {error}", param_hint="--codec json"
+            f"the payload is not valid JSON: {error}", param_hint="--codec json"
         ) from error
 
 
 @click.command()
 @click.argument("to")
 @_payload_options
-@click.option("--lines", is_flag=True, help="Send each line of the input as a message of its own.")
-@click.option("--receipt", is_flag=True, help="Print a line when the broker has taken it.")
+@click.option("--lines", is_flag=True, help="Send each line of the input as one message.")
+@click.option("--receipt", is_flag=True, help="Print a line when the broker has accepted it.")
 @_timeout_option(DEFAULT_TIMEOUT_S)
 @connecting
 @click.pass_obj
@@ -114,13 +118,13 @@ def send(
     receipt: bool,
     timeout: float,
 ) -> None:
-    """Send a message to the client TO, and wait until the broker has taken it.
+    """Send a message to the client TO, and wait until the broker has accepted it.
 
     PAYLOAD is read from the standard input if it is missing or "-".
     """
     if lines:
         if payload not in (None, "-"):
-            raise click.UsageError("--lines reads the standard input; leave PAYLOAD away")
+            raise click.UsageError("--lines reads the standard input; omit PAYLOAD")
         if ttl is not None:
             raise click.UsageError("--lines and --ttl can't be used together")
         bodies = [_encode(line, codec) for line in _read_payload(payload).splitlines()]
@@ -133,7 +137,7 @@ def send(
             client.send_confirmed(to, body, codec=codec, ttl=ttl, timeout=timeout)
         taken = "1 message"
     if receipt:
-        click.echo(f"the broker has taken {taken} for {to}")
+        click.echo(f"the broker has accepted {taken} for {to}")
 
 
 def _send_many(
@@ -164,7 +168,7 @@ def _send_many(
 @_payload_options
 @_timeout_option(30.0)
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as a JSON object.")
-@click.option("--raw", is_flag=True, help="Write the reply's bytes and nothing else.")
+@click.option("--raw", is_flag=True, help="Write only the reply's bytes.")
 @connecting
 @click.pass_obj
 def request(
@@ -206,8 +210,8 @@ def listen(
 ) -> None:
     """Print the messages and requests that arrive, until Ctrl-C.
 
-    With --count, it is a failure if fewer arrive before the time is over or Ctrl-C is
-    pressed. A request is answered with --reply, or with an error where there is none.
+    With --count, the command fails if fewer arrive before the time limit or Ctrl-C. A
+    request is answered with the text of --reply, or with an error without one.
     """
     with ended_by_ctrl_c(count is None), access.connect(reconnect=reconnect) as client:
         note(f"listening as {client.address}; Ctrl-C ends it")
@@ -216,7 +220,9 @@ def listen(
                 if reply is not None:
                     message.reply(reply.encode(errors="surrogateescape"), codec="raw")
                 else:
-                    message.fail("nobody answers here: it was started without --reply")
+                    message.fail(
+                        "this client does not answer requests: it was started without --reply"
+                    )
             print_message(message, as_json=as_json, raw=raw)
 
 
@@ -229,7 +235,7 @@ def listen(
 def publish(
     access: Access, topic: str, payload: str | None, codec: str, ttl: float | None, timeout: float
 ) -> None:
-    """Publish an event on TOPIC, and wait until the broker has taken it.
+    """Publish an event on TOPIC, and wait until the broker has accepted it.
 
     PAYLOAD is read from the standard input if it is missing or "-".
     """
@@ -241,7 +247,7 @@ def publish(
 @click.command()
 @click.argument("pattern")
 @_incoming_options
-@click.option("--group", help="Share the events with the other members of this group.")
+@click.option("--group", help="Share the events among the members of this group.")
 @connecting
 @click.pass_obj
 def subscribe(

@@ -32,22 +32,26 @@ _timeout = click.option(
     type=click.FloatRange(min=0),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
-    help="Seconds to wait.",
+    help="Time limit in seconds.",
 )
 
 
 @click.command()
 @_as_json
-@click.option("--watch", is_flag=True, help="Go on, and print who comes and goes, until Ctrl-C.")
 @click.option(
-    "--keys", is_flag=True, help="List every client's keys and their last use (administrators)."
+    "--watch",
+    is_flag=True,
+    help="Keep printing clients that come online or go offline, until Ctrl-C.",
+)
+@click.option(
+    "--keys", is_flag=True, help="List all clients' keys and their last use (administrators only)."
 )
 @connecting
 @click.pass_obj
 def clients(access: Access, as_json: bool, watch: bool, keys: bool) -> None:
-    """List the clients you may send to, and who of them is online."""
+    """List the clients that you may send to, and whether they are online."""
     if keys and watch:
-        raise Failure(Status.USAGE, "--keys is a list of one moment: leave out --watch")
+        raise Failure(Status.USAGE, "--keys can't be watched: omit --watch")
     with access.connect() as client:
         if keys:
             show_keys(client.control("keys"), as_json)
@@ -81,20 +85,20 @@ def _watch(client: brokerd_client.Client, as_json: bool) -> None:
 
 @click.command()
 @click.option(
-    "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many times."
+    "--count", type=click.IntRange(min=1), default=1, show_default=True, help="Number of pings."
 )
 @click.option(
     "--interval",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="Seconds between them.",
+    help="Seconds between pings.",
 )
 @_as_json
 @connecting
 @click.pass_obj
 def ping(access: Access, count: int, interval: float, as_json: bool) -> None:
-    """Ask the broker for an answer, and say how long it took."""
+    """Ask the broker for an answer, and print how long it took."""
     with access.connect() as client:
         for number in range(count):
             if number:
@@ -151,7 +155,7 @@ def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 @connecting
 @click.pass_obj
 def can(access: Access, sender: str, verb: str, target: str, as_json: bool, timeout: float) -> None:
-    """Say whether a client may do something, and the rule that decides it.
+    """Show whether a client may do something, and the rule that decides it.
 
     As in `can alice send bob`, `can alice publish jobs.new`, `can alice subscribe
     'jobs.>'`. The exit status is 1 if it may not.
@@ -190,18 +194,18 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Change nothing: say what would change, and whether it would work.",
+    help="Change nothing: show what would change, and whether it would work.",
 )
 @_as_json
 @_timeout
 @connecting
 @click.pass_obj
 def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None:
-    """Have the broker read its configuration again; a bad one changes nothing.
+    """Make the broker read its configuration again; an invalid one changes nothing.
 
-    Prints what changes: + comes, - goes, ~ changes, ! is worth a look. With mistakes in
-    the configuration the exit status is 78. A dry run binds no address, so that one
-    that somebody else has shows only when it is done.
+    Prints what changes: + is added, - is removed, ~ changes, ! needs attention. With
+    mistakes in the configuration the exit status is 78. A dry run binds no address. So
+    an address that another program uses is found only by the reload itself.
     """
     with access.connect(timeout=timeout) as client:
         answer = client.control("reload", timeout=timeout, dry_run=dry_run)
@@ -222,16 +226,16 @@ def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None
     type=click.FloatRange(min=0),
     default=_UPGRADE_TIMEOUT_S,
     show_default=True,
-    help="Seconds to wait.",
+    help="Time limit in seconds.",
 )
 @connecting
 @click.pass_obj
 def upgrade(access: Access, as_json: bool, timeout: float) -> None:
-    """Have the broker replace itself with the code and the configuration on disk; plain
-    connections go on.
+    """Replace the broker with the code and the configuration on disk; plain connections
+    go on.
 
-    Returns when the new process answers. If it can't take over, the old one goes on,
-    and says why.
+    Returns when the new process answers. If that can't take over, the old process goes
+    on and gives the reason.
     """
     with access.connect() as client:
         answer = client.control("upgrade", timeout=timeout)
@@ -245,7 +249,7 @@ def upgrade(access: Access, as_json: bool, timeout: float) -> None:
         )
     if not answer["upgraded"]:
         problems = "\n".join(answer["problems"])
-        raise Failure(Status.REFUSED, f"the broker goes on as it was:\n{problems}")
+        raise Failure(Status.REFUSED, f"the broker was not replaced:\n{problems}")
 
 
 @click.command()
@@ -254,7 +258,7 @@ def upgrade(access: Access, as_json: bool, timeout: float) -> None:
 @connecting
 @click.pass_obj
 def drain(access: Access, as_json: bool, timeout: float) -> None:
-    """Have the broker take nothing new, deliver what waits, and stop."""
+    """Stop the broker gracefully: accept nothing new, deliver what waits, and exit."""
     with access.connect(timeout=timeout) as client:
         answer = client.control("drain", timeout=timeout)
     if as_json:
@@ -270,7 +274,7 @@ def drain(access: Access, as_json: bool, timeout: float) -> None:
     "--for",
     "for_",
     metavar="DURATION",
-    help="How long, as in 10m; until the next reload if not given.",
+    help="How long, as in 10m; by default until the next reload.",
 )
 @_as_json
 @_timeout
@@ -286,9 +290,8 @@ def log_level(
 ) -> None:
     """Show the levels of the broker's log by area; with AREA and LEVEL, change one.
 
-    As in `log-level client debug --for 10m`. AREA may be all; LEVEL may be default,
-    which is what the configuration says. A change is gone at the next reload or
-    restart.
+    As in `log-level client debug --for 10m`. AREA may be all; LEVEL may be default, for
+    the configured level. A change ends at the next reload or restart.
     """
     if (area is None) != (level is None) or (area is None and for_ is not None):
         raise Failure(Status.USAGE, "give an area and a level, such as client debug; or neither")
@@ -311,7 +314,7 @@ def log_level(
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes a shell complete this command.
+    """Print the script by which a shell completes this command.
 
     \b
     bash:  eval "$(brokerctl completion bash)"          in ~/.bashrc

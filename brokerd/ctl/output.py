@@ -132,7 +132,9 @@ def print_message(message: Message, *, as_json: bool, raw: bool) -> None:
     else:
         text = payload_text(message)
         shown = (
-            printable(text) if text is not None else f"({len(message.body)} bytes that are no text)"
+            printable(text)
+            if text is not None
+            else f"({len(message.body)} bytes that are not text)"
         )
         origin = f"{message.sender} {message.topic}" if message.topic else message.sender
         if console.is_terminal:
@@ -151,7 +153,7 @@ def print_payload(message: Message, *, raw: bool) -> None:
     """
     text = None if raw else payload_text(message)
     if text is None and not raw and console.is_terminal:
-        console.print(f"({len(message.body)} bytes that are no text; --raw writes them)")
+        console.print(f"({len(message.body)} bytes that are not text; --raw writes them)")
     elif text is None:
         sys.stdout.flush()
         sys.stdout.buffer.write(message.body)

@@ -34,21 +34,21 @@ class Status(IntEnum):
     """The outcomes that a script can distinguish."""
 
     DONE = 0
-    """What was asked for happened."""
+    """The command has done its work."""
     REFUSED = 1
-    """The broker or the other client said no; it is named in the message."""
+    """The broker or the other client refused; the message names it."""
     USAGE = 2
     """The command line, the key file or the address is wrong; nothing was sent."""
     TIMED_OUT = 3
-    """It did not happen in the time given."""
+    """The time limit was over first."""
     UNREACHABLE = 4
-    """No broker answers at the address, or it went away."""
+    """No broker answers at the address, or the connection ended."""
     IN_DOUBT = 5
-    """The connection went before the outcome was known: it may have happened or not."""
+    """The connection ended before the outcome was known."""
     CONFIG = 78
-    """The configuration has mistakes; they are named, and nothing was changed."""
+    """The configuration has mistakes, which are listed; nothing was changed."""
     INTERRUPTED = 130
-    """Ctrl-C came before it was done; what a shell says of it too."""
+    """Ctrl-C came before the command was done; shells use this number too."""
 
 
 class Failure(click.ClickException):

@@ -121,16 +121,18 @@ class Rates:
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds."
 )
-@click.option("--count", type=click.IntRange(min=1), help="End after so many looks.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a look, one a line.")
+@click.option("--count", type=click.IntRange(min=1), help="Exit after this number of updates.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per update, one per line."
+)
 @connecting
 @click.pass_obj
 def top(access: Access, order: str, interval: float, count: int | None, as_json: bool) -> None:
-    """Watch every connection: its rates, the bytes that wait for it, and who is slow.
+    """Watch every connection: its rates, the bytes that wait for it, and its state.
 
-    slow: it reads less than is sent to it. held: it is not read from, because it sends
-    to one that is slow. On a terminal, a key changes the order: w waiting, i in, o out,
-    b bytes, e errors, n name; q ends it.
+    slow: the client reads less than is sent to it. held: the client is not read from,
+    because it sends to a slow client. On a terminal, a key changes the order: w
+    waiting, i in, o out, b bytes, e errors, n name; q quits.
     """
     rates = Rates()
     with ended_by_ctrl_c(count is None), access.connect() as client:

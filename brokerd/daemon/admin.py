@@ -58,7 +58,7 @@ class AdminCommands:
                 daemon.on_upgrade(f"asked for by {asker}", order)
             else:
                 problems = [
-                    "this broker is a part of another program, which would have to be replaced"
+                    "this broker is part of another program, which would have to be replaced"
                 ]
                 reply_to(
                     daemon.broker, order.source, order.id, {"upgraded": False, "problems": problems}
@@ -79,7 +79,7 @@ class AdminCommands:
         """
         daemon = self._daemon
         if self._long >= _MOST_LONG:
-            message = f"{self._long} long answers are being made already; ask again later"
+            message = f"{self._long} long answers are in progress already; ask again later"
             daemon.broker.refuse(order.source, order.id, ErrorCode.FULL, message, BROKER)
             daemon.server.settle()
             return
@@ -111,7 +111,7 @@ class AdminCommands:
         daemon, wanted = self._daemon, order.arguments
         try:
             if daemon.own_log is None:
-                raise LevelRefused("the log of this broker is its program's own")
+                raise LevelRefused("the log of this broker belongs to its program")
             if wanted:
                 daemon.own_log.change_level(
                     wanted.get("area"),

@@ -113,7 +113,7 @@ class Reloading:
             prepared.discard()
             cause, problems = (
                 "draining",
-                ["the broker stops: it takes over nothing more (start it again)"],
+                ["the broker is stopping: it accepts no new configuration (start it again)"],
             )
         except ConfigError as error:
             cause, problems = "config", str(error).splitlines()

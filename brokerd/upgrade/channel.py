@@ -1,32 +1,30 @@
 """The messages between two processes of the daemon during an upgrade: facts, bytes,
 descriptors.
 
-A message begins with MAGIC, then the length of a JSON object as 32 bits in network byte
-order, then the object:
+A message begins with MAGIC and the length of a JSON object, 32 bits in network byte
+order. Then the object follows:
 
     {"say": WORD, ...facts, "bytes": N, "descriptors": M}
 
 N bytes and M descriptors follow. Descriptors are sent in groups of up to 253
-(SCM_MAX_FD of Linux), each group beside one byte. These are the words of the old
-process and of the new process, in the order in which they are sent:
+(SCM_MAX_FD of Linux), each group beside one byte. The words, in the order in which they
+are sent:
 
     old offer     format, version, listening: the format of its state, and where it
-    listens;
-                  handed: the names and addresses of the sockets from the service
-                  manager; monitor: where the monitor listens; the descriptors of the
-                  sockets of both, handed and monitor, go with the message
+                  listens; handed: the names and addresses of the sockets from the
+                  service manager; monitor: where the monitor listens; the descriptors
+                  of the sockets of both, handed and monitor, go with the message
     new hello     version, formats; keeper: the path of the PID holder's program; its
                   configuration is valid, and it listens at all configured addresses
                   where the old process did not
     old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy;
-    idle
-                  connections with their descriptors, as in brokerd.net.handover; sent
-                  any number of times
-    old copied    asks whether all copies have been processed new copied    confirms it
+                  idle connections with their descriptors, as in brokerd.net.handover;
+                  sent any number of times
+    old copied    asks whether all copies have been processed
+    new copied    confirms it
     old state     format, frozen_at, asked_by; reloads: how many reloads ended in which
-    way;
-                  and all that brokerd.net.handover captures; the old process is idle
-                  now
+                  way; and all that brokerd.net.handover captures; the old process is
+                  idle now
     new ready     everything is set up; no socket has been touched
     old commit    the sockets belong to the new process
     new serving   confirms it; sent before the first socket is touched, so that the old
@@ -165,11 +163,11 @@ class UpgradeChannel:
                 self._pass(descriptors[start : start + _DESCRIPTORS], deadline)
         except TimeoutError as error:
             raise UpgradeChannelError(
-                f"it did not take {say!r} within {round(within_s, 2):g} s"
+                f"the other process did not read {say!r} within {round(within_s, 2):g} s"
             ) from error
         except OSError as error:
             raise UpgradeChannelError(
-                f"it ended before it took {say!r} ({error.strerror or error})"
+                f"the other process ended before it read {say!r} ({error.strerror or error})"
             ) from error
 
     def _write(self, pieces: Iterable[bytes | bytearray | memoryview], deadline: float) -> None:
@@ -202,7 +200,7 @@ class UpgradeChannel:
         try:
             magic, size = _HEAD.unpack(self._read(_HEAD.size, deadline))
             if magic != _MAGIC or size > _LARGEST_FACTS:
-                raise UpgradeChannelError("it does not speak this language")
+                raise UpgradeChannelError("the other process sent a malformed message")
             facts = json.loads(self._read(size, deadline))
             say, body_size, count = (
                 facts.pop("say"),
@@ -213,12 +211,16 @@ class UpgradeChannel:
                 say, facts, self._read(body_size, deadline), self._take(count, deadline)
             )
         except TimeoutError as error:
-            raise UpgradeChannelError(f"it said nothing for {round(within_s, 2):g} s") from error
+            raise UpgradeChannelError(
+                f"the other process sent nothing for {round(within_s, 2):g} s"
+            ) from error
         except OSError as error:
-            raise UpgradeChannelError(f"it ended ({error.strerror or error})") from error
+            raise UpgradeChannelError(
+                f"the other process ended ({error.strerror or error})"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UpgradeChannelError(
-                f"it does not speak this language: {in_words(error)}"
+                f"the other process sent a malformed message: {in_words(error)}"
             ) from error
 
     def expect(self, *words: str, within_s: float) -> UpgradeMessage:
@@ -230,18 +232,21 @@ class UpgradeChannel:
         if message.say not in words:
             _close_all(message.descriptors)
         if message.say == "failed":
-            raise UpgradeChannelError(str(message.facts.get("reason", "it did not say why")))
+            raise UpgradeChannelError(
+                str(message.facts.get("reason", "the other process gave no reason"))
+            )
         if message.say not in words:
             raise UpgradeChannelError(
-                f"it said {message.say!r} where {' or '.join(map(repr, words))} was expected"
+                f"the other process sent {message.say!r} where {' or '.join(map(repr, words))} was"
+                " expected"
             )
         return message
 
     def _read(self, size: int, deadline: float) -> bytearray:
         """Return the next ``size`` bytes.
 
-        The buffer is never larger than twice the bytes received, with a minimum of
-        _ROOM, however large the announced size is.
+        However large the announced size is, the buffer is at most twice as large as the
+        bytes received, or _ROOM.
         """
         body = bytearray()
         got = 0
@@ -252,7 +257,9 @@ class UpgradeChannel:
             with memoryview(body) as view:
                 count = self._sock.recv_into(view[got:])
             if not count:
-                raise ConnectionResetError(errno.ECONNRESET, "it closed the connection between us")
+                raise ConnectionResetError(
+                    errno.ECONNRESET, "the other process closed the connection"
+                )
             got += count
         return body
 
@@ -271,7 +278,7 @@ class UpgradeChannel:
                     )
                 if not data or not descriptors:
                     raise ConnectionResetError(
-                        errno.ECONNRESET, "it closed the connection between us"
+                        errno.ECONNRESET, "the other process closed the connection"
                     )
         except BaseException:
             _close_all(taken)
@@ -288,7 +295,7 @@ class UpgradeChannel:
 def _number(value: object) -> int:
     """Return the value if it is a valid count. Raises ValueError."""
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a valid count")
     return value
 
 

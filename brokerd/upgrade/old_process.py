@@ -170,11 +170,11 @@ class UpgradeSource:
         """
         problem = ""
         if self._task is not None:
-            problem = "an upgrade is going on already"
+            problem = "an upgrade is in progress already"
         elif self._daemon.stopping:
             problem = "the broker is stopping"
         elif not sys.platform.startswith("linux"):
-            problem = "processes hand over their sockets on Linux only"
+            problem = "a process can hand over its sockets on Linux only"
         log = self._daemon.log.bind(reason=reason)
         if problem:
             self._report_failure(log, problem, order)
@@ -227,7 +227,7 @@ class UpgradeSource:
     async def _run(self, log: FilteringBoundLogger, order: AdminCommand | None) -> None:
         try:
             async with self._daemon.reloading.undisturbed(
-                "an upgrade is going on, which reads the configuration again"
+                "an upgrade is in progress, which reads the configuration again"
             ):
                 await self._attempt(log, order)
         except (_Failed, UpgradeChannelError) as error:

@@ -43,10 +43,10 @@ def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert 'bob hears from alice: "hello, bob"' in lines
-    assert "alice hears from bob: 42" in lines
-    assert 'bob hears from carol: "hello from a stock Python"' in lines
-    assert 'carol hears from bob: "welcome"' in lines
+    assert 'bob receives from alice: "hello, bob"' in lines
+    assert "alice receives from bob: 42" in lines
+    assert 'bob receives from carol: "hello from a stock Python"' in lines
+    assert 'carol receives from bob: "welcome"' in lines
     assert lines[-1].startswith("5 messages arrived")
     assert list(socket_dir.iterdir()) == []
 
@@ -79,9 +79,9 @@ def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.M
         # Never connects.
         ("raise SystemExit(3)", "TimedOut"),
         # Says what it should, and hears nothing.
-        (demo.STOCK_CLIENT.rpartition("print(")[0], "the stock Python heard"),
+        (demo.STOCK_CLIENT.rpartition("print(")[0], "the stock Python received"),
         # Says something else.
-        (demo.STOCK_CLIENT.replace("hello from", "greetings from"), "was to send"),
+        (demo.STOCK_CLIENT.replace("hello from", "greetings from"), ", expected"),
     ],
     ids=["silent", "deaf", "wrong"],
 )

@@ -135,8 +135,8 @@ def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert (
         result.stderr
-        == f"unhealthy: {host}:{port}: no challenge within 0.2 s (it is stopped, stuck or"
-        " overrun)\n"
+        == f"unhealthy: {host}:{port}: no challenge within 0.2 s (the broker is stopped, stuck or"
+        " overloaded)\n"
     )
 
 
@@ -187,9 +187,9 @@ def test_a_full_socket_is_not_healthy(socket_dir: Path) -> None:
     ("sent", "reason"),
     [
         (b"", "closed without a challenge"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than a broker"),
-        (b"\xff\xff\xff\xf0", "something else than a broker"),
-        (frame(b"#WELCOME#"), "something else than a broker"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the answer is not a broker's"),
+        (b"\xff\xff\xff\xf0", "the answer is not a broker's"),
+        (frame(b"#WELCOME#"), "the answer is not a broker's"),
     ],
 )
 def test_what_is_no_challenge_is_not_healthy(sent: bytes, reason: str) -> None:

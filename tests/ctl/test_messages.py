@@ -46,10 +46,10 @@ def test_a_receipt_is_printed_on_demand(ctl: Any) -> None:
 
     assert (
         ctl("alice", "send", "bob", "x", "--receipt").output
-        == "the broker has taken 1 message for bob\n"
+        == "the broker has accepted 1 message for bob\n"
     )
     assert ctl("alice", "send", "bob", "--lines", "--receipt", stdin="1\n2\n").output.startswith(
-        "the broker has taken 2 messages"
+        "the broker has accepted 2 messages"
     )
 
 
@@ -78,7 +78,7 @@ def test_json_that_is_none_is_a_wrong_command(ctl: Any) -> None:
     result = ctl("alice", "send", "bob", "{n: 7}", "--codec", "json")
 
     assert result.exit_code == Status.USAGE
-    assert "the payload is no JSON" in result.output
+    assert "the payload is not valid JSON" in result.output
 
 
 def test_every_line_becomes_a_message(ctl: Any) -> None:
@@ -339,7 +339,7 @@ def test_listen_prints_who_sent_what(ctl: Any, begin: Begin) -> None:
 
     assert ended(process) == (
         Status.DONE,
-        "alice\tone\nalice\ttwo\\nlines \\x1b[31m\nalice\t(2 bytes that are no text)\n",
+        "alice\tone\nalice\ttwo\\nlines \\x1b[31m\nalice\t(2 bytes that are not text)\n",
         "",
     )
 

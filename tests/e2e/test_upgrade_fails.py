@@ -132,7 +132,7 @@ FAILURES = {
         RECEIVING
         + TAKING
         + "channel.UpgradeChannel._take = lambda *given: taking(time.sleep, *given, 60)",
-        "it said nothing for 0.",
+        "the other process sent nothing for 0.",
     ),
     "a state it makes no sense of": (
         RECEIVING + "from brokerd.core import snapshot\n"
@@ -164,7 +164,7 @@ FAILURES = {
         "    if message.say == 'commit': time.sleep(60)\n"
         "    return message\n"
         "channel.UpgradeChannel.expect = expect",
-        "it said nothing for 0.3 s",
+        "the other process sent nothing for 0.3 s",
     ),
 }
 
@@ -248,8 +248,10 @@ def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
         scene.ops.write(packed(2, "$broker", b'{"op": "reload"}', id=3, codec=2))
         answers = {frame.id: frame.json for frame in (scene.ops.recv() for _ in range(3))}
         second.ping()
-    assert answers[2]["problems"] == ["an upgrade is going on already"]
-    assert answers[3]["problems"] == ["an upgrade is going on, which reads the configuration again"]
+    assert answers[2]["problems"] == ["an upgrade is in progress already"]
+    assert answers[3]["problems"] == [
+        "an upgrade is in progress, which reads the configuration again"
+    ]
     assert not answers[1]["upgraded"]
     scene.all_goes_on()
 
@@ -298,7 +300,10 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
         broker.before_new_process("import time; time.sleep(60)")
         answer = broker.upgrade(ops)
         assert answer["problems"] == [
-            "the new process can't take over: it said nothing for 0.5 s (it did not end by itself)"
+            (
+                "the new process can't take over: the other process sent nothing for 0.5 s"
+                " (it did not end by itself)"
+            )
         ]
         assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
 

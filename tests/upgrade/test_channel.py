@@ -112,24 +112,28 @@ def test_another_word_than_expected_is_an_error(
 ) -> None:
     """It is not taken for the one."""
     ends[0].send("commit", within_s=5)
-    with pytest.raises(UpgradeChannelError, match="it said 'commit' where 'ready' was expected"):
+    with pytest.raises(
+        UpgradeChannelError, match="the other process sent 'commit' where 'ready' was expected"
+    ):
         ends[1].expect("ready", within_s=5)
 
 
 def test_silence_ends_in_time(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
     """In both directions."""
-    with pytest.raises(UpgradeChannelError, match=r"it said nothing for 0\.05 s"):
+    with pytest.raises(UpgradeChannelError, match=r"the other process sent nothing for 0\.05 s"):
         ends[1].receive(within_s=0.05)
-    with pytest.raises(UpgradeChannelError, match=r"it did not take 'state' within 0\.05 s"):
+    with pytest.raises(
+        UpgradeChannelError, match=r"the other process did not read 'state' within 0\.05 s"
+    ):
         ends[0].send("state", {}, [bytes(10_000_000)], within_s=0.05)
 
 
 def test_an_end_is_seen(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
     """Whether it is waited for, or said something to."""
     ends[0].close()
-    with pytest.raises(UpgradeChannelError, match="it closed the connection between us"):
+    with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
         ends[1].receive(within_s=5)
-    with pytest.raises(UpgradeChannelError, match="it ended before it took 'hello'"):
+    with pytest.raises(UpgradeChannelError, match="the other process ended before it read 'hello'"):
         ends[1].send("hello", within_s=5)
 
 
@@ -201,7 +205,7 @@ def test_descriptors_of_a_message_that_breaks_off_are_closed(
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
     try:
         ends[0].close()
-        with pytest.raises(UpgradeChannelError, match="it closed the connection between us"):
+        with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
             ends[1].receive(within_s=5)
         assert os.read(waker_out, 1) == b""
     finally:
@@ -214,7 +218,9 @@ def test_descriptors_beside_another_word_are_closed(
     """What comes with a message that nobody wants belongs to nobody."""
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
     try:
-        with pytest.raises(UpgradeChannelError, match="it said 'state' where 'ready' was expected"):
+        with pytest.raises(
+            UpgradeChannelError, match="the other process sent 'state' where 'ready' was expected"
+        ):
             ends[1].expect("ready", within_s=5)
         assert os.read(waker_out, 1) == b""
     finally:
@@ -233,7 +239,7 @@ def test_room_is_made_for_what_comes_not_for_what_is_announced(
     ends[0].close()
     tracemalloc.start()
     try:
-        with pytest.raises(UpgradeChannelError, match="it closed the connection between us"):
+        with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
             ends[1].receive(within_s=5)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
