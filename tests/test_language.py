@@ -65,7 +65,6 @@ PENDING: Final = frozenset[str](
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",
         "docs/brokerctl.md",
-        "docs/direct-api.md",
         "docs/operations.md",
         "docs/performance.md",
         "docs/protocol.md",
