@@ -9,8 +9,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
-VERSIONS := 3.11 3.12 3.13
-export PYTHON
+VERSIONS := 3.11 3.12 3.13 3.14 3.15
+export PYTHON TEST_ROOT
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile

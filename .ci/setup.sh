@@ -28,13 +28,13 @@ say() { printf '%s\n' "$*" >&2; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 find_python() {
-    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.14 python; do
+    for name in ${PYTHON:-} python3 python3.15 python3.14 python3.13 python3.12 python3.11 python; do
         if new_enough "$name"; then
             printf '%s\n' "$name"
             return
         fi
     done
-    say "brokerd needs Python 3.11 or later, and none was found (tried: ${PYTHON:-} python3, python3.11 to python3.14, python)."
+    say "brokerd needs Python 3.11 or later, and none was found (tried: ${PYTHON:-} python3, python3.11 to python3.15, python)."
     say "Install one, or name it:  make PYTHON=/path/to/python3 ..."
     return 1
 }
@@ -86,9 +86,9 @@ pip_install() { pip install --quiet --disable-pip-version-check --no-input "$@";
 install_locked() {
     if ! "$venv/bin/python" -c '
 import sys
-sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_info[:2] <= (3, 13)))
+sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_info[:2] <= (3, 15)))
 '; then
-        say "the locks are for CPython 3.11 to 3.13"
+        say "the locks are for CPython 3.11 to 3.15"
         return 1
     fi
     log=$venv/.locked.log

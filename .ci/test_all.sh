@@ -3,8 +3,9 @@
 #
 #   .ci/test_all.sh VERSION...
 #
-# An interpreter is found by its name, or among those of pyenv. One that is missing is named and skipped; it is
-# an error when all are.
+# An interpreter is found by its name, among those of pyenv, or in TEST_ROOT: a directory with another system, which is
+# entered by chroot (as root; CONTRIBUTING.md says how to make one). One that is missing is named and skipped; it is an
+# error when all are.
 set -u
 
 runs() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" >/dev/null 2>&1; }
@@ -23,21 +24,41 @@ find_python() {
     return 1
 }
 
+# Runs a command in TEST_ROOT, with this checkout at its own path. The mounts end with the command.
+in_root() {
+    mkdir -p "$TEST_ROOT$PWD"
+    unshare --mount --propagation private sh -euc '
+        root=$1 checkout=$2
+        shift 2
+        mount --rbind /proc "$root/proc"
+        mount --rbind /dev "$root/dev"
+        mount --bind "$checkout" "$root$checkout"
+        exec chroot "$root" /usr/bin/env --chdir="$checkout" "$@"
+    ' in_root "$TEST_ROOT" "$PWD" "$@"
+}
+
 outcome=
 status=0
 ran=0
 compiled=
 for version in "$@"; do
-    if ! python=$(find_python "$version"); then
+    enter=
+    if python=$(find_python "$version"); then
+        :
+    elif [ -n "${TEST_ROOT:-}" ] && [ -x "$TEST_ROOT/usr/bin/python$version" ]; then
+        enter=in_root
+        python=python$version
+    else
         printf '\n== Python %s: not found, skipped\n' "$version"
         outcome="$outcome $version skipped (not found),"
         continue
     fi
     printf '\n== Python %s\n' "$version"
     ran=1
-    if .ci/setup.sh ".venv-$version" test "$python" && ".venv-$version/bin/python" -m pytest -m "not system"; then
+    if $enter .ci/setup.sh ".venv-$version" test "$python" &&
+        $enter ".venv-$version/bin/python" -m pytest -m "not system"; then
         outcome="$outcome $version passed,"
-        compiled=.venv-$version/bin/python
+        [ -n "$enter" ] || compiled=.venv-$version/bin/python
     else
         outcome="$outcome $version FAILED,"
         status=1

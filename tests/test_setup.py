@@ -50,8 +50,8 @@ def build_wheel(*arguments): raise NotImplementedError
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="a script for POSIX shells"),
     pytest.mark.skipif(
-        not (3, 11) <= sys.version_info[:2] <= (3, 13),
-        reason="the locks are for Python 3.11 to 3.13",
+        not (3, 11) <= sys.version_info[:2] <= (3, 15),
+        reason="the locks are for Python 3.11 to 3.15",
     ),
     pytest.mark.skipif(
         importlib.util.find_spec("pip") is None, reason="this environment has no pip"
