@@ -52,9 +52,13 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 class Address:
     """An address to listen at or connect to.
 
-    family: decides which of the other fields are used. host, port: for AF_INET and
-    AF_INET6. path: for AF_PIPE and AF_UNIX, where an abstract name begins with a NUL
-    character. tls: whether connections to it use TLS.
+    Attributes:
+        family: Decides which of the other fields are used.
+        host: The host, for AF_INET and AF_INET6.
+        port: The port, for AF_INET and AF_INET6.
+        path: The path, for AF_PIPE and AF_UNIX. An abstract name begins with a NUL
+            character.
+        tls: Whether connections to it use TLS.
     """
 
     family: Family
@@ -86,8 +90,16 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
     The forms are ``host:port`` and ``[::1]:port``, each with ``tls://`` before it for
     TLS; a pair of host and port; ``@abstract``; ``\\.\pipe\name``; or the path of a
     Unix socket. A path contains a ``/``, or ends in ``.sock`` or ``.socket``. So a host
-    without a port is not mistaken for a file. Raises AddressError, which lists the
-    forms.
+    without a port is not mistaken for a file.
+
+    Args:
+        address: The address as text, as a pair, or already parsed.
+
+    Returns:
+        The parsed address.
+
+    Raises:
+        AddressError: The address has none of the forms, which the message lists.
     """
     if isinstance(address, Address):
         return address
@@ -232,8 +244,17 @@ def infer_family(address: object) -> Family:
     """Return the family of an address of ``multiprocessing.connection``, by its form.
 
     A pair whose host holds a colon is AF_INET6, which the standard library does not
-    infer. Raises AddressError, which is a ValueError, as the standard library's
-    address_type does.
+    infer.
+
+    Args:
+        address: A (host, port) pair, a path, or the name of a pipe.
+
+    Returns:
+        The family's name.
+
+    Raises:
+        AddressError: The address has another form. It is a ValueError, as that of the
+            standard library's ``address_type`` is.
     """
     if isinstance(address, tuple):
         return (
@@ -252,7 +273,14 @@ def infer_family(address: object) -> Family:
 
 
 def validate_family(family: str) -> None:
-    """Raise AddressError if this machine does not have the family."""
+    """Check that this machine has the family.
+
+    Args:
+        family: The family's name.
+
+    Raises:
+        AddressError: The family is not known, or not available here.
+    """
     if family not in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"):
         raise AddressError(
             f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE"
@@ -268,7 +296,14 @@ def validate_family(family: str) -> None:
 
 
 def format_peer(sockaddr: object) -> str:
-    """Return a peer's address as text for people: ``host:port``, a path, or ``unix``."""
+    """Return a peer's address as text for people.
+
+    Args:
+        sockaddr: The address as the socket module returns it.
+
+    Returns:
+        ``host:port``, a path, ``@abstract``, or ``unix`` for a socket without a name.
+    """
     if isinstance(sockaddr, tuple) and len(sockaddr) >= 2:
         host, port = sockaddr[0], sockaddr[1]
         return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

@@ -37,17 +37,20 @@ _to_json: Final = json.JSONEncoder(
 
 
 def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]:
-    """Return (the codec's number, the bytes to send).
+    """Encode a payload.
 
     Args:
-        payload: The object to encode. codec: One of "raw", "json", "msgpack", "pickle",
-        or a number; 128 to 255 take bytes
-            unchanged. With None, the payload's type selects raw (bytes-like) or JSON
-            (str, dict, list, int, float, bool, None).
+        payload: The object to encode.
+        codec: One of "raw", "json", "msgpack", "pickle", or a number; 128 to 255 take
+            bytes unchanged. With None, the payload's type selects raw (bytes-like) or
+            JSON (str, dict, list, int, float, bool, None).
+
+    Returns:
+        The codec's number, and the bytes to send.
 
     Raises:
         PayloadError: The payload does not fit the codec; the message names a codec that
-        does.
+            does.
     """
     if codec is None:
         if type(payload) is bytes:
@@ -73,8 +76,15 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
 
 
 def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
-    """Return the payload in ``body``; for raw and users' codecs, it is the bytes
-    themselves.
+    """Decode the body of a message.
+
+    Args:
+        codec: The number of the codec.
+        body: The bytes of the payload.
+        allow_pickle: Whether a pickle may be decoded, which runs its sender's code.
+
+    Returns:
+        The payload. For raw and users' codecs, it is ``body`` itself.
 
     Raises:
         UndecodablePayload: The body does not fit the codec, or the codec is not

@@ -158,7 +158,9 @@ class BadLength(FrameError):
 class FrameTooBig(FrameError):
     """The peer announced a frame above the limit.
 
-    size: bytes announced. limit: bytes accepted.
+    Attributes:
+        size: The announced size, in bytes.
+        limit: The largest accepted size, in bytes.
     """
 
     def __init__(self, size: int, limit: int) -> None:
@@ -177,7 +179,8 @@ class FrameTooBig(FrameError):
 class MalformedEnvelope(RemoteError):
     """The frame is not a valid broker frame.
 
-    id: the frame's id, or 0 if it could not be read.
+    Attributes:
+        id: The frame's id, or 0 if it could not be read.
     """
 
     def __init__(self, message: str, id: int = 0) -> None:
@@ -211,9 +214,10 @@ class TlsError(AuthenticationError, ConnectionError):
 class Refused(BrokerdError):
     """The broker, or the other client of a request, refused a message.
 
-    code: the error code on the wire, such as ``offline``.
-    name: the recipient that the error concerns, or "".
-    id: the id of the refused message, or 0 if the broker could not read it.
+    Attributes:
+        code: The error code on the wire, such as ``offline``.
+        name: The recipient that the error concerns, or "".
+        id: The id of the refused message, or 0 if the broker could not read it.
     """
 
     code = "refused"
@@ -329,8 +333,9 @@ class RequestFailed(Refused):
 class Disconnected(BrokerdError, ConnectionError):
     """The connection to the broker is lost, or was never made.
 
-    id: the id of the message that was therefore not sent; 0 if the error is not about a
-    message.
+    Attributes:
+        id: The id of the message that was therefore not sent. It is 0 if the error is
+            not about a message.
     """
 
     def __init__(self, message: str, *, id: int = 0) -> None:
@@ -342,7 +347,9 @@ class InDoubt(Disconnected):
     """The connection was lost before the outcome of this send was known.
 
     The message may or may not have been delivered; the library never repeats it.
-    id: the id of the message.
+
+    Attributes:
+        id: The id of the message.
     """
 
 
@@ -381,7 +388,17 @@ _BY_CODE: dict[str, type[Refused]] = {
 
 
 def refusal(code: str, message: str, *, name: str = "", id: int = 0) -> Refused:
-    """Return the exception for an error code; for an unknown code it is RequestFailed."""
+    """Return the exception for an error code; for an unknown code it is RequestFailed.
+
+    Args:
+        code: The error code on the wire.
+        message: The text of the error.
+        name: The recipient that the error concerns, or "".
+        id: The id of the refused message, or 0.
+
+    Returns:
+        The exception, which is not raised.
+    """
     cls = _BY_CODE.get(code)
     if cls is None:
         return RequestFailed(message, name=name, id=id, code=code)

@@ -33,7 +33,9 @@ class Owner(Protocol):
 class Receipt:
     """The broker's confirmation that it has taken responsibility for a message.
 
-    id: the id of the message. to: its recipient, or its topic.
+    Attributes:
+        id: The id of the message.
+        to: Its recipient, or its topic.
     """
 
     id: int
@@ -43,9 +45,14 @@ class Receipt:
 class Message:
     """A received MESSAGE, REQUEST, REPLY or EVENT.
 
-    sender: the address that the broker authenticated (``name`` or ``name/instance``).
-    body: the payload's bytes, as sent. codec: the number of their encoding.
-    topic: the topic of an EVENT, else "". extension: the sender's JSON object, or None.
+    Attributes:
+        sender: The address that the broker authenticated, ``name`` or
+            ``name/instance``.
+        id: The id that the sender gave the message.
+        body: The payload's bytes, as sent.
+        codec: The number of their encoding.
+        topic: The topic of an EVENT, "" for other kinds.
+        extension: The sender's JSON object, or None.
     """
 
     __slots__ = (
@@ -96,9 +103,8 @@ class Message:
 
         Raises:
             UndecodablePayload: The payload does not fit its codec. Or it is a pickle,
-            and
-                ``allow_pickle_from`` does not name its sender. ``body`` can always be
-                read.
+                and ``allow_pickle_from`` does not name its sender. ``body`` can always
+                be read.
         """
         try:
             return self._payload
@@ -112,8 +118,10 @@ class Message:
         return payload
 
     def text(self) -> str:
-        """Return the payload as text: a JSON string's content, or the body read as
-        UTF-8.
+        """Return the payload as text.
+
+        Returns:
+            The content of a JSON string. For other payloads, the body read as UTF-8.
 
         Raises:
             UndecodablePayload: The body is not UTF-8.
@@ -173,8 +181,17 @@ def extension_cost(extension: Mapping[str, Any]) -> int:
 
 
 def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:
-    """Return the extension with ``ttl``, in seconds, added to it; None if both are
-    None.
+    """Return the extension with a time to live added to it.
+
+    Args:
+        extension: The sender's JSON object, or None.
+        ttl: The time to live, in seconds, or None.
+
+    Returns:
+        The extension; None if both are None.
+
+    Raises:
+        ValueError: The ttl is not a number from 0 to MAX_TTL.
     """
     if ttl is None:
         return extension

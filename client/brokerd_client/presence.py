@@ -40,8 +40,11 @@ _END_OF_TIME: Final = 1e12
 class ClientInfo:
     """A client to which this client may send.
 
-    since: when it came online or went offline, in seconds since the epoch; None if the
-    broker does not know.
+    Attributes:
+        name: The client's name.
+        online: Whether it is connected.
+        since: When it came online or went offline, in seconds since the epoch. It is
+            None if the broker does not know.
     """
 
     name: str
@@ -51,7 +54,12 @@ class ClientInfo:
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """A change of presence: a client is now online, or now offline."""
+    """A change of presence: a client is now online, or now offline.
+
+    Attributes:
+        name: The client's name.
+        online: Whether it is connected now.
+    """
 
     name: str
     online: bool
@@ -60,7 +68,14 @@ class Presence:
 def client_list(answer: Mapping[str, Any]) -> list[ClientInfo]:
     """Return the clients in the answer of the ``clients`` operation.
 
-    Raises ProtocolError.
+    Args:
+        answer: The decoded answer of the broker.
+
+    Returns:
+        The clients, in the order of the answer.
+
+    Raises:
+        ProtocolError: The answer is not a valid list.
     """
     clients = answer.get("clients")
     if not isinstance(clients, list):

@@ -54,7 +54,19 @@ AnyAddress: TypeAlias = str | Sequence[Any] | Address
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of one client and its connections. The key is never shown."""
+    """The settings of one client and its connections. The key is never shown.
+
+    Attributes:
+        address: The broker's address.
+        name: The client's name, or "".
+        key: The client's key.
+        timeout_s: Seconds for connecting, handshake and introduction together.
+        reconnect: Whether another attempt follows a lost connection.
+        allow_pickle_from: Names of clients whose pickles are decoded.
+        inbox: Limit of the bytes of messages kept in this process.
+        tls: The TLS context, or None without TLS.
+        threads: Threads for the request handler of a blocking client.
+    """
 
     address: Address
     name: str
@@ -68,10 +80,17 @@ class Settings:
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Return the timeout in seconds, or None if it is infinite.
+    """Return a caller's timeout in a form that system calls take.
 
-    None, infinity, and ENDLESS_S and more are infinite. Raises TypeError if it is not a
-    number, ValueError if it is negative or nan.
+    Args:
+        timeout: Seconds. None, infinity, and ENDLESS_S and more are infinite.
+
+    Returns:
+        The timeout in seconds, or None if it is infinite.
+
+    Raises:
+        TypeError: The timeout is not a number.
+        ValueError: The timeout is negative or nan.
     """
     if timeout is None:
         return None
@@ -105,9 +124,28 @@ def resolve(
 ) -> Settings:
     """Return the settings, with defaults for missing arguments.
 
-    ssl: a client's context, or True for the default context. With None, the default
-    context is used if the address begins with tls://. Raises AddressError, InvalidName
-    or InvalidKey, each with a message that says what is right.
+    Args:
+        address: The broker's address; None for ``BROKERD_ADDRESS`` or the default.
+        name: The client's name; None for ``BROKERD_NAME``, or for none.
+        key: The client's key; text is encoded in UTF-8.
+        key_file: The path of a file with the key; None for ``BROKERD_KEY_FILE``.
+        timeout: Seconds for connecting, handshake and introduction together.
+        reconnect: Whether another attempt follows a lost connection.
+        allow_pickle_from: Names of clients whose pickles are decoded.
+        inbox: Limit of the bytes of messages kept in this process.
+        ssl: A client's TLS context, or True for the default context. With None, the
+            default context is used if the address begins with tls://.
+        threads: Threads for the request handler of a blocking client.
+
+    Returns:
+        The settings.
+
+    Raises:
+        AddressError: The address is not valid, or does not fit ``ssl``.
+        InvalidName: The name is not a valid client name.
+        InvalidKey: The key is empty, missing or can't be read.
+        TypeError: An argument has the wrong type.
+        ValueError: A number is out of its range.
     """
     if isinstance(allow_pickle_from, str):
         raise TypeError(

@@ -16,10 +16,10 @@ def has_wildcard(pattern: str) -> bool:
 
 
 def matches(pattern: str, topic: str) -> bool:
-    """Return whether ``topic`` matches: ``*`` stands for one token, a final ``>`` for
-    one or more.
+    """Return whether the topic matches the pattern.
 
-    A pattern that begins with a wildcard does not match the broker's own topics, which
+    In a pattern, ``*`` stands for one token, and a final ``>`` for one or more. A
+    pattern that begins with a wildcard does not match the broker's own topics, which
     begin with ``$``.
     """
     wanted, given = pattern.split("."), topic.split(".")

@@ -262,11 +262,13 @@ class Dialog(Generic[M]):
         made.
 
         Args:
-            reason: Why the connection was lost or could not be made. now: The time, in
-            seconds. jitter: A random number in [0, 1) for the wait. doubtful: Bytes
-            that may have left although :meth:`wrote` was not told of them. at_once:
-            Whether the next attempt follows without a wait. The face sets it if it
-                ended the connection for a reason of its own.
+            reason: Why the connection was lost or could not be made.
+            now: The time, in seconds.
+            jitter: A random number in [0, 1) for the wait.
+            doubtful: Bytes that may have left although :meth:`wrote` was not told of
+                them.
+            at_once: Whether the next attempt follows without a wait. The face sets it
+                if it ended the connection for a reason of its own.
         """
         effects: Effects[M] = Effects()
         lived = now - self._ready_since if self.state in _LINKED else 0.0

@@ -37,8 +37,9 @@ _LONG_HEADER_SIZE: Final = LONG_LENGTH.size
 
 
 def frame_prefix(size: int) -> bytes:
-    """Return the length prefix of a body of ``size`` bytes: 4 bytes, or 12 above 2 GiB
-    - 1.
+    """Return the length prefix of a body of ``size`` bytes.
+
+    It has 4 bytes, and 12 for bodies above 2 GiB - 1.
     """
     return LENGTH.pack(size) if size <= MAX_SHORT else LONG_LENGTH.pack(-1, size)
 
@@ -99,10 +100,14 @@ class FrameReader:
     def next_frame(self, limit: int) -> bytes | None:
         """Return the next complete frame's body, or None if more bytes are needed.
 
-        limit: largest body accepted, in bytes; 256 while authenticating, as CPython's
-            ``recv_bytes(256)`` (Lib/multiprocessing/connection.py).
-        Raises FrameTooBig: the length is above the limit; this is raised before the
-        body arrives. Raises BadLength: the length is not valid.
+        Args:
+            limit: Largest accepted body, in bytes; 256 while authenticating, as
+                CPython's ``recv_bytes(256)`` (Lib/multiprocessing/connection.py).
+
+        Raises:
+            FrameTooBig: The length is above the limit; this is raised before the body
+                arrives.
+            BadLength: The length is not valid.
         """
         span = self._span(limit)
         if span is None:

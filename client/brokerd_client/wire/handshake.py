@@ -98,14 +98,16 @@ RECEIVE: Final = Receive()
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """The peer's answer to the challenge: resume with the key that made it, or with
-    None.
+    """The peer's answer to the challenge: resume with the key that made it, or None.
 
-    challenge: the input of the MAC. digest: a name of DIGESTS. name: the client's name
-    if the answer carried one, else b"". binding: the kind of channel binding
-    (wire.channel_binding), "" for an unbound key. With a
-        binding, the answer was made with the key bound for CLIENT; resume with the key
-        bound for BROKER.
+    Attributes:
+        challenge: The input of the MAC.
+        digest: A name of DIGESTS.
+        mac: The peer's MAC.
+        name: The client's name if the answer carried one, else b"".
+        binding: The kind of channel binding (wire.channel_binding), "" for an unbound
+            key. With a binding, the answer was made with the key bound for CLIENT;
+            resume with the key bound for BROKER.
     """
 
     challenge: bytes = field(repr=False)
@@ -176,11 +178,15 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
     """Return the listening side of a handshake: challenge the peer, then answer its
     challenge.
 
-    nonce: NONCE_SIZE fresh random bytes; over TLS followed by
-    ``channel_binding.offer``. allow_md5: whether HMAC-MD5 may be used, in either
-    direction. named: whether an answer may carry the client's name and the mark of a
-    channel binding. Raises AuthenticationError from the generator when either side
-    rejects the other.
+    Args:
+        nonce: NONCE_SIZE fresh random bytes; over TLS followed by
+            ``channel_binding.offer``.
+        allow_md5: Whether HMAC-MD5 may be used, in either direction.
+        named: Whether an answer may carry the client's name and the mark of a channel
+            binding.
+
+    Raises:
+        AuthenticationError: From the generator, when either side rejects the other.
     """
     established = yield from deliver_challenge(nonce, allow_md5=allow_md5, named=named)
     try:
@@ -207,12 +213,17 @@ def as_dialer(
     """Return the dialing side of a handshake: answer the challenge, then challenge the
     peer.
 
-    key: may be empty, though no broker accepts that. name: sent after the MAC, so that
-    a broker need not search for the key; b"" for the standard
-        library's answer.
-    bindings: over TLS, the channel's binding data. The key is then bound to the
-    channel, in both
-        directions, without a fallback to an unbound key.
+    Args:
+        key: The key; it may be empty, though no broker accepts that.
+        nonce: NONCE_SIZE fresh random bytes.
+        name: Sent after the MAC, so that a broker need not search for the key; b"" for
+            the standard library's answer.
+        allow_md5: Whether HMAC-MD5 may be used, in either direction.
+        bindings: Over TLS, the channel's binding data. The key is then bound to the
+            channel, in both directions, without a fallback to an unbound key.
+
+    Raises:
+        AuthenticationError: From the generator, when either side rejects the other.
     """
     # The key with which the listener has to answer.
     key = (
