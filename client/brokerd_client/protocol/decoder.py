@@ -31,7 +31,7 @@ from brokerd_client.wire.layout import (
     Kind,
 )
 
-__all__ = ["MAX_FRAME", "Incoming", "Other", "Unreadable"]
+__all__ = ["MAX_FRAME", "FrameDecoder", "FrameHandler", "Unreadable"]
 
 M = TypeVar("M", bound=Message)
 
@@ -64,7 +64,7 @@ class Unreadable(NamedTuple):
 
 #: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or
 #: EVENT is passed as a message.
-Other: TypeAlias = Callable[[M | Envelope | Unreadable], None]
+FrameHandler: TypeAlias = Callable[[M | Envelope | Unreadable], None]
 
 
 class _Large:
@@ -83,7 +83,7 @@ class _Large:
         self.missing = missing
 
 
-class Incoming(Generic[M]):
+class FrameDecoder(Generic[M]):
     """The decoder for a client's successive connections.
 
     message: the class of received messages. largest: longest accepted payload, in
@@ -127,7 +127,9 @@ class Incoming(Generic[M]):
         self._partial = bytearray()
         self._large = None
 
-    def read(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
+    def read(
+        self, data: bytes, owner: Owner, messages: list[M], handle_frame: FrameHandler[M]
+    ) -> int:
         """Decode every complete frame; keep an incomplete one for the next call.
 
         MESSAGE and REQUEST are added to ``messages``. They stay there if a later frame
@@ -141,7 +143,7 @@ class Incoming(Generic[M]):
                 if self._large is None
                 else self._large.size - self._large.missing
             )
-            position = self._complete(data, owner, messages, other)
+            position = self._complete(data, owner, messages, handle_frame)
         unpack, senders, message_class, append = (
             FRAME_HEAD.unpack_from,
             self._senders,
@@ -166,7 +168,7 @@ class Incoming(Generic[M]):
                         )
                         position = stop
                         if kind >= REPLY_KIND:
-                            other(message)
+                            handle_frame(message)
                             continue
                         append(message)
                         if size != size_of_last:
@@ -187,7 +189,7 @@ class Incoming(Generic[M]):
                             kind, message_id, sender, codec, data[first:stop], owner, about
                         )
                         position = stop
-                        other(message)
+                        handle_frame(message)
                         continue
             span = frame_span(data, position, end)
             if span is None:
@@ -199,12 +201,12 @@ class Incoming(Generic[M]):
                 if end - first < min(MAX_HEAD_SIZE, size):
                     break
                 if size > _LARGE or size > self._most:
-                    self._large = self._begin(data, first, size, end, other)
+                    self._large = self._begin(data, first, size, end, handle_frame)
                     position = min(first + size, end)
                     continue
                 break
             position = first + size
-            self._on_frame(data[first:position], owner, messages, other)
+            self._on_frame(data[first:position], owner, messages, handle_frame)
         if position < end:
             self._partial += data[position:] if position else data
         return size_before + position + self._extra
@@ -254,7 +256,9 @@ class Incoming(Generic[M]):
             append(message)
         return position + (len(messages) - before) * step
 
-    def _complete(self, data: bytes, owner: Owner, messages: list[M], other: Other[M]) -> int:
+    def _complete(
+        self, data: bytes, owner: Owner, messages: list[M], handle_frame: FrameHandler[M]
+    ) -> int:
         """Continue an incomplete frame with ``data``; return how many bytes of ``data``
         it took.
 
@@ -262,7 +266,7 @@ class Incoming(Generic[M]):
         byte twice.
         """
         if self._large is not None:
-            return self._collect(self._large, data, owner, messages, other)
+            return self._collect(self._large, data, owner, messages, handle_frame)
         partial, position = self._partial, 0
         while True:
             span = frame_span(partial, 0, len(partial))
@@ -283,18 +287,23 @@ class Incoming(Generic[M]):
             position += len(taken)
         self._partial = bytearray()
         if large:
-            begun = self._large = self._begin(partial, first, size, len(partial), other)
+            begun = self._large = self._begin(partial, first, size, len(partial), handle_frame)
             if begun is not None:
                 position += self._collect(
-                    begun, memoryview(data)[position:], owner, messages, other
+                    begun, memoryview(data)[position:], owner, messages, handle_frame
                 )
             return position
         with memoryview(partial) as view, view[first:] as body:
-            self._on_frame(body, owner, messages, other)
+            self._on_frame(body, owner, messages, handle_frame)
         return position
 
     def _begin(
-        self, data: bytes | bytearray, first: int, size: int, end: int, other: Other[M]
+        self,
+        data: bytes | bytearray,
+        first: int,
+        size: int,
+        end: int,
+        handle_frame: FrameHandler[M],
     ) -> _Large | None:
         """Begin a large frame whose body starts at ``first``; its header has to be
         complete.
@@ -305,16 +314,16 @@ class Incoming(Generic[M]):
         stop = min(first + size, end)
         with memoryview(data) as view, view[first:stop] as body:
             if size > self._most:
-                self._skip_long(body, size, other)
+                self._skip_long(body, size, handle_frame)
                 large = _Large(None, size, size - len(body))
             else:
-                envelope, start = self._split(body, other)
+                envelope, start = self._split(body, handle_frame)
                 large = _Large(envelope, size, size - len(body))
                 if large.payload is not None:
                     large.payload.write(body[start:])
         return large if large.missing else None
 
-    def _skip_long(self, body: memoryview, size: int, other: Other[M]) -> None:
+    def _skip_long(self, body: memoryview, size: int, handle_frame: FrameHandler[M]) -> None:
         """Report a frame that is longer than the limit.
 
         Raises FrameTooBig if its header is not valid.
@@ -326,7 +335,7 @@ class Incoming(Generic[M]):
             raise error from None
         if not is_address(envelope.name):
             raise error
-        other(Unreadable(error, envelope.kind, envelope.id, envelope.name))
+        handle_frame(Unreadable(error, envelope.kind, envelope.id, envelope.name))
 
     def _collect(
         self,
@@ -334,7 +343,7 @@ class Incoming(Generic[M]):
         data: bytes | memoryview,
         owner: Owner,
         messages: list[M],
-        other: Other[M],
+        handle_frame: FrameHandler[M],
     ) -> int:
         """Add bytes of ``data`` to the large frame; return how many bytes it took."""
         taken = min(large.missing, len(data))
@@ -347,7 +356,9 @@ class Incoming(Generic[M]):
             if large.payload is not None:
                 assert large.envelope is not None
                 # getvalue() returns the buffer's own bytes, without a copy.
-                self._pass_on(large.envelope, large.payload.getvalue(), owner, messages, other)
+                self._pass_on(
+                    large.envelope, large.payload.getvalue(), owner, messages, handle_frame
+                )
         return taken
 
     def _sender(self, raw: bytes) -> str:
@@ -368,14 +379,20 @@ class Incoming(Generic[M]):
         return text
 
     def _on_frame(
-        self, body: bytes | memoryview, owner: Owner, messages: list[M], other: Other[M]
+        self,
+        body: bytes | memoryview,
+        owner: Owner,
+        messages: list[M],
+        handle_frame: FrameHandler[M],
     ) -> None:
         """Decode a frame that is not ordinary, or came in pieces."""
-        envelope, start = self._split(body, other)
+        envelope, start = self._split(body, handle_frame)
         if envelope is not None:
-            self._pass_on(envelope, bytes(body[start:]), owner, messages, other)
+            self._pass_on(envelope, bytes(body[start:]), owner, messages, handle_frame)
 
-    def _split(self, body: bytes | memoryview, other: Other[M]) -> tuple[Envelope | None, int]:
+    def _split(
+        self, body: bytes | memoryview, handle_frame: FrameHandler[M]
+    ) -> tuple[Envelope | None, int]:
         """Return (the envelope, where the payload begins).
 
         An invalid frame is skipped and reported; the envelope is then None.
@@ -390,7 +407,7 @@ class Incoming(Generic[M]):
             elif envelope.kind is Kind.ACK:
                 raise MalformedEnvelope("the broker sends no ACK", envelope.id)
         except MalformedEnvelope as error:
-            self._skip(body, error, other)
+            self._skip(body, error, handle_frame)
             return None, 0
         if envelope.extension is not None:
             with memoryview(body) as view:
@@ -398,7 +415,9 @@ class Incoming(Generic[M]):
             self._extra += VALUE_COST * sum(map(raw.count, (b",", b":", b"[", b"{")))
         return envelope, start
 
-    def _skip(self, body: bytes | memoryview, error: BrokerdError, other: Other[M]) -> None:
+    def _skip(
+        self, body: bytes | memoryview, error: BrokerdError, handle_frame: FrameHandler[M]
+    ) -> None:
         """Report a frame that is skipped."""
         kind = message_id = 0
         name = ""
@@ -406,14 +425,19 @@ class Incoming(Generic[M]):
             kind, _, _, _, message_id = HEADER.unpack_from(body)
             with contextlib.suppress(MalformedEnvelope):
                 name = head(body).name
-        other(Unreadable(error, kind, message_id, name))
+        handle_frame(Unreadable(error, kind, message_id, name))
 
     def _pass_on(
-        self, envelope: Envelope, payload: bytes, owner: Owner, messages: list[M], other: Other[M]
+        self,
+        envelope: Envelope,
+        payload: bytes,
+        owner: Owner,
+        messages: list[M],
+        handle_frame: FrameHandler[M],
     ) -> None:
         kind = envelope.kind
         if kind in (Kind.ERROR, Kind.RECEIPT):
-            other(replace(envelope, payload=payload) if payload else envelope)
+            handle_frame(replace(envelope, payload=payload) if payload else envelope)
             return
         message = self._message(
             kind,
@@ -426,6 +450,6 @@ class Incoming(Generic[M]):
             envelope.extension,
         )
         if kind in (Kind.REPLY, Kind.EVENT):
-            other(message)
+            handle_frame(message)
         else:
             messages.append(message)

@@ -37,7 +37,7 @@ from brokerd_client.errors import (
 from brokerd_client.message import Message, Owner
 from brokerd_client.protocol import backoff
 from brokerd_client.protocol.effects import Effects
-from brokerd_client.protocol.encoder import Outgoing
+from brokerd_client.protocol.encoder import FrameEncoder
 from brokerd_client.protocol.inbound import Inbound
 from brokerd_client.protocol.inbox import STRETCH, largest_message
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
@@ -156,16 +156,16 @@ class Dialog(Generic[M]):
             refuse=self._refuse_unreadable,
             has_answered=self._has_answered,
         )
-        self._outgoing = Outgoing()
+        self._encoder = FrameEncoder()
         #: Return the bytes to be written, and forget them. The alias saves each send
         #: one call.
-        self.data_to_send: Callable[[], bytes] = self._outgoing.data
+        self.data_to_send: Callable[[], bytes] = self._encoder.data
         #: Report how many more bytes the face has handed to the operating system.
-        self.wrote: Callable[[int], None] = self._outgoing.wrote
+        self.wrote: Callable[[int], None] = self._encoder.wrote
         #: The same in two steps: a call of the face that is interrupted between them
         #: loses nothing.
-        self.peek: Callable[[], bytes] = self._outgoing.peek
-        self.took: Callable[[int], None] = self._outgoing.took
+        self.peek: Callable[[], bytes] = self._encoder.peek
+        self.took: Callable[[int], None] = self._encoder.took
 
     # The connection
 
@@ -187,7 +187,7 @@ class Dialog(Generic[M]):
         self._inbound.reset()
         # Messages may come before the broker's answer to whoami.
         self._inbound.accept(largest_message(self._inbox))
-        self._outgoing.reset()
+        self._encoder.reset()
         self._handshake = handshake.as_dialer(
             self._key, nonce, name=self.name.encode(), allow_md5=False, bindings=bindings
         )
@@ -219,7 +219,7 @@ class Dialog(Generic[M]):
         self._finish()
         self.undelivered += len(effects.undelivered)
         for refusal in effects.undelivered:
-            self._outgoing.refused(getattr(refusal, "id", 0))
+            self._encoder.refused(getattr(refusal, "id", 0))
         return effects
 
     def in_order(self, waiting: int) -> bool:
@@ -228,13 +228,13 @@ class Dialog(Generic[M]):
         Each queued byte must be written, or be one of the ``waiting`` bytes of the
         face.
         """
-        return self._outgoing.in_order(waiting)
+        return self._encoder.in_order(waiting)
 
     def recover(self, given: int, waiting: int) -> None:
         """Recount the queued bytes after an interrupted call of the face: see
-        Outgoing.recover.
+        FrameEncoder.recover.
         """
-        self._outgoing.recover(given, waiting)
+        self._encoder.recover(given, waiting)
 
     @property
     def unwritten(self) -> int:
@@ -242,12 +242,12 @@ class Dialog(Generic[M]):
 
         After an interrupted call, some of them have left.
         """
-        return max(0, self._outgoing.queued - self._outgoing.written)
+        return max(0, self._encoder.queued - self._encoder.written)
 
     @property
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data_to_send`."""
-        return self._outgoing.untaken
+        return self._encoder.untaken
 
     def lost(
         self,
@@ -286,7 +286,7 @@ class Dialog(Generic[M]):
         if self._introduced or not again:
             self.losses += 1
         self._handshake = None
-        self._outgoing.drop()
+        self._encoder.drop()
         self._link_deadline = None
         if self.state is State.WAITING:
             # A connection that always breaks immediately must not be retried
@@ -296,7 +296,7 @@ class Dialog(Generic[M]):
             if not at_once:
                 self.retry_at += wait
                 self._attempt += 1
-        may_have_left = self._outgoing.written + doubtful
+        may_have_left = self._encoder.written + doubtful
         for pending in self.pending_calls.clear():
             self._inbound.forget_subscription(pending)
             if pending.waiter is not None:
@@ -304,7 +304,7 @@ class Dialog(Generic[M]):
                 effects.outcomes.append(
                     (pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left))
                 )
-        for end, message_id, to in self._outgoing.take_unwritten():
+        for end, message_id, to in self._encoder.take_unwritten():
             effects.undelivered.append(self._loss(message_id, to, left=end <= may_have_left))
         self.undelivered += len(effects.undelivered)
         for watch in self._watches:
@@ -401,8 +401,8 @@ class Dialog(Generic[M]):
             self.require_ready()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._outgoing.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
-        self._outgoing.without_receipt(message_id, to)
+        self._encoder.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._encoder.without_receipt(message_id, to)
         return message_id
 
     def send_many(
@@ -412,7 +412,7 @@ class Dialog(Generic[M]):
         self.require_ready()
         first = self._next_id
         ids = range(first, first + len(to))
-        self._outgoing.put_messages(ids, to, codecs, bodies)
+        self._encoder.put_messages(ids, to, codecs, bodies)
         self._next_id = ids.stop
         return list(ids)
 
@@ -421,8 +421,8 @@ class Dialog(Generic[M]):
     ) -> None:
         """Queue a MESSAGE whose id the face has already assigned."""
         self.require_ready()
-        self._outgoing.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
-        self._outgoing.without_receipt(message_id, to)
+        self._encoder.put(MESSAGE_KIND, 0, message_id, to, codec, body, extension)
+        self._encoder.without_receipt(message_id, to)
 
     def publish_as(
         self,
@@ -434,16 +434,16 @@ class Dialog(Generic[M]):
     ) -> None:
         """Queue an EVENT whose id the face has already assigned."""
         self.require_ready()
-        self._outgoing.put_event(0, message_id, topic, codec, body, extension)
-        self._outgoing.without_receipt(message_id, topic)
+        self._encoder.put_event(0, message_id, topic, codec, body, extension)
+        self._encoder.without_receipt(message_id, topic)
 
     def publish(
         self, topic: str, codec: int, body: bytes, extension: Mapping[str, Any] | None = None
     ) -> int:
         """Queue an EVENT without a receipt; return its id."""
         message_id = self._take_id()
-        self._outgoing.put_event(0, message_id, topic, codec, body, extension)
-        self._outgoing.without_receipt(message_id, topic)
+        self._encoder.put_event(0, message_id, topic, codec, body, extension)
+        self._encoder.without_receipt(message_id, topic)
         return message_id
 
     def send_for_receipt(
@@ -457,9 +457,9 @@ class Dialog(Generic[M]):
     ) -> int:
         """Queue a MESSAGE; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
-        self._outgoing.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
+        self._encoder.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
         self.pending_calls.add(
-            Pending(message_id, Purpose.RECEIPT, to, self._outgoing.queued, waiter, deadline)
+            Pending(message_id, Purpose.RECEIPT, to, self._encoder.queued, waiter, deadline)
         )
         return message_id
 
@@ -474,13 +474,13 @@ class Dialog(Generic[M]):
     ) -> int:
         """Queue an EVENT; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
-        self._outgoing.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
+        self._encoder.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
         self.pending_calls.add(
             Pending(
                 message_id,
                 Purpose.RECEIPT,
                 "",
-                self._outgoing.queued,
+                self._encoder.queued,
                 waiter,
                 deadline,
                 about=topic,
@@ -499,9 +499,9 @@ class Dialog(Generic[M]):
     ) -> int:
         """Queue a REQUEST; the waiter gets the REPLY or an error. Return its id."""
         message_id = self._take_id()
-        self._outgoing.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
+        self._encoder.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
         self.pending_calls.add(
-            Pending(message_id, Purpose.REQUEST, to, self._outgoing.queued, waiter, deadline)
+            Pending(message_id, Purpose.REQUEST, to, self._encoder.queued, waiter, deadline)
         )
         return message_id
 
@@ -515,8 +515,8 @@ class Dialog(Generic[M]):
     ) -> None:
         """Queue the REPLY to a request; message_id: the id of the request."""
         self._require_link()
-        self._outgoing.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
-        self._outgoing.without_receipt(message_id, to)
+        self._encoder.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
+        self._encoder.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
         """Queue an ERROR as the answer to a request; message_id: the id of the request."""
@@ -653,9 +653,9 @@ class Dialog(Generic[M]):
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._outgoing.put(Kind.REQUEST, 0, message_id, BROKER, CodecId.JSON, body, None)
+        self._encoder.put(Kind.REQUEST, 0, message_id, BROKER, CodecId.JSON, body, None)
         pending = Pending(
-            message_id, purpose, BROKER, self._outgoing.queued, waiter, deadline, about
+            message_id, purpose, BROKER, self._encoder.queued, waiter, deadline, about
         )
         self.pending_calls.add(pending)
         return pending
@@ -701,7 +701,7 @@ class Dialog(Generic[M]):
                 self._challenged = True
                 step = self._handshake.send(body)
                 while isinstance(step, handshake.Send):
-                    self._outgoing.put_frame(frame(step.body))
+                    self._encoder.put_frame(frame(step.body))
                     step = self._handshake.send(None)
         except StopIteration as end:
             if end.value is None:
@@ -736,21 +736,21 @@ class Dialog(Generic[M]):
         """
         if self._first_id <= message_id < self._next_id or message_id >= _LATE_IDS + self._first_id:
             return False
-        self._outgoing.refused(message_id)
+        self._encoder.refused(message_id)
         return True
 
     def _refuse_unreadable(self, to: str, message_id: int, code: str, text: str) -> None:
         """Answer a request that could not be read with an ERROR, if that can be sent."""
         # The limit keeps a broker that sends such requests, but does not read, from
         # filling memory.
-        if self._outgoing.queued - self._outgoing.written < _ANSWERING:
+        if self._encoder.queued - self._encoder.written < _ANSWERING:
             self._refuse(to, message_id, code, text)
 
     def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-            self._outgoing.put(Kind.ERROR, 0, message_id, to, CodecId.JSON, body, None)
-            self._outgoing.without_receipt(message_id, to)
+            self._encoder.put(Kind.ERROR, 0, message_id, to, CodecId.JSON, body, None)
+            self._encoder.without_receipt(message_id, to)
 
     def _on_draining(self) -> None:
         """Send only answers from now on."""

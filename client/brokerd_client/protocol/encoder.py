@@ -22,7 +22,7 @@ from brokerd_client.wire.layout import (
     MESSAGE_KIND,
 )
 
-__all__ = ["Outgoing", "remember"]
+__all__ = ["FrameEncoder", "remember"]
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -43,7 +43,7 @@ _REMEMBERED: Final = 4096
 _MOST_REFUSED: Final = 2**18
 
 
-class Outgoing:
+class FrameEncoder:
     """The encoder for a client's successive connections; each counts its bytes from 0."""
 
     __slots__ = (

@@ -27,7 +27,7 @@ from brokerd_client.errors import (
     refusal,
 )
 from brokerd_client.message import Message, Owner, Receipt
-from brokerd_client.protocol.decoder import Incoming, Unreadable
+from brokerd_client.protocol.decoder import FrameDecoder, Unreadable
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
@@ -115,17 +115,17 @@ class Inbound(Generic[M]):
         self._has_answered = has_answered
         #: Whether the broker will announce the end of this connection.
         self._goaway = False
-        self._incoming = Incoming(message, largest)
+        self._decoder = FrameDecoder(message, largest)
         self.accept(largest)
 
     def accept(self, largest: int) -> None:
         """Accept messages of up to ``largest`` bytes from now on."""
-        self._incoming.accept(largest)
+        self._decoder.accept(largest)
         self._most_listed = _MOST_LISTED * largest
 
     def reset(self) -> None:
         """Forget the incomplete frame and the promised goaway, for a new connection."""
-        self._incoming.reset()
+        self._decoder.reset()
         self._goaway = False
 
     def read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
@@ -135,7 +135,7 @@ class Inbound(Generic[M]):
         the time, in seconds. Raises RemoteError if the connection has to end.
         """
 
-        def other(frame: M | Envelope | Unreadable) -> None:
+        def handle_frame(frame: M | Envelope | Unreadable) -> None:
             if isinstance(frame, Unreadable):
                 self._on_unreadable(frame, effects)
             elif not isinstance(frame, Envelope):
@@ -148,7 +148,7 @@ class Inbound(Generic[M]):
             else:
                 self._on_receipt(frame.id, effects)
 
-        effects.size += self._incoming.read(data, owner, effects.messages, other)
+        effects.size += self._decoder.read(data, owner, effects.messages, handle_frame)
 
     def _on_event(self, message: M, effects: Effects[M]) -> None:
         subscriptions = self._subscriptions.of(message.topic)

@@ -38,8 +38,7 @@ from brokerd_client.errors import (
 )
 from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
-from brokerd_client.protocol import backoff, dialog
-from brokerd_client.protocol import encoder as outgoing
+from brokerd_client.protocol import backoff, dialog, encoder
 from brokerd_client.protocol.dialog import Effects
 from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import (
@@ -727,9 +726,9 @@ def test_what_was_refused_is_forgotten_when_all_has_left(pair: Pair) -> None:
         pair.session.receive(data)
         heard, pair.session.out = bytes(pair.session.out), bytearray()
         assert len(pair.hear(heard).undelivered) == 1
-        assert len(pair.dialog._outgoing._refused) == 1
+        assert len(pair.dialog._encoder._refused) == 1
         pair.dialog.wrote(len(data))
-        assert not pair.dialog._outgoing._refused
+        assert not pair.dialog._encoder._refused
 
 
 def test_subscription_under_way_at_a_loss_is_over(pair: Pair) -> None:
@@ -1305,7 +1304,7 @@ def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, l
     """Messages sent together leave as the bytes of the same messages sent one after the
     other; so do long ones.
     """
-    monkeypatch.setattr(outgoing, "_MAX_SHORT_BODY", limit)
+    monkeypatch.setattr(encoder, "_MAX_SHORT_BODY", limit)
     one, many = Pair(), Pair()
     one.connect()
     many.connect()
@@ -1379,13 +1378,13 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         assert pair.hear_frame(Kind.MESSAGE, 1, name).messages[0].sender == name
         assert pair.hear_frame(Kind.EVENT, 1, "bob", topic=name).events[0][1].topic == name
         pair.dialog.send_many([name], [0], [b""])
-    out, into = pair.dialog._outgoing, pair.dialog._inbound._incoming
+    frame_encoder, frame_decoder = pair.dialog._encoder, pair.dialog._inbound._decoder
     for table in (
-        out._recipients,
-        out._starts,
-        out._topics,
-        into._senders,
-        into._topics,
+        frame_encoder._recipients,
+        frame_encoder._starts,
+        frame_encoder._topics,
+        frame_decoder._senders,
+        frame_decoder._topics,
         pair.dialog.subscriptions._remembered,
     ):
         assert 0 < len(table) <= 4096
@@ -1393,7 +1392,7 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
 
 def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body beyond the short form is framed by wire.framing, to the same effect."""
-    monkeypatch.setattr(outgoing, "_MAX_SHORT_BODY", 10)
+    monkeypatch.setattr(encoder, "_MAX_SHORT_BODY", 10)
     pair.broker.seen.clear()
     pair.dialog.send("bob", 0, b"x" * 20)
     pair.dialog.publish("a", 0, b"y" * 20)

@@ -250,7 +250,7 @@ def test_long_frames_however_they_are_cut(
     pair.connect()
     pair.dialog.subscribe("t", None, "sink", "w", None)
     pair.talk()
-    most = pair.dialog._inbound._incoming._most = 2 * HEAD + 100
+    most = pair.dialog._inbound._decoder._most = 2 * HEAD + 100
     data, right = b"", []
     for id, (kind, size, extension) in enumerate(frames):
         topic = "t" if kind == Kind.EVENT else ""
@@ -322,7 +322,7 @@ def test_refusals_that_are_remembered_are_bounded(
     payload = b'{"code":"denied"}'
     for id in range(100):
         pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
-    assert len(pair.dialog._outgoing._refused) == 10
+    assert len(pair.dialog._encoder._refused) == 10
 
 
 @pytest.mark.parametrize("value", [b"{}", b"[]", b"1.5", b'""', b"[[]]"])
