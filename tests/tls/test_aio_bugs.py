@@ -60,8 +60,8 @@ def test_exception_in_tls_is_a_lost_connection(
             left.append(make())
             if method == "handshake":
                 # The one of the next connection.
-                assert alice._link is not None
-                alice._link.abort()
+                assert alice._transport is not None
+                alice._transport.abort()
             else:
                 with pytest.raises(Disconnected):
                     await alice.ping()

@@ -269,7 +269,7 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(
             self.opened, self.lost = asyncio.Event(), asyncio.get_running_loop().create_future()
 
         def _on_open(self, connection: Transport) -> None:
-            connection.transport.write(bytes(50_000_000))
+            connection.asyncio_transport.write(bytes(50_000_000))
             self.opened.set()
 
         def _on_data(self, connection: Transport, data: bytes) -> None: ...

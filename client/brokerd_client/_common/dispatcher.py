@@ -38,7 +38,7 @@ class WaitQueue(Protocol):
         """Add items of ``size`` bytes in all, and wake the waiting threads or tasks."""
         ...
 
-    def end(self, why: BrokerdError) -> None:
+    def end(self, reason: BrokerdError) -> None:
         """End the queue: no more items will come. Wake the waiting threads or tasks."""
         ...
 

@@ -52,7 +52,7 @@ _REQUEST_TASKS: Final = 64
 #: States in which the socket is read even if the inbox is full.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 #: Seconds between two checks whether a connection that is not read has ended.
-_LOOK_S: Final = 0.5
+_END_CHECK_S: Final = 0.5
 #: Seconds by which the dialog may be late with its own deadlines.
 _LATENESS_S: Final = 1.0
 #: Seconds after its deadline when a call ends, if the dialog has not ended it.
@@ -86,9 +86,9 @@ class BaseClient(ClientProperties):
             inbox=settings.inbox,
         )
         self._resolver = Resolver()
-        self._link: Transport | None = None
+        self._transport: Transport | None = None
         #: Every transport whose connection is not closed yet.
-        self._links: set[Transport] = set()
+        self._transports: set[Transport] = set()
         #: Whether a send can be written at once: the connection is ready and not
         #: paused.
         self._clear = False
@@ -129,8 +129,8 @@ class BaseClient(ClientProperties):
         self._forked = True
         # Not the id of any thread, so that a send need not check _forked.
         self._thread_id = 0
-        for link in self._links:
-            sock = link.transport.get_extra_info("socket")
+        for transport in self._transports:
+            sock = transport.asyncio_transport.get_extra_info("socket")
             if sock is not None:
                 with contextlib.suppress(OSError):
                     os.close(sock.fileno())
@@ -143,10 +143,10 @@ class BaseClient(ClientProperties):
             raise WrongProcess(
                 "this client belongs to the process that made it: connect again in the child"
             )
-        here = running_loop()
-        if here is self._loop:
+        current_loop = running_loop()
+        if current_loop is self._loop:
             return
-        if here is not None:
+        if current_loop is not None:
             raise WrongLoop(
                 "this client belongs to another event loop: connect again in this loop; "
                 "if its own loop runs in another thread, use asyncio.run_coroutine_threadsafe"
@@ -171,7 +171,9 @@ class BaseClient(ClientProperties):
     @property
     def _can_answer(self) -> bool:
         """Whether an answer can be written at once."""
-        return self._dialog.may_answer and self._link is not None and not self._link.paused
+        return (
+            self._dialog.may_answer and self._transport is not None and not self._transport.paused
+        )
 
     async def _wait_until_clear(self, timeout: float | None, *, answer: bool = False) -> None:
         """Wait until the client is connected and can write.
@@ -238,21 +240,21 @@ class BaseClient(ClientProperties):
         # Cleared here, so that a callback that the loop lost to an interrupt is missed
         # only once.
         self._flushing = False
-        link = self._link
-        if link is None or not self._dialog.untaken:
+        transport = self._transport
+        if transport is None or not self._dialog.untaken:
             return
         try:
             data = self._dialog.data_to_send()
-            link.unwritten += len(data)
-            link.transport.write(data)
+            transport.unwritten += len(data)
+            transport.asyncio_transport.write(data)
             # A closing transport did not take the bytes: the connection was lost, and
             # connection_lost will report it.
-            if not link.paused and not link.transport.is_closing():
-                self._on_writable(link)
+            if not transport.paused and not transport.asyncio_transport.is_closing():
+                self._on_writable(transport)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             # A part of the frame may have been sent: the broker would take the next
             # frame for the rest of it.
-            self._on_bug(link, error)
+            self._on_bug(transport, error)
 
     async def _outcome(
         self, call: asyncio.Future[Any], message_id: int, deadline: float | None
@@ -455,18 +457,20 @@ class BaseClient(ClientProperties):
         finally:
             self._ended = True
             self._stop_timer()
-            for link in self._links:
-                link.abort()
-            here = asyncio.current_task()
+            for transport in self._transports:
+                transport.abort()
+            current_task = asyncio.current_task()
             tasks = {
                 self._keeper,
                 *(task for workers in self._crews.values() for task in workers),
-            } - {here}
+            } - {current_task}
             for task in tasks:
                 task.cancel()
             self._dispatcher.log_failures(self._loop.time())
             self._warn_of_more()
-        await asyncio.wait([*tasks, *(link.closed for link in self._links)], timeout=LINGER_S)
+        await asyncio.wait(
+            [*tasks, *(transport.closed for transport in self._transports)], timeout=LINGER_S
+        )
 
     async def _close_connection(self) -> None:
         try:
@@ -476,33 +480,33 @@ class BaseClient(ClientProperties):
         finally:
             # Cancelled or not: from here on the client is closed, and every task that
             # waits gets Closed.
-            first = self._dialog.may_answer
+            was_open = self._dialog.may_answer
             self._apply(self._dialog.close(self._loop.time()))
             self._note_state()
             for queue in (self._inbox, self._requests):
                 queue.inbox.clear()
             self._dispatcher.drop_jobs()
-        if self._dialog.state is State.CLOSING and self._link is not None:
+        if self._dialog.state is State.CLOSING and self._transport is not None:
             self._update_reading()
             self._schedule()
-            if first and self._link.transport.can_write_eof():
+            if was_open and self._transport.asyncio_transport.can_write_eof():
                 with contextlib.suppress(OSError):
-                    self._link.transport.write_eof()
-            await asyncio.wait([self._link.closed], timeout=LINGER_S)
+                    self._transport.asyncio_transport.write_eof()
+            await asyncio.wait([self._transport.closed], timeout=LINGER_S)
 
     # Events of the connection
 
-    def _on_open(self, link: Transport) -> None:
-        self._links.add(link)
+    def _on_open(self, transport: Transport) -> None:
+        self._transports.add(transport)
         if self._dialog.state is not State.CONNECTING:
-            link.abort()
+            transport.abort()
             return
-        self._link = link
-        self._dialog.opened(nonce(), link.bindings)
+        self._transport = transport
+        self._dialog.opened(nonce(), transport.bindings)
         self._schedule()
 
-    def _on_data(self, link: Transport, data: bytes) -> None:
-        if link is not self._link or self._forked:
+    def _on_data(self, transport: Transport, data: bytes) -> None:
+        if transport is not self._transport or self._forked:
             return
         before = self._dialog.state
         effects = self._dialog.receive(data, self, self._loop.time())
@@ -513,17 +517,17 @@ class BaseClient(ClientProperties):
                 self._note_state()
             self._update_reading()
 
-    def _on_writable(self, link: Transport) -> None:
-        if link is self._link:
-            if not link.paused:
-                self._dialog.wrote(link.unwritten)
-                link.unwritten = 0
-            if self._clear is link.paused:
+    def _on_writable(self, transport: Transport) -> None:
+        if transport is self._transport:
+            if not transport.paused:
+                self._dialog.wrote(transport.unwritten)
+                transport.unwritten = 0
+            if self._clear is transport.paused:
                 self._note_state()
 
-    def _on_lost(self, link: Transport, error: Exception | None) -> None:
-        self._links.discard(link)
-        if link is self._link and not self._forked:
+    def _on_lost(self, transport: Transport, error: Exception | None) -> None:
+        self._transports.discard(transport)
+        if transport is self._transport and not self._forked:
             if isinstance(error, OSError):
                 self._lose(broken(error))
             elif error is not None:
@@ -531,7 +535,7 @@ class BaseClient(ClientProperties):
             else:
                 self._lose(self._dialog.hung_up())
 
-    def _on_bug(self, link: Transport | None, error: BaseException) -> None:
+    def _on_bug(self, transport: Transport | None, error: BaseException) -> None:
         """Log an unexpected exception and drop the connection; the next one may work.
 
         KeyboardInterrupt and SystemExit are raised again, for the event loop.
@@ -539,9 +543,9 @@ class BaseClient(ClientProperties):
         exits = isinstance(error, (KeyboardInterrupt, SystemExit))
         if not exits:
             log().error("a connection is lost in a way that is not foreseen", exc_info=error)
-        if link is not None:
-            link.abort()
-        if not self._forked and (link is self._link or self._link is None):
+        if transport is not None:
+            transport.abort()
+        if not self._forked and (transport is self._transport or self._transport is None):
             reason = Disconnected(f"the connection broke: {type(error).__name__}: {error}")
             reason.__cause__ = error
             self._lose(reason)
@@ -553,12 +557,12 @@ class BaseClient(ClientProperties):
         before = self._dialog.state
         if before in (State.IDLE, State.WAITING, State.GONE):
             return
-        link, self._link = self._link, None
+        transport, self._transport = self._transport, None
         doubtful = 0
         try:
-            if link is not None:
-                doubtful = link.unwritten
-                link.abort()
+            if transport is not None:
+                doubtful = transport.unwritten
+                transport.abort()
             effects = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
             self._stop_timer()
             self._apply(effects)
@@ -582,7 +586,7 @@ class BaseClient(ClientProperties):
             log().error(
                 "a client does not connect any more, in a way that is not foreseen", exc_info=error
             )
-        if self._link is None and not self._forked and not self.closed:
+        if self._transport is None and not self._forked and not self.closed:
             self._give_up(error)
 
     def _give_up(self, error: BaseException | None) -> None:
@@ -614,20 +618,20 @@ class BaseClient(ClientProperties):
                 )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
-        for subscription, why in effects.ended:
-            subscription.queue.end(why)
+        for subscription, reason in effects.ended:
+            subscription.queue.end(reason)
             self._subscriptions.discard(subscription)
         for error in effects.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
         self._dispatcher.report(effects, self._loop.time())
-        due = self._dispatcher.warning_due
-        if due is not None:
+        deadline = self._dispatcher.warning_due
+        if deadline is not None:
             if self._dialog.state in (State.CLOSED, State.GONE):
                 # No more warnings will follow, and the loop may end before this one is
                 # due.
                 self._warn_of_more()
             elif self._warning is None:
-                self._warning = self._loop.call_at(due, self._warn_of_more)
+                self._warning = self._loop.call_at(deadline, self._warn_of_more)
         if effects.broken is not None:
             # The peer may have to be told that it was rejected.
             self._flush()
@@ -646,12 +650,14 @@ class BaseClient(ClientProperties):
         gone.
         """
         state = self._dialog.state
-        self._clear = state is State.READY and self._link is not None and not self._link.paused
+        self._clear = (
+            state is State.READY and self._transport is not None and not self._transport.paused
+        )
         if self.closed:
-            gone = state is State.GONE
+            is_gone = state is State.GONE
             for queue in self._queues():
-                why = f"the connection to the broker is gone: {self._dialog.reason}"
-                queue.end(Disconnected(why) if gone else Closed("the client is closed"))
+                reason = f"the connection to the broker is gone: {self._dialog.reason}"
+                queue.end(Disconnected(reason) if is_gone else Closed("the client is closed"))
             self._subscriptions.clear()
         for waiter in self._clear_waiters:
             if not waiter.done():
@@ -674,8 +680,8 @@ class BaseClient(ClientProperties):
 
     def _update_reading(self) -> None:
         """Start or stop reading, according to the room in the inbox (backpressure)."""
-        link = self._link
-        if link is None:
+        transport = self._transport
+        if transport is None:
             return
         limit = self._meter.limit
         over = self._meter.held > limit and self._meter.weigh(
@@ -685,33 +691,33 @@ class BaseClient(ClientProperties):
         stretched = len(self._dialog.pending_calls) > 0 and self._meter.held <= STRETCH * limit
         # The handshake and the introduction are read even if the inbox is full: the
         # connection is not usable without them.
-        reading = not over or stretched or link.ended or self._dialog.state in _ALWAYS_READ
-        if reading is not link.reading:
-            link.reading = reading
+        reading = not over or stretched or transport.ended or self._dialog.state in _ALWAYS_READ
+        if reading is not transport.reading:
+            transport.reading = reading
             if reading:
-                link.transport.resume_reading()
+                transport.asyncio_transport.resume_reading()
             else:
-                link.transport.pause_reading()
+                transport.asyncio_transport.pause_reading()
                 if not self._looking:
                     self._looking = True
-                    self._loop.call_later(_LOOK_S, self._look_for_end)
+                    self._loop.call_later(_END_CHECK_S, self._look_for_end)
 
     def _look_for_end(self) -> None:
         """Read the rest of a connection that ended while it was not read.
 
         The client can reconnect only after that.
         """
-        link = self._link
-        if link is None or link.reading:
+        transport = self._transport
+        if transport is None or transport.reading:
             self._looking = False
             return
         try:
-            if link.has_ended():
+            if transport.has_ended():
                 self._update_reading()
-            self._loop.call_later(_LOOK_S, self._look_for_end)
+            self._loop.call_later(_END_CHECK_S, self._look_for_end)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._looking = False
-            self._on_bug(link, error)
+            self._on_bug(transport, error)
 
     def _schedule(self) -> None:
         """Set the timer to the dialog's next deadline.
@@ -738,18 +744,18 @@ class BaseClient(ClientProperties):
             self._flush()
             self._schedule()
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
-            self._on_bug(self._link, error)
+            self._on_bug(self._transport, error)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
 
-    def _start_workers(self, queue: WaitQueue[Job], most: int) -> None:
-        """Start tasks that do the queue's jobs, at most ``most`` tasks in all."""
+    def _start_workers(self, queue: WaitQueue[Job], max_tasks: int) -> None:
+        """Start tasks that do the queue's jobs, ``max_tasks`` of them at most."""
         workers = self._crews[queue]
-        wanted = min(most - len(workers), len(queue.inbox.items))
-        while wanted > 0 and queue.inbox.items:
+        missing = min(max_tasks - len(workers), len(queue.inbox.items))
+        while missing > 0 and queue.inbox.items:
             task = self._loop.create_task(self._work(queue), name="brokerd handler")
             if task.done():
                 # create_task itself has run the task (asyncio.eager_task_factory), and
@@ -757,7 +763,7 @@ class BaseClient(ClientProperties):
                 continue
             workers.add(task)
             task.add_done_callback(lambda done: self._on_worker_done(queue, done))
-            wanted -= 1
+            missing -= 1
 
     async def _work(self, queue: WaitQueue[Job]) -> None:
         task = asyncio.current_task()
@@ -818,12 +824,12 @@ class BaseClient(ClientProperties):
                 if ends_worker(error, task):
                     raise
                 log().exception("connecting failed in a way that is not foreseen")
-                seen = (
+                cause = (
                     error
                     if isinstance(error, Exception)
                     else RuntimeError(f"{type(error).__name__}: {error}")
                 )
-                reason = no_connection(self._settings.address, seen)
+                reason = no_connection(self._settings.address, cause)
                 reason.__cause__ = error
                 self._lose(reason)
             await self._gone

@@ -42,13 +42,13 @@ class TlsTransport(Transport):
         return self._bindings
 
     def _made(self) -> None:
-        self._raw = self.transport
+        self._raw = self.asyncio_transport
         self.prepare()
-        self._go_on(b"")
+        self._advance(b"")
 
     def _received(self, data: bytes) -> None:
         if self._error is None:
-            self._go_on(data)
+            self._advance(data)
 
     def _on_bug(self, error: BaseException) -> None:
         self._opened(
@@ -56,7 +56,7 @@ class TlsTransport(Transport):
         )
         super()._on_bug(error)
 
-    def _go_on(self, data: bytes) -> None:
+    def _advance(self, data: bytes) -> None:
         raw, engine = self._raw, self._engine
         assert raw is not None
         try:
@@ -64,11 +64,11 @@ class TlsTransport(Transport):
                 engine.feed(data)
             if not engine.ready:
                 ready = engine.handshake()
-                _pass_on(engine, raw)
+                _write_output(engine, raw)
                 if not ready:
                     return
                 self._bindings = engine.bindings
-                self.transport = cast("asyncio.Transport", _Encrypting(engine, raw))
+                self.asyncio_transport = cast("asyncio.Transport", _Encrypting(engine, raw))
                 self._opened(None)
                 self._client._on_open(self)
             self._deliver()
@@ -76,7 +76,7 @@ class TlsTransport(Transport):
             self._fail(error)
 
     def _deliver(self) -> None:
-        engine, transport = self._engine, self.transport
+        engine, transport = self._engine, self.asyncio_transport
         data = engine.read()
         # TLS may have bytes to send in answer.
         transport.write(b"")
@@ -92,7 +92,7 @@ class TlsTransport(Transport):
         self._error = error
         assert self._raw is not None
         # The peer may have to be sent a TLS alert.
-        _pass_on(self._engine, self._raw)
+        _write_output(self._engine, self._raw)
         if self._raw.get_write_buffer_size():
             # The peer is not reading: a close would wait for it.
             self._raw.abort()
@@ -131,7 +131,7 @@ class _Encrypting:
             # TLS or the peer has failed; the writer learns of it as of any lost
             # connection.
             self._raw.abort()
-        _pass_on(self._engine, self._raw)
+        _write_output(self._engine, self._raw)
 
     def can_write_eof(self) -> bool:
         """Return True: TLS can end its sending side."""
@@ -140,10 +140,10 @@ class _Encrypting:
     def write_eof(self) -> None:
         """Send the closing alert of TLS and end the sending side."""
         self._engine.finish()
-        _pass_on(self._engine, self._raw)
+        _write_output(self._engine, self._raw)
 
 
-def _pass_on(engine: Engine, raw: asyncio.Transport) -> None:
+def _write_output(engine: Engine, raw: asyncio.Transport) -> None:
     output = engine.output()
     if output:
         raw.write(output)
@@ -153,17 +153,17 @@ async def dial_tls(
     address: Address, context: ssl.SSLContext, client: BaseClient, resolver: Resolver
 ) -> None:
     """Connect to the address and make TLS ready. Raises OSError, also as TlsError."""
-    made: list[TlsTransport] = []
+    transports: list[TlsTransport] = []
 
     def make() -> TlsTransport:
-        made.append(TlsTransport(client, context, address.host))
-        return made[-1]
+        transports.append(TlsTransport(client, context, address.host))
+        return transports[-1]
 
     try:
         await dial(address, make, resolver)
-        await made[-1].opened
+        await transports[-1].opened
     except BaseException:
-        for connection in made:
+        for connection in transports:
             if connection._raw is not None and connection._error is None:
                 connection._raw.abort()
             connection.opened.cancel()

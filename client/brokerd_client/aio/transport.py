@@ -37,7 +37,7 @@ class Transport(asyncio.Protocol):
     log it, and the client would look alive. An exception ends the connection instead.
     """
 
-    transport: asyncio.Transport
+    asyncio_transport: asyncio.Transport
 
     def __init__(self, client: BaseClient) -> None:
         self._client = client
@@ -54,7 +54,7 @@ class Transport(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio.Protocol: the connection is made."""
-        self.transport = cast("asyncio.Transport", transport)
+        self.asyncio_transport = cast("asyncio.Transport", transport)
         try:
             self._made()
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
@@ -72,14 +72,14 @@ class Transport(asyncio.Protocol):
 
         False if the system does not tell.
         """
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None and not self.transport.is_closing():
+        sock = self.asyncio_transport.get_extra_info("socket")
+        if sock is not None and not self.asyncio_transport.is_closing():
             self.ended = has_ended(sock)
         return self.ended
 
     def abort(self) -> None:
         """Close the connection at once."""
-        self.transport.abort()
+        self.asyncio_transport.abort()
 
     @property
     def bindings(self) -> Mapping[str, bytes]:
@@ -88,7 +88,7 @@ class Transport(asyncio.Protocol):
 
     def prepare(self) -> None:
         """Set up the transport."""
-        transport = self.transport
+        transport = self.asyncio_transport
         # With this limit, "paused" means exactly that some bytes are not written yet.
         transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
@@ -97,9 +97,9 @@ class Transport(asyncio.Protocol):
             # a peer that has closed it already.
             with contextlib.suppress(OSError):
                 keep_alive(sock, DEFAULT_S)
-            self._look(sock, Silence())
+            self._check_peer(sock, Silence())
 
-    def _look(self, sock: object, silence: Silence) -> None:
+    def _check_peer(self, sock: object, silence: Silence) -> None:
         """Check at intervals whether the peer still answers; if not, report the loss."""
         loop = self.closed.get_loop()
         if self.closed.done():
@@ -109,7 +109,7 @@ class Transport(asyncio.Protocol):
                 self._read_out()
                 self._client._on_lost(self, OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
             else:
-                self._timer = loop.call_later(DEFAULT_S / LOOKS, self._look, sock, silence)
+                self._timer = loop.call_later(DEFAULT_S / LOOKS, self._check_peer, sock, silence)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
             self._on_bug(error)
 
@@ -146,11 +146,11 @@ class Transport(asyncio.Protocol):
 
         The connection is aborted: a close would wait for a peer that is gone to read.
         """
-        self.transport.abort()
+        self.asyncio_transport.abort()
 
     def _read_out(self) -> None:
         """Read the input that has arrived; the event loops drop it when a write fails."""
-        sock = self.transport.get_extra_info("socket")
+        sock = self.asyncio_transport.get_extra_info("socket")
         if sock is None:
             return
         pieces: list[bytes] = []
@@ -194,20 +194,20 @@ class Resolver:
 
     async def find(self, host: str, port: int) -> list[Candidate]:
         """Return the host's addresses; an address needs no look-up. Raises OSError."""
-        found = numeric(host, port)
-        if found is not None:
-            return found
+        addresses = numeric(host, port)
+        if addresses is not None:
+            return addresses
         loop = asyncio.get_running_loop()
         self._waiter = waiter = loop.create_future()
         lookup = self._lookup
         if lookup is None:
-            lookup = self._lookup = Lookup(host, port, lambda: self._tell(loop))
+            lookup = self._lookup = Lookup(host, port, lambda: self._notify(loop))
         if not lookup.done:
             await waiter
         self._lookup = None
         return lookup.result()
 
-    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _notify(self, loop: asyncio.AbstractEventLoop) -> None:
         # A loop that is closed has no waiting task.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._wake)
@@ -228,7 +228,7 @@ async def dial(
     loop = asyncio.get_running_loop()
     validate_family(address.family)
     if address.family == "AF_PIPE":
-        while (pipe := _dialed(address.path)) is None:  # noqa: ASYNC110 - a pipe reports nothing
+        while (pipe := _try_pipe(address.path)) is None:  # noqa: ASYNC110 - a pipe reports nothing
             await asyncio.sleep(_CROWDED_S)
         try:
             await loop.create_connection(protocol, sock=pipe)
@@ -241,7 +241,7 @@ async def dial(
             sock.setblocking(False)
             # The event loops mistake "the queue of new connections is full" for "in
             # progress".
-            while not _connected(sock, address.path):  # noqa: ASYNC110 - nothing reports room
+            while not _try_socket(sock, address.path):  # noqa: ASYNC110 - nothing reports room
                 await asyncio.sleep(_CROWDED_S)
             await loop.create_unix_connection(protocol, sock=sock)
         except BaseException:
@@ -260,14 +260,14 @@ async def dial(
         raise error
 
 
-def _dialed(name: str) -> BridgedSocket | None:
+def _try_pipe(name: str) -> BridgedSocket | None:
     try:
         return dial_pipe(name)
     except BlockingIOError:
         return None
 
 
-def _connected(sock: socket.socket, path: str) -> bool:
+def _try_socket(sock: socket.socket, path: str) -> bool:
     try:
         sock.connect(path)
     except BlockingIOError:

@@ -41,14 +41,14 @@ class WaitQueue(Generic[T]):
             self.on_put()
         self._wake(len(items))
 
-    def end(self, why: BrokerdError) -> None:
+    def end(self, reason: BrokerdError) -> None:
         """Store the reason why no more items will arrive, and wake every waiting task.
 
         Remaining items can still be taken, but no longer count against the client's
         inbox.
         """
         if self.ended is None:
-            self.ended = why
+            self.ended = reason
             self.inbox.release()
             self._resume_reading()
         self._wake(len(self._waiters))

@@ -12,7 +12,7 @@ the client. A client that is dropped unclosed therefore ends, with a ResourceWar
 exception between any two instructions of a thread. A thread that holds the lock
 therefore clears ``_clear`` before it changes anything. It sets ``_clear`` again as its
 last act. While ``_clear`` is unset, no sender writes until the I/O thread has checked
-the connection (``_look_over``). The I/O thread then writes the queued frames that were
+the connection (``_recover_writes``). The I/O thread then writes the queued frames that were
 not written. If the number of bytes written is not known, it ends the connection
 instead. Every send in flight then gets its outcome. Changes that can't be repaired like
 this are made only in the I/O thread, as chores. A signal handler may interrupt its own
@@ -48,8 +48,8 @@ from brokerd_client.blocking.waiters import (
     Call,
     Waiters,
     WaitQueue,
-    by_handler,
     gate,
+    raised_by_handler,
     wait_at,
 )
 from brokerd_client.errors import (
@@ -83,7 +83,7 @@ _LOOKUP_S: Final = 1.0
 #: Seconds between two checks by an I/O thread that does not read. It checks whether the
 #: inbox has room, if no reader of the inbox woke it, and whether the connection has
 #: ended.
-_LOOK_S: Final = 0.5
+_END_CHECK_S: Final = 0.5
 #: Seconds that the I/O thread sleeps after an exception: the first time, doubled with
 #: each exception that follows at once, and the maximum.
 _REST_S: Final = 0.01
@@ -373,10 +373,10 @@ class BaseClient(ClientProperties):
         limit = self._settings.timeout_s if timeout is None else timeout
         if deadline is None:
             deadline = time.monotonic() + limit
-        mine = gate()
+        own_gate = gate()
         try:
             while True:
-                self._changes.enter(mine)
+                self._changes.enter(own_gate)
                 with self._lock:
                     if self._chores:
                         self._clear = False
@@ -400,39 +400,39 @@ class BaseClient(ClientProperties):
                     )
                 # An interrupted call may not have woken the I/O thread.
                 self._transport.wake()
-                if not wait_at(mine, remaining) and not self._changes.leave(mine):
+                if not wait_at(own_gate, remaining) and not self._changes.leave(own_gate):
                     # Another thread is opening the gate at this moment: it can't be
                     # reused.
-                    mine = gate()
+                    own_gate = gate()
         finally:
-            self._changes.leave(mine)
+            self._changes.leave(own_gate)
 
     def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until the condition holds; return whether it does in time (seconds)."""
         deadline = time.monotonic() + timeout
-        mine = gate()
+        own_gate = gate()
         try:
             while True:
-                self._changes.enter(mine)
+                self._changes.enter(own_gate)
                 if condition():
                     return True
-                if not wait_at(mine, deadline - time.monotonic()):
+                if not wait_at(own_gate, deadline - time.monotonic()):
                     return condition()
         finally:
-            self._changes.leave(mine)
+            self._changes.leave(own_gate)
 
     def _outcome(self, call: Call, message_id: int, deadline: float | None) -> Any:
         """Wait for the outcome of a call; return it, or raise it if it is an error."""
         waiting = self._for_requests.begin_wait()
         try:
             if waiting and self._for_requests.short:
-                self._leave_chore(self._for_requests.start)
-            done = call.wait(deadline)
+                self._queue_chore(self._for_requests.start)
+            arrived = call.wait(deadline)
         finally:
             if waiting:
                 self._for_requests.end_wait()
-        if not done:
-            self._have_done(lambda: self._dialog.abandon(message_id))
+        if not arrived:
+            self._run_in_io_thread(lambda: self._dialog.abandon(message_id))
             if not call.done:
                 self._calls.discard(call)
                 raise TimedOut(f"no answer to {message_id} in time")
@@ -441,23 +441,23 @@ class BaseClient(ClientProperties):
             raise call.value
         return call.value
 
-    def _forsake(self, call: Call) -> None:
+    def _abandon(self, call: Call) -> None:
         """Drop a call that was interrupted while it waited for its outcome."""
-        self._leave_chore(lambda: self._dialog.forsake(call))
+        self._queue_chore(lambda: self._dialog.forsake(call))
         # Behind the chore that may be about to add it.
-        self._leave_chore(lambda: self._calls.discard(call))
+        self._queue_chore(lambda: self._calls.discard(call))
 
     # Chores
 
-    def _leave_chore(self, act: Callable[[], object]) -> None:
+    def _queue_chore(self, chore: Callable[[], object]) -> None:
         """Queue a function for the I/O thread, and do not wait for it."""
-        self._chores.append((act, None))
+        self._chores.append((chore, None))
         self._clear = False
         self._transport.wake()
         if self._over:
             self._do_chores()
 
-    def _have_done(self, act: Callable[[], T]) -> T:
+    def _run_in_io_thread(self, chore: Callable[[], T]) -> T:
         """Call a function in the I/O thread; return its result or raise its exception.
 
         Raises WouldDeadlock if a signal handler calls this while it interrupts the
@@ -467,14 +467,14 @@ class BaseClient(ClientProperties):
         call = Call()
         try:
             self._calls.add(call)
-            self._chores.append((act, call))
+            self._chores.append((chore, call))
             self._transport.wake()
             if self._over:
                 self._do_chores()
             call.wait(None)
             self._calls.discard(call)
         except BaseException:
-            self._leave_chore(lambda: self._calls.discard(call))
+            self._queue_chore(lambda: self._calls.discard(call))
             raise
         if isinstance(call.value, BaseException):
             raise call.value
@@ -484,9 +484,9 @@ class BaseClient(ClientProperties):
         """Do the queued chores; in the I/O thread, or after its end. Takes the lock."""
         with self._lock:
             while self._chores:
-                act, call = self._chores.popleft()
+                chore, call = self._chores.popleft()
                 try:
-                    value = act()
+                    value = chore()
                     self._write()
                 except Exception as error:  # noqa: BLE001 - the caller's, where there is a caller
                     if call is not None:
@@ -560,7 +560,7 @@ class BaseClient(ClientProperties):
         """
         message_id = next(self._dialog.late_ids)
         late_put = partial(put, message_id, to, *args)
-        self._leave_chore(lambda: self._put_as_chore(message_id, to, late_put))
+        self._queue_chore(lambda: self._put_as_chore(message_id, to, late_put))
         return message_id
 
     def _put_many(self, timeout: float | None, bulk: Bulk) -> list[int]:
@@ -578,15 +578,15 @@ class BaseClient(ClientProperties):
         self._refuse_to_wait()
         call = Call()
 
-        def put_out() -> int:
+        def put_frame() -> int:
             self._calls.add(call)
             return put(*args, call, deadline)
 
         try:
-            return self._outcome(call, self._put(timeout, put_out), deadline)
+            return self._outcome(call, self._put(timeout, put_frame), deadline)
         except BaseException:
             if call in self._calls:
-                self._forsake(call)
+                self._abandon(call)
             raise
 
     def _ask_many(self, timeout: float | None, bulk: Bulk) -> list[Receipt | BrokerdError]:
@@ -613,7 +613,7 @@ class BaseClient(ClientProperties):
                     outcomes.append(error)
         except BaseException:
             for call in calls:
-                self._forsake(call)
+                self._abandon(call)
             raise
         return outcomes
 
@@ -621,28 +621,28 @@ class BaseClient(ClientProperties):
         """Queue the answer to a request with ``put``, once it can be written."""
         self._check()
 
-        def put_out() -> None:
+        def put_frame() -> None:
             request.require_unanswered()
             put(*args)
             request.mark_answered()
 
         if self._interrupting():
             request.require_unanswered()
-            self._leave_chore(lambda: self._put_as_chore(request.id, request.sender, put_out))
+            self._queue_chore(lambda: self._put_as_chore(request.id, request.sender, put_frame))
         else:
-            self._put(None, put_out, answer=True)
+            self._put(None, put_frame, answer=True)
 
     def _handle(self, handle: Callable[[H], None], handler: H) -> H:
         """Set a handler of the dispatcher with ``handle``; return the handler."""
         for_requests = handle == self._dispatcher.handle_requests
         threads = self._for_requests if for_requests else self._for_messages
 
-        def act() -> None:
+        def set_handler() -> None:
             handle(handler)
             threads.start()
 
         self._check()
-        self._have_done(act)
+        self._run_in_io_thread(set_handler)
         return handler
 
     # Receiving; without the lock
@@ -670,7 +670,7 @@ class BaseClient(ClientProperties):
                                 raise
                         yield item
                 except IndexError as error:
-                    if by_handler(error):
+                    if raised_by_handler(error):
                         raise
                     yield queue.take(None)
 
@@ -690,15 +690,15 @@ class BaseClient(ClientProperties):
             self._check()
             self._refuse_to_wait()
             deadline = _deadline(timeout)
-            message_id = self._have_put(timeout, lambda: begin(deadline))
+            message_id = self._put_in_io_thread(timeout, lambda: begin(deadline))
             self._outcome(call, message_id, deadline)
         except BaseException:
-            self._leave_chore(lambda: self._drop(subscription, "the subscription was not made"))
-            self._forsake(call)
+            self._queue_chore(lambda: self._drop(subscription, "the subscription was not made"))
+            self._abandon(call)
             raise
         return subscription
 
-    def _have_put(self, timeout: float | None, put: Callable[[], int]) -> int:
+    def _put_in_io_thread(self, timeout: float | None, put: Callable[[], int]) -> int:
         """Call ``put``, which queues frames, in the I/O thread, once these can be
         written.
         """
@@ -707,7 +707,7 @@ class BaseClient(ClientProperties):
         while True:
             try:
                 deadline = self._wait_until_clear(limit, deadline)
-                return self._have_done(put)
+                return self._run_in_io_thread(put)
             except Disconnected:
                 # The connection was lost between the two calls: the client may
                 # reconnect in time.
@@ -722,7 +722,7 @@ class BaseClient(ClientProperties):
         self._check()
         reason = subscription._end_reason
         if self._interrupting():
-            self._leave_chore(lambda: self._drop(subscription, reason))
+            self._queue_chore(lambda: self._drop(subscription, reason))
             return
         call = Call()
         deadline = _deadline(self._settings.timeout_s)
@@ -734,14 +734,14 @@ class BaseClient(ClientProperties):
             return message_id
 
         try:
-            message_id = self._have_done(end)
+            message_id = self._run_in_io_thread(end)
             if message_id is not None:
                 # With any answer, and without an answer, no more events come.
                 with contextlib.suppress(Disconnected, Closed, TimedOut):
                     self._outcome(call, message_id, deadline)
             self._calls.discard(call)
         except BaseException:
-            self._forsake(call)
+            self._abandon(call)
             raise
 
     def _drop(self, subscription: BaseSubscription[Any], reason: str) -> None:
@@ -772,7 +772,7 @@ class BaseClient(ClientProperties):
         if self._forked:
             return
         if self._interrupting():
-            self._leave_chore(self._begin_end)
+            self._queue_chore(self._begin_end)
             return
         # Messages that a signal handler has queued as chores are flushed, too.
         self._until(
@@ -782,25 +782,25 @@ class BaseClient(ClientProperties):
         while True:
             # Repeated if an exception in the I/O thread has cut it short.
             with contextlib.suppress(InDoubt):
-                self._have_done(self._begin_end)
+                self._run_in_io_thread(self._begin_end)
                 break
         _open_clients.discard(self)
-        here = threading.current_thread()
+        current_thread = threading.current_thread()
         self._thread.join(_THREAD_GRACE_S)
         with self._lock:
             # A warning that the thread has logged already is not logged twice.
             self._dispatcher.warn_of_more(time.monotonic())
         deadline = time.monotonic() + _HANDLER_GRACE_S
         for thread in (*self._for_requests.threads, *self._for_messages.threads):
-            if thread is not here:
+            if thread is not current_thread:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _begin_end(self) -> None:
         """Begin to close the client; with the lock, in the I/O thread or after its end."""
-        first = self._dialog.state not in (State.CLOSING, State.CLOSED)
+        was_open = self._dialog.state not in (State.CLOSING, State.CLOSED)
         self._clear = False
         self._apply(self._dialog.close(time.monotonic()), time.monotonic())
-        if self._dialog.state is State.CLOSING and first:
+        if self._dialog.state is State.CLOSING and was_open:
             self._transport.shut()
         for queue in list(self._queues):
             if queue is not self._ordered:
@@ -839,7 +839,7 @@ class BaseClient(ClientProperties):
         if self._changes:
             self._changes.wake()
 
-    def _look_over(self, now: float) -> bool:
+    def _recover_writes(self, now: float) -> bool:
         """Finish the writes of an interrupted call; return whether the connection can
         be used.
 
@@ -854,7 +854,7 @@ class BaseClient(ClientProperties):
             )
             return False
         if not self._dialog.in_order(len(transport.backlog)):
-            self._dialog.recover(transport.given, len(transport.backlog))
+            self._dialog.recover(transport.bytes_given, len(transport.backlog))
             self._write()
         return True
 
@@ -889,11 +889,11 @@ class BaseClient(ClientProperties):
         for subscription, reason in effects.ended:
             self._end_queue(subscription.queue, reason)
         if effects.undelivered or effects.unreadable or effects.warnings or effects.broken:
-            was_due = self._dispatcher.warning_due
+            earlier_deadline = self._dispatcher.warning_due
             for error in effects.undelivered:
                 self._dispatcher.tell_undelivered(error, now)
             self._dispatcher.report(effects, now)
-            if was_due is None and self._dispatcher.warning_due is not None:
+            if earlier_deadline is None and self._dispatcher.warning_due is not None:
                 self._transport.wake()
         if effects.broken is not None:
             # The peer may have to be told that it was rejected.
@@ -932,9 +932,9 @@ class BaseClient(ClientProperties):
         """
         state = self._dialog.state
         if state is State.GONE:
-            why = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
+            reason = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
             for queue in list(self._queues):
-                queue.end(why)
+                queue.end(reason)
         elif state in (State.CLOSING, State.CLOSED):
             for queue in list(self._queues):
                 queue.end(Closed("the client is closed"))
@@ -952,7 +952,7 @@ class BaseClient(ClientProperties):
         now = time.monotonic()
         with self._lock:
             self._clear = False
-            self._look_over(now)
+            self._recover_writes(now)
             self._close_lost()
             self._do_chores()
             self._apply(self._dialog.tick(now), now)
@@ -960,11 +960,11 @@ class BaseClient(ClientProperties):
             state = self._dialog.state
             if state in _LINKED and self._transport.open:
                 self._write()
-            over = state in (State.CLOSED, State.GONE)
-            due = self._dispatcher.warning_due
-            if due is not None and (over or now >= due):
+            is_over = state in (State.CLOSED, State.GONE)
+            warning_at = self._dispatcher.warning_due
+            if warning_at is not None and (is_over or now >= warning_at):
                 self._dispatcher.warn_of_more(now)
-            if over:
+            if is_over:
                 self._over = True
                 self._do_chores()
                 return None
@@ -983,9 +983,9 @@ class BaseClient(ClientProperties):
             deadline = self._dialog.next_deadline()
             if state is State.CONNECTING and not self._transport.open:
                 deadline = self._dial_at if deadline is None else min(deadline, self._dial_at)
-            due = self._dispatcher.warning_due
-            if due is not None:
-                deadline = due if deadline is None else min(deadline, due)
+            warning_at = self._dispatcher.warning_due
+            if warning_at is not None:
+                deadline = warning_at if deadline is None else min(deadline, warning_at)
             limit = self._meter.limit
             full = self._meter.weigh((queue.inbox for queue in self._queues), limit=limit)
             reading = not full or (
@@ -997,7 +997,7 @@ class BaseClient(ClientProperties):
             reading = reading or state in _READING or self._transport.ended
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not reading:
-                remaining = _LOOK_S if remaining is None else min(remaining, _LOOK_S)
+                remaining = _END_CHECK_S if remaining is None else min(remaining, _END_CHECK_S)
             if self._chores or self._dropping:
                 remaining = 0.0
         return remaining, reading
@@ -1044,7 +1044,7 @@ class BaseClient(ClientProperties):
 
     def _dial(self, now: float) -> None:
         try:
-            done = self._transport.dial()
+            is_connected = self._transport.dial()
         except BlockingIOError:
             self._dial_at = now + (_LOOKUP_S if self._transport.looking_up else _CROWDED_S)
             return
@@ -1054,7 +1054,7 @@ class BaseClient(ClientProperties):
         except Exception as error:  # noqa: BLE001 - a bug; waiting calls must get the error
             self._lose_by_bug(no_connection(self._settings.address, error), error)
             return
-        if done:
+        if is_connected:
             self._on_open()
 
     def _on_open(self) -> None:
@@ -1090,33 +1090,33 @@ class BaseClient(ClientProperties):
         if transport.connecting:
             if readable or writable:
                 try:
-                    done = transport.connected()
+                    is_connected = transport.connected()
                 except OSError as error:
                     self._lose(no_connection(self._settings.address, error))
                     return
-                if done:
+                if is_connected:
                     self._on_open()
             return
-        gone: OSError | None = None
+        loss: OSError | None = None
         data: bytes | None = None
         try:
             if writable:
                 self._flush()
         except OSError as error:
-            gone = error
+            loss = error
         try:
-            if readable or gone is not None:
+            if readable or loss is not None:
                 data = transport.read()
             while data:
-                if not self._take_in(data) or gone is None:
+                if not self._take_in(data) or loss is None:
                     return
                 # The connection is broken: only bytes that arrived already are left to
                 # read.
                 data = transport.read()
         except OSError as error:
-            gone = gone or error
-        if gone is not None:
-            self._lose(broken(gone))
+            loss = loss or error
+        if loss is not None:
+            self._lose(broken(loss))
         elif data is not None:
             self._lose(self._dialog.hung_up())
 
@@ -1125,7 +1125,7 @@ class BaseClient(ClientProperties):
         now = time.monotonic()
         with self._lock:
             self._clear = False
-            if not self._look_over(now):
+            if not self._recover_writes(now):
                 return False
             before = self._dialog.state
             effects = self._dialog.receive(data, self, now)
@@ -1140,7 +1140,7 @@ class BaseClient(ClientProperties):
     def _flush(self) -> None:
         with self._lock:
             self._clear = False
-            if self._look_over(time.monotonic()) and self._transport.unwritten():
+            if self._recover_writes(time.monotonic()) and self._transport.unwritten():
                 self._dialog.wrote(self._transport.flush())
                 if not self._transport.backlog and self._changes:
                     self._changes.wake()

@@ -28,14 +28,14 @@ class HandlerThreads:
         name: The name of the threads.
         count: Threads kept free for jobs, beside those in which a handler waits for the
             broker.
-        most: Most threads in all.
+        max_threads: Most threads in all.
     """
 
-    def __init__(self, queue: WaitQueue[Job], name: str, count: int, most: int) -> None:
+    def __init__(self, queue: WaitQueue[Job], name: str, count: int, max_threads: int) -> None:
         self._new_queue = queue
         self._name = name
         self._count = count
-        self._most = most
+        self._max_threads = max_threads
         self._lock = threading.Lock()
         self._threads: dict[int, threading.Thread] = {}
         self._waiting: set[int] = set()
@@ -49,7 +49,7 @@ class HandlerThreads:
     def short(self) -> bool:
         """Whether another thread is needed, and allowed."""
         running = len(self._threads)
-        return running - len(self._waiting) < self._count and running < self._most
+        return running - len(self._waiting) < self._count and running < self._max_threads
 
     def start(self) -> None:
         """Start the threads that are needed."""
@@ -151,10 +151,10 @@ class RequestJob:
 def _on_failure(function: Any, item: Any, error: BaseException) -> None:
     """Log a handler's exception, and send an error to a peer that waits for its answer."""
     try:
-        tell = getattr(function, "failed", None)
-        if tell is None:
+        report = getattr(function, "failed", None)
+        if report is None:
             log().error("a handler failed", exc_info=error)
         else:
-            tell(item, error)
+            report(item, error)
     except BaseException:  # noqa: BLE001 - see the head of this file
         log().exception("the failure of a handler could not be told")

@@ -13,7 +13,7 @@ import ssl
 import threading
 
 from brokerd_client.address import Address
-from brokerd_client.blocking.transport import Transport, by_system
+from brokerd_client.blocking.transport import Transport, raised_by_system
 from brokerd_client.tls.stream import TlsStream
 
 __all__ = ["TlsTransport"]
@@ -87,7 +87,7 @@ class TlsTransport(Transport):
                 pass
             except OSError as error:
                 # The bytes taken before may have been sent. The next write fails again.
-                if not sent or not by_system(error):
+                if not sent or not raised_by_system(error):
                     raise
         return sent
 
@@ -111,9 +111,9 @@ class TlsTransport(Transport):
     def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Wait as a Transport does; bytes that TLS has decrypted already are readable."""
         stream = self._stream
-        here = reading and stream is not None and stream.buffered and not self.connecting
-        readable, writable = super().wait(0 if here else timeout, reading=reading)
-        return readable or here, writable
+        is_buffered = reading and stream is not None and stream.buffered and not self.connecting
+        readable, writable = super().wait(0 if is_buffered else timeout, reading=reading)
+        return readable or is_buffered, writable
 
     def _wanted(self, *, reading: bool) -> tuple[bool, bool]:
         if self._stream is None or not self.connecting:

@@ -25,7 +25,7 @@ from brokerd_client._common.pipe_bridge import dial_pipe
 from brokerd_client.address import Address, validate_family
 from brokerd_client.errors import TlsError
 
-__all__ = ["Transport", "by_system"]
+__all__ = ["Transport", "raised_by_system"]
 
 _READ_SIZE = 64 * 1024
 #: Seconds that one wait lasts at most: the system's calls accept a few days at most.
@@ -33,7 +33,7 @@ _LONGEST_WAIT_S = 3600.0
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 
-def by_system(error: OSError) -> bool:
+def raised_by_system(error: OSError) -> bool:
     """Return whether the system raised the error, not a signal handler.
 
     A signal handler may raise a TimeoutError, which is an OSError too.
@@ -56,7 +56,7 @@ class Transport:
         #: Bytes that are not written yet: the rest of a write that could not finish.
         self.backlog: bytes | memoryview = b""
         #: Bytes given to write() on this connection.
-        self.given = 0
+        self.bytes_given = 0
         #: Whether a write is in progress, or was interrupted while the system took its
         #: bytes.
         self.unsure = False
@@ -124,9 +124,9 @@ class Transport:
 
     def _look_up(self) -> list[Candidate]:
         host, port = self.address.host, self.address.port
-        found = numeric(host, port)
-        if found is not None:
-            return found
+        candidates = numeric(host, port)
+        if candidates is not None:
+            return candidates
         if self._lookup is None:
             self._lookup = Lookup(host, port, self.wake)
         if self._lookup.done:
@@ -180,17 +180,17 @@ class Transport:
         thread detects the loss, too, and reads the bytes that came before it.
         """
         if self.backlog:
-            both = b"".join((self.backlog, data))
+            joined = b"".join((self.backlog, data))
             size = len(data)
             self.unsure = True
-            self.backlog = both
-            self.given += size
+            self.backlog = joined
+            self.bytes_given += size
             self.unsure = False
             return 0
         size = len(data)
         self.unsure = True
         self.backlog = data
-        self.given += size
+        self.bytes_given += size
         try:
             # A loop, because CPython raises a signal handler's exception after a call
             # of send, when the result is not in a variable yet. It does not raise
@@ -202,7 +202,7 @@ class Transport:
                     return size
                 break
         except OSError as error:
-            if not by_system(error):
+            if not raised_by_system(error):
                 raise
             sent = 0
         if sent:
@@ -221,7 +221,7 @@ class Transport:
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
-            self.unsure = not by_system(error)
+            self.unsure = not raised_by_system(error)
             raise
         self.backlog = memoryview(self.backlog)[sent:]
         self.unsure = False
@@ -263,19 +263,19 @@ class Transport:
             read, write = self._wanted(reading=reading)
             mask = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
         self._schedule(mask)
-        found = 0
+        events = 0
         for key, ready in self._selector.select(timeout):
             if key.fileobj is self._waker_out:
                 with contextlib.suppress(BlockingIOError, InterruptedError):
                     while self._waker_out.recv(4096):
                         pass
             else:
-                found = ready
+                events = ready
         if not reading and self._socket is not None and not self.connecting:
             self.ended = has_ended(self._socket)
             if self.ended:
-                found |= selectors.EVENT_READ
-        return bool(found & selectors.EVENT_READ), bool(found & selectors.EVENT_WRITE)
+                events |= selectors.EVENT_READ
+        return bool(events & selectors.EVENT_READ), bool(events & selectors.EVENT_WRITE)
 
     def _look_for_silence(self, timeout: float | None) -> float | None:
         """Check at intervals whether the peer still answers.
@@ -288,8 +288,8 @@ class Transport:
         if now >= self._look_at:
             self._look_at = now + DEFAULT_S / LOOKS
             self._vanished = self._silence.lasts(self._socket, now) >= DEFAULT_S
-        left = self._look_at - now
-        return left if timeout is None else min(timeout, left)
+        remaining = self._look_at - now
+        return remaining if timeout is None else min(timeout, remaining)
 
     def _raise_if_vanished(self) -> None:
         if self._vanished:
@@ -316,7 +316,7 @@ class Transport:
         try:
             self._waker_in.send(b"!")
         except OSError as error:
-            if not by_system(error):
+            if not raised_by_system(error):
                 raise
 
     def drop(self) -> None:
@@ -328,7 +328,7 @@ class Transport:
         self.connecting = self._vanished = self.ended = False
         self._silence = Silence()
         self.backlog = b""
-        self.given = 0
+        self.bytes_given = 0
         self.unsure = False
 
     def mend(self) -> None:

@@ -20,7 +20,7 @@ from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
-__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters", "by_handler", "gate", "wait_at"]
+__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters", "gate", "raised_by_handler", "wait_at"]
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def wait_at(lock: threading.Lock, remaining: float | None) -> bool:
     return lock.acquire(timeout=max(0.0, min(remaining, threading.TIMEOUT_MAX)))
 
 
-def by_handler(error: BaseException) -> bool:
+def raised_by_handler(error: BaseException) -> bool:
     """Return whether a signal handler raised the error, not a call in the catching
     function.
     """
@@ -101,11 +101,11 @@ class Waiters:
 
     def wake(self, count: int | None = None) -> None:
         """Open ``count`` gates; with None, open all of them."""
-        left = len(self._gates) if count is None else count
-        while left > 0 and (first := next(iter(self._gates), None)) is not None:
+        remaining = len(self._gates) if count is None else count
+        while remaining > 0 and (first := next(iter(self._gates), None)) is not None:
             if self.leave(first):
                 first.release()
-                left -= 1
+                remaining -= 1
 
 
 class WaitQueue(Generic[T]):
@@ -144,12 +144,12 @@ class WaitQueue(Generic[T]):
         self.inbox.put(items, size)
         self.waiters.wake(len(items))
 
-    def end(self, why: BrokerdError) -> None:
+    def end(self, reason: BrokerdError) -> None:
         """Store the reason why no more items will arrive, and wake every waiting
         thread.
         """
         if self.ended is None:
-            self.ended = why
+            self.ended = reason
         self.waiters.wake()
 
     def take(self, timeout: float | None) -> T:
@@ -170,7 +170,7 @@ class WaitQueue(Generic[T]):
             for item in iter(inbox.items.popleft, NOTHING):  # noqa: B007
                 break
         except IndexError as error:
-            if by_handler(error):
+            if raised_by_handler(error):
                 raise
             item = self._wait(timeout)
         try:
@@ -192,27 +192,29 @@ class WaitQueue(Generic[T]):
                 "nothing can arrive while this signal handler holds up a call of the same client"
             )
         item: Any = NOTHING
-        mine = gate()
+        own_gate = gate()
         try:
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout
                 while True:
-                    self.waiters.enter(mine)
+                    self.waiters.enter(own_gate)
                     try:
                         for item in iter(self.inbox.items.popleft, NOTHING):
                             return item
                     except IndexError as error:
-                        if by_handler(error):
+                        if raised_by_handler(error):
                             raise
                     if self.ended is not None:
                         raise self.ended.with_traceback(None)
                     remaining = None if deadline is None else deadline - time.monotonic()
-                    if (remaining is not None and remaining <= 0) or not wait_at(mine, remaining):
+                    if (remaining is not None and remaining <= 0) or not wait_at(
+                        own_gate, remaining
+                    ):
                         raise TimedOut(f"nothing arrived within {timeout:g} s")
             finally:
                 # A wake-up that this thread does not need is passed on to another
                 # thread.
-                if not self.waiters.leave(mine) and self.inbox.items:
+                if not self.waiters.leave(own_gate) and self.inbox.items:
                     self.waiters.wake(1)
         except BaseException:
             if item is not NOTHING:

@@ -201,10 +201,13 @@ def test_sends_of_one_turn_leave_with_one_write(server: FakeServer) -> None:
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
-            assert alice._link is not None
+            assert alice._transport is not None
             writes: list[int] = []
-            write = alice._link.transport.write
-            alice._link.transport.write = lambda data: (writes.append(len(data)), write(data))[1]  # type: ignore
+            write = alice._transport.asyncio_transport.write
+            alice._transport.asyncio_transport.write = lambda data: (
+                writes.append(len(data)),
+                write(data),
+            )[1]  # type: ignore
             await asyncio.gather(*(alice.send("bob", number) for number in range(100)))
             assert [(await bob.recv(PATIENCE)).payload for _ in range(100)] == list(range(100))
             assert len(writes) == 1
@@ -448,7 +451,7 @@ def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
             self.lost = asyncio.get_running_loop().create_future()
 
         def _on_open(self, link: Transport) -> None:
-            link.transport.write(bytes(50_000_000))
+            link.asyncio_transport.write(bytes(50_000_000))
 
         def _on_data(self, link: Transport, data: bytes) -> None: ...
 
@@ -510,7 +513,7 @@ def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
         alice = await join("alice", server, reconnect=False)
         server.act(lambda broker: setattr(server, "reading", False))
         await alice.send_many([("bob", bytes(5000))] * 1000)
-        (link,) = alice._links
+        (link,) = alice._transports
         closing = asyncio.ensure_future(alice.close())
         # Its first turn: then it waits for the rest to leave.
         await asyncio.sleep(0)
@@ -539,7 +542,7 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
             self.heard: list[object] = []
 
         def _on_open(self, link: Transport) -> None:
-            link.transport.pause_reading()
+            link.asyncio_transport.pause_reading()
             self.link = link
 
         def _on_data(self, link: Transport, data: bytes) -> None:
@@ -557,11 +560,11 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
             peer, _ = listener.accept()
             with peer:
                 peer.sendall(b"the last")
-                fileno = told.link.transport.get_extra_info("socket").fileno()
+                fileno = told.link.asyncio_transport.get_extra_info("socket").fileno()
                 assert await asyncio.to_thread(select.select, [fileno], [], [], PATIENCE)
-                told.link._look(told.link.transport.get_extra_info("socket"), Gone())
+                told.link._check_peer(told.link.asyncio_transport.get_extra_info("socket"), Gone())
                 assert told.heard == [b"the last", TimeoutError]
-                told.link.transport.abort()
+                told.link.asyncio_transport.abort()
                 await told.link.closed
 
     run(main)

@@ -70,16 +70,16 @@ def once(
 PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
     "data received": (lambda client: client._dialog, "receive", lambda client: None),
     "messages passed on": (lambda client: client, "_apply", lambda client: None),
-    "writing": (lambda client: client._link.transport, "write", lambda client: None),  # type: ignore[union-attr]
+    "writing": (lambda client: client._transport.asyncio_transport, "write", lambda client: None),  # type: ignore[union-attr]
     "writable": (
         lambda client: client,
         "_on_writable",
-        lambda client: client._link.pause_writing(),
+        lambda client: client._transport.pause_writing(),
     ),  # type: ignore[union-attr]
     "a look at the peer": (
         lambda client: Peer,
         "lasts",
-        lambda client: client._link._look(None, Peer()),  # type: ignore[union-attr, arg-type]
+        lambda client: client._transport._check_peer(None, Peer()),  # type: ignore[union-attr, arg-type]
     ),
     "the timer": (lambda client: client._dialog, "tick", lambda client: client._tick()),
 }

@@ -343,7 +343,7 @@ def test_eager_handler_that_closes_its_client_ends_it(monkeypatch: pytest.Monkey
 
             bob.on_message(handle)
             await alice.send_many([("bob", 1)] * 3)
-            await until(lambda: bob.closed and not bob._links)
+            await until(lambda: bob.closed and not bob._transports)
             await bob.close()
 
     run_eager(scenario, monkeypatch)

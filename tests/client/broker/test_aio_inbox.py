@@ -163,7 +163,7 @@ def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
     """Though it does not read: it connects again without a call, and keeps what it had
     read.
     """
-    monkeypatch.setattr(aio_base, "_LOOK_S", 0.01)
+    monkeypatch.setattr(aio_base, "_END_CHECK_S", 0.01)
 
     async def main() -> None:
         async with (
@@ -172,7 +172,7 @@ def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
         ):
             for number in range(100):
                 await bob.send("alice", bytes([number]) * 1000)
-            await until(lambda: alice._link is not None and not alice._link.reading)
+            await until(lambda: alice._transport is not None and not alice._transport.reading)
             server.drop("alice")
             await until(lambda: alice.connected and alice.counters["losses"] == 1)
             count = len(alice._inbox.inbox.items)
