@@ -456,11 +456,11 @@ class RestoredState:
             self._ahead.take_socket(session.number) if facts.get("passed") else self._socket(facts)
         )
         connection = _link_of(self._server, session, sock, facts)
-        connection.pending_input = bytes(pieces.take(facts["tail"]))
-        connection.waits = facts["waits"]
+        pending_input, large_frame = bytes(pieces.take(facts["tail"])), None
         if facts["parcel"] is not None:
             filled, size = facts["parcel"]
-            connection.large_frame = LargeFrame(pieces.take(filled), size)
+            large_frame = LargeFrame(pieces.take(filled), size)
+        connection.restore(pending_input, large_frame, waits=facts["waits"])
         return connection
 
     def _pending_connection(self, facts: Facts, pieces: Pieces) -> PendingConnection:

@@ -22,6 +22,7 @@ from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
 from brokerd.net.bound_loggers import session_logger
+from brokerd.net.connection.state import NEXT, Event, State
 from brokerd.net.connection.unread import UnreadCounter
 from brokerd.net.context import READ_BUFFER
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
@@ -68,6 +69,8 @@ GRACE: Final = 5.0
 _READS: Final = 16
 #: Sends several pieces with one system call; Windows has no such call.
 _sendmsg = getattr(socket.socket, "sendmsg", None)
+#: States in which no input may be read, whatever the session's own state.
+_UNREADABLE: Final = (State.WAITING, State.CLOSING, State.CLOSED)
 _HUNG_UP: Final = (
     getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 )
@@ -81,10 +84,14 @@ class Connection:
         held sender.
     large_frame: a large frame being collected, or waiting to be routed while its sender
         is held.
-    waits: other connections have their turn before ``pending_input`` is routed.
+    state: whether input is read and routed; see the table in ``state``.
+    writing: output waits until the system takes more. The socket is watched for that,
+        in every state but CLOSED.
+    grace: the timer that closes a connection in the state CLOSING.
     tls_peer: the facts that the TLS handshake proved about the peer.
     passed: a new process has a copy of the descriptor too, because it may take over.
-    ending: why the broker has begun to end the connection, or "".
+    ending: why the broker has begun to end the connection, or "". Until its client
+        closes too, input is read as before.
     can_hand_over: another process could continue with the socket and with the state
         kept here.
     """
@@ -92,7 +99,6 @@ class Connection:
     can_hand_over: ClassVar[bool] = True
 
     __slots__ = (
-        "closed",
         "context",
         "credential",
         "ending",
@@ -103,8 +109,8 @@ class Connection:
         "pending_input",
         "session",
         "sock",
+        "state",
         "tls_peer",
-        "waits",
         "writing",
     )
 
@@ -123,20 +129,44 @@ class Connection:
         self.session: Session
         self.pending_input = b""
         self.large_frame: LargeFrame | None = None
-        self.waits = False
+        self.state = State.NEW
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
-        self.closed = False
         self.ending = ""
         self.passed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self.state is State.CLOSED
+
+    @property
+    def waits(self) -> bool:
+        """Whether other connections have their turn before ``pending_input`` is routed."""
+        return self.state is State.WAITING
+
+    def _change(self, event: Event) -> None:
+        follows = NEXT[self.state].get(event)
+        assert follows is not None, f"{event.name} can't happen in {self.state.name}"
+        self.state = follows
 
     def open(self, session: Session, early: bytes) -> None:
         """Start reading. ``early`` holds bytes that arrived right behind the handshake."""
         self.session = session
         self.pending_input = early
-        self.context.loop.add_reader(self.fd, self.on_readable)
+        self._read_on_events()
         if early:
             self.resume()
+
+    def _read_on_events(self) -> None:
+        self._change(Event.READ)
+        self.context.loop.add_reader(self.fd, self.on_readable)
+
+    def restore(self, pending_input: bytes, large_frame: LargeFrame | None, *, waits: bool) -> None:
+        """Restore the input that another process has read and not routed."""
+        self.pending_input, self.large_frame = pending_input, large_frame
+        if waits:
+            self._change(Event.YIELD)
 
     def go_on(self) -> None:
         """Continue a connection of another process; its session and pending input are
@@ -151,7 +181,9 @@ class Connection:
         elif self.waits:
             self.context.loop.call_soon(self._take_turn)
         elif session.held_by is None:
-            self.context.loop.add_reader(self.fd, self.on_readable)
+            self._read_on_events()
+        else:
+            self._change(Event.HOLD)
         if session.outbox.waiting or session.closing:
             self.context.broker.touch(session)
 
@@ -166,7 +198,7 @@ class Connection:
         """
         if self.session.closing:
             # The connection closes in a later turn; nothing more is read.
-            self.context.loop.remove_reader(self.fd)
+            self._stop_reading(Event.CLOSE)
             return
         self.context.reset_recheck.note(self)
         try:
@@ -189,9 +221,8 @@ class Connection:
 
         It may not if it is closed, held, or waits for its turn.
         """
-        return not (
-            self.closed or self.waits or self.session.closing or self.session.held_by is not None
-        )
+        session = self.session
+        return not (self.state in _UNREADABLE or session.closing or session.held_by is not None)
 
     def _read(self) -> int:
         """Read once and route the bytes; return their number. The caller settles."""
@@ -229,10 +260,13 @@ class Connection:
         """Route the input that was kept while the sender was held, and continue
         reading.
         """
-        if self.closed or self.session.closing:
+        if self.closed:
+            return
+        if self.session.closing:
+            self._stop_reading(Event.CLOSE)
             return
         kept, self.pending_input = self.pending_input, b""
-        self.context.loop.add_reader(self.fd, self.on_readable)
+        self._read_on_events()
         if kept:
             self._route(memoryview(kept), len(kept))
             self.context.settlement.settle()
@@ -263,18 +297,21 @@ class Connection:
             position, result = feed(context.broker, session, view, position, stop, now)
         if result is RoutingResult.CONSUMED and stop < end:
             result = RoutingResult.YIELD
-        if self.closed:
+        if self.state is State.CLOSED:
             pass
         elif result is RoutingResult.CLOSE:
-            context.loop.remove_reader(self.fd)
+            self._stop_reading(Event.CLOSE)
         else:
             self._keep(view, position, end)
             if result is RoutingResult.BLOCKED:
-                context.loop.remove_reader(self.fd)
+                self._stop_reading(Event.HOLD)
             elif result is RoutingResult.YIELD:
-                context.loop.remove_reader(self.fd)
-                self.waits = True
+                self._stop_reading(Event.YIELD)
                 context.loop.call_soon(self._take_turn)
+
+    def _stop_reading(self, event: Event) -> None:
+        self._change(event)
+        self.context.loop.remove_reader(self.fd)
 
     def _end_of_turn(self, view: memoryview, start: int, end: int) -> int:
         """Return the position up to which events may be routed in one turn.
@@ -296,7 +333,6 @@ class Connection:
         """Route the pending input: the other connections have had their turn."""
         if not self.waits:
             return
-        self.waits = False
         try:
             self.resume()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
@@ -411,7 +447,7 @@ class Connection:
         """Stop reading, and give the client GRACE seconds to read what is written for
         it.
         """
-        self.context.loop.remove_reader(self.fd)
+        self._stop_reading(Event.CLOSE)
         if self.grace is None and not self.context.broker.draining:
             self.grace = self.context.loop.call_later(GRACE, self.lost, self.session.closing)
 
@@ -423,11 +459,10 @@ class Connection:
         """
         if self.closed:
             return
-        self.closed = True
+        self._stop_reading(Event.LOSE)
+        self.context.loop.remove_writer(self.fd)
         if self.grace is not None:
             self.grace.cancel()
-        self.context.loop.remove_reader(self.fd)
-        self.context.loop.remove_writer(self.fd)
         self.pending_input, self.large_frame = b"", None
         if written:
             self.context.connections.close_gracefully(self.sock)
