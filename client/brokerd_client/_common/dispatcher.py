@@ -99,44 +99,48 @@ class Dispatcher(Generic[M]):
         self._on_undelivered = handler
 
     def _dispatch_again(self) -> None:
-        waiting: Inbox[M] = self.inbox.inbox
-        earlier = waiting.take_all()
-        if earlier:
-            self.dispatch_messages(earlier, sum(map(_weight, earlier)))
+        inbox: Inbox[M] = self.inbox.inbox
+        waiting_messages = inbox.take_all()
+        if waiting_messages:
+            self.dispatch_messages(waiting_messages, sum(map(_weight, waiting_messages)))
 
     def dispatch_messages(self, messages: list[M], size: int) -> None:
         """Dispatch messages and requests in their order; ``size`` bytes in all."""
-        answer, handle = self._on_request, self._on_message
-        if answer is None and handle is None:
+        answer_request, handle_message = self._on_request, self._on_message
+        if answer_request is None and handle_message is None:
             self.inbox.put(messages, size)
             return
         share = size // len(messages)
-        asked: list[Job] = []
-        told: list[Job] = []
-        kept: list[M] = []
+        request_jobs: list[Job] = []
+        message_jobs: list[Job] = []
+        waiting_messages: list[M] = []
         for message in messages:
             if message._kind == REQUEST_KIND:
-                if answer is not None:
-                    asked.append((answer, message))
+                if answer_request is not None:
+                    request_jobs.append((answer_request, message))
                     continue
-            elif handle is not None:
-                told.append((handle, message))
+            elif handle_message is not None:
+                message_jobs.append((handle_message, message))
                 continue
-            kept.append(message)
-        for queue, items in ((self.requests, asked), (self.ordered, told), (self.inbox, kept)):
+            waiting_messages.append(message)
+        for queue, items in (
+            (self.requests, request_jobs),
+            (self.ordered, message_jobs),
+            (self.inbox, waiting_messages),
+        ):
             if items:
                 queue.put(items, share * len(items))
 
     def dispatch_events(self, events: Iterable[tuple[Sink, Any]]) -> None:
         """Dispatch events, all events of a subscription together."""
         by_sink: dict[Sink, list[Any]] = {}
-        for feed, item in events:
-            by_sink.setdefault(feed, []).append(item)
-        for feed, items in by_sink.items():
+        for sink, item in events:
+            by_sink.setdefault(sink, []).append(item)
+        for sink, items in by_sink.items():
             size = sum(map(_weight, items))
-            callback = feed.callback
+            callback = sink.callback
             if callback is None:
-                feed.queue.put(items, size)
+                sink.queue.put(items, size)
             else:
                 self.ordered.put([(callback, item) for item in items], size)
 
@@ -152,9 +156,9 @@ class Dispatcher(Generic[M]):
             self._warn(error, now)
 
     def _warn(self, error: BrokerdError, now: float) -> None:
-        to = getattr(error, "name", "")
+        recipient = getattr(error, "name", "")
         kind = type(error).__name__
-        if self._undelivered.note(f"{kind} {to}" if to else kind, now):
+        if self._undelivered.note(f"{kind} {recipient}" if recipient else kind, now):
             log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
 
     def drop_jobs(self) -> None:
@@ -188,15 +192,19 @@ class Dispatcher(Generic[M]):
     @property
     def warning_due(self) -> float | None:
         """When to call ``warn_of_more``; None while no warning waits."""
-        due = [each.due for each in (self._undelivered, self._unreadable) if each.due is not None]
-        return min(due, default=None)
+        due_times = [
+            limiter.due
+            for limiter in (self._undelivered, self._unreadable)
+            if limiter.due is not None
+        ]
+        return min(due_times, default=None)
 
     def warn_of_more(self, now: float) -> None:
         """Log the warnings that were only counted until now."""
-        for each in (self._undelivered, self._unreadable):
-            more = each.more(now)
-            if more:
-                log().warning("%s", more)
+        for limiter in (self._undelivered, self._unreadable):
+            line = limiter.more(now)
+            if line:
+                log().warning("%s", line)
 
 
 def _weight(item: object) -> int:

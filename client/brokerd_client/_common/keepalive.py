@@ -44,13 +44,13 @@ def keep_alive(sock: Any, limit_s: float) -> None:
     if sock.family not in TCP or not limit_s:
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = max(1, int(limit_s / 2))
-    rest = max(1, int(limit_s) - idle)
-    every = max(1, rest // 3)
+    idle_s = max(1, int(limit_s / 2))
+    probing_s = max(1, int(limit_s) - idle_s)
+    interval_s = max(1, probing_s // 3)
     for option, value in (
-        (_IDLE, idle),
-        (_option("TCP_KEEPINTVL"), every),
-        (_option("TCP_KEEPCNT"), rest // every),
+        (_IDLE, idle_s),
+        (_option("TCP_KEEPINTVL"), interval_s),
+        (_option("TCP_KEEPCNT"), probing_s // interval_s),
     ):
         if option is not None:
             sock.setsockopt(socket.IPPROTO_TCP, option, min(value, _LONGEST_S))

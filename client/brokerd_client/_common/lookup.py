@@ -18,13 +18,16 @@ Candidate: TypeAlias = tuple[int, tuple[object, ...] | str]
 
 
 class Lookup:
-    """A running look-up. tell: called in the look-up's thread when the look-up is done."""
+    """A running look-up.
 
-    def __init__(self, host: str, port: int, tell: Callable[[], object]) -> None:
+    on_done: called in the look-up's thread when the look-up is done.
+    """
+
+    def __init__(self, host: str, port: int, on_done: Callable[[], object]) -> None:
         self._host = host
         self._port = port
-        self._tell = tell
-        self._found: list[Candidate] | Exception | None = None
+        self._on_done = on_done
+        self._result: list[Candidate] | Exception | None = None
         try:
             threading.Thread(target=self._run, name="brokerd look-up", daemon=True).start()
         except RuntimeError as error:
@@ -34,7 +37,7 @@ class Lookup:
     @property
     def done(self) -> bool:
         """Whether the look-up has ended, with addresses or an error."""
-        return self._found is not None
+        return self._result is not None
 
     def result(self) -> list[Candidate]:
         """Return the addresses.
@@ -42,30 +45,30 @@ class Lookup:
         Raises BlockingIOError before the look-up has ended, OSError if it found no
         address.
         """
-        if self._found is None:
+        if self._result is None:
             raise BlockingIOError(f"the look-up of {self._host} is under way")
-        if isinstance(self._found, Exception):
-            raise self._found
-        return self._found
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
 
     def _run(self) -> None:
         try:
-            self._found = _ask(self._host, self._port, 0)
+            self._result = _getaddrinfo(self._host, self._port, 0)
         except OSError as error:
-            self._found = error
+            self._result = error
         except Exception as error:  # noqa: BLE001 - a name that the idna codec refuses, for example
-            self._found = OSError(f"{self._host} is not a valid host name: {error}")
-        self._tell()
+            self._result = OSError(f"{self._host} is not a valid host name: {error}")
+        self._on_done()
 
 
 def numeric(host: str, port: int) -> list[Candidate] | None:
     """Return the address if ``host`` is an IP address; None if it is a name to look up."""
     try:
-        return _ask(host, port, socket.AI_NUMERICHOST)
+        return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return None
 
 
-def _ask(host: str, port: int, flags: int) -> list[Candidate]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    return [(int(family), sockaddr) for family, _, _, _, sockaddr in found]
+def _getaddrinfo(host: str, port: int, flags: int) -> list[Candidate]:
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    return [(int(family), sockaddr) for family, _, _, _, sockaddr in entries]

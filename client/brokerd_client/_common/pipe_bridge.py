@@ -75,9 +75,9 @@ class BridgedSocket(socket.socket):
         The bridge may be waiting for the pipe's peer, and would not notice.
         """
         super().close()
-        tell, self._on_close = self._on_close, None
-        if tell is not None:
-            tell()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
 
 
 def bridge(pipe: Pipe) -> BridgedSocket:
@@ -87,18 +87,20 @@ def bridge(pipe: Pipe) -> BridgedSocket:
     Raises OSError: the system has no more sockets or threads; the pipe is closed.
     """
     try:
-        near, far = socket.socketpair()
+        program_end, bridge_end = socket.socketpair()
     except OSError:
         pipe.close()
         raise
-    given = BridgedSocket(near.family, near.type, near.proto, fileno=near.detach())
+    bridged_socket = BridgedSocket(
+        program_end.family, program_end.type, program_end.proto, fileno=program_end.detach()
+    )
     try:
-        _Bridge(pipe, far).start()
+        _Bridge(pipe, bridge_end).start()
     except OSError:
-        given.close()
+        bridged_socket.close()
         raise
-    given._on_close = lambda: pipe.stop(writing=False)
-    return given
+    bridged_socket._on_close = lambda: pipe.stop(writing=False)
+    return bridged_socket
 
 
 def dial_pipe(name: str) -> BridgedSocket:
@@ -127,23 +129,23 @@ class _Bridge:
         self._pipe = pipe
         self._sock = sock
         self._all_written = threading.Event()
-        self._running = 2
-        self._leaving = threading.Lock()
+        self._running_threads = 2
+        self._end_lock = threading.Lock()
 
     def start(self) -> None:
         started = 0
         try:
-            for work in (self._write_messages, self._read_messages):
+            for thread_work in (self._write_messages, self._read_messages):
                 # daemon: a program that needs all data delivered waits for that at the
                 # socket.
-                threading.Thread(target=work, name="named pipe", daemon=True).start()
+                threading.Thread(target=thread_work, name="named pipe", daemon=True).start()
                 started += 1
         except RuntimeError as error:
             self._pipe.stop(writing=True)
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
             for _ in range(2 - started):
-                self._leave()
+                self._end_thread()
             raise OSError(errno.EAGAIN, str(error)) from error
 
     def _read_messages(self) -> None:
@@ -151,10 +153,10 @@ class _Bridge:
         pipe, sock = self._pipe, self._sock
         try:
             while True:
-                piece, left = pipe.read(_FIRST_PIECE)
-                sock.sendall(frame_prefix(len(piece) + left) + piece)
-                while left:
-                    piece, left = pipe.read(min(left, _PIECE))
+                piece, remaining = pipe.read(_FIRST_PIECE)
+                sock.sendall(frame_prefix(len(piece) + remaining) + piece)
+                while remaining:
+                    piece, remaining = pipe.read(min(remaining, _PIECE))
                     sock.sendall(piece)
         except (EOFError, OSError):
             # One end is closed, or was stopped; earlier data is delivered first.
@@ -163,7 +165,7 @@ class _Bridge:
             if not self._all_written.wait(LINGER_S):
                 pipe.stop(writing=True)
         finally:
-            self._leave()
+            self._end_thread()
 
     def _write_messages(self) -> None:
         """Copy from socket to pipe, until the socket's other end is closed."""
@@ -186,12 +188,12 @@ class _Bridge:
                 while sock.recv(_PIECE):
                     pass
         finally:
-            self._leave()
+            self._end_thread()
 
-    def _leave(self) -> None:
-        with self._leaving:
-            self._running -= 1
-            last = not self._running
-        if last:
+    def _end_thread(self) -> None:
+        with self._end_lock:
+            self._running_threads -= 1
+            is_last = not self._running_threads
+        if is_last:
             self._pipe.close()
             self._sock.close()
