@@ -83,9 +83,7 @@ def python(version: str) -> list[str]:
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
-def test_the_example_of_the_protocol_page_works(
-    version: str, broker: BrokerProcess, bob: Client
-) -> None:
+def test_protocol_page_example_works(version: str, broker: BrokerProcess, bob: Client) -> None:
     """With nothing installed and nothing changed; before 3.12 for a client with
     allow_md5.
     """
@@ -100,15 +98,17 @@ def test_the_example_of_the_protocol_page_works(
             message = bob.recv(timeout=TIMEOUT_S)
             assert (message.sender, message.payload) == (name, b"hello")
             bob.send(name, b"welcome, " + name.encode())
-            said, _ = stock.communicate(timeout=TIMEOUT_S)
+            output, _ = stock.communicate(timeout=TIMEOUT_S)
         finally:
             stock.kill()
-    assert re.fullmatch(r"\(1, 0, 0, \d+L?, 'bob', True\)", said.strip()), said
+    assert re.fullmatch(r"\(1, 0, 0, \d+L?, 'bob', True\)", output.strip()), output
     assert stock.returncode == 0
 
 
 @pytest.mark.parametrize("version", OLD)
-def test_an_old_python_is_refused_without_allow_md5(version: str, broker: BrokerProcess) -> None:
+def test_stock_client_old_python_without_allow_md5_is_refused(
+    version: str, broker: BrokerProcess
+) -> None:
     """It gets an AuthenticationError, and the log tells the operator which option would
     let it in.
     """
@@ -136,7 +136,7 @@ def test_an_old_python_is_refused_without_allow_md5(version: str, broker: Broker
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
-def test_a_stock_python_with_a_wrong_key_is_told_so(version: str, broker: BrokerProcess) -> None:
+def test_stock_client_wrong_key_at_the_broker_is_told(version: str, broker: BrokerProcess) -> None:
     """AuthenticationError, and not a hang, whatever the digest."""
     code = typed(str(broker.socket), "nobody")
     stock = subprocess.run(

@@ -116,13 +116,13 @@ def has_tests(python: str) -> bool:
     """Return whether the interpreter's installation has its tests; distributions often
     leave them out.
     """
-    found = subprocess.run(
+    import_run = subprocess.run(
         [python, "-c", "import test._test_multiprocessing"],
         capture_output=True,
         timeout=30,
         check=False,
     )
-    return found.returncode == 0
+    return import_run.returncode == 0
 
 
 def checked(*outcomes: dict[str, Any]) -> set[str]:
@@ -159,7 +159,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
-def test_cpythons_tests_of_connections_pass(
+def test_cpython_tests_of_connections_pass(
     start_method: str, started: dict[str, tuple[Run, Run]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The running interpreter's own tests of connections pass upon our module."""
@@ -170,7 +170,7 @@ def test_cpythons_tests_of_connections_pass(
     assert ran >= MUST_RUN
 
 
-def test_what_cpython_builds_upon_connections_works_upon_ours(
+def test_cpython_tests_of_queues_pools_and_managers_pass(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Queues, pools and managers pass their own tests when the module beneath them is
@@ -193,7 +193,7 @@ def test_what_cpython_builds_upon_connections_works_upon_ours(
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", START_METHODS)
 @pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
-def test_cpythons_tests_pass_on_every_supported_version(
+def test_cpython_tests_pass_on_every_supported_version(
     version: str, start_method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every supported Python's own tests of connections pass upon our module, and what

@@ -92,7 +92,9 @@ NEVER_ANSWER = [silent, half, half_length, browser, negative, endless, gone, gon
 
 @pytest.mark.parametrize("behave", NEVER_ANSWER)
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
-def test_bad_peer_holds_up_nobody(behave: Any, family: str, dial: Any, aside: Any) -> None:
+def test_accept_bad_peer_delays_no_other_peer(
+    behave: Any, family: str, dial: Any, aside: Any
+) -> None:
     """With a hundred bad peers before it a good one is accepted, by one call of
     accept() that raises nothing.
     """
@@ -113,20 +115,22 @@ def test_bad_peer_holds_up_nobody(behave: Any, family: str, dial: Any, aside: An
     st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(frame)), max_size=4),
     st.booleans(),
 )
-def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: bool) -> None:
+def test_handshake_random_bytes_raise_documented_errors_only(
+    pieces: list[bytes], listening: bool
+) -> None:
     """Whatever bytes a peer sends, a handshake waits for more or fails with an error
     that is expected of it.
     """
-    ours, theirs = socket.socketpair()
+    listener_end, peer_end = socket.socketpair()
     steps = as_listener(bytes(NONCE_SIZE)) if listening else as_dialer(KEY, bytes(NONCE_SIZE))
-    peer_stream = SocketPeer(ours)
+    peer_stream = SocketPeer(listener_end)
     pending_handshake = PendingHandshake(peer_stream, steps, KEY, None, 0.0)
-    with theirs:
+    with peer_end:
         try:
-            for data in said:
-                theirs.sendall(data)
+            for data in pieces:
+                peer_end.sendall(data)
                 assert not pending_handshake.advance(), "nobody proves himself by chance"
-            theirs.shutdown(socket.SHUT_WR)
+            peer_end.shutdown(socket.SHUT_WR)
             assert not pending_handshake.advance()
             pytest.fail("the end of the peer was not noticed")
         except (AuthenticationError, FrameError, EOFError):
@@ -135,7 +139,7 @@ def test_random_bytes_end_in_named_errors_only(said: list[bytes], listening: boo
             peer_stream.close()
 
 
-def test_wrong_key_is_raised_once_and_others_come_in(aside: Any) -> None:
+def test_accept_wrong_key_raises_once_and_accepts_other_peers(aside: Any) -> None:
     """By default accept() raises the AuthenticationError of a wrong key; the next call
     returns the next peer.
     """
@@ -153,7 +157,7 @@ def test_wrong_key_is_raised_once_and_others_come_in(aside: Any) -> None:
             pass
 
 
-def test_peer_that_rejects_us_is_told_apart(dial: Any) -> None:
+def test_accept_peer_that_rejects_listener_is_told_apart(dial: Any) -> None:
     """When it is the peer that rejects the listener's proof, the error says that."""
     with Listener(authkey=KEY) as listener:
         peer = dial(listener.address)
@@ -172,7 +176,7 @@ def test_peer_that_rejects_us_is_told_apart(dial: Any) -> None:
             listener.accept(TIMEOUT_S)
 
 
-def test_errors_can_be_skipped(aside: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_on_error_skip_raises_no_error(aside: Any, caplog: pytest.LogCaptureFixture) -> None:
     """With on_error="skip" a wrong key ends no accept(): the error is logged, without
     the key.
     """
@@ -187,7 +191,7 @@ def test_errors_can_be_skipped(aside: Any, caplog: pytest.LogCaptureFixture) -> 
     assert "the key'" not in caplog.text
 
 
-def test_errors_go_to_who_asks_for_them(
+def test_on_error_callable_gets_every_error(
     dial: Any, aside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A callable given as on_error hears of every bad peer, whatever it did, with its
@@ -197,9 +201,12 @@ def test_errors_go_to_who_asks_for_them(
     monkeypatch.setattr(
         listener_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + late)
     )
-    heard: queue.SimpleQueue[tuple[AuthenticationError, Any]] = queue.SimpleQueue()
+    reports: queue.SimpleQueue[tuple[AuthenticationError, Any]] = queue.SimpleQueue()
     with Listener(
-        ("localhost", 0), authkey=KEY, handshake_timeout=60, on_error=lambda *told: heard.put(told)
+        ("localhost", 0),
+        authkey=KEY,
+        handshake_timeout=60,
+        on_error=lambda *report: reports.put(report),
     ) as listener:
         accepting = aside(listener.accept)
         addresses = {}
@@ -209,16 +216,16 @@ def test_errors_go_to_who_asks_for_them(
             behave(peer)
         with pytest.raises(AuthenticationError):
             Client(listener.address, authkey=b"wrong", timeout=TIMEOUT_S)
-        told = [heard.get(timeout=TIMEOUT_S) for _ in range(4)]
+        reported = [reports.get(timeout=TIMEOUT_S) for _ in range(4)]
         late = 60
         listener._server.wake()
-        told += [heard.get(timeout=TIMEOUT_S) for _ in range(2)]
+        reported += [reports.get(timeout=TIMEOUT_S) for _ in range(2)]
         with Client(listener.address, authkey=KEY, timeout=TIMEOUT_S), accepting.result(TIMEOUT_S):
             pass
 
-    reasons = {addresses.get(peer): str(error) for error, peer in told}
+    reasons = {addresses.get(peer): str(error) for error, peer in reported}
     assert len(reasons) == 6
-    assert all(isinstance(error, AuthenticationError) for error, _ in told)
+    assert all(isinstance(error, AuthenticationError) for error, _ in reported)
     assert "did not finish the handshake within 60 s" in reasons[silent]
     assert "did not finish the handshake within 60 s" in reasons[half]
     assert "at most 256 are accepted: this is not a handshake" in reasons[browser]
@@ -228,7 +235,7 @@ def test_errors_go_to_who_asks_for_them(
     assert "not accepted here" in reasons[None]
 
 
-def test_what_on_error_raises_is_raised(dial: Any) -> None:
+def test_on_error_exception_is_raised_by_accept(dial: Any) -> None:
     """A callable that raises makes accept() raise: so whoever wants every error gets
     every error.
     """
@@ -242,7 +249,7 @@ def test_what_on_error_raises_is_raised(dial: Any) -> None:
             listener.accept(TIMEOUT_S)
 
 
-def test_on_error_may_close_the_listener(dial: Any) -> None:
+def test_on_error_closes_listener_accept_raises_closed(dial: Any) -> None:
     """A callable that closes the listener ends the accept() it was called from."""
     listener = Listener(authkey=KEY, on_error=lambda *_: listener.close())
     browser(dial(listener.address))
@@ -250,7 +257,7 @@ def test_on_error_may_close_the_listener(dial: Any) -> None:
         listener.accept(TIMEOUT_S)
 
 
-def test_silent_peer_is_hung_up_on(dial: Any, aside: Any) -> None:
+def test_handshake_silent_peer_is_disconnected(dial: Any, aside: Any) -> None:
     """A peer that has not proved itself in time is hung up on, and accept() goes on
     waiting.
     """
@@ -265,13 +272,13 @@ def test_silent_peer_is_hung_up_on(dial: Any, aside: Any) -> None:
 
 
 @pytest.mark.timing
-def test_dripping_does_not_buy_time(dial: Any, aside: Any) -> None:
+def test_handshake_slow_bytes_do_not_extend_the_deadline(dial: Any, aside: Any) -> None:
     """A peer that sends its answer a byte at a time has no more time than any other."""
     with Listener(authkey=KEY, handshake_timeout=0.2) as listener:
         peer = dial(listener.address)
         accepting = aside(listener.accept, TIMEOUT_S)
         receive_frame(peer)
-        begun = time.monotonic()
+        start = time.monotonic()
         peer.settimeout(0.01)
         for byte in frame(bytes(200)):
             try:
@@ -282,12 +289,12 @@ def test_dripping_does_not_buy_time(dial: Any, aside: Any) -> None:
                 continue
             except OSError:
                 break
-        assert 0.1 < time.monotonic() - begun < 1.9
+        assert 0.1 < time.monotonic() - start < 1.9
         listener.close()
         assert accepting.exception(TIMEOUT_S) is not None
 
 
-def test_unfinished_handshakes_are_bounded(dial: Any, aside: Any) -> None:
+def test_handshakes_pending_are_bounded(dial: Any, aside: Any) -> None:
     """Above max_handshakes the peer that has been silent longest is dropped, not the
     new one.
     """
@@ -305,7 +312,9 @@ def test_unfinished_handshakes_are_bounded(dial: Any, aside: Any) -> None:
                 peers[4].recv(1)
 
 
-def test_no_time_runs_while_nobody_accepts(dial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handshake_deadline_pauses_between_accepts(
+    dial: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A peer is not judged by time in which nobody was in accept() to listen to it."""
     now = time.monotonic()
     monkeypatch.setattr(listener_module, "time", SimpleNamespace(monotonic=lambda: now))
@@ -322,7 +331,7 @@ def test_no_time_runs_while_nobody_accepts(dial: Any, monkeypatch: pytest.Monkey
             peer.recv(1)
 
 
-def test_good_peer_goes_before_anothers_error(dial: Any, aside: Any) -> None:
+def test_accept_ready_connection_comes_before_an_error(dial: Any, aside: Any) -> None:
     """When a good and a bad peer have both finished, accept() returns the good one
     first and raises afterwards.
     """
@@ -335,7 +344,7 @@ def test_good_peer_goes_before_anothers_error(dial: Any, aside: Any) -> None:
             listener.accept(TIMEOUT_S)
 
 
-def test_out_of_descriptors_the_oldest_stranger_goes(
+def test_accept_without_descriptors_drops_the_oldest_handshake(
     dial: Any, monkeypatch: pytest.MonkeyPatch, aside: Any
 ) -> None:
     """With no file descriptor left, an unfinished handshake is given up for the next
@@ -366,7 +375,7 @@ def test_out_of_descriptors_the_oldest_stranger_goes(
             listener.accept(TIMEOUT_S)
 
 
-def test_message_behind_the_welcome_is_delivered(dial: Any, aside: Any) -> None:
+def test_handshake_message_behind_the_welcome_is_delivered(dial: Any, aside: Any) -> None:
     """A message in the same segment as the last frame of the handshake is not lost:
     poll() sees it and recv gets it.
     """

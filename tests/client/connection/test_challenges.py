@@ -39,7 +39,7 @@ TIMEOUT_S = 30
     [(deliver_challenge, answer_challenge), (deliverChallenge, answerChallenge)],
 )
 @pytest.mark.parametrize("digest", ["sha256", "sha384", "sha3_256", "sha3_384", "md5"])
-def test_same_key_is_accepted(deliver: Any, answer: Any, digest: str, aside: Any) -> None:
+def test_challenge_same_key_is_accepted(deliver: Any, answer: Any, digest: str, aside: Any) -> None:
     """Both names of both functions agree on a key, with every digest, given as text and
     as bytes.
     """
@@ -50,7 +50,7 @@ def test_same_key_is_accepted(deliver: Any, answer: Any, digest: str, aside: Any
         assert delivered.result(TIMEOUT_S) is None
 
 
-def test_other_key_is_rejected_on_both_sides(aside: Any) -> None:
+def test_challenge_other_key_is_rejected_on_both_sides(aside: Any) -> None:
     """With different keys both functions raise the standard library's
     AuthenticationError, and tell who rejected.
     """
@@ -66,7 +66,7 @@ def test_other_key_is_rejected_on_both_sides(aside: Any) -> None:
         assert "not accepted here" in str(error)
 
 
-def test_md5_can_be_switched_off(aside: Any) -> None:
+def test_challenge_md5_switched_off_is_refused(aside: Any) -> None:
     """With allow_md5=False an answer made with HMAC-MD5 is not good enough."""
     one, other = Pipe()
     with one, other:
@@ -77,7 +77,7 @@ def test_md5_can_be_switched_off(aside: Any) -> None:
             delivered.result(TIMEOUT_S)
 
 
-def test_empty_key_is_proved_like_any_other(aside: Any) -> None:
+def test_challenge_empty_key_authenticates(aside: Any) -> None:
     """An empty key meets an empty key, and no other."""
     for listeners, meets in ((b"", True), (b"key", False)):
         one, other = Pipe()
@@ -93,7 +93,7 @@ def test_empty_key_is_proved_like_any_other(aside: Any) -> None:
                     delivered.result(TIMEOUT_S)
 
 
-def test_listener_by_own_calls_answers_a_client(aside: Any) -> None:
+def test_challenge_calls_of_a_listener_authenticate_a_client(aside: Any) -> None:
     """deliver_challenge before answer_challenge makes a listener, which answers a
     Client's marked challenge.
     """
@@ -107,7 +107,7 @@ def test_listener_by_own_calls_answers_a_client(aside: Any) -> None:
                 assert accepted.recv() == 1
 
 
-def test_client_by_own_calls_meets_a_listener(aside: Any) -> None:
+def test_challenge_calls_of_a_client_authenticate_at_a_listener(aside: Any) -> None:
     """answer_challenge before deliver_challenge makes a client, whose challenge is
     marked.
     """
@@ -121,7 +121,7 @@ def test_client_by_own_calls_meets_a_listener(aside: Any) -> None:
                 assert client.recv() == 1
 
 
-def test_challenge_by_own_calls_is_marked_at_the_client_only(aside: Any) -> None:
+def test_challenge_calls_mark_the_client_s_challenge_only(aside: Any) -> None:
     """What is sent: a listener's challenge as the standard library's, a client's with
     the mark.
     """
@@ -147,7 +147,7 @@ def test_challenge_by_own_calls_is_marked_at_the_client_only(aside: Any) -> None
         delivered.result(TIMEOUT_S)
 
 
-def test_errors_are_the_libraries_own() -> None:
+def test_connection_errors_are_the_library_s() -> None:
     """The exceptions of this module are those of brokerd_client.errors, and the
     standard library's too.
     """

@@ -56,29 +56,29 @@ def serve(server: socket.socket, data: bytes) -> threading.Thread:
 
 
 @pytest.mark.timing
-def test_silent_listener_is_given_up(server: socket.socket) -> None:
+def test_client_silent_listener_times_out(server: socket.socket) -> None:
     """A listener that never challenges is given up after the timeout, with a
     TimeoutError that names it.
     """
-    before = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(TimedOut, match=r"listener at .* sent nothing within 0\.05") as caught:
         Client(server.getsockname(), authkey="k", timeout=0.05)
     assert isinstance(caught.value, TimeoutError)
-    assert 0.05 <= time.monotonic() - before < TIMEOUT_S
+    assert 0.05 <= time.monotonic() - start < TIMEOUT_S
 
 
-def test_full_queue_is_given_up(socket_dir: Path) -> None:
+def test_client_full_queue_times_out(socket_dir: Path) -> None:
     """A Unix socket whose queue is full is tried until the timeout, not refused at
     once.
     """
     with Listener(str(socket_dir / "s"), backlog=0) as listener, Client(listener.address):
-        before = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(TimedOut):
             Client(listener.address, timeout=0.05)
-        assert time.monotonic() - before >= 0.05
+        assert time.monotonic() - start >= 0.05
 
 
-def test_place_in_a_full_queue_is_waited_for(socket_dir: Path, aside: Any) -> None:
+def test_client_full_queue_waits_for_a_place(socket_dir: Path, aside: Any) -> None:
     """A Unix socket whose queue is full is connected to as soon as there is room."""
     with Listener(str(socket_dir / "s"), backlog=0) as listener, Client(listener.address):
         second = aside(Client, listener.address, timeout=TIMEOUT_S)
@@ -86,7 +86,7 @@ def test_place_in_a_full_queue_is_waited_for(socket_dir: Path, aside: Any) -> No
         second.result(TIMEOUT_S).close()
 
 
-def test_timeout_does_not_outlive_the_handshake() -> None:
+def test_client_timeout_ends_with_the_handshake() -> None:
     """A connection made with a timeout has none itself."""
     with (
         Listener() as listener,
@@ -101,7 +101,7 @@ def test_timeout_does_not_outlive_the_handshake() -> None:
         thread.join()
 
 
-def test_nobody_listens(socket_dir: Path) -> None:
+def test_client_no_listener_is_refused(socket_dir: Path) -> None:
     """Where nobody listens the system's own error is raised."""
     with pytest.raises(FileNotFoundError):
         Client(str(socket_dir / "none"), timeout=TIMEOUT_S)
@@ -111,7 +111,7 @@ def test_nobody_listens(socket_dir: Path) -> None:
             Client(sock.getsockname(), timeout=TIMEOUT_S)
 
 
-def test_listener_that_hangs_up(server: socket.socket) -> None:
+def test_client_listener_that_closes_raises_eoferror(server: socket.socket) -> None:
     """A listener that closes during the handshake is an EOFError that names it."""
     thread = serve(server, b"")
     with pytest.raises(EOFError, match="closed the connection during the handshake"):
@@ -120,7 +120,7 @@ def test_listener_that_hangs_up(server: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("answer", "message"),
     [
         (b"\x7fELF and more", "at most 256 are accepted: this is not a handshake"),
         (b"\xff\xff\xff\xf0", "can't have the length -16"),
@@ -131,18 +131,20 @@ def test_listener_that_hangs_up(server: socket.socket) -> None:
         (frame(b"#CHALLENGE#" + bytes(20)) + frame(b"hm"), "neither #WELCOME# nor #FAILURE#"),
     ],
 )
-def test_listener_that_is_none(server: socket.socket, said: bytes, message: str) -> None:
+def test_client_peer_that_is_not_a_listener_raises(
+    server: socket.socket, answer: bytes, message: str
+) -> None:
     """Whatever else a listener says is an AuthenticationError that names it, and what
     was wrong.
     """
-    thread = serve(server, said)
+    thread = serve(server, answer)
     with pytest.raises(AuthenticationError, match=r"^the listener at .*: ") as caught:
         Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
     assert message in str(caught.value)
     thread.join()
 
 
-def test_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
+def test_client_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
     """A listener that lets everybody in but can't prove that it knows the key itself is
     rejected by the client.
     """
@@ -160,13 +162,13 @@ def test_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
                     received += data
             return received
 
-        heard = aside(impostor)
+        received = aside(impostor)
         with pytest.raises(AuthenticationError, match="made with a key that is not accepted here"):
             Client(server.getsockname(), authkey="k", timeout=TIMEOUT_S)
-        assert heard.result(TIMEOUT_S).endswith(frame(b"#FAILURE#"))
+        assert received.result(TIMEOUT_S).endswith(frame(b"#FAILURE#"))
 
 
-def test_errors_hold_no_key(aside: Any) -> None:
+def test_handshake_errors_hold_no_key(aside: Any) -> None:
     """Neither side's error shows either key."""
     with Listener(authkey="right-secret") as listener:
         accepting = aside(listener.accept, TIMEOUT_S)
@@ -179,7 +181,7 @@ def test_errors_hold_no_key(aside: Any) -> None:
         assert "secret" not in repr(listener)
 
 
-def test_limit_holds_on_both_sides() -> None:
+def test_max_message_holds_on_both_sides() -> None:
     """max_message of a Listener and of a Client is that of their connections."""
     with (
         Listener(authkey="k", max_message=100) as listener,
@@ -244,17 +246,17 @@ def test_client_without_timeout_waits_for_the_rest_of_a_handshake(
     monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
-        def slowly(before: float) -> None:
+        def slowly(delay_s: float) -> None:
             sock, _ = server.accept()
             with multiprocessing.connection.Connection(sock.detach()) as here:
-                time.sleep(before)
+                time.sleep(delay_s)
                 here.send_bytes(b"#CHALLENGE#{sha256}" + bytes(40))
                 here.recv_bytes()
                 time.sleep(0.3)
                 here.send_bytes(b"#FAILURE#")
 
-        for timeout, before in ((None, 0.0), (math.inf, 0.3)):
-            served = aside(slowly, before)
+        for timeout, delay_s in ((None, 0.0), (math.inf, 0.3)):
+            served = aside(slowly, delay_s)
             with pytest.raises(AuthenticationError, match="rejected our answer"):
                 Client(server.getsockname(), authkey=b"key", timeout=timeout)
             served.result(TIMEOUT_S)

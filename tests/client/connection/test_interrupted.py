@@ -57,18 +57,18 @@ def receive_into(connection: Connection) -> bytes:
 
 def free_for_other_threads(connection: Connection) -> bool:
     """Whether a thread that interrupted nothing could send and receive."""
-    found = []
+    free_locks = []
 
     def look() -> None:
         for lock in (connection._send_lock, connection._receive_lock):
             if lock.acquire(blocking=False):
                 lock.release()
-                found.append(True)
+                free_locks.append(True)
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join(TIMEOUT_S)
-    return len(found) == 2
+    return len(free_locks) == 2
 
 
 def check_receive_goes_on(receive: Callable[[Connection], object], size: int) -> int:
@@ -78,12 +78,12 @@ def check_receive_goes_on(receive: Callable[[Connection], object], size: int) ->
     # The first tracing of a process in Python 3.12 sees no bytecodes.
     interrupted_at(0, lambda: wait([], 0))
     for bytecode in itertools.count():
-        sock, theirs = socket.socketpair()
-        with sock, Connection(theirs.detach()) as connection:
+        sock, peer = socket.socketpair()
+        with sock, Connection(peer.detach()) as connection:
             bodies = [body_of(number, size) for number in (1, 2, 3)]
             sock.sendall(b"".join(len(body).to_bytes(4, "big") + body for body in bodies))
-            before = receive(connection)
-            assert before == bodies[0]
+            first_body = receive(connection)
+            assert first_body == bodies[0]
             result: list[object] = []
 
             def call(connection: Connection = connection, result: list[object] = result) -> None:
@@ -91,14 +91,14 @@ def check_receive_goes_on(receive: Callable[[Connection], object], size: int) ->
 
             interrupted = interrupted_at(bytecode, call)
             assert free_for_other_threads(connection)
-            got = [*result]
+            received = [*result]
             if interrupted == RETURN:
-                got.append(bodies[1])
-            while len(got) < 2:
+                received.append(bodies[1])
+            while len(received) < 2:
                 assert connection.poll(0), f"bytecode {bytecode}: a message is gone"
                 assert wait([connection], 0) == [connection]
-                got.append(connection.recv_bytes())
-            assert got == bodies[1:], f"bytecode {bytecode}"
+                received.append(connection.recv_bytes())
+            assert received == bodies[1:], f"bytecode {bytecode}"
             if not interrupted:
                 return bytecode
     raise AssertionError
@@ -134,8 +134,8 @@ def test_receive_interrupted_again_and_again_goes_on() -> None:
     """One message, every receive of which is interrupted a bytecode later than the one
     before, arrives whole.
     """
-    sock, theirs = socket.socketpair()
-    with sock, Connection(theirs.detach()) as connection:
+    sock, peer = socket.socketpair()
+    with sock, Connection(peer.detach()) as connection:
         sent = 0
         for bytecode in range(400):
             while sent < bytecode + 2:
@@ -168,10 +168,10 @@ def test_recv_interrupted_at_any_bytecode_never_unpickles_from_the_middle() -> N
                 one.send({"number": number})
             interrupted = interrupted_at(bytecode, other.recv)
             assert free_for_other_threads(other)
-            got = []
+            received = []
             while other.poll(0):
-                got.append(other.recv()["number"])
-            assert got in ([0, 1, 2], [1, 2])
+                received.append(other.recv()["number"])
+            assert received in ([0, 1, 2], [1, 2])
             if not interrupted:
                 break
     assert bytecode > 50
@@ -190,16 +190,16 @@ def check_send_is_whole_or_nothing(send: Callable[[Connection, bytes], object], 
                 assert free_for_other_threads(one)
                 with contextlib.suppress(OSError):
                     one.send_bytes(b"behind")
-            got = []
+            received = []
             with contextlib.suppress(EOFError):
                 while True:
-                    got.append(other.recv_bytes())
-            whole = [each for each in got if each not in (b"before", b"behind")]
-            assert got[0] == b"before"
-            assert len(whole) <= 1
-            assert all(body_of(1, size) in each for each in whole)
+                    received.append(other.recv_bytes())
+            messages = [body for body in received if body not in (b"before", b"behind")]
+            assert received[0] == b"before"
+            assert len(messages) <= 1
+            assert all(body_of(1, size) in body for body in messages)
             if not interrupted:
-                assert got[-1] == b"behind"
+                assert received[-1] == b"behind"
                 return bytecode
     raise AssertionError
 
@@ -267,8 +267,8 @@ def test_poll_interrupted_at_any_bytecode_takes_nothing() -> None:
 
 def test_message_kept_by_an_interrupted_receive_is_not_handed_over() -> None:
     """A child process could not know the part of a message that its parent has read."""
-    sock, theirs = socket.socketpair()
-    with sock, Connection(theirs.detach()) as connection:
+    sock, peer = socket.socketpair()
+    with sock, Connection(peer.detach()) as connection:
         sock.sendall(b"\0\0\0\4ab")
         with random_signals(longest_s=1e-3) as armed:
             armed[0] = True
@@ -306,7 +306,7 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
     sender = threading.Thread(target=send_on)
     interrupts, expected = 0, 0
     jitter = random.Random(7)
-    got: list[bytes] = []
+    received: list[bytes] = []
     sizes: list[int] = []
     buffer = bytearray(40_000)
     ends_at = time.monotonic() + (TIMEOUT_S if times < 1000 else 300)
@@ -319,13 +319,13 @@ def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: b
                 if into:
                     sizes.append(other.recv_bytes_into(buffer))
                 else:
-                    got.append(other.recv_bytes())
+                    received.append(other.recv_bytes())
                 armed[0] = False
             except Interrupt:
                 interrupts += 1
-            got += [bytes(buffer[: sizes.pop()]) for _ in range(len(sizes))]
-            while got:
-                assert got.pop(0) == body_of(expected, jitter.choice([0, 10, 1000, 30_000]))
+            received += [bytes(buffer[: sizes.pop()]) for _ in range(len(sizes))]
+            while received:
+                assert received.pop(0) == body_of(expected, jitter.choice([0, 10, 1000, 30_000]))
                 expected += 1
         stop.set()
     with contextlib.suppress(EOFError):
@@ -363,9 +363,9 @@ def serve_until_over(listener: Listener, caller: Caller, accepted: list[Connecti
         if not accepted:
             with contextlib.suppress(TimeoutError):
                 accepted.append(listener.accept(0.02))
-        for each in accepted:
-            each.send_bytes(each.recv_bytes())
-            each.close()
+        for connection in accepted:
+            connection.send_bytes(connection.recv_bytes())
+            connection.close()
             caller.join(TIMEOUT_S)
 
 
@@ -420,13 +420,13 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
 
             server = threading.Thread(target=accept)
             server.start()
-            made: list[Connection] = []
+            clients: list[Connection] = []
             interrupted = interrupted_at(
                 bytecode,
-                lambda: made.append(Client(listener.address, authkey=KEY)),  # noqa: B023
+                lambda: clients.append(Client(listener.address, authkey=KEY)),  # noqa: B023
             )
-            for each in made:
-                each.close()
+            for connection in clients:
+                connection.close()
             # Whatever became of it, the next one is served, by the same call or
             # another.
             while server.is_alive():
@@ -442,22 +442,22 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
     assert bytecode > 1000
 
 
-def test_negotiation_interrupted_never_counts_as_through() -> None:
+def test_handshake_interrupted_never_succeeds() -> None:
     """A generator that an exception has left ends as one that is through does: it
     authenticates nobody.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
-        peer_stream = SocketPeer(ours)
+    near, peer = socket.socketpair()
+    with peer:
+        peer_stream = SocketPeer(near)
         for bytecode in range(0, 300, 7):
             pending_handshake = PendingHandshake(
                 peer_stream, as_listener(bytes(40)), KEY, None, 0.0
             )
-            theirs.setblocking(False)
+            peer.setblocking(False)
             if interrupted_at(bytecode, pending_handshake.advance):
-                theirs.sendall(b"\0\0\0\4what")
+                peer.sendall(b"\0\0\0\4what")
                 with pytest.raises((AuthenticationError, OSError)):
                     pending_handshake.advance()
                 with contextlib.suppress(BlockingIOError):
-                    ours.recv(10_000)
+                    near.recv(10_000)
         peer_stream.close()

@@ -32,9 +32,9 @@ on_linux = pytest.mark.skipif(
 @pytest.fixture
 def umask() -> Iterator[None]:
     """Put the umask back afterwards."""
-    before = os.umask(0o022)
+    previous = os.umask(0o022)
     yield
-    os.umask(before)
+    os.umask(previous)
 
 
 def meet(listener: Listener, **arguments: Any) -> None:
@@ -52,7 +52,7 @@ def meet(listener: Listener, **arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
-def test_address_is_chosen_where_none_is_given(family: str) -> None:
+def test_listener_without_address_chooses_one(family: str) -> None:
     """A listener with a family and no address finds a free one, and says which."""
     with Listener(family=family) as listener:
         if family == "AF_INET":
@@ -63,7 +63,7 @@ def test_address_is_chosen_where_none_is_given(family: str) -> None:
         meet(listener)
 
 
-def test_address_and_last_accepted_are_read_only() -> None:
+def test_listener_address_and_last_accepted_are_read_only() -> None:
     """Neither property can be set, and the last peer's address is None before there was
     one.
     """
@@ -75,7 +75,7 @@ def test_address_and_last_accepted_are_read_only() -> None:
             listener.last_accepted = "somebody"  # type: ignore[misc]
 
 
-def test_last_accepted_is_the_address_of_the_peer() -> None:
+def test_listener_last_accepted_is_the_peer_s_address() -> None:
     """Over TCP the last peer's address is its own; over a Unix socket it has none, so
     None.
     """
@@ -94,7 +94,7 @@ def test_last_accepted_is_the_address_of_the_peer() -> None:
         assert listener.last_accepted is None
 
 
-def test_ipv6_is_served_and_dialled() -> None:
+def test_listener_ipv6_accepts_connections() -> None:
     """A listener on ::1 is reached by its address, and by a name when the family says
     AF_INET6.
     """
@@ -111,7 +111,7 @@ def test_ipv6_is_served_and_dialled() -> None:
 
 @on_linux
 @pytest.mark.parametrize("name", ["\0brokerd-test-{}", b"\0brokerd-test-{}"])
-def test_abstract_name_may_be_text_or_bytes(name: Any) -> None:
+def test_listener_abstract_name_may_be_text_or_bytes(name: Any) -> None:
     """An abstract Unix name works as text and as bytes, and leaves no file."""
     pid = str(os.getpid())
     address = (
@@ -123,7 +123,7 @@ def test_abstract_name_may_be_text_or_bytes(name: Any) -> None:
 
 @pytest.mark.parametrize("address", [r"\\.\pipe\brokerd", r"\\server\pipe\brokerd"])
 @pytest.mark.skipif(sys.platform == "win32", reason="there they are served")
-def test_two_backslashes_mean_a_named_pipe(address: str) -> None:
+def test_address_with_two_backslashes_is_a_named_pipe(address: str) -> None:
     """Outside Windows an address of a named pipe is refused as such, not taken for a
     path.
     """
@@ -134,7 +134,7 @@ def test_two_backslashes_mean_a_named_pipe(address: str) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o777])
-def test_socket_file_is_its_owners_only(mask: int, umask: None, socket_dir: Path) -> None:
+def test_socket_file_is_its_owner_s_only(mask: int, umask: None, socket_dir: Path) -> None:
     """Whatever the umask, the owner can read and write the socket file and nobody else
     can.
     """
@@ -163,7 +163,7 @@ def test_socket_file_is_never_more_open(
         assert modes == [0o600]
 
 
-def test_socket_file_goes_with_close(socket_dir: Path) -> None:
+def test_socket_file_is_removed_by_close(socket_dir: Path) -> None:
     """close() removes the socket file; calling it again does nothing."""
     listener = Listener(str(socket_dir / "s"))
     listener.close()
@@ -171,7 +171,7 @@ def test_socket_file_goes_with_close(socket_dir: Path) -> None:
     listener.close()
 
 
-def test_socket_file_goes_with_the_garbage(socket_dir: Path) -> None:
+def test_socket_file_is_removed_by_garbage_collection(socket_dir: Path) -> None:
     """A listener nobody holds any more is closed, its file is removed, and no warning
     is given.
     """
@@ -184,7 +184,7 @@ def test_socket_file_goes_with_the_garbage(socket_dir: Path) -> None:
         os.fstat(descriptor)
 
 
-def test_socket_file_goes_with_the_process(socket_dir: Path) -> None:
+def test_socket_file_is_removed_by_the_end_of_the_process(socket_dir: Path) -> None:
     """A process that ends without close() leaves no socket file behind."""
     script = (
         "import sys; from brokerd_client.connection import Listener; listener ="
@@ -198,7 +198,7 @@ def test_socket_file_goes_with_the_process(socket_dir: Path) -> None:
     assert not (socket_dir / "s").exists()
 
 
-def test_relative_socket_file_is_removed_from_another_directory(
+def test_socket_file_relative_is_removed_from_another_directory(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of a relative path is removed even after the process went to another
@@ -211,7 +211,7 @@ def test_relative_socket_file_is_removed_from_another_directory(
     assert not (socket_dir / "s").exists()
 
 
-def test_another_listeners_file_is_not_removed(socket_dir: Path) -> None:
+def test_socket_file_of_another_listener_is_not_removed(socket_dir: Path) -> None:
     """A listener whose file was replaced by another's does not remove that one."""
     path = socket_dir / "s"
     first = Listener(str(path))
@@ -223,7 +223,7 @@ def test_another_listeners_file_is_not_removed(socket_dir: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_childs_close_does_not_end_the_parents_listener(socket_dir: Path) -> None:
+def test_listener_closed_in_a_fork_goes_on_in_the_parent(socket_dir: Path) -> None:
     """A forked child that closes its copy leaves the parent's listener, and the file,
     as they were.
     """
@@ -236,7 +236,7 @@ def test_a_childs_close_does_not_end_the_parents_listener(socket_dir: Path) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_accepts() -> None:
+def test_listener_in_a_fork_accepts() -> None:
     """Processes forked after listening accept too, and the parent's half-finished
     handshakes are not theirs.
     """
@@ -256,7 +256,7 @@ def test_a_forked_child_accepts() -> None:
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
-def test_address_in_use_is_an_oserror(family: str) -> None:
+def test_listener_address_in_use_raises_oserror(family: str) -> None:
     """A second listener on the same address is refused by the system, and the first one
     lives on.
     """
@@ -266,7 +266,7 @@ def test_address_in_use_is_an_oserror(family: str) -> None:
         meet(listener)
 
 
-def test_tcp_sends_small_messages_at_once() -> None:
+def test_connection_over_tcp_sends_small_messages_at_once() -> None:
     """TCP_NODELAY is set on both ends."""
     with (
         Listener(("localhost", 0)) as listener,
@@ -281,15 +281,15 @@ def test_tcp_sends_small_messages_at_once() -> None:
 @pytest.mark.timing
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("timeout", [0, 0.02])
-def test_accept_gives_up_in_time(key: str | None, timeout: float) -> None:
+def test_accept_without_peer_times_out(key: str | None, timeout: float) -> None:
     """accept(timeout=) raises TimedOut, a TimeoutError, when nobody came, and the
     listener goes on.
     """
     with Listener(authkey=key) as listener:
-        before = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(TimeoutError):
             listener.accept(timeout=timeout)
-        assert timeout <= time.monotonic() - before < TIMEOUT_S
+        assert timeout <= time.monotonic() - start < TIMEOUT_S
         meet(listener, authkey=key)
 
 
@@ -315,7 +315,7 @@ def test_accept_without_waiting_makes_progress() -> None:
 
 
 @pytest.mark.parametrize("key", [None, "k"])
-def test_close_wakes_all_who_accept(key: str | None, aside: Any) -> None:
+def test_close_ends_every_accept(key: str | None, aside: Any) -> None:
     """close() in one thread ends accept() in the others, with an OSError, and later
     ones at once.
     """
@@ -331,19 +331,19 @@ def test_close_wakes_all_who_accept(key: str | None, aside: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
-def test_signal_handler_may_close_the_listener() -> None:
+def test_close_in_a_signal_handler_ends_accept() -> None:
     """A handler that closes the listener ends the accept() that it interrupted."""
     listener = Listener(authkey="k")
-    before = signal.signal(signal.SIGALRM, lambda *_: listener.close())
+    previous = signal.signal(signal.SIGALRM, lambda *_: listener.close())
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.02)
         with pytest.raises(Closed):
             listener.accept(TIMEOUT_S)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
-def test_several_threads_accept_at_once(aside: Any) -> None:
+def test_accept_in_several_threads_accepts_every_peer(aside: Any) -> None:
     """Each of several threads in accept() gets a connection of its own."""
     with Listener(authkey="k") as listener:
         waiting = [aside(listener.accept, TIMEOUT_S) for _ in range(5)]
@@ -356,7 +356,7 @@ def test_several_threads_accept_at_once(aside: Any) -> None:
             end.close()
 
 
-def test_default_backlog_holds_a_crowd() -> None:
+def test_listener_default_backlog_holds_a_crowd() -> None:
     """A hundred clients without a key connect before anybody accepts the first."""
     with Listener(family="AF_UNIX") as listener:
         dialers = [Client(listener.address, timeout=TIMEOUT_S) for _ in range(100)]
@@ -370,7 +370,7 @@ def key_of(listener: Listener) -> bytes | None:
         return listener._key
 
 
-def test_both_orders_of_parameters_are_understood() -> None:
+def test_listener_accepts_both_orders_of_parameters() -> None:
     """The fourth parameter is the old `authenticate` or the standard library's
     `authkey`, told apart by type.
     """
@@ -386,7 +386,7 @@ def test_both_orders_of_parameters_are_understood() -> None:
     assert key_of(Listener(authenticate=True)) == own
 
 
-def test_third_parameter_of_client_serves_both_orders() -> None:
+def test_client_third_parameter_serves_both_orders() -> None:
     """Client's third parameter is `authenticate` or the key, and its fourth the key, as
     for Listener.
     """
@@ -403,7 +403,7 @@ def test_third_parameter_of_client_serves_both_orders() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"authkey": b""}, {"authkey": ""}, {"authenticate": b""}])
-def test_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> None:
+def test_listener_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> None:
     """An empty key meets an empty key; a peer with another key is rejected, and a peer
     without one too.
     """
@@ -425,7 +425,7 @@ def test_empty_key_authenticates(arguments: dict[str, Any], aside: Aside) -> Non
 @pytest.mark.parametrize(
     "arguments", [{"authkey": 5}, {"authenticate": 1.5}, {"authenticate": b"a", "authkey": b"b"}]
 )
-def test_what_is_no_key_is_a_type_error(arguments: dict[str, Any], socket_dir: Path) -> None:
+def test_key_of_another_type_raises_typeerror(arguments: dict[str, Any], socket_dir: Path) -> None:
     """A key of another type, or two keys, is a TypeError, before anything is opened."""
     for function in (Listener, Client):
         with pytest.raises(TypeError):
@@ -436,14 +436,14 @@ def test_what_is_no_key_is_a_type_error(arguments: dict[str, Any], socket_dir: P
 @pytest.mark.parametrize(
     "arguments", [{"handshake_timeout": 0}, {"max_handshakes": 0}, {"on_error": "shout"}]
 )
-def test_options_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
+def test_listener_option_out_of_range_is_refused(arguments: dict[str, Any]) -> None:
     """Options that would let nobody in, or that mean nothing, are ValueErrors."""
     with pytest.raises(ValueError, match=r"above 0|on_error"):
         Listener(**arguments)
 
 
 @pytest.mark.parametrize("address", [5, b"/tmp/path", ["localhost", 0]])
-def test_what_is_no_address_is_a_value_error(address: Any) -> None:
+def test_address_not_valid_raises_valueerror(address: Any) -> None:
     """An address of an unknown form is a ValueError, as in the standard library."""
     with pytest.raises(ValueError, match="unrecognized"):
         Listener(address)
@@ -451,7 +451,7 @@ def test_what_is_no_address_is_a_value_error(address: Any) -> None:
         Client(address)
 
 
-def test_unknown_family_is_a_value_error() -> None:
+def test_address_unknown_family_raises_valueerror() -> None:
     """A family that does not exist is a ValueError that names those that do."""
     with pytest.raises(ValueError, match="AF_INET6"):
         Listener(family="AF_APPLETALK")
@@ -461,7 +461,7 @@ def test_unknown_family_is_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e10, 1e300])
-def test_accept_and_client_with_a_time_beyond_the_system_s_wait(
+def test_accept_and_client_timeout_beyond_the_system_s_limit_waits(
     tmp_path: Path, aside: Aside, timeout: float
 ) -> None:
     """Infinity and other times beyond what the system can count are times like any
@@ -478,7 +478,7 @@ def test_accept_and_client_with_a_time_beyond_the_system_s_wait(
                 assert server.recv() == 1
 
 
-def test_timeout_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
+def test_timeout_not_a_number_is_refused(tmp_path: Path) -> None:
     """NaN is a mistake of the caller; a negative time does not wait."""
     with Listener(str(tmp_path / "here"), authkey=b"key") as listener:
         with pytest.raises(ValueError, match="not a number"):
@@ -494,7 +494,7 @@ def test_timeout_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", ["close", "accept"])
-def test_listener_used_by_a_signal_handler_inside_accept(tmp_path: Path, act: str) -> None:
+def test_listener_in_a_signal_handler_inside_accept_never_waits(tmp_path: Path, act: str) -> None:
     """close() ends the interrupted accept with Closed; a nested accept raises, and the
     interrupted one goes on.
     """
@@ -506,12 +506,12 @@ def test_listener_used_by_a_signal_handler_inside_accept(tmp_path: Path, act: st
         except RuntimeError as error:
             raised.append(error)
 
-    before = signal.signal(signal.SIGALRM, handle)
+    previous = signal.signal(signal.SIGALRM, handle)
     try:
         with Listener(str(tmp_path / "here"), authkey=b"key") as listener:
             signal.setitimer(signal.ITIMER_REAL, 0.05)
             with pytest.raises(Closed if act == "close" else TimedOut):
                 listener.accept(0.3)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
     assert len(raised) == (act == "accept")

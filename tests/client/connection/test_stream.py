@@ -47,16 +47,16 @@ def raw() -> Iterator[tuple[socket.socket, Connection]]:
     """A bare socket and the connection that hears it; messages above 1000 bytes are
     refused.
     """
-    ours, theirs = socket.socketpair()
-    with ours, Connection(theirs.detach(), max_message=1000) as connection:
-        yield ours, connection
+    sock, peer = socket.socketpair()
+    with sock, Connection(peer.detach(), max_message=1000) as connection:
+        yield sock, connection
 
 
 # Messages.
 
 
 @pytest.mark.parametrize("size", [0, 1, 16383, 16384, 16385, 256 * 1024, 256 * 1024 + 1, 5_000_000])
-def test_message_arrives_whole(pair: tuple[Connection, Connection], size: int) -> None:
+def test_connection_message_arrives_whole(pair: tuple[Connection, Connection], size: int) -> None:
     """A message of any size, around every size at which the way of sending or receiving
     changes, arrives unchanged.
     """
@@ -69,7 +69,9 @@ def test_message_arrives_whole(pair: tuple[Connection, Connection], size: int) -
     sender.join()
 
 
-def test_frames_are_those_of_the_standard_library(raw: tuple[socket.socket, Connection]) -> None:
+def test_connection_frames_are_those_of_the_standard_library(
+    raw: tuple[socket.socket, Connection],
+) -> None:
     """A message is its length, four bytes in network order, and its bytes; nothing
     more.
     """
@@ -80,7 +82,7 @@ def test_frames_are_those_of_the_standard_library(raw: tuple[socket.socket, Conn
     assert connection.recv_bytes() == b"hi"
 
 
-def test_long_form_of_the_length_is_understood(raw: tuple[socket.socket, Connection]) -> None:
+def test_recv_bytes_long_form_of_the_length_is_read(raw: tuple[socket.socket, Connection]) -> None:
     """A length of -1 is followed by a 64-bit one, even where the short form would have
     done.
     """
@@ -93,7 +95,7 @@ def test_long_form_of_the_length_is_understood(raw: tuple[socket.socket, Connect
     ("arguments", "sent"),
     [((), b"abcdef"), ((2,), b"cdef"), ((2, 3), b"cde"), ((6,), b""), ((6, 0), b""), ((0, 0), b"")],
 )
-def test_part_of_a_buffer_is_sent(
+def test_send_bytes_part_of_a_buffer_is_sent(
     pair: tuple[Connection, Connection], arguments: tuple[int, ...], sent: bytes
 ) -> None:
     """send_bytes(buf, offset, size) sends that part of the buffer."""
@@ -103,7 +105,7 @@ def test_part_of_a_buffer_is_sent(
 
 
 @pytest.mark.parametrize("arguments", [(7,), (2, 5), (6, 1), (-1,), (2, -1)])
-def test_part_outside_the_buffer_is_refused(
+def test_send_bytes_part_outside_the_buffer_is_refused(
     pair: tuple[Connection, Connection], arguments: tuple[int, ...]
 ) -> None:
     """A part that is not wholly inside the buffer is a ValueError, and nothing is sent."""
@@ -113,7 +115,7 @@ def test_part_outside_the_buffer_is_refused(
     assert not other.poll()
 
 
-def test_arrays_are_received_in_place(pair: tuple[Connection, Connection]) -> None:
+def test_recv_bytes_into_array_is_filled(pair: tuple[Connection, Connection]) -> None:
     """recv_bytes_into fills any writable buffer, offset counted in bytes, and returns
     the size in bytes.
     """
@@ -124,7 +126,9 @@ def test_arrays_are_received_in_place(pair: tuple[Connection, Connection]) -> No
     assert numbers.tolist() == [1, 2, 42, 1729, 5]
 
 
-def test_large_message_is_received_in_place(pair: tuple[Connection, Connection]) -> None:
+def test_recv_bytes_into_large_message_is_read_in_place(
+    pair: tuple[Connection, Connection],
+) -> None:
     """A message that comes in many pieces fills the buffer from front to back."""
     one, other = pair
     body = os.urandom(3_000_000)
@@ -136,7 +140,9 @@ def test_large_message_is_received_in_place(pair: tuple[Connection, Connection])
     assert buffer == bytes(7) + body + bytes(3)
 
 
-def test_too_short_a_buffer_keeps_the_message(pair: tuple[Connection, Connection]) -> None:
+def test_recv_bytes_into_short_buffer_keeps_the_message(
+    pair: tuple[Connection, Connection],
+) -> None:
     """BufferTooShort, the standard library's too, carries the whole message, and the
     next one can be received.
     """
@@ -150,7 +156,7 @@ def test_too_short_a_buffer_keeps_the_message(pair: tuple[Connection, Connection
     assert other.recv_bytes() == b"next"
 
 
-def test_unfit_buffers_are_refused_before_anything_is_read(
+def test_recv_bytes_into_unfit_buffer_is_refused_before_a_read(
     pair: tuple[Connection, Connection],
 ) -> None:
     """A read-only buffer or an offset outside it costs no message."""
@@ -166,7 +172,7 @@ def test_unfit_buffers_are_refused_before_anything_is_read(
     assert other.recv_bytes() == b"kept"
 
 
-def test_old_names_do_the_same(pair: tuple[Connection, Connection]) -> None:
+def test_connection_old_names_do_the_same(pair: tuple[Connection, Connection]) -> None:
     """sendBytes, recvBytes and recvBytesInto are the forerunner's names."""
     one, other = pair
     one.sendBytes(b"hello", 1, 3)
@@ -184,7 +190,7 @@ def test_old_names_do_the_same(pair: tuple[Connection, Connection]) -> None:
     "announced",
     [struct.pack("!i", 1001), struct.pack("!iQ", -1, 1001), struct.pack("!iQ", -1, 2**64 - 1)],
 )
-def test_too_large_a_message_is_refused_unread(
+def test_max_message_larger_message_is_refused_unread(
     raw: tuple[socket.socket, Connection], announced: bytes
 ) -> None:
     """More than max_message is refused on its announcement alone, with an OSError that
@@ -204,7 +210,7 @@ def test_too_large_a_message_is_refused_unread(
     assert sock.recv(100) == b"\0\0\0\5still"
 
 
-def test_largest_message_is_accepted(raw: tuple[socket.socket, Connection]) -> None:
+def test_max_message_largest_message_is_accepted(raw: tuple[socket.socket, Connection]) -> None:
     """max_message itself is not too large."""
     sock, connection = raw
     sock.sendall(struct.pack("!i", 1000) + bytes(1000))
@@ -215,7 +221,7 @@ def test_largest_message_is_accepted(raw: tuple[socket.socket, Connection]) -> N
     "receive",
     [Connection.recv, lambda c: c.recv_bytes(2000), lambda c: c.recv_bytes_into(bytearray(4000))],
 )
-def test_every_way_to_receive_obeys_the_limit(
+def test_max_message_holds_for_every_way_to_receive(
     raw: tuple[socket.socket, Connection], receive: Any
 ) -> None:
     """recv, recv_bytes with a larger limit of its own, and recv_bytes_into all refuse
@@ -227,7 +233,7 @@ def test_every_way_to_receive_obeys_the_limit(
         receive(connection)
 
 
-def test_limit_of_one_call_is_obeyed(raw: tuple[socket.socket, Connection]) -> None:
+def test_recv_bytes_maxlength_is_obeyed(raw: tuple[socket.socket, Connection]) -> None:
     """recv_bytes(maxlength) refuses more, and accepts just that."""
     sock, connection = raw
     sock.sendall(b"\0\0\0\4fine\0\0\0\5short")
@@ -236,18 +242,20 @@ def test_limit_of_one_call_is_obeyed(raw: tuple[socket.socket, Connection]) -> N
         connection.recv_bytes(4)
 
 
-def test_a_huge_announcement_takes_no_memory() -> None:
+def test_recv_bytes_huge_announcement_takes_no_memory() -> None:
     """With no limit, an announced exabyte is waited for, not allocated."""
-    ours, theirs = socket.socketpair()
-    with ours, Connection(theirs.detach()) as connection:
-        ours.sendall(struct.pack("!iQ", -1, 2**60) + b"only this")
-        ours.close()
+    sock, peer = socket.socketpair()
+    with sock, Connection(peer.detach()) as connection:
+        sock.sendall(struct.pack("!iQ", -1, 2**60) + b"only this")
+        sock.close()
         with pytest.raises(OSError, match="end of file during message"):
             connection.recv_bytes()
 
 
 @pytest.mark.parametrize("length", [-2, -1000, -(2**31)])
-def test_impossible_length_is_refused(raw: tuple[socket.socket, Connection], length: int) -> None:
+def test_recv_bytes_impossible_length_is_refused(
+    raw: tuple[socket.socket, Connection], length: int
+) -> None:
     """A length below -1 is an error, where the standard library takes it for an empty
     message.
     """
@@ -260,17 +268,17 @@ def test_impossible_length_is_refused(raw: tuple[socket.socket, Connection], len
     assert not connection.readable
 
 
-def test_negative_limit_is_refused() -> None:
+def test_max_message_negative_is_refused() -> None:
     """A max_message below 0 is a ValueError."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(ValueError, match="max_message"):
-        Connection(theirs.fileno(), max_message=-1)
+    sock, peer = socket.socketpair()
+    with sock, peer, pytest.raises(ValueError, match="max_message"):
+        Connection(peer.fileno(), max_message=-1)
 
 
 # Ends.
 
 
-def test_end_of_the_peer(raw: tuple[socket.socket, Connection]) -> None:
+def test_recv_closed_peer_raises_eoferror(raw: tuple[socket.socket, Connection]) -> None:
     """After its last message a closed peer is EOFError; poll() tells that there is
     something to learn.
     """
@@ -288,7 +296,9 @@ def test_end_of_the_peer(raw: tuple[socket.socket, Connection]) -> None:
 
 
 @pytest.mark.parametrize("part", [b"\0", b"\0\0\0\5", b"\0\0\0\5half", b"\xff\xff\xff\xff\0"])
-def test_end_in_the_middle_of_a_message(raw: tuple[socket.socket, Connection], part: bytes) -> None:
+def test_recv_peer_closed_within_a_message_raises_oserror(
+    raw: tuple[socket.socket, Connection], part: bytes
+) -> None:
     """A peer that goes in the middle of a message is an OSError, not the end of it."""
     sock, connection = raw
     sock.sendall(part)
@@ -297,7 +307,7 @@ def test_end_in_the_middle_of_a_message(raw: tuple[socket.socket, Connection], p
         connection.recv_bytes()
 
 
-def test_end_in_the_middle_of_a_message_received_in_place(
+def test_recv_bytes_into_peer_closed_within_a_message_raises_oserror(
     raw: tuple[socket.socket, Connection],
 ) -> None:
     """The same for a message that is received into a buffer."""
@@ -308,7 +318,7 @@ def test_end_in_the_middle_of_a_message_received_in_place(
         connection.recv_bytes_into(bytearray(10))
 
 
-def test_closed_connection_says_so(pair: tuple[Connection, Connection]) -> None:
+def test_connection_closed_raises_closed(pair: tuple[Connection, Connection]) -> None:
     """Everything on a closed connection raises Closed, an OSError; closing again does
     nothing.
     """
@@ -330,7 +340,7 @@ def test_closed_connection_says_so(pair: tuple[Connection, Connection]) -> None:
         one.recv_bytes_into(bytearray(5))
 
 
-def test_connection_left_to_the_garbage_is_closed() -> None:
+def test_connection_garbage_collected_is_closed() -> None:
     """The descriptor of a connection nobody holds is closed, without a warning, and the
     peer sees the end.
     """
@@ -340,7 +350,7 @@ def test_connection_left_to_the_garbage_is_closed() -> None:
         other.recv()
 
 
-def test_one_way_pipe() -> None:
+def test_pipe_one_way_sends_and_receives() -> None:
     """Pipe(duplex=False) gives a reader and a writer, and each refuses the other's
     work.
     """
@@ -356,7 +366,7 @@ def test_one_way_pipe() -> None:
             writer.poll()
 
 
-def test_refused_message_closes_a_reader() -> None:
+def test_connection_read_only_refused_message_closes_it() -> None:
     """A connection that can only receive is of no more use after a bad message, so it
     closes.
     """
@@ -370,7 +380,7 @@ def test_refused_message_closes_a_reader() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(-1,), (0, False, False)])
-def test_impossible_connections_are_refused(arguments: tuple[Any, ...]) -> None:
+def test_connection_impossible_arguments_are_refused(arguments: tuple[Any, ...]) -> None:
     """A negative handle, or one for nothing, is a ValueError."""
     with pytest.raises(ValueError, match=r"handle|readable"):
         Connection(*arguments)
@@ -379,7 +389,7 @@ def test_impossible_connections_are_refused(arguments: tuple[Any, ...]) -> None:
 # Threads and signals.
 
 
-def test_frames_of_many_threads_do_not_mix(pair: tuple[Connection, Connection]) -> None:
+def test_send_in_many_threads_mixes_no_frames(pair: tuple[Connection, Connection]) -> None:
     """Messages of all sizes sent by several threads at once arrive whole, each thread's
     in its order.
     """
@@ -404,7 +414,9 @@ def test_frames_of_many_threads_do_not_mix(pair: tuple[Connection, Connection]) 
     assert all(counts == list(range(40)) for counts in seen.values())
 
 
-def test_many_threads_receive(pair: tuple[Connection, Connection], aside: Any) -> None:
+def test_recv_in_many_threads_receives_every_message(
+    pair: tuple[Connection, Connection], aside: Any
+) -> None:
     """Several threads receiving at once get every message once, each of them whole."""
     one, other = pair
 
@@ -425,7 +437,7 @@ def test_many_threads_receive(pair: tuple[Connection, Connection], aside: Any) -
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
-def test_interrupted_message_is_not_continued_by_another(
+def test_send_interrupted_message_is_not_continued_by_another(
     pair: tuple[Connection, Connection],
 ) -> None:
     """After an exception in the middle of a large message no other can be sent: the
@@ -439,20 +451,20 @@ def test_interrupted_message_is_not_continued_by_another(
     def interrupt(*_: Any) -> None:
         raise Interrupted
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    previous = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(Interrupted):
             one.send_bytes(bytes(50_000_000))
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
     assert not one.writable
     with pytest.raises(OSError, match="can't send"):
         one.send_bytes(b"the rest?")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_child_is_not_locked_out(pair: tuple[Connection, Connection]) -> None:
+def test_connection_in_a_fork_can_send(pair: tuple[Connection, Connection]) -> None:
     """A child forked while another thread of the parent was sending can send: it has no
     lock of that thread's.
     """
@@ -470,7 +482,7 @@ def test_forked_child_is_not_locked_out(pair: tuple[Connection, Connection]) -> 
 # Handing over.
 
 
-def test_plain_pickle_is_refused(pair: tuple[Connection, Connection]) -> None:
+def test_connection_plain_pickle_is_refused(pair: tuple[Connection, Connection]) -> None:
     """A connection that is pickled in any other way than for a process says what the
     right way is.
     """
@@ -499,7 +511,7 @@ def test_connection_is_handed_to_a_child(start_method: str) -> None:
         assert child.exitcode == 0
 
 
-def test_limit_goes_with_the_connection() -> None:
+def test_connection_handed_to_a_child_keeps_max_message() -> None:
     """A connection sent over a connection keeps what it is for and its largest message."""
     one, other = Pipe()
     reader, writer = Pipe(duplex=False)
@@ -521,37 +533,37 @@ def test_limit_goes_with_the_connection() -> None:
 # Waiting.
 
 
-def test_poll_waits_as_long_as_told(pair: tuple[Connection, Connection]) -> None:
+def test_poll_timeout_waits_as_long(pair: tuple[Connection, Connection]) -> None:
     """poll() returns at once, poll(t) after t at the latest and no earlier, poll(None)
     when something has come.
     """
     one, other = pair
     assert one.poll() is False
     assert one.poll(-1) is False
-    before = time.monotonic()
+    start = time.monotonic()
     assert one.poll(0.02) is False
-    assert time.monotonic() - before >= 0.02
+    assert time.monotonic() - start >= 0.02
     other.send(None)
     assert one.poll() is True
     assert one.poll(None) is True
     assert one.poll(1e12) is True
 
 
-def test_wait_tells_who_is_ready(pair: tuple[Connection, Connection]) -> None:
+def test_wait_returns_the_ready_objects(pair: tuple[Connection, Connection]) -> None:
     """wait() takes connections, sockets and descriptors, and returns those that are
     ready, in the order given.
     """
     one, other = pair
-    left, right = socket.socketpair()
+    idle_socket, its_peer = socket.socketpair()
     read, write = os.pipe()
-    with left, right:
-        assert wait([one, left, read], 0) == []
+    with idle_socket, its_peer:
+        assert wait([one, idle_socket, read], 0) == []
         assert wait([], 0) == []
         os.write(write, b"x")
-        assert wait([one, left, read], TIMEOUT_S) == [read]
-        right.send(b"x")
+        assert wait([one, idle_socket, read], TIMEOUT_S) == [read]
+        its_peer.send(b"x")
         other.send(1)
-        assert wait([read, left, one, other]) == [read, left, one]
+        assert wait([read, idle_socket, one, other]) == [read, idle_socket, one]
     os.close(read)
     os.close(write)
 
@@ -634,7 +646,7 @@ def test_recv_bytes_into_several_dimensions_fills_all(pair: tuple[Connection, Co
 # Time.
 
 
-def test_wait_as_long_as_infinity_returns_what_is_ready(
+def test_wait_infinite_timeout_returns_ready_objects(
     pair: tuple[Connection, Connection],
 ) -> None:
     """Infinity and other times beyond what the system can count are times like any
@@ -653,7 +665,7 @@ def test_wait_as_long_as_infinity_returns_what_is_ready(
     assert wait([other], -math.inf) == []
 
 
-def test_wait_for_a_time_that_is_not_a_number_is_refused(
+def test_wait_timeout_not_a_number_is_refused(
     pair: tuple[Connection, Connection],
 ) -> None:
     """NaN is a mistake of the caller."""
@@ -679,7 +691,7 @@ def in_signal_handler(call: Any, act: Any) -> tuple[Any, BaseException | None]:
         except (OSError, RuntimeError) as error:
             raised.append(error)
 
-    before = signal.signal(signal.SIGALRM, handle)
+    previous = signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
         call()
@@ -687,7 +699,7 @@ def in_signal_handler(call: Any, act: Any) -> tuple[Any, BaseException | None]:
         return raised[0], error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
     return raised[0], None
 
 
@@ -703,11 +715,11 @@ def test_recv_inside_a_recv_raises(pair: tuple[Connection, Connection]) -> None:
         finally:
             one.send("for the first")
 
-    got: list[object] = []
-    raised, error = in_signal_handler(lambda: got.append(other.recv()), nested)
+    received: list[object] = []
+    raised, error = in_signal_handler(lambda: received.append(other.recv()), nested)
     assert isinstance(raised, RuntimeError)
     assert error is None
-    assert got == ["for the first"]
+    assert received == ["for the first"]
 
 
 def test_send_inside_a_send_raises(pair: tuple[Connection, Connection]) -> None:
@@ -715,8 +727,8 @@ def test_send_inside_a_send_raises(pair: tuple[Connection, Connection]) -> None:
     on.
     """
     one, other = pair
-    reader = threading.Timer(0.2, lambda: got.append(len(other.recv_bytes())))
-    got: list[int] = []
+    reader = threading.Timer(0.2, lambda: received.append(len(other.recv_bytes())))
+    received: list[int] = []
     reader.start()
     raised, error = in_signal_handler(
         lambda: one.send_bytes(bytes(5_000_000)), lambda: one.send_bytes(b"nested")
@@ -724,7 +736,7 @@ def test_send_inside_a_send_raises(pair: tuple[Connection, Connection]) -> None:
     reader.join()
     assert isinstance(raised, RuntimeError)
     assert error is None
-    assert got == [5_000_000]
+    assert received == [5_000_000]
 
 
 def test_send_inside_a_recv_sends(pair: tuple[Connection, Connection]) -> None:
@@ -735,9 +747,9 @@ def test_send_inside_a_recv_sends(pair: tuple[Connection, Connection]) -> None:
         other.send_bytes(b"nested")
         one.send_bytes(one.recv_bytes())
 
-    got: list[bytes] = []
-    assert in_signal_handler(lambda: got.append(other.recv_bytes()), act) == (None, None)
-    assert got == [b"nested"]
+    received: list[bytes] = []
+    assert in_signal_handler(lambda: received.append(other.recv_bytes()), act) == (None, None)
+    assert received == [b"nested"]
 
 
 def test_close_inside_a_call_ends_it(pair: tuple[Connection, Connection]) -> None:

@@ -40,13 +40,13 @@ def main():
     # Nothing below would mean anything if it ran upon the standard library's module.
     assert multiprocessing.connection is brokerd_client.connection
     cpython_cases.setUpModule()
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.Process(target=ends_of_a_child, args=(there,))
+    near, far = multiprocessing.Pipe()
+    child = multiprocessing.Process(target=ends_of_a_child, args=(far,))
     child.start()
-    there.close()
-    assert type(here).__module__ == here.recv() == "brokerd_client.connection.stream"
+    far.close()
+    assert type(near).__module__ == near.recv() == "brokerd_client.connection.stream"
     child.join()
-    here.close()
+    near.close()
 
     loader = unittest.TestLoader()
     suite = unittest.TestSuite()

@@ -1,4 +1,4 @@
-"""The example of the forerunner's documentation, as two processes, with the old names."""
+"""The example of processing.connection's documentation, as two processes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from brokerd_client.connection import wait
 
-EXAMPLE = Path(__file__).parent / "old_example"
+EXAMPLE = Path(__file__).parent / "processing_example"
 TIMEOUT_S = 30
 
 
-def test_old_server_and_client_talk() -> None:
-    """The forerunner's server and client print what its documentation says they print."""
+def test_processing_example_server_and_client_exchange_messages() -> None:
+    """The example's server and client print what its documentation says they print."""
     server = subprocess.Popen(
         [sys.executable, EXAMPLE / "server.py"], stdout=subprocess.PIPE, text=True
     )
@@ -28,7 +28,7 @@ def test_old_server_and_client_talk() -> None:
             timeout=TIMEOUT_S,
             check=True,
         )
-        said, _ = server.communicate(timeout=TIMEOUT_S)
+        output, _ = server.communicate(timeout=TIMEOUT_S)
     finally:
         server.kill()
         server.wait()
@@ -39,5 +39,5 @@ def test_old_server_and_client_talk() -> None:
         "8",
         "array('i', [42, 1729, 0, 0, 0])",
     ]
-    assert said.startswith("connection accepted from ('127.0.0.1', ")
+    assert output.startswith("connection accepted from ('127.0.0.1', ")
     assert server.returncode == 0

@@ -88,7 +88,7 @@ def address_of(answer: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_client_comes_in_with_the_right_key(
+def test_stock_client_right_key_is_accepted(
     peer: StockPeer, family: str, free_address: Callable[[str], Any]
 ) -> None:
     """Every Python's own Client gets through our Listener, and messages pass both ways."""
@@ -99,7 +99,7 @@ def test_stock_client_comes_in_with_the_right_key(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stock_client_with_a_wrong_key_is_told_so(
+def test_stock_client_wrong_key_is_told(
     peer: StockPeer, family: str, free_address: Callable[[str], Any]
 ) -> None:
     """A stock Client with another key gets AuthenticationError, and so does our
@@ -115,7 +115,7 @@ def test_stock_client_with_a_wrong_key_is_told_so(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_client_comes_into_a_stock_listener(
+def test_client_at_a_stock_listener_is_accepted(
     peer: StockPeer, family: str, free_address: Callable[[str], Any]
 ) -> None:
     """Our Client gets through every Python's own Listener, and messages pass both ways."""
@@ -125,7 +125,7 @@ def test_our_client_comes_into_a_stock_listener(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_client_with_a_wrong_key_is_told_so(
+def test_client_at_a_stock_listener_wrong_key_is_told(
     peer: StockPeer, family: str, free_address: Callable[[str], Any]
 ) -> None:
     """A stock Listener that rejects our key makes our Client say that it did."""
@@ -135,7 +135,7 @@ def test_our_client_with_a_wrong_key_is_told_so(
     assert peer.answer() == {"error": "AuthenticationError"}
 
 
-def test_listener_without_md5_takes_whoever_knows_better(
+def test_listener_without_md5_accepts_newer_stock_clients(
     version: str, peer: StockPeer, free_address: Callable[[str], Any]
 ) -> None:
     """With allow_md5=False, Python 3.12 and later come in, and older ones are refused
@@ -152,7 +152,7 @@ def test_listener_without_md5_takes_whoever_knows_better(
             assert peer.answer() == {"heard": "heard you"}
 
 
-def test_client_without_md5_trusts_whoever_knows_better(
+def test_client_without_md5_accepts_newer_stock_listeners(
     version: str, peer: StockPeer, free_address: Callable[[str], Any]
 ) -> None:
     """With allow_md5=False, our Client refuses listeners of Python 3.11 and older, and
