@@ -64,8 +64,6 @@ PENDING: Final = frozenset[str](
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",
-        "docs/brokerctl.md",
-        "docs/operations.md",
         "docs/performance.md",
         "docs/protocol.md",
         "docs/reliability.md",
