@@ -114,9 +114,9 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
     if address[0] in "@\0":
         return Address("AF_UNIX", path="\0" + address[1:])
     tls = address.startswith(_TLS)
-    place = address.removeprefix(_TLS) if tls else address
-    bracketed = _BRACKETED.fullmatch(place)
-    match = bracketed or _HOST_PORT.fullmatch(place)
+    host_and_port = address.removeprefix(_TLS) if tls else address
+    bracketed = _BRACKETED.fullmatch(host_and_port)
+    match = bracketed or _HOST_PORT.fullmatch(host_and_port)
     if match:
         if bracketed and ":" not in match["host"]:
             raise AddressError(_no_ipv6(match["host"]))
@@ -137,16 +137,16 @@ def parse(address: str | Sequence[Any] | Address) -> Address:
 
 def _check_path(address: str) -> None:
     """Raise AddressError unless the text clearly is the path of a file."""
-    begin, slash, rest = address.partition("/")
+    first_part, slash, remainder = address.partition("/")
     if not slash and not address.endswith(_PATH_ENDS):
         raise AddressError(_incomplete(address))
     if not slash and ":" in address:
         raise AddressError(f"{address!r} is not a valid address: give {_FORMS}")
-    if ":" in begin:
-        if begin.lower() in _PATH_SCHEMES and rest:
+    if ":" in first_part:
+        if first_part.lower() in _PATH_SCHEMES and remainder:
             raise AddressError(
-                f"{address!r} is not a valid address: give {address[len(begin) :]} without"
-                f" {begin!r}"
+                f"{address!r} is not a valid address: give {address[len(first_part) :]} without"
+                f" {first_part!r}"
             )
         raise AddressError(
             f"{address!r} is not a valid address: give HOST:PORT alone, or begin a path with ./"
@@ -169,9 +169,9 @@ def _incomplete(address: str) -> str:
         return (
             f"{address} is a port without a host: give HOST:{address}, such as localhost:{address}"
         )
-    bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
-    if ":" in bare and _is_ip(bare):
-        return f"{address!r} has no port: give [HOST]:PORT, such as [{bare}]:6000"
+    unbracketed = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    if ":" in unbracketed and _is_ip(unbracketed):
+        return f"{address!r} has no port: give [HOST]:PORT, such as [{unbracketed}]:6000"
     if ":" in address or "[" in address or not _HOST.fullmatch(address):
         return f"{address!r} is not a valid address: give {_FORMS}"
     return (

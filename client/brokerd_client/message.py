@@ -110,11 +110,11 @@ class Message:
             return self._payload
         except AttributeError:
             pass
-        trusted = (
+        allow_pickle = (
             self.codec == CodecId.PICKLE
             and self.sender.partition("/")[0] in self._owner.allow_pickle_from
         )
-        payload = self._payload = codecs.decode(self.codec, self.body, allow_pickle=trusted)
+        payload = self._payload = codecs.decode(self.codec, self.body, allow_pickle=allow_pickle)
         return payload
 
     def text(self) -> str:
@@ -166,15 +166,15 @@ class Message:
 def extension_cost(extension: Mapping[str, Any]) -> int:
     """Return the approximate memory of an extension in this process, in bytes."""
     cost = 0
-    waiting: list[object] = [extension]
-    while waiting:
-        value = waiting.pop()
+    values: list[object] = [extension]
+    while values:
+        value = values.pop()
         cost += VALUE_COST
         if isinstance(value, Mapping):
-            waiting += value.values()
+            values += value.values()
             cost += sum(map(len, value))
         elif isinstance(value, list):
-            waiting += value
+            values += value
         elif isinstance(value, str):
             cost += len(value)
     return cost

@@ -31,9 +31,9 @@ OFFLINE_PREFIX: Final = "$broker.offline."
 PATTERNS: Final = (ONLINE_PREFIX + ">", OFFLINE_PREFIX + ">")
 #: Most names per watch: ten times the number of clients that a broker was ever tested
 #: with.
-_MOST: Final = 2**20
+_MAX_NAMES: Final = 2**20
 #: Upper limit of a time, in seconds since the epoch: some 30,000 years.
-_END_OF_TIME: Final = 1e12
+_MAX_TIME_S: Final = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _client(entry: object) -> ClientInfo:
         raise ProtocolError("the broker's list of clients has an entry without a valid name")
     if not isinstance(online, bool):
         raise ProtocolError(f"the broker's list of clients does not say whether {name} is online")
-    if since is not None and not (type(since) in (int, float) and abs(since) < _END_OF_TIME):
+    if since is not None and not (type(since) in (int, float) and abs(since) < _MAX_TIME_S):
         raise ProtocolError(f"the broker's list of clients has a time for {name} that is not valid")
     return ClientInfo(name, online, since)
 
@@ -102,11 +102,11 @@ class Watch:
     sink: the receiver of the changes; this class never inspects it.
     """
 
-    __slots__ = ("_known", "_synced", "sink")
+    __slots__ = ("_states", "_synced", "sink")
 
     def __init__(self, sink: object) -> None:
         self.sink = sink
-        self._known: dict[str, bool] = {}
+        self._states: dict[str, bool] = {}
         self._synced = False
 
     def snapshot(self, clients: Iterable[ClientInfo]) -> list[Presence]:
@@ -116,15 +116,17 @@ class Watch:
         offline.
         """
         self._synced = True
-        fresh = {client.name: client.online for client in clients}
-        gone = [name for name, online in self._known.items() if online and name not in fresh]
+        states = {client.name: client.online for client in clients}
+        removed_names = [
+            name for name, online in self._states.items() if online and name not in states
+        ]
         changes = [
             Presence(name, online)
-            for name, online in fresh.items()
-            if self._known.get(name) is not online
+            for name, online in states.items()
+            if self._states.get(name) is not online
         ]
-        self._known = fresh
-        return [Presence(name, online=False) for name in gone] + changes
+        self._states = states
+        return [Presence(name, online=False) for name in removed_names] + changes
 
     def event(self, topic: str) -> Presence | None:
         """Return the change that a presence event reports, or None if nothing changed.
@@ -134,11 +136,11 @@ class Watch:
         """
         online = topic.startswith(ONLINE_PREFIX)
         name = topic[len(ONLINE_PREFIX if online else OFFLINE_PREFIX) :]
-        if not self._synced or self._known.get(name) is online or not is_name(name):
+        if not self._synced or self._states.get(name) is online or not is_name(name):
             return None
-        if len(self._known) >= _MOST and name not in self._known:
-            raise ProtocolError(f"the broker has named more than {_MOST} clients")
-        self._known[name] = online
+        if len(self._states) >= _MAX_NAMES and name not in self._states:
+            raise ProtocolError(f"the broker has named more than {_MAX_NAMES} clients")
+        self._states[name] = online
         return Presence(name, online)
 
     def disconnected(self) -> None:

@@ -155,21 +155,21 @@ def resolve(
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
     if threads < 1:
         raise ValueError(f"threads is a number of threads of at least 1, not {threads}")
-    limit = check_timeout(timeout)
+    timeout_s = check_timeout(timeout)
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
         check_name(name)
-    where = parse(
+    broker_address = parse(
         address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS
     )
-    where, tls = _tls(where, ssl)
+    broker_address, tls = _tls(broker_address, ssl)
     return Settings(
-        where,
+        broker_address,
         name,
         # A client that needs no key, because its Unix user identifies it, uses its name
         # as the key: docs/protocol.md, "Without a key".
-        _key(key, key_file, name.encode() if where.family == "AF_UNIX" else b""),
-        ENDLESS_S if limit is None else limit,
+        _key(key, key_file, name.encode() if broker_address.family == "AF_UNIX" else b""),
+        ENDLESS_S if timeout_s is None else timeout_s,
         reconnect,
         frozenset(allow_pickle_from),
         inbox,
@@ -178,49 +178,53 @@ def resolve(
     )
 
 
-def _tls(where: Address, given: SSLContext | bool | None) -> tuple[Address, SSLContext | None]:
+def _tls(
+    broker_address: Address, context: SSLContext | bool | None
+) -> tuple[Address, SSLContext | None]:
     """Return (the address with its ``tls`` field set, the TLS context to use)."""
-    if not where.tls and not given:
-        return where, None
-    if where.family not in ("AF_INET", "AF_INET6"):
+    if not broker_address.tls and not context:
+        return broker_address, None
+    if broker_address.family not in ("AF_INET", "AF_INET6"):
         raise AddressError(
-            f"TLS is for TCP, and {where} is not a TCP address: omit ssl, or give tls://HOST:PORT"
+            f"TLS is for TCP, and {broker_address} is not a TCP address: omit ssl, or give"
+            " tls://HOST:PORT"
         )
-    if given is False:
+    if context is False:
         raise AddressError(
-            f"{where} asks for TLS, and ssl=False forbids it: leave out tls:// or ssl=False"
+            f"{broker_address} asks for TLS, and ssl=False forbids it: leave out tls:// or"
+            " ssl=False"
         )
     # Imported here, because it takes long to load.
     import ssl
 
-    if given is None or given is True:
-        given = ssl.create_default_context()
-    if not isinstance(given, ssl.SSLContext):
-        raise TypeError(f"ssl takes an ssl.SSLContext or True, not {type(given).__name__}")
-    if given.protocol is ssl.PROTOCOL_TLS_SERVER:
+    if context is None or context is True:
+        context = ssl.create_default_context()
+    if not isinstance(context, ssl.SSLContext):
+        raise TypeError(f"ssl takes an ssl.SSLContext or True, not {type(context).__name__}")
+    if context.protocol is ssl.PROTOCOL_TLS_SERVER:
         raise ValueError("ssl takes a client's context: ssl.create_default_context()")
-    return replace(where, tls=True), given
+    return replace(broker_address, tls=True), context
 
 
-def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, without: bytes) -> bytes:
-    """Return the key to use; without a key return ``without``, unless that is empty."""
+def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, default: bytes) -> bytes:
+    """Return the key to use; without a key return ``default``, unless that is empty."""
     if key is not None and key_file is not None:
         raise InvalidKey("give key or key_file, not both")
     if key is not None:
         if not isinstance(key, (bytes, bytearray, memoryview, str)):
             raise TypeError(f"a key is bytes or text, not {type(key).__name__}")
-        given = _encoded(key) if isinstance(key, str) else bytes(key)
-        if given is None:
+        key_bytes = _encoded(key) if isinstance(key, str) else bytes(key)
+        if key_bytes is None:
             raise InvalidKey("the key can't be written in UTF-8: give it as bytes")
-        if not given:
+        if not key_bytes:
             raise InvalidKey(
                 "an empty key authenticates no client; give a key of at least one byte"
             )
-        return given
+        return key_bytes
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
     if not path:
-        if without:
-            return without
+        if default:
+            return default
         raise InvalidKey(
             "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix"
             " socket a client configured with peer_uid and no key needs only its name"
@@ -228,7 +232,7 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
     try:
         # pathlib would take longer to import than the rest of this file.
         with open(path, "rb") as file:  # noqa: PTH123
-            found = file.read()
+            content = file.read()
     except OSError as error:
         if not is_plainly_a_path(os.fspath(path)):
             # The path may be the key itself, so the system's error is not shown either.
@@ -240,10 +244,12 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, witho
             f"the key file {os.fspath(path)} can't be read: {error.strerror}"
         ) from error
     # Remove one line ending, LF or CRLF, as the daemon does.
-    found = found.removesuffix(b"\r\n") if found.endswith(b"\r\n") else found.removesuffix(b"\n")
-    if not found:
+    content = (
+        content.removesuffix(b"\r\n") if content.endswith(b"\r\n") else content.removesuffix(b"\n")
+    )
+    if not content:
         raise InvalidKey(f"the key file {os.fspath(path)} is empty; a key has at least one byte")
-    return found
+    return content
 
 
 def _encoded(key: str) -> bytes | None:
@@ -262,26 +268,26 @@ def unreachable(address: Address, error: Exception) -> str:
     code = error.errno if isinstance(error, OSError) else None
     reason = getattr(error, "strerror", None) or error
     refused = code in (errno.ENOENT, errno.ECONNREFUSED)
-    advice = (
+    hint = (
         " (is the broker running there? the address is an argument, or BROKERD_ADDRESS)"
         if refused
         else ""
     )
-    return f"can't connect to {address}: {reason}{advice}"
+    return f"can't connect to {address}: {reason}{hint}"
 
 
 def no_connection(address: Address, error: Exception) -> BrokerdError:
     """Return the error for a connection that could not be made."""
     text = unreachable(address, error)
     if isinstance(error, TlsError):
-        found: BrokerdError = TlsError(text)
-        found.cut_off = error.cut_off
+        failure: BrokerdError = TlsError(text)
+        failure.cut_off = error.cut_off
     else:
-        found = Disconnected(text)
-        found.cut_off = isinstance(
+        failure = Disconnected(text)
+        failure.cut_off = isinstance(
             error, (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
         )
-    return found
+    return failure
 
 
 def broken(error: OSError) -> BrokerdError:

@@ -22,14 +22,15 @@ def matches(pattern: str, topic: str) -> bool:
     pattern that begins with a wildcard does not match the broker's own topics, which
     begin with ``$``.
     """
-    wanted, given = pattern.split("."), topic.split(".")
-    if topic.startswith("$") and wanted[0] in ("*", ">"):
+    pattern_tokens, topic_tokens = pattern.split("."), topic.split(".")
+    if topic.startswith("$") and pattern_tokens[0] in ("*", ">"):
         return False
-    if wanted[-1] == ">":
-        wanted.pop()
-        if len(given) <= len(wanted):
+    if pattern_tokens[-1] == ">":
+        pattern_tokens.pop()
+        if len(topic_tokens) <= len(pattern_tokens):
             return False
-        given = given[: len(wanted)]
-    return len(wanted) == len(given) and all(
-        want in ("*", token) for want, token in zip(wanted, given, strict=True)
+        topic_tokens = topic_tokens[: len(pattern_tokens)]
+    return len(pattern_tokens) == len(topic_tokens) and all(
+        pattern_token in ("*", topic_token)
+        for pattern_token, topic_token in zip(pattern_tokens, topic_tokens, strict=True)
     )

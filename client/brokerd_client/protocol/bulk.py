@@ -22,7 +22,7 @@ Bulk: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
 _BYTES_ALONE: Final = {bytes}
 _RAW: Final = (int(CodecId.RAW),)
 
-_known_address: Final = lru_cache(4096)(check_address)
+_check_address: Final = lru_cache(4096)(check_address)
 
 
 def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Bulk:
@@ -40,17 +40,17 @@ def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None)
     to, payloads = zip(*pairs, strict=True)
     if codec is None and set(map(type, payloads)) == _BYTES_ALONE:
         try:
-            for each in set(to):
-                _known_address(each)
+            for recipient in set(to):
+                _check_address(recipient)
         except InvalidName:
             # The set has no order: find the first invalid recipient.
-            for each in to:  # pragma: no branch - one of them raises
-                check_address(each)
+            for recipient in to:  # pragma: no branch - one of them raises
+                check_address(recipient)
         return to, _RAW * len(to), cast("tuple[bytes, ...]", payloads)
     numbers: list[int] = []
     bodies: list[bytes] = []
-    for each, payload in zip(to, payloads, strict=True):
-        _known_address(each)
+    for recipient, payload in zip(to, payloads, strict=True):
+        _check_address(recipient)
         number, body = encode(payload, codec)
         numbers.append(number)
         bodies.append(body)

@@ -40,11 +40,11 @@ M = TypeVar("M", bound=Message)
 MAX_FRAME: Final = 2**32
 #: Bytes. The payload of a longer frame that comes in pieces gets a buffer of its own,
 #: and is not copied when it is complete.
-_LARGE: Final = 2 * MAX_HEAD_SIZE
+_LARGE_FROM: Final = 2 * MAX_HEAD_SIZE
 #: Messages of one size in a row after which a run is tried, and the fewest further
 #: messages in it. Larger messages than the second limit, in bytes, are never read as a
 #: run.
-_RUN: Final = 4
+_MIN_RUN: Final = 4
 _RUN_MAX_SIZE: Final = 4096
 
 _FRAME_HEAD_SIZE: Final = FRAME_HEAD.size
@@ -67,7 +67,7 @@ class Unreadable(NamedTuple):
 FrameHandler: TypeAlias = Callable[[M | Envelope | Unreadable], None]
 
 
-class _Large:
+class _LargeFrame:
     """A large frame that comes in pieces.
 
     payload: None if the frame is skipped. size: bytes of the frame. missing: bytes
@@ -93,8 +93,8 @@ class FrameDecoder(Generic[M]):
     __slots__ = (
         "_extra",
         "_large",
+        "_largest_body",
         "_message",
-        "_most",
         "_partial",
         "_runs",
         "_senders",
@@ -106,7 +106,7 @@ class FrameDecoder(Generic[M]):
         self.accept(largest)
         #: The first bytes of a frame that is not complete yet.
         self._partial = bytearray()
-        self._large: _Large | None = None
+        self._large: _LargeFrame | None = None
         #: Memory that the extensions of the last frames cost beyond their length, in
         #: bytes.
         self._extra = 0
@@ -120,7 +120,7 @@ class FrameDecoder(Generic[M]):
 
         The header and extension of a frame may add up to MAX_HEAD_SIZE bytes.
         """
-        self._most = largest + MAX_HEAD_SIZE
+        self._largest_body = largest + MAX_HEAD_SIZE
 
     def reset(self) -> None:
         """Forget the incomplete frame, for a new connection."""
@@ -175,18 +175,21 @@ class FrameDecoder(Generic[M]):
                             size_of_last, in_a_row = size, 0
                             continue
                         in_a_row += 1
-                        if in_a_row >= _RUN:
+                        if in_a_row >= _MIN_RUN:
                             position = self._run(data, stop - 4 - size, stop, owner, messages)
                             in_a_row = 0
                         continue
                 elif flags == 0 and kind == EVENT_KIND and name_size and body < stop <= end:
-                    first = body + 1 + data[body]
-                    raw, topic = data[position + _FRAME_HEAD_SIZE : body], data[body + 1 : first]
+                    payload_start = body + 1 + data[body]
+                    raw, topic = (
+                        data[position + _FRAME_HEAD_SIZE : body],
+                        data[body + 1 : payload_start],
+                    )
                     sender = senders.get(raw) or self._sender(raw)
                     about = self._topics.get(topic) or self._topic(topic)
-                    if first <= stop and sender and about:
+                    if payload_start <= stop and sender and about:
                         message = message_class(
-                            kind, message_id, sender, codec, data[first:stop], owner, about
+                            kind, message_id, sender, codec, data[payload_start:stop], owner, about
                         )
                         position = stop
                         handle_frame(message)
@@ -194,34 +197,36 @@ class FrameDecoder(Generic[M]):
             span = frame_span(data, position, end)
             if span is None:
                 break
-            first, size = span
+            body_start, size = span
             if size > MAX_FRAME:
                 raise FrameTooBig(size, MAX_FRAME)
-            if first + size > end or size > self._most:
-                if end - first < min(MAX_HEAD_SIZE, size):
+            if body_start + size > end or size > self._largest_body:
+                if end - body_start < min(MAX_HEAD_SIZE, size):
                     break
-                if size > _LARGE or size > self._most:
-                    self._large = self._begin(data, first, size, end, handle_frame)
-                    position = min(first + size, end)
+                if size > _LARGE_FROM or size > self._largest_body:
+                    self._large = self._begin(data, body_start, size, end, handle_frame)
+                    position = min(body_start + size, end)
                     continue
                 break
-            position = first + size
-            self._on_frame(data[first:position], owner, messages, handle_frame)
+            position = body_start + size
+            self._on_frame(data[body_start:position], owner, messages, handle_frame)
         if position < end:
             self._partial += data[position:] if position else data
         return size_before + position + self._extra
 
-    def _run(self, data: bytes, last: int, position: int, owner: Owner, messages: list[M]) -> int:
+    def _run(
+        self, data: bytes, last_start: int, position: int, owner: Owner, messages: list[M]
+    ) -> int:
         """Decode the run of frames from ``position`` on; return where the run ends.
 
-        The frame at ``last`` is an ordinary MESSAGE or REQUEST. The frames of the run
-        have the same length, kind, flags, codec and name length, so they are ordinary
-        too.
+        The frame at ``last_start`` is an ordinary MESSAGE or REQUEST. The frames of the
+        run have the same length, kind, flags, codec and name length, so they are
+        ordinary too.
         """
-        size, kind, _, codec, name_size, _ = FRAME_HEAD.unpack_from(data, last)
-        step = position - last
+        size, kind, _, codec, name_size, _ = FRAME_HEAD.unpack_from(data, last_start)
+        step = position - last_start
         count = (len(data) - position) // step
-        if count < _RUN or size > _RUN_MAX_SIZE:
+        if count < _MIN_RUN or size > _RUN_MAX_SIZE:
             return position
         body_size = step - _FRAME_HEAD_SIZE - name_size
         fields = self._runs.get((name_size, body_size))
@@ -229,14 +234,14 @@ class FrameDecoder(Generic[M]):
             # The start, the id, the sender, the body.
             fields = struct.Struct(f"!8sQ{name_size}s{body_size}s")
             remember(self._runs, (name_size, body_size), fields)
-        start = data[last : last + 8]
-        message_class, append, before = self._message, messages.append, len(messages)
-        new = message_class.__new__
+        run_start = data[last_start : last_start + 8]
+        message_class, append, count_before = self._message, messages.append, len(messages)
+        new_message = message_class.__new__
         raw, sender = None, ""
-        for begun, message_id, name, body in fields.iter_unpack(
+        for frame_start, message_id, name, body in fields.iter_unpack(
             memoryview(data)[position : position + count * step]
         ):
-            if begun != start:
+            if frame_start != run_start:
                 break
             if name != raw:
                 sender = self._senders.get(name) or self._sender(name)
@@ -244,7 +249,7 @@ class FrameDecoder(Generic[M]):
                     break
                 raw = name
             # The same as Message.__init__, without the cost of the call.
-            message = new(message_class)
+            message = new_message(message_class)
             message._kind = kind
             message.id = message_id
             message.sender = sender
@@ -254,7 +259,7 @@ class FrameDecoder(Generic[M]):
             message.topic = ""
             message.extension = None
             append(message)
-        return position + (len(messages) - before) * step
+        return position + (len(messages) - count_before) * step
 
     def _complete(
         self, data: bytes, owner: Owner, messages: list[M], handle_frame: FrameHandler[M]
@@ -273,52 +278,54 @@ class FrameDecoder(Generic[M]):
             if span is None:
                 missing = (4 if len(partial) < 4 else 12) - len(partial)
             else:
-                first, size = span
+                body_start, size = span
                 if size > MAX_FRAME:
                     raise FrameTooBig(size, MAX_FRAME)
-                large = size > _LARGE or size > self._most
-                missing = first + (min(MAX_HEAD_SIZE, size) if large else size) - len(partial)
+                large = size > _LARGE_FROM or size > self._largest_body
+                missing = body_start + (min(MAX_HEAD_SIZE, size) if large else size) - len(partial)
                 if missing <= 0:
                     break
-            taken = data[position : position + missing]
-            if not taken:
+            piece = data[position : position + missing]
+            if not piece:
                 return position
-            partial += taken
-            position += len(taken)
+            partial += piece
+            position += len(piece)
         self._partial = bytearray()
         if large:
-            begun = self._large = self._begin(partial, first, size, len(partial), handle_frame)
-            if begun is not None:
+            large_frame = self._large = self._begin(
+                partial, body_start, size, len(partial), handle_frame
+            )
+            if large_frame is not None:
                 position += self._collect(
-                    begun, memoryview(data)[position:], owner, messages, handle_frame
+                    large_frame, memoryview(data)[position:], owner, messages, handle_frame
                 )
             return position
-        with memoryview(partial) as view, view[first:] as body:
+        with memoryview(partial) as view, view[body_start:] as body:
             self._on_frame(body, owner, messages, handle_frame)
         return position
 
     def _begin(
         self,
         data: bytes | bytearray,
-        first: int,
+        body_start: int,
         size: int,
         end: int,
         handle_frame: FrameHandler[M],
-    ) -> _Large | None:
-        """Begin a large frame whose body starts at ``first``; its header has to be
+    ) -> _LargeFrame | None:
+        """Begin a large frame whose body starts at ``body_start``; its header has to be
         complete.
 
         Return the frame, or None if it is complete. Only a skipped frame can be
         complete here.
         """
-        stop = min(first + size, end)
-        with memoryview(data) as view, view[first:stop] as body:
-            if size > self._most:
+        stop = min(body_start + size, end)
+        with memoryview(data) as view, view[body_start:stop] as body:
+            if size > self._largest_body:
                 self._skip_long(body, size, handle_frame)
-                large = _Large(None, size, size - len(body))
+                large = _LargeFrame(None, size, size - len(body))
             else:
                 envelope, start = self._split(body, handle_frame)
-                large = _Large(envelope, size, size - len(body))
+                large = _LargeFrame(envelope, size, size - len(body))
                 if large.payload is not None:
                     large.payload.write(body[start:])
         return large if large.missing else None
@@ -328,7 +335,7 @@ class FrameDecoder(Generic[M]):
 
         Raises FrameTooBig if its header is not valid.
         """
-        error = FrameTooBig(size, self._most)
+        error = FrameTooBig(size, self._largest_body)
         try:
             envelope = head(body)
         except MalformedEnvelope:
@@ -339,17 +346,17 @@ class FrameDecoder(Generic[M]):
 
     def _collect(
         self,
-        large: _Large,
+        large: _LargeFrame,
         data: bytes | memoryview,
         owner: Owner,
         messages: list[M],
         handle_frame: FrameHandler[M],
     ) -> int:
         """Add bytes of ``data`` to the large frame; return how many bytes it took."""
-        taken = min(large.missing, len(data))
-        large.missing -= taken
+        count = min(large.missing, len(data))
+        large.missing -= count
         if large.payload is not None:
-            with memoryview(data) as view, view[:taken] as piece:
+            with memoryview(data) as view, view[:count] as piece:
                 large.payload.write(piece)
         if not large.missing:
             self._large = None
@@ -359,7 +366,7 @@ class FrameDecoder(Generic[M]):
                 self._pass_on(
                     large.envelope, large.payload.getvalue(), owner, messages, handle_frame
                 )
-        return taken
+        return count
 
     def _sender(self, raw: bytes) -> str:
         """Return the sender's name, or "" if it is not valid."""

@@ -65,19 +65,19 @@ M = TypeVar("M", bound=Message)
 LINGER_S: Final = 0.5
 #: Limit of unwritten bytes. Above it, the dialog no longer answers unreadable requests
 #: with errors.
-_ANSWERING: Final = 2**18
+_MAX_UNWRITTEN: Final = 2**18
 #: Added to the first id to get the first late id (see ``late_ids``). The ids of other
 #: frames begin below 2**62, so that the two ranges do not meet.
 _LATE_IDS: Final = 2**63
 #: Extra doublings of the wait between attempts, as long as the first connection has not
 #: succeeded.
-_CROWDED: Final = 3
+_FIRST_DOUBLINGS: Final = 3
 
 #: Kept in a name because looking up an enum member costs as much as a few other lines
 #: of a send.
 _READY: Final = State.READY
 #: States in which an answer can be sent.
-_LINKED: Final = (State.READY, State.DRAINING)
+_CONNECTED: Final = (State.READY, State.DRAINING)
 
 
 class Dialog(Generic[M]):
@@ -130,7 +130,7 @@ class Dialog(Generic[M]):
         self.late_ids = itertools.count(_LATE_IDS + first_id)
         self._reconnect = reconnect
         self._timeout_s = timeout_s
-        self._link_deadline: float | None = None
+        self._connection_deadline: float | None = None
         self._attempt = 0
         self._ready_since = 0.0
         self._introduced = False
@@ -174,7 +174,9 @@ class Dialog(Generic[M]):
         self._step(Event.DIAL)
         if self._first_deadline is None:
             self._first_deadline = now + self._timeout_s
-        self._link_deadline = now + self._timeout_s if self._introduced else self._first_deadline
+        self._connection_deadline = (
+            now + self._timeout_s if self._introduced else self._first_deadline
+        )
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """Begin the handshake on a new connection.
@@ -191,8 +193,8 @@ class Dialog(Generic[M]):
         self._handshake = handshake.as_dialer(
             self._key, nonce, name=self.name.encode(), allow_md5=False, bindings=bindings
         )
-        first = next(self._handshake)
-        assert first is handshake.RECEIVE, "the listener speaks first"
+        first_step = next(self._handshake)
+        assert first_step is handshake.RECEIVE, "the listener speaks first"
 
     def receive(self, data: bytes, owner: Owner, now: float) -> Effects[M]:
         """Handle bytes that the connection received. owner: the client of the messages.
@@ -222,19 +224,19 @@ class Dialog(Generic[M]):
             self._encoder.refused(getattr(refusal, "id", 0))
         return effects
 
-    def in_order(self, waiting: int) -> bool:
+    def in_order(self, waiting_bytes: int) -> bool:
         """Return whether the counts of queued and written bytes agree.
 
-        Each queued byte must be written, or be one of the ``waiting`` bytes of the
+        Each queued byte must be written, or be one of the ``waiting_bytes`` of the
         face.
         """
-        return self._encoder.in_order(waiting)
+        return self._encoder.in_order(waiting_bytes)
 
-    def recover(self, given: int, waiting: int) -> None:
+    def recover(self, face_bytes: int, waiting_bytes: int) -> None:
         """Recount the queued bytes after an interrupted call of the face: see
         FrameEncoder.recover.
         """
-        self._encoder.recover(given, waiting)
+        self._encoder.recover(face_bytes, waiting_bytes)
 
     @property
     def unwritten(self) -> int:
@@ -271,41 +273,44 @@ class Dialog(Generic[M]):
                 if it ended the connection for a reason of its own.
         """
         effects: Effects[M] = Effects()
-        lived = now - self._ready_since if self.state in _LINKED else 0.0
-        again = self._reconnect if self._introduced else self._was_cut_off(reason)
-        attempt = 0 if lived >= backoff.CAP_S else self._attempt
+        lifetime_s = now - self._ready_since if self.state in _CONNECTED else 0.0
+        retries = self._reconnect if self._introduced else self._was_cut_off(reason)
+        attempt = 0 if lifetime_s >= backoff.CAP_S else self._attempt
         if not self._introduced:
             # The broker is full, so many other clients retry too: begin with longer
             # waits.
-            attempt += _CROWDED
+            attempt += _FIRST_DOUBLINGS
         wait = backoff.delay(attempt, jitter)
         if not self._introduced and self._first_deadline is not None:
-            again = again and now + wait < self._first_deadline
-        self._step(Event.LOSE if again else Event.GIVE_UP)
+            retries = retries and now + wait < self._first_deadline
+        self._step(Event.LOSE if retries else Event.GIVE_UP)
         self.reason = reason
-        if self._introduced or not again:
+        if self._introduced or not retries:
             self.losses += 1
         self._handshake = None
         self._encoder.drop()
-        self._link_deadline = None
+        self._connection_deadline = None
         if self.state is State.WAITING:
             # A connection that always breaks immediately must not be retried
             # immediately each time.
-            self._attempt = 0 if lived >= backoff.CAP_S else self._attempt
+            self._attempt = 0 if lifetime_s >= backoff.CAP_S else self._attempt
             self.retry_at = now
             if not at_once:
                 self.retry_at += wait
                 self._attempt += 1
-        may_have_left = self._encoder.written + doubtful
+        max_written = self._encoder.written + doubtful
         for pending in self.pending_calls.clear():
             self._inbound.forget_subscription(pending)
             if pending.waiter is not None:
-                left = pending.end <= may_have_left
+                in_doubt = pending.end <= max_written
                 effects.outcomes.append(
-                    (pending.waiter, self._loss(pending.id, pending.to or pending.about, left=left))
+                    (
+                        pending.waiter,
+                        self._loss(pending.id, pending.to or pending.about, in_doubt=in_doubt),
+                    )
                 )
         for end, message_id, to in self._encoder.take_unwritten():
-            effects.undelivered.append(self._loss(message_id, to, left=end <= may_have_left))
+            effects.undelivered.append(self._loss(message_id, to, in_doubt=end <= max_written))
         self.undelivered += len(effects.undelivered)
         for watch in self._watches:
             watch.disconnected()
@@ -337,9 +342,9 @@ class Dialog(Generic[M]):
         effects: Effects[M] = Effects()
         self._step(Event.CLOSE)
         if self.state is State.CLOSING:
-            self._link_deadline = now + LINGER_S
+            self._connection_deadline = now + LINGER_S
         else:
-            self._link_deadline = None
+            self._connection_deadline = None
         for pending in self.pending_calls.clear():
             if pending.waiter is not None:
                 effects.outcomes.append(
@@ -366,15 +371,19 @@ class Dialog(Generic[M]):
         if self.state is State.WAITING:
             return self.retry_at
         earliest = self.pending_calls.deadline()
-        if self._link_deadline is None:
+        if self._connection_deadline is None:
             return earliest
-        return self._link_deadline if earliest is None else min(earliest, self._link_deadline)
+        return (
+            self._connection_deadline
+            if earliest is None
+            else min(earliest, self._connection_deadline)
+        )
 
     def tick(self, now: float) -> Effects[M]:
         """End the calls and the connecting that are overdue at ``now``."""
         effects: Effects[M] = Effects()
-        if self._link_deadline is not None and self._link_deadline <= now:
-            self._link_deadline = None
+        if self._connection_deadline is not None and self._connection_deadline <= now:
+            self._connection_deadline = None
             silent = self.state is State.AUTHENTICATING and not self._challenged
             reason = SILENT if silent else self.state.value
             effects.broken = TimedOut(
@@ -410,8 +419,8 @@ class Dialog(Generic[M]):
     ) -> list[int]:
         """Queue several MESSAGE frames without receipts; return their ids."""
         self.require_ready()
-        first = self._next_id
-        ids = range(first, first + len(to))
+        first_id = self._next_id
+        ids = range(first_id, first_id + len(to))
         self._encoder.put_messages(ids, to, codecs, bodies)
         self._next_id = ids.stop
         return list(ids)
@@ -514,13 +523,13 @@ class Dialog(Generic[M]):
         extension: Mapping[str, Any] | None = None,
     ) -> None:
         """Queue the REPLY to a request; message_id: the id of the request."""
-        self._require_link()
+        self._require_connection()
         self._encoder.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
         self._encoder.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
         """Queue an ERROR as the answer to a request; message_id: the id of the request."""
-        self._require_link()
+        self._require_connection()
         self._refuse(to, message_id, code, text)
 
     def control(
@@ -539,9 +548,9 @@ class Dialog(Generic[M]):
         The waiter gets a dict or an error.
         """
         check_pattern(pattern)
-        word = check_name(group) if group is not None else ""
+        group_name = check_name(group) if group is not None else ""
         self.require_ready()
-        entry = self.subscriptions.add(pattern, word, sink)
+        entry = self.subscriptions.add(pattern, group_name, sink)
         pending = self._operate(
             "subscribe", entry.arguments, Purpose.SUBSCRIBE, waiter, deadline, pattern
         )
@@ -601,9 +610,9 @@ class Dialog(Generic[M]):
 
         This works at any stage of the call that subscribes it.
         """
-        for watch in [each for each in self._watches if each.sink is sink]:
+        for watch in [watch for watch in self._watches if watch.sink is sink]:
             self.unwatch(watch)
-        for entry in [each for each in self.subscriptions if sink in each.sinks]:
+        for entry in [entry for entry in self.subscriptions if sink in entry.sinks]:
             self._leave(entry, sink)
 
     # Helpers for sending
@@ -612,8 +621,8 @@ class Dialog(Generic[M]):
         """Return the error for a connection closed by the broker; it names any state
         but READY.
         """
-        at = "" if self.state is State.READY else f" ({self.state.value})"
-        return Disconnected(f"the broker closed the connection{at}")
+        suffix = "" if self.state is State.READY else f" ({self.state.value})"
+        return Disconnected(f"the broker closed the connection{suffix}")
 
     def require_ready(self) -> None:
         """Raise Closed or Disconnected unless the state is READY."""
@@ -626,11 +635,11 @@ class Dialog(Generic[M]):
     @property
     def may_answer(self) -> bool:
         """Whether the state allows to send an answer."""
-        return self.state in _LINKED
+        return self.state in _CONNECTED
 
-    def _require_link(self) -> None:
+    def _require_connection(self) -> None:
         """Raise Closed or Disconnected unless the state allows to send answers."""
-        if self.state not in _LINKED:
+        if self.state not in _CONNECTED:
             self.require_ready()
 
     def _take_id(self) -> int:
@@ -677,18 +686,18 @@ class Dialog(Generic[M]):
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
 
-    def _loss(self, message_id: int, to: str, *, left: bool) -> Disconnected:
+    def _loss(self, message_id: int, to: str, *, in_doubt: bool) -> Disconnected:
         reason = f"the connection to the broker is lost ({self.reason})"
-        if left:
+        if in_doubt:
             return InDoubt(
                 f"{reason}, and the outcome of {message_id} to {to} is not known", id=message_id
             )
         return Disconnected(f"{reason}, and {message_id} to {to} was not sent", id=message_id)
 
-    def _step(self, step: Event) -> None:
-        follows = NEXT[self.state].get(step)
-        assert follows is not None, f"{step.name} can't happen in {self.state.name}"
-        self.state = follows
+    def _step(self, event: Event) -> None:
+        next_state = NEXT[self.state].get(event)
+        assert next_state is not None, f"{event.name} can't happen in {self.state.name}"
+        self.state = next_state
 
     # Helpers for receiving
 
@@ -743,7 +752,7 @@ class Dialog(Generic[M]):
         """Answer a request that could not be read with an ERROR, if that can be sent."""
         # The limit keeps a broker that sends such requests, but does not read, from
         # filling memory.
-        if self._encoder.queued - self._encoder.written < _ANSWERING:
+        if self._encoder.queued - self._encoder.written < _MAX_UNWRITTEN:
             self._refuse(to, message_id, code, text)
 
     def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
@@ -793,7 +802,7 @@ class Dialog(Generic[M]):
         if not self._introduced:
             # Failed attempts before the first success must not lengthen later waits.
             self._introduced, self._attempt = True, 0
-        self._link_deadline = None
+        self._connection_deadline = None
         self._ready_since = now
         self.reason = None
         largest = largest_message(self._inbox, max_message)

@@ -40,7 +40,7 @@ _MAX_SHORT_BODY: Final = 2**31 - 1 - 1024
 _REMEMBERED: Final = 4096
 #: Most refusals remembered until all queued bytes are written. Beyond that limit, a
 #: lost connection reports refused sends a second time.
-_MOST_REFUSED: Final = 2**18
+_MAX_REFUSED: Final = 2**18
 
 
 class FrameEncoder:
@@ -51,7 +51,7 @@ class FrameEncoder:
         "_recipients",
         "_refused",
         "_starts",
-        "_taken",
+        "_taken_bytes",
         "_topics",
         "_unwritten",
         "queued",
@@ -63,7 +63,7 @@ class FrameEncoder:
         #: written.
         self.queued = 0
         self.written = 0
-        self._taken = 0
+        self._taken_bytes = 0
         self._parts: list[bytes] = []
         #: Sends without a receipt that the face has not written yet.
         self._unwritten: list[Iterable[tuple[int, int, str]]] = []
@@ -77,13 +77,13 @@ class FrameEncoder:
     def reset(self) -> None:
         """Forget the queued bytes and their counts, for a new connection."""
         self._parts.clear()
-        self.queued = self._taken = self.written = 0
+        self.queued = self._taken_bytes = self.written = 0
 
     def data(self) -> bytes:
         """Return the bytes to be written, and forget them."""
         data = b"".join(self._parts)
         self._parts.clear()
-        self._taken = self.queued
+        self._taken_bytes = self.queued
         return data
 
     def peek(self) -> bytes:
@@ -96,7 +96,7 @@ class FrameEncoder:
         ``size`` of them have been written; the face has the rest.
         """
         self._parts.clear()
-        self._taken = self.queued
+        self._taken_bytes = self.queued
         # As in wrote(), without the call.
         self.written += size
         if self.written == self.queued and self._unwritten:
@@ -104,38 +104,38 @@ class FrameEncoder:
             if self._refused:
                 self._refused.clear()
 
-    def recover(self, given: int, waiting: int) -> None:
+    def recover(self, face_bytes: int, waiting_bytes: int) -> None:
         """Recount the bytes after an interrupted call.
 
-        given: bytes of this connection that the face got so far. waiting: how many of
-        these it has still to write.
+        face_bytes: bytes of this connection that the face got so far. waiting_bytes:
+        how many of these it has still to write.
         """
-        if given > self._taken:
+        if face_bytes > self._taken_bytes:
             # The call was interrupted after the face got the bytes, before took().
             self._parts.clear()
-            self._taken = given
-        self.queued = self._taken + sum(map(len, self._parts))
-        self.written = self._taken - waiting
+            self._taken_bytes = face_bytes
+        self.queued = self._taken_bytes + sum(map(len, self._parts))
+        self.written = self._taken_bytes - waiting_bytes
         self.wrote(0)
 
     def drop(self) -> None:
         """Forget the bytes to be written."""
         self._parts.clear()
-        self._taken = self.queued
+        self._taken_bytes = self.queued
 
     @property
     def untaken(self) -> int:
         """Bytes that wait for :meth:`data`."""
-        return self.queued - self._taken
+        return self.queued - self._taken_bytes
 
-    def in_order(self, waiting: int) -> bool:
+    def in_order(self, waiting_bytes: int) -> bool:
         """Return whether the counts of queued and written bytes agree.
 
-        Each queued byte must be written, or be one of the ``waiting`` bytes of the
+        Each queued byte must be written, or be one of the ``waiting_bytes`` of the
         face. The counts differ after a call that was interrupted while it queued or
         wrote a frame.
         """
-        return not self._parts and self._taken == self.queued == self.written + waiting
+        return not self._parts and self._taken_bytes == self.queued == self.written + waiting_bytes
 
     def wrote(self, size: int) -> None:
         """Record that ``size`` more bytes were handed to the operating system."""
@@ -150,7 +150,7 @@ class FrameEncoder:
 
         It has therefore left, and a lost connection does not report it again.
         """
-        if self._unwritten and len(self._refused) < _MOST_REFUSED:
+        if self._unwritten and len(self._refused) < _MAX_REFUSED:
             self._refused.add(message_id)
 
     def without_receipt(self, message_id: int, to: str) -> None:
@@ -232,9 +232,9 @@ class FrameEncoder:
         names = list(map(self._recipients.__getitem__, to))
         sizes = list(map(len, bodies))
         if sizes and max(sizes) >= _MAX_SHORT_BODY:
-            for message_id, each, codec, body in zip(ids, to, codecs, bodies, strict=True):
-                self.put(MESSAGE_KIND, 0, message_id, each, codec, body, None)
-                self.without_receipt(message_id, each)
+            for message_id, recipient, codec, body in zip(ids, to, codecs, bodies, strict=True):
+                self.put(MESSAGE_KIND, 0, message_id, recipient, codec, body, None)
+                self.without_receipt(message_id, recipient)
             return
         # No step below runs a line of Python per message.
         starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
@@ -262,17 +262,17 @@ class _Bulk:
     The iterator computes (where its frame ends, id, to) of each.
     """
 
-    __slots__ = ("_begin", "_ids", "_names", "_sizes", "_to")
+    __slots__ = ("_ids", "_names", "_sizes", "_start_position", "_to")
 
     def __init__(
         self,
-        begin: int,
+        start_position: int,
         ids: Sequence[int],
         to: Sequence[str],
         names: Sequence[bytes],
         sizes: Sequence[int],
     ) -> None:
-        self._begin = begin
+        self._start_position = start_position
         self._ids = ids
         self._to = to
         self._names = names
@@ -283,7 +283,7 @@ class _Bulk:
             FRAME_HEAD.size + len(name) + size
             for name, size in zip(self._names, self._sizes, strict=True)
         )
-        ends = accumulate(lengths, initial=self._begin)
+        ends = accumulate(lengths, initial=self._start_position)
         next(ends)
         return zip(ends, self._ids, self._to, strict=True)
 

@@ -48,17 +48,17 @@ _ENDINGS: Final = frozenset(
 #: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An
 #: operation's answer for a caller, or with the list of clients, in multiples of the
 #: longest message. Any other operation's answer, in bytes.
-_MOST_ERROR: Final = 2**20
-_MOST_LISTED: Final = 8
-_MOST_SAID: Final = 2**18
+_MAX_ERROR_COST: Final = 2**20
+_LIST_FACTOR: Final = 8
+_MAX_ANSWER_COST: Final = 2**18
 #: Approximate memory of each value in a decoded answer, in bytes.
 _VALUE_COST: Final = 64
 #: Most characters kept of an ERROR's texts: its code, its name, its message from the
 #: broker, and its message from a client.
-_MOST_CODE: Final = 64
-_MOST_NAME: Final = 255
-_MOST_TEXT: Final = 1000
-_MOST_CLIENT_TEXT: Final = 2**16
+_MAX_CODE: Final = 64
+_MAX_NAME: Final = 255
+_MAX_TEXT: Final = 1000
+_MAX_CLIENT_TEXT: Final = 2**16
 
 
 class Inbound(Generic[M]):
@@ -121,7 +121,7 @@ class Inbound(Generic[M]):
     def accept(self, largest: int) -> None:
         """Accept messages of up to ``largest`` bytes from now on."""
         self._decoder.accept(largest)
-        self._most_listed = _MOST_LISTED * largest
+        self._max_list_cost = _LIST_FACTOR * largest
 
     def reset(self) -> None:
         """Forget the incomplete frame and the promised goaway, for a new connection."""
@@ -200,9 +200,9 @@ class Inbound(Generic[M]):
 
         Raises ProtocolError if it is not valid.
         """
-        listed = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
-        any_size = listed or pending.purpose is Purpose.CONTROL
-        answer = _json_object(message.body, self._most_listed if any_size else _MOST_SAID)
+        is_list = pending.purpose in (Purpose.WATCH, Purpose.RESYNC)
+        any_size = is_list or pending.purpose is Purpose.CONTROL
+        answer = _json_object(message.body, self._max_list_cost if any_size else _MAX_ANSWER_COST)
         if answer is None:
             raise ProtocolError(
                 f"the broker's answer to {pending.id} is not a JSON object, or is too large"
@@ -215,7 +215,7 @@ class Inbound(Generic[M]):
             effects.broken = Disconnected(
                 "the broker closes the connection: it stops, or another process replaces it"
             )
-        elif listed:
+        elif is_list:
             changes = pending.sink.snapshot(presence.client_list(answer))
             if pending.sink in self._watches:
                 effects.events += [(pending.sink.sink, change) for change in changes]
@@ -252,10 +252,10 @@ class Inbound(Generic[M]):
             self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
-        said = _json_object(envelope.payload, _MOST_ERROR) or {}
-        most = _MOST_TEXT if envelope.name == BROKER else _MOST_CLIENT_TEXT
-        code, text = _text(said.get("code"), _MOST_CODE), _text(said.get("message"), most)
-        name = _text(said.get("name"), _MOST_NAME)
+        fields = _json_object(envelope.payload, _MAX_ERROR_COST) or {}
+        max_length = _MAX_TEXT if envelope.name == BROKER else _MAX_CLIENT_TEXT
+        code, text = _text(fields.get("code"), _MAX_CODE), _text(fields.get("message"), max_length)
+        name = _text(fields.get("name"), _MAX_NAME)
         pending = self._pending_calls.get(envelope.id)
         if envelope.name != BROKER:
             if (
@@ -344,25 +344,25 @@ def _may_answer(frame: Unreadable, pending: Pending) -> bool:
     )
 
 
-def _json_object(body: bytes, most: int) -> dict[str, Any] | None:
+def _json_object(body: bytes, max_cost: int) -> dict[str, Any] | None:
     """Return the JSON object in the bytes.
 
-    Return None if the bytes are not an object, or if it may cost more than ``most``
+    Return None if the bytes are not an object, or if it may cost more than ``max_cost``
     bytes of memory.
     """
-    if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > most:
+    if len(body) + _VALUE_COST * sum(map(body.count, (b",", b":", b"[", b"{"))) > max_cost:
         return None
     try:
-        found = json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _text(value: object, most: int) -> str:
-    """Return the first ``most`` characters of a received text; "" for a value of
+def _text(value: object, max_length: int) -> str:
+    """Return the first ``max_length`` characters of a received text; "" for a value of
     another type.
 
     Lone surrogates, which have no UTF-8 form, are replaced.
     """
-    return value[:most].encode(errors="replace").decode() if isinstance(value, str) else ""
+    return value[:max_length].encode(errors="replace").decode() if isinstance(value, str) else ""

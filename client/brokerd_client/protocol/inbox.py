@@ -102,8 +102,8 @@ class Inbox(Generic[T]):
 
     def settle(self) -> None:
         """Subtract the batches that have been taken completely."""
-        left = len(self.items)
-        while self._batches and self._counted - self._batches[0][0] >= left:
+        remaining = len(self.items)
+        while self._batches and self._counted - self._batches[0][0] >= remaining:
             count, size = self._batches.popleft()
             self._counted -= count
             self._meter.held -= size
@@ -122,13 +122,13 @@ class Inbox(Generic[T]):
 
     def take_all(self) -> list[T]:
         """Take and return all messages."""
-        taken: list[T] = []
+        messages: list[T] = []
         # Other threads may take messages at the same time.
         with contextlib.suppress(IndexError):
             while True:
-                taken.append(self.items.popleft())
+                messages.append(self.items.popleft())
         self.settle()
-        return taken
+        return messages
 
     def clear(self) -> None:
         """Drop all messages."""

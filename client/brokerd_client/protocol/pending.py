@@ -117,10 +117,10 @@ class PendingTable:
 
     def clear(self) -> list[Pending]:
         """Remove and return all calls."""
-        found = list(self._table.values())
+        pending_calls = list(self._table.values())
         self._table.clear()
         self._deadlines.clear()
-        return found
+        return pending_calls
 
     def deadline(self) -> float | None:
         """Return the earliest deadline, or None."""
@@ -130,7 +130,7 @@ class PendingTable:
 
     def overdue(self, now: float) -> list[Pending]:
         """Remove and return the calls whose deadline has passed."""
-        found = []
+        pending_calls = []
         while (earliest := self.deadline()) is not None and earliest <= now:
-            found.append(self._table.pop(heapq.heappop(self._deadlines)[1]))
-        return found
+            pending_calls.append(self._table.pop(heapq.heappop(self._deadlines)[1]))
+        return pending_calls

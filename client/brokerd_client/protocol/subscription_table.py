@@ -101,15 +101,15 @@ class SubscriptionTable:
 
     def of(self, topic: str) -> list[SubscriptionEntry]:
         """Return the entries whose pattern matches the topic."""
-        found = self._remembered.get(topic)
-        if found is None:
-            found = self._literal.get(topic, []) + [
+        entries = self._remembered.get(topic)
+        if entries is None:
+            entries = self._literal.get(topic, []) + [
                 entry for entry in self._wild if matches(entry.pattern, topic)
             ]
             if len(self._remembered) >= _REMEMBERED:
                 self._remembered.clear()
-            self._remembered[topic] = found
-        return found
+            self._remembered[topic] = entries
+        return entries
 
     def _siblings(self, pattern: str) -> list[SubscriptionEntry]:
         return self._wild if has_wildcard(pattern) else self._literal.setdefault(pattern, [])

@@ -80,8 +80,8 @@ def validity(der: bytes) -> tuple[datetime, datetime]:
     # A version 1 certificate has no version [0]; then serial number, signature, issuer,
     # validity.
     position = 4 if tbs[:1] == bytes([_CONTEXT_0]) else 3
-    begin, end, *_ = _fields(_fields(tbs, position + 1)[position][1], 2)
-    return _moment(*begin), _moment(*end)
+    not_before, not_after, *_ = _fields(_fields(tbs, position + 1)[position][1], 2)
+    return _moment(*not_before), _moment(*not_after)
 
 
 def _pss_hash(parameters: list[tuple[int, bytes]]) -> str:
@@ -102,12 +102,13 @@ def _moment(tag: int, content: bytes) -> datetime:
     return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
 
 
-def _fields(data: bytes, least: int = 1) -> list[tuple[int, bytes]]:
+def _fields(data: bytes, min_count: int = 1) -> list[tuple[int, bytes]]:
     """Return (tag, content) of every element.
 
-    Raises ValueError if there are fewer than ``least``, or the data is not valid DER.
+    Raises ValueError if there are fewer than ``min_count``, or the data is not valid
+    DER.
     """
-    found: list[tuple[int, bytes]] = []
+    elements: list[tuple[int, bytes]] = []
     position = 0
     while position < len(data):
         if position + 2 > len(data):
@@ -122,8 +123,8 @@ def _fields(data: bytes, least: int = 1) -> list[tuple[int, bytes]]:
             position += width
         if position + size > len(data):
             raise ValueError("the certificate is truncated")
-        found.append((tag, data[position : position + size]))
+        elements.append((tag, data[position : position + size]))
         position += size
-    if len(found) < least:
+    if len(elements) < min_count:
         raise ValueError("the certificate lacks a required element")
-    return found
+    return elements

@@ -92,16 +92,16 @@ def marked(name: bytes, kind: str) -> bytes:
     return b"%s\0%s %s" % (name, kind.encode(), _VERSION)
 
 
-def unmarked(rest: bytes) -> tuple[bytes, str]:
+def unmarked(suffix: bytes) -> tuple[bytes, str]:
     """Return (name, kind) from the bytes after a MAC; the kind is "" for an unbound
     key.
 
     Raises ValueError: the bytes have a mark of an unknown kind.
     """
-    name, mark, kind = rest.partition(b"\0")
+    name, mark, kind = suffix.partition(b"\0")
     if not mark:
         return name, ""
-    for known in KINDS:
-        if kind == known.encode() + b" " + _VERSION:
-            return name, known
+    for known_kind in KINDS:
+        if kind == known_kind.encode() + b" " + _VERSION:
+            return name, known_kind
     raise ValueError("the answer is bound to a kind of channel that is not known here")

@@ -164,11 +164,11 @@ def encode(envelope: Envelope) -> bytes:
     return b"".join((header, *parts, envelope.payload))
 
 
-def _utf8(text: str, what: str) -> bytes:
+def _utf8(text: str, field_name: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidName(f"the {what} {text!r} can't be written in UTF-8") from error
+        raise InvalidName(f"the {field_name} {text!r} can't be written in UTF-8") from error
 
 
 def _json(extension: Mapping[str, Any]) -> bytes:
@@ -199,8 +199,8 @@ def parse(body: bytes | bytearray | memoryview) -> Envelope:
     """Return the envelope in a frame's body with its payload; :func:`split` lists the
     checks.
     """
-    head, start = split(body)
-    return replace(head, payload=bytes(body[start:]))
+    envelope, start = split(body)
+    return replace(envelope, payload=bytes(body[start:]))
 
 
 def split(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
@@ -248,27 +248,27 @@ def _head(body: bytes | bytearray | memoryview) -> tuple[Envelope, int]:
 
 
 def _text(
-    body: bytes | bytearray | memoryview, start: int, size: int, message_id: int, what: str
+    body: bytes | bytearray | memoryview, start: int, size: int, message_id: int, field_name: str
 ) -> tuple[str, int]:
     end = start + size
     if end > len(body):
-        raise MalformedEnvelope(f"the frame ends inside the {what}", message_id)
+        raise MalformedEnvelope(f"the frame ends inside the {field_name}", message_id)
     try:
         return str(body[start:end], "utf-8"), end
     except UnicodeDecodeError as error:
-        raise MalformedEnvelope(f"the {what} is not UTF-8", message_id) from error
+        raise MalformedEnvelope(f"the {field_name} is not UTF-8", message_id) from error
 
 
 def _extension(
     body: bytes | bytearray | memoryview, start: int, message_id: int
 ) -> tuple[dict[str, Any], int]:
-    first = start + EXTENSION_LENGTH.size
-    if first > len(body):
+    json_start = start + EXTENSION_LENGTH.size
+    if json_start > len(body):
         raise MalformedEnvelope("the frame ends before the extension's length", message_id)
-    end = first + EXTENSION_LENGTH.unpack_from(body, start)[0]
+    end = json_start + EXTENSION_LENGTH.unpack_from(body, start)[0]
     if end > len(body):
         raise MalformedEnvelope("the frame ends inside the extension", message_id)
-    raw = bytes(body[first:end])
+    raw = bytes(body[json_start:end])
     try:
         text = raw.decode()
         if _is_too_deep(raw):
@@ -399,9 +399,11 @@ def check_pattern(text: str) -> str:
     return text
 
 
-def _check_tokens(text: str, what: str) -> None:
-    size = len(_utf8(text, what))
+def _check_tokens(text: str, field_name: str) -> None:
+    size = len(_utf8(text, field_name))
     if not 0 < size <= MAX_TOPIC:
-        raise InvalidName(f"a {what} has 1 to {MAX_TOPIC} bytes; this one has {size}")
+        raise InvalidName(f"a {field_name} has 1 to {MAX_TOPIC} bytes; this one has {size}")
     if not all(text.split(".")):
-        raise InvalidName(f"{text!r} is not a valid {what}: its tokens are joined by single dots")
+        raise InvalidName(
+            f"{text!r} is not a valid {field_name}: its tokens are joined by single dots"
+        )

@@ -43,8 +43,8 @@ SILENT: Final = (
 
 def foreign_protocol(data: bytes | bytearray | memoryview) -> str:
     """Return the name of the protocol with these first bytes, or "" if it is not known."""
-    begin = bytes(data[:4])
-    return next((name for first, name in _BEGINNINGS if begin.startswith(first)), "")
+    first_bytes = bytes(data[:4])
+    return next((name for prefix, name in _BEGINNINGS if first_bytes.startswith(prefix)), "")
 
 
 def foreign_speech(data: bytes | bytearray | memoryview) -> str:

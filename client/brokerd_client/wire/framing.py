@@ -112,12 +112,12 @@ class FrameReader:
         span = self._span(limit)
         if span is None:
             return None
-        first, size = span
-        if len(self._buffer) - first < size:
+        body_start, size = span
+        if len(self._buffer) - body_start < size:
             return None
         with memoryview(self._buffer) as view:
-            body = bytes(view[first : first + size])
-        self._consume(first + size)
+            body = bytes(view[body_start : body_start + size])
+        self._consume(body_start + size)
         return body
 
     def missing(self, limit: int) -> int:
@@ -129,8 +129,8 @@ class FrameReader:
         span = self._span(limit)
         if span is None:
             return max(1, _HEADER_SIZE - self.buffered)
-        first, size = span
-        return max(0, first + size - len(self._buffer))
+        body_start, size = span
+        return max(0, body_start + size - len(self._buffer))
 
     def peek(self, size: int) -> bytes:
         """Return the first ``size`` buffered bytes without consuming them."""
@@ -138,10 +138,10 @@ class FrameReader:
 
     def take_rest(self) -> bytes:
         """Return and forget all buffered bytes, for the next decoder."""
-        rest = bytes(memoryview(self._buffer)[self._start :])
+        remainder = bytes(memoryview(self._buffer)[self._start :])
         self._buffer = bytearray()
         self._start = 0
-        return rest
+        return remainder
 
     def _span(self, limit: int) -> tuple[int, int] | None:
         span = frame_span(self._buffer, self._start, len(self._buffer))

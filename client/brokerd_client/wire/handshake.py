@@ -128,10 +128,10 @@ class Proof:
         """
         # A search can try a thousand keys: look up each name only once.
         challenge, digest, mac = self.challenge, self.digest, self.mac
-        same, made = hmac.compare_digest, hmac.digest
+        are_equal, make_mac = hmac.compare_digest, hmac.digest
         try:
             for position, key in enumerate(keys):
-                if same(made(key, challenge, digest), mac):
+                if are_equal(make_mac(key, challenge, digest), mac):
                     return position
         except ValueError as error:
             raise _unavailable(digest) from error
@@ -316,7 +316,7 @@ def _prove(
             "the peer asks for HMAC-MD5 (Python 3.11 or older knows nothing else), which is"
             " switched off here: see allow_md5"
         )
-    theirs = key
+    peer_key = key
     if bindings:
         try:
             kind = choose(random[NONCE_SIZE:], bindings)
@@ -326,7 +326,7 @@ def _prove(
             raise AuthenticationError(
                 "the listener offers no kind of channel binding that this channel has"
             )
-        theirs = bound_key(key, kind, bindings[kind], BROKER)
+        peer_key = bound_key(key, kind, bindings[kind], BROKER)
         key, name = bound_key(key, kind, bindings[kind], CLIENT), marked(name, kind)
     mac = _mac(key, challenge, digest)
     yield Send(
@@ -334,7 +334,7 @@ def _prove(
         if len(challenge) == _LEGACY_CHALLENGE_SIZE
         else b"{%s}%s%s" % (digest.encode("ascii"), mac, name)
     )
-    return Established(theirs, digest, name)
+    return Established(peer_key, digest, name)
 
 
 def _check_verdict(verdict: bytes | None) -> None:
@@ -402,14 +402,14 @@ def _digest_prefix(message: bytes) -> tuple[str, bytes] | None:
     """Return (digest, the rest) of ``{digest}...``, or None if the digest is not known."""
     if message[:1] != b"{":
         return None
-    curly = message.find(b"}", 1, _LONGEST_DIGEST_NAME + 2)
-    if curly < 0:
+    brace = message.find(b"}", 1, _LONGEST_DIGEST_NAME + 2)
+    if brace < 0:
         return None
     # Latin-1 can decode every byte; an unknown name is not in DIGESTS.
-    digest = message[1:curly].decode("latin-1")
+    digest = message[1:brace].decode("latin-1")
     if digest not in DIGESTS:
         return None
-    return digest, message[curly + 1 :]
+    return digest, message[brace + 1 :]
 
 
 def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: bool) -> Proof:
@@ -425,11 +425,12 @@ def _read_answer(challenge: bytes, answer: bytes, *, allow_md5: bool, named: boo
             raise AuthenticationError(
                 "the peer's answer is not a valid proof: neither 16 bytes nor a known {digest}"
             )
-        digest, rest = prefix
-        mac, name = rest[: DIGESTS[digest]], rest[DIGESTS[digest] :]
+        digest, mac_and_name = prefix
+        mac, name = mac_and_name[: DIGESTS[digest]], mac_and_name[DIGESTS[digest] :]
         if len(mac) != DIGESTS[digest] or (name and not named):
             raise AuthenticationError(
-                f"the peer's {digest} answer has {len(rest)} bytes instead of {DIGESTS[digest]}"
+                f"the peer's {digest} answer has {len(mac_and_name)} bytes instead of"
+                f" {DIGESTS[digest]}"
             )
     try:
         name, binding = unmarked(name)

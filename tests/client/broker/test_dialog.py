@@ -1016,7 +1016,7 @@ def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
     """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
-    known = len(watch._known)
+    known = len(watch._states)
     for name, sender in (
         ("x" * 65, "$broker"),
         ("a b", "$broker"),
@@ -1024,21 +1024,21 @@ def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
         ("eve", "bob"),
     ):
         assert not pair.hear_frame(Kind.EVENT, name=sender, topic=f"$broker.online.{name}").events
-    assert len(watch._known) == known
+    assert len(watch._states) == known
 
 
 def test_presence_of_more_names_than_any_broker_has_breaks_the_link(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a watch remembers is bounded."""
-    monkeypatch.setattr("brokerd_client.presence._MOST", 5)
+    monkeypatch.setattr("brokerd_client.presence._MAX_NAMES", 5)
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
     batches = [
         pair.hear_frame(Kind.EVENT, name="$broker", topic=f"$broker.online.n{n}") for n in range(3)
     ]
     assert [type(effects.broken) for effects in batches] == [type(None), type(None), ProtocolError]
-    assert len(watch._known) == 5
+    assert len(watch._states) == 5
 
 
 # Bytes in

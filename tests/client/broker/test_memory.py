@@ -250,7 +250,7 @@ def test_long_frames_however_they_are_cut(
     pair.connect()
     pair.dialog.subscribe("t", None, "sink", "w", None)
     pair.talk()
-    most = pair.dialog._inbound._decoder._most = 2 * HEAD + 100
+    most = pair.dialog._inbound._decoder._largest_body = 2 * HEAD + 100
     data, right = b"", []
     for id, (kind, size, extension) in enumerate(frames):
         topic = "t" if kind == Kind.EVENT else ""
@@ -317,7 +317,7 @@ def test_refusals_that_are_remembered_are_bounded(
     """A broker that refuses what was never sent, and reads nothing, can't fill memory
     with the ids.
     """
-    monkeypatch.setattr("brokerd_client.protocol.encoder._MOST_REFUSED", 10)
+    monkeypatch.setattr("brokerd_client.protocol.encoder._MAX_REFUSED", 10)
     pair.dialog.send("bob", 0, b"")
     payload = b'{"code":"denied"}'
     for id in range(100):
