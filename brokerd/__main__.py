@@ -1,5 +1,5 @@
-"""``python -m brokerd``: the command brokerd, with an interpreter of one's choice or
-where no script is installed.
+"""``python -m brokerd``: the command brokerd with a chosen interpreter, or without an
+installed script.
 """
 
 from __future__ import annotations

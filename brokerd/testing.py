@@ -50,9 +50,17 @@ _Result = TypeVar("_Result")
 class RunningBroker:
     """A broker in a thread of this process.
 
-    address: where it listens, as ``brokerd_client.connect`` takes it. It stays the same
-    across kill and start. tls: as in a ``listen`` entry. The broker then listens on
-    127.0.0.1 with TLS, and clients connect with ``ssl=``.
+    Attributes:
+        address: Where the broker listens, in the form of ``brokerd_client.connect``. It
+            stays the same across kill and start.
+
+    Args:
+        clients: The section ``clients`` of a configuration file. A client without a key
+            gets a random one.
+        limits: The section ``limits``.
+        tls: The part ``tls`` of a ``listen`` entry. The broker then listens on 127.0.0.1
+            with TLS, and clients connect with ``ssl=``.
+        log: The logger; by default nothing is logged.
     """
 
     def __init__(
@@ -83,9 +91,12 @@ class RunningBroker:
     # Clients
 
     def add(self, name: str, **entry: Any) -> None:
-        """Add or change a client.
+        """Add or change a client, also while the broker runs.
 
-        entry: the options that stand under its name in a configuration file.
+        Args:
+            name: The client's name.
+            entry: The options under its name in a configuration file. Without a key, a
+                present key stays, and a new client gets a random one.
         """
         self._enter(name, entry)
         if self._daemon is not None:
@@ -93,15 +104,25 @@ class RunningBroker:
             self._call(lambda: daemon.apply(config, "brokerd.testing"))
 
     def key(self, name: str) -> bytes:
-        """Return the client's key; an unknown name is added as a client."""
+        """Return the key of a client.
+
+        Args:
+            name: The client's name. An unknown name is added as a client.
+        """
         if name not in self._entries:
             self.add(name)
         key = self._entries[name]["key"]
         return key.encode() if isinstance(key, str) else bytes(key)
 
     def connect(self, name: str, **options: Any) -> Client:
-        """Return a connected client of the library; :meth:`close` closes the client
-        too.
+        """Return a connected client of the library; :meth:`close` closes it too.
+
+        Args:
+            name: The client's name. An unknown name is added as a client.
+            options: The options of ``brokerd_client.connect``.
+
+        Raises:
+            OSError: The client can't connect, as for ``brokerd_client.connect``.
         """
         import brokerd_client
 
@@ -110,7 +131,15 @@ class RunningBroker:
         return client
 
     async def connect_async(self, name: str, **options: Any) -> AsyncClient:
-        """Return a connected asyncio client; the caller closes it."""
+        """Return a connected asyncio client; the caller closes it.
+
+        Args:
+            name: The client's name. An unknown name is added as a client.
+            options: The options of ``brokerd_client.aio.connect``.
+
+        Raises:
+            OSError: The client can't connect, as for ``brokerd_client.aio.connect``.
+        """
         from brokerd_client import aio
 
         return await aio.connect(self.address, name=name, key=self.key(name), **options)
@@ -120,6 +149,10 @@ class RunningBroker:
     def start(self) -> None:
         """Start the broker, also after :meth:`stop` or :meth:`kill`, at the same
         address.
+
+        Raises:
+            ConfigError: The configuration is not valid.
+            ListenError: The broker can't listen at the address.
         """
         assert self._daemon is None, "it runs already"
         daemon = self._on_loop(self._make_daemon())
@@ -142,12 +175,16 @@ class RunningBroker:
             self._call(daemon.kill)
 
     def disconnect(self, name: str) -> None:
-        """Close the connections of one client, as a broken network would."""
+        """Close the connections of one client, as a broken network would.
+
+        Args:
+            name: The client's name.
+        """
         daemon = self._running()
         self._call(lambda: daemon.cut_off(name))
 
     def stats(self) -> dict[str, Any]:
-        """Return what ``brokerctl stats`` shows."""
+        """Return the figures that ``brokerctl stats`` shows."""
         daemon = self._running()
         return self._call(daemon.stats)
 
@@ -175,9 +212,9 @@ class RunningBroker:
     # In the broker's thread
 
     def _enter(self, name: str, entry: Mapping[str, Any]) -> None:
-        given = {"key", "key_file", "key_env", "key_credential", "keys"} & entry.keys()
-        kept = self._entries.get(name, {}).get("key")
-        key = {} if given else {"key": kept or secrets.token_bytes(32)}
+        has_key = {"key", "key_file", "key_env", "key_credential", "keys"} & entry.keys()
+        present_key = self._entries.get(name, {}).get("key")
+        key = {} if has_key else {"key": present_key or secrets.token_bytes(32)}
         self._entries[name] = {**entry, **key}
 
     def _config(self) -> Config:
@@ -218,7 +255,16 @@ def running(
     limits: Mapping[str, Any] | None = None,
     tls: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningBroker]:
-    """Run a broker in a with statement; arguments are sections of a configuration file."""
+    """Run a broker in a with statement.
+
+    Args:
+        clients: As for :class:`RunningBroker`.
+        limits: As for :class:`RunningBroker`.
+        tls: As for :class:`RunningBroker`.
+
+    Yields:
+        The running broker. It is closed at the end of the with statement.
+    """
     with RunningBroker(clients, limits=limits, tls=tls) as running_broker:
         yield running_broker
 
