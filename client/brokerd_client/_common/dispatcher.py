@@ -187,7 +187,7 @@ class Dispatcher(Generic[M]):
             log().warning("%s", sentence)
         cause = None if effects.broken is None else effects.broken.__cause__
         if cause is not None and not isinstance(cause, BrokerdError):
-            log().error("a connection is lost in a way that is not foreseen", exc_info=cause)
+            log().error("connection lost: unexpected error", exc_info=cause)
 
     @property
     def warning_due(self) -> float | None:

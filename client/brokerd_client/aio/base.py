@@ -200,7 +200,8 @@ class BaseClient(ClientProperties):
                     self._dialog.require_ready()
                 if timeout is not None:
                     raise TimedOut(
-                        f"the broker took nothing more for {limit:g} s; this was not sent"
+                        f"send timed out after {limit:g} s: the broker is not reading;"
+                        " message not sent"
                     )
             # The broker is not reading now: only the caller's own timeout counts.
             await self._wait_for_change(
@@ -542,7 +543,7 @@ class BaseClient(ClientProperties):
         """
         exits = isinstance(error, (KeyboardInterrupt, SystemExit))
         if not exits:
-            log().error("a connection is lost in a way that is not foreseen", exc_info=error)
+            log().error("connection lost: unexpected error", exc_info=error)
         if transport is not None:
             transport.abort()
         if not self._forked and (transport is self._transport or self._transport is None):
@@ -567,7 +568,7 @@ class BaseClient(ClientProperties):
             self._stop_timer()
             self._apply(effects)
         except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
-            log().exception("the loss of a connection failed in a way that is not foreseen")
+            log().exception("unexpected error while a lost connection was dropped")
             if self._dialog.state not in _WITHOUT_CONNECTION:
                 self._give_up(error)
         self._note_state()
@@ -583,16 +584,14 @@ class BaseClient(ClientProperties):
         self._deserted = True
         error = None if keeper.cancelled() else keeper.exception()
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
-            log().error(
-                "a client does not connect any more, in a way that is not foreseen", exc_info=error
-            )
+            log().error("client ended: unexpected error in its reconnecting task", exc_info=error)
         if self._transport is None and not self._forked and not self.closed:
             self._give_up(error)
 
     def _give_up(self, error: BaseException | None) -> None:
         """End the client permanently; every waiting call raises Disconnected."""
         reason = Disconnected(
-            f"the client does not connect any more: {error or 'its task was cancelled'}"
+            f"the client no longer reconnects: {error or 'its task was cancelled'}"
         )
         reason.__cause__ = error
         self._dialog.state, self._dialog.reason = State.GONE, reason
@@ -823,7 +822,7 @@ class BaseClient(ClientProperties):
                 # A bug; the tasks that wait for the connection must get the error.
                 if ends_worker(error, task):
                     raise
-                log().exception("connecting failed in a way that is not foreseen")
+                log().exception("connecting failed: unexpected error")
                 cause = (
                     error
                     if isinstance(error, Exception)

@@ -36,7 +36,7 @@ def request_job(handler: Callable[[Message], object]) -> Callable[[Message], obj
                 await request.reply(result)
             elif result is not None:
                 log().warning(
-                    "a request of %s had been answered when its handler returned more",
+                    "the handler of a request of %s returned a value after it had answered",
                     request.sender,
                 )
         except BaseException as error:

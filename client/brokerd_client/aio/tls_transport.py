@@ -51,9 +51,7 @@ class TlsTransport(Transport):
             self._advance(data)
 
     def _on_bug(self, error: BaseException) -> None:
-        self._opened(
-            Disconnected(f"TLS failed in a way that is not foreseen: {type(error).__name__}")
-        )
+        self._opened(Disconnected(f"TLS failed with an unexpected error: {type(error).__name__}"))
         super()._on_bug(error)
 
     def _advance(self, data: bytes) -> None:

@@ -269,8 +269,8 @@ class BaseClient(ClientProperties):
         """Raise WouldDeadlock if a wait would never end."""
         if self._interrupting():
             raise WouldDeadlock(
-                "this signal handler holds up a call of the same client: send, publish, reply and"
-                " close work here, what waits for an answer does not"
+                "this signal handler interrupts a call of the same client: send, send_many,"
+                " publish, reply and close work here; calls that wait for an answer do not"
             )
 
     def _mend(self) -> None:
@@ -396,7 +396,8 @@ class BaseClient(ClientProperties):
                     return deadline
                 if remaining is not None and remaining <= 0:
                     raise TimedOut(
-                        f"the broker took nothing more for {limit:g} s; this was not sent"
+                        f"send timed out after {limit:g} s: the broker is not reading;"
+                        " message not sent"
                     )
                 # An interrupted call may not have woken the I/O thread.
                 self._transport.wake()
@@ -492,7 +493,7 @@ class BaseClient(ClientProperties):
                     if call is not None:
                         call.settle(error)
                     else:
-                        log().exception("a client could not do what it was asked for")
+                        log().exception("unexpected error in a queued job of a client")
                 else:
                     if call is not None:
                         call.settle(value)
@@ -1018,7 +1019,7 @@ class BaseClient(ClientProperties):
         """
         self._release()
         self._transport.mend()
-        log().error("a connection is lost in a way that is not foreseen", exc_info=error)
+        log().error("connection lost: unexpected error", exc_info=error)
         with self._lock:
             self._clear = False
             now = time.monotonic()
@@ -1037,9 +1038,7 @@ class BaseClient(ClientProperties):
             self._dropping = False
             # Calls whose chore is still queued go on waiting.
             for call in self._calls - {call for _, call in self._chores}:
-                call.settle(
-                    InDoubt("the connection broke, and what became of this call is not known")
-                )
+                call.settle(InDoubt("the connection broke; the outcome of this call is not known"))
             self._note_state()
 
     def _dial(self, now: float) -> None:
@@ -1074,7 +1073,7 @@ class BaseClient(ClientProperties):
                 self._end_connection(reason, now)
 
     def _lose_by_bug(self, reason: BrokerdError, error: Exception) -> None:
-        log().exception("a connection is lost in a way that is not foreseen")
+        log().exception("connection lost: unexpected error")
         reason.__cause__ = error
         self._lose(reason)
 

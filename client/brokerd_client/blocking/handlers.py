@@ -131,7 +131,7 @@ class RequestJob:
                 request.reply(result)
             elif result is not None:
                 log().warning(
-                    "a request of %s had been answered when its handler returned more",
+                    "the handler of a request of %s returned a value after it had answered",
                     request.sender,
                 )
         except (Disconnected, Closed):
@@ -157,4 +157,4 @@ def _on_failure(function: Any, item: Any, error: BaseException) -> None:
         else:
             report(item, error)
     except BaseException:  # noqa: BLE001 - see the head of this file
-        log().exception("the failure of a handler could not be told")
+        log().exception("the failure of a handler could not be reported")

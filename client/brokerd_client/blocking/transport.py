@@ -120,7 +120,7 @@ class Transport:
             self._candidates = iter([(int(socket.AF_UNIX), self.address.path)])
         else:
             self._candidates = iter(self._look_up())
-        return self._try_next(OSError(errno.EADDRNOTAVAIL, "the address stands for no place"))
+        return self._try_next(OSError(errno.EADDRNOTAVAIL, "the host has no address"))
 
     def _look_up(self) -> list[Candidate]:
         host, port = self.address.host, self.address.port

@@ -189,7 +189,8 @@ class WaitQueue(Generic[T]):
     def _wait(self, timeout: float | None) -> Any:
         if timeout != 0 and self.ended is None and self._interrupting():
             raise WouldDeadlock(
-                "nothing can arrive while this signal handler holds up a call of the same client"
+                "no message can arrive while this signal handler interrupts a call of the same"
+                " client"
             )
         item: Any = NOTHING
         own_gate = gate()
