@@ -274,7 +274,7 @@ cdef object _feed(
     cdef int64_t before, size, payload, size_out
     cdef int64_t messages = 0
     cdef int64_t size_in = 0
-    cdef int64_t limit = broker.limits.max_message
+    cdef int64_t limit = broker.status.limits.max_message
     cdef bytes sender_header = source.sender_header
     cdef const char* sender_header_bytes = PyBytes_AS_STRING(sender_header)
     cdef Py_ssize_t sender_header_size = PyBytes_GET_SIZE(sender_header)
@@ -293,7 +293,7 @@ cdef object _feed(
     if bytes_to_skip:
         position += <int64_t>min(bytes_to_skip, <uint64_t>(end - start))
         source.bytes_to_skip = bytes_to_skip - <uint64_t>(position - start)
-    routes, fanouts = source.caches(broker)
+    routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
     while end - position >= HEAD_SIZE:
         at = data + position
         size = _signed_length(at)
@@ -367,7 +367,7 @@ cdef object _feed(
         if result is not _NEXT or position == before:
             more = False
             break
-        routes, fanouts = source.caches(broker)
+        routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
     run.close()
     fanout.close()
     if more and position < end:

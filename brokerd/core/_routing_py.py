@@ -83,8 +83,8 @@ def feed(
     if source.bytes_to_skip:
         position += min(source.bytes_to_skip, end - start)
         source.bytes_to_skip -= position - start
-    routes, fanouts = source.caches(broker)
-    limit = broker.limits.max_message
+    routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
+    limit = broker.status.limits.max_message
     sender_header = source.sender_header
     sender_header_size = len(sender_header)
     touched = broker.touched
@@ -136,7 +136,7 @@ def feed(
         if result is not RoutingResult.CONSUMED or position == before:
             break
         # The broker may have changed the routes.
-        routes, fanouts = source.caches(broker)
+        routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
     else:
         # Fewer bytes than the shortest frame has: an impossible length is refused
         # without waiting for more bytes.

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
-
-if TYPE_CHECKING:
-    from brokerd.core.broker import Broker
+from typing import Final, Protocol
 
 __all__ = ["Deferred", "Job"]
 
@@ -23,16 +20,15 @@ _AT_ONCE: Final = 16
 class Job(Protocol):
     """A piece of work that takes several steps."""
 
-    def begin(self, broker: Broker) -> Iterator[None]:
+    def begin(self) -> Iterator[None]:
         """Return the steps, each of which takes some tens of microseconds."""
 
 
 class Deferred:
     """The queue of jobs, in order; the first one may be in progress."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self) -> None:
         self.jobs: deque[Job] = deque()
-        self._broker = broker
         self._steps: Iterator[None] | None = None
 
     def __len__(self) -> int:
@@ -52,7 +48,7 @@ class Deferred:
         while self.jobs and steps < count:
             steps += 1
             if self._steps is None:
-                self._steps = self.jobs[0].begin(self._broker)
+                self._steps = self.jobs[0].begin()
             try:
                 next(self._steps)
             except StopIteration:

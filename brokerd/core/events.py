@@ -1,7 +1,6 @@
 """Fan-out of events, published by clients and by the broker, to their subscribers.
 
-These are functions of the broker (:mod:`brokerd.core.broker`). The rules are from
-docs/protocol.md, "Topics".
+The rules are from docs/protocol.md, "Topics".
 """
 
 from __future__ import annotations
@@ -10,17 +9,18 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
 
-from brokerd.core.delivery import deadline_of, find_room, frame_head
+from brokerd.core.delivery import Delivery, deadline_of, frame_head
 from brokerd.core.large_frame import joined
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.room import Room
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
-from brokerd.core.topics import Matches
+from brokerd.core.topics import Matches, Topics
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import (
     BROKER,
     HEADER,
+    CodecId,
     Envelope,
     ErrorCode,
     Kind,
@@ -31,16 +31,16 @@ from brokerd_client.wire.framing import frame as make_frame
 from brokerd_client.wire.layout import RECEIPT_FLAG
 
 if TYPE_CHECKING:
-    from brokerd.core.broker import Broker
+    from brokerd.core.deferred import Deferred
     from brokerd.core.exchange import Client
+    from brokerd.core.replies import Replies
+    from brokerd.core.status import Status
+    from brokerd.core.turn import Turn
 
 __all__ = [
     "Announcement",
+    "Events",
     "Spread",
-    "announce",
-    "announce_presence",
-    "go_on_publishing",
-    "publish",
     "recipients",
 ]
 
@@ -56,33 +56,6 @@ _MATCHES: Final = 32
 _STEP: Final = 16
 #: Group members examined per event before the best of them is taken, if it has room.
 _LOOKED_AT: Final = 256
-
-
-def publish(
-    broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
-) -> RoutingResult:
-    if envelope.name:
-        return broker.malformed(source, envelope.id, "an EVENT names no recipient")
-    try:
-        check_topic(envelope.topic)
-    except InvalidName as error:
-        return broker.malformed(source, envelope.id, str(error))
-    if source.client.policy.publishing(envelope.topic) is None:
-        message = f"{source.client.name} may not publish on {envelope.topic}"
-        return broker.refuse_frame(source, envelope, ErrorCode.DENIED, message)
-    if (broker.draining or source.parting) and not source.mute:
-        return broker.refuse_frame(
-            source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
-        )
-    found = _find(broker, source, envelope.topic)
-    if found is None:
-        return RoutingResult.YIELD
-    size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
-    done = source.reached_by_event if source.reached_by_event is not None else {}
-    source.spread = Spread(
-        found, choose(found, size, None, done), done, deadline_of(source, envelope)
-    )
-    return go_on_publishing(broker, source, envelope, frame, now)
 
 
 class Spread:
@@ -112,92 +85,6 @@ class Spread:
         self.whole: bytes | memoryview | None = None
 
 
-def go_on_publishing(
-    broker: Broker, source: Session, envelope: Envelope, frame: memoryview, now: float
-) -> RoutingResult:
-    """Deliver an event to its next subscribers. YIELD, FLUSH: some remain."""
-    spread = source.spread
-    assert spread is not None
-    if spread.whole is None:
-        rest = frame[HEADER.size :]
-        head = frame_head(source, envelope, 4 + HEADER.size + len(source.sender_header) + len(rest))
-        # ``joined`` may write into the received frame. A frame that may be handed over
-        # again must not change.
-        at_once = len(spread.found) <= _MATCHES
-        spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
-    for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
-        if target is not None and target.open and not target.retired:
-            room = _give(broker, source, target, spread, now)
-            if room is not Room.OK and room is not Room.NONE:
-                spread.waiting = target
-                source.reached_by_event = spread.done
-                return room.result
-        spread.waiting = None
-        if count % _MATCHES == 0 and broker.turn_budget >= 0:
-            if broker.turn_budget == 0:
-                source.reached_by_event = spread.done
-                return RoutingResult.YIELD
-            broker.charge(1)
-    source.spread = source.reached_by_event = None
-    if envelope.flags & RECEIPT_FLAG:
-        broker.answer(source, Envelope(Kind.RECEIPT, envelope.id, BROKER))
-    elif source.client.meter is None and not source.mute:
-        _remember_fanout(broker, source, envelope.topic, spread.found)
-    return RoutingResult.CONSUMED
-
-
-def _give(broker: Broker, source: Session, target: Session, spread: Spread, now: float) -> Room:
-    """Put an event into a subscriber's outbox if there is room; drop it if there is
-    none.
-    """
-    whole, outbox = spread.whole, target.outbox
-    assert whole is not None
-    room = find_room(broker, source, target, len(whole), now, may_hold=False)
-    if room is Room.NONE:
-        broker.dropped += 1
-        why = "an event it subscribed to: its queue is full"
-        broker.log_events.note("message.dropped", target, source.address, "full", why)
-    if room is not Room.OK:
-        return room
-    if isinstance(outbox, FrameOutbox):
-        outbox.put(Queued(whole, deadline=spread.deadline))
-    elif spread.deadline is not None:
-        outbox.append_timed(Queued(whole, deadline=spread.deadline))
-    else:
-        outbox.append(whole)
-    broker.touch(target)
-    return Room.OK
-
-
-def _find(broker: Broker, source: Session, topic: str) -> Matches[Session] | None:
-    """Return the subscribers to ``topic``; None if the turn ends before that."""
-    if broker.turn_budget < 0:
-        return broker.topics.find(topic)
-    found, looked_at = broker.topics.search(topic, source, (broker.turn_budget + 1) * _NODES)
-    broker.charge(looked_at // _NODES)
-    return found
-
-
-def _remember_fanout(broker: Broker, source: Session, topic: str, found: Matches[Session]) -> None:
-    """Cache a topic's fan-out for the routing loop, unless it has groups."""
-    if not found.everyone or found.groups or broker.topics.known(topic) is not found:
-        return
-    if found.fanout is None:
-        # All publishers share one tuple. A thousand publishers on a thousand topics
-        # would have a million otherwise.
-        outboxes = tuple(target.outbox for target in found.everyone)
-        found.fanout = (
-            outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
-        )
-    fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
-    if fanout:
-        if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
-            source.fanouts.clear()
-            source.widest = 0
-        source.fanouts[topic.encode()] = fanout
-        source.widest = max(source.widest, len(fanout))
-
-
 class Announcement:
     """An event of the broker's own that is to be published.
 
@@ -206,9 +93,10 @@ class Announcement:
     published. done: the subscribers that have received it.
     """
 
-    __slots__ = ("about", "client", "done", "online", "payload", "since", "topic")
+    __slots__ = ("_events", "about", "client", "done", "online", "payload", "since", "topic")
 
-    def __init__(self, topic: str, payload: str, about: str | None = None) -> None:
+    def __init__(self, events: Events, topic: str, payload: str, about: str | None = None) -> None:
+        self._events = events
         self.topic = topic
         self.payload = payload
         self.about = about
@@ -217,43 +105,176 @@ class Announcement:
         self.since = 0.0
         self.done: dict[Session, None] = {}
 
-    def begin(self, broker: Broker) -> Iterator[None]:
+    def begin(self) -> Iterator[None]:
         """Send the event to its subscribers, to some of them in each step."""
-        if self.client is not None:
-            self.client.shown_online, self.client.shown_since = self.online, self.since
-        event = Envelope(Kind.EVENT, 0, BROKER, self.payload.encode(), codec=2, topic=self.topic)
-        whole = make_frame(encode(event))
-        for target in recipients(broker, self.topic, len(whole), self.about, self.done):
+        return self._events.publish_in_steps(self)
+
+
+class Events:
+    """Publishes the events of clients, and the broker's own."""
+
+    def __init__(
+        self,
+        topics: Topics[Session],
+        status: Status,
+        turn: Turn,
+        replies: Replies,
+        delivery: Delivery,
+        deferred: Deferred,
+    ) -> None:
+        self._topics = topics
+        self._status = status
+        self._turn = turn
+        self._replies = replies
+        self._delivery = delivery
+        self._deferred = deferred
+
+    def publish(
+        self, source: Session, envelope: Envelope, frame: memoryview, now: float
+    ) -> RoutingResult:
+        """Check an event, find its subscribers, and deliver it to the first of them."""
+        if envelope.name:
+            return self._replies.malformed(source, envelope.id, "an EVENT names no recipient")
+        try:
+            check_topic(envelope.topic)
+        except InvalidName as error:
+            return self._replies.malformed(source, envelope.id, str(error))
+        if source.client.policy.publishing(envelope.topic) is None:
+            message = f"{source.client.name} may not publish on {envelope.topic}"
+            return self._replies.refuse_frame(source, envelope, ErrorCode.DENIED, message)
+        if (self._status.draining or source.parting) and not source.mute:
+            return self._replies.refuse_frame(
+                source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
+            )
+        found = self._find(source, envelope.topic)
+        if found is None:
+            return RoutingResult.YIELD
+        size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
+        done = source.reached_by_event if source.reached_by_event is not None else {}
+        source.spread = Spread(
+            found, choose(found, size, None, done), done, deadline_of(source, envelope)
+        )
+        return self.go_on_publishing(source, envelope, frame, now)
+
+    def go_on_publishing(
+        self, source: Session, envelope: Envelope, frame: memoryview, now: float
+    ) -> RoutingResult:
+        """Deliver an event to its next subscribers. YIELD, FLUSH: some remain."""
+        spread = source.spread
+        assert spread is not None
+        if spread.whole is None:
+            rest = frame[HEADER.size :]
+            head = frame_head(
+                source, envelope, 4 + HEADER.size + len(source.sender_header) + len(rest)
+            )
+            # ``joined`` may write into the received frame. A frame that may be handed over
+            # again must not change.
+            at_once = len(spread.found) <= _MATCHES
+            spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
+        for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
+            if target is not None and target.open and not target.retired:
+                room = self._give(source, target, spread, now)
+                if room is not Room.OK and room is not Room.NONE:
+                    spread.waiting = target
+                    source.reached_by_event = spread.done
+                    return room.result
+            spread.waiting = None
+            if count % _MATCHES == 0 and self._turn.budget >= 0:
+                if self._turn.budget == 0:
+                    source.reached_by_event = spread.done
+                    return RoutingResult.YIELD
+                self._turn.charge(1)
+        source.spread = source.reached_by_event = None
+        if envelope.flags & RECEIPT_FLAG:
+            self._replies.confirm(source, envelope.id)
+        elif source.client.meter is None and not source.mute:
+            self._remember_fanout(source, envelope.topic, spread.found)
+        return RoutingResult.CONSUMED
+
+    def _give(self, source: Session, target: Session, spread: Spread, now: float) -> Room:
+        """Put an event into a subscriber's outbox if there is room; drop it if there is
+        none.
+        """
+        whole, outbox = spread.whole, target.outbox
+        assert whole is not None
+        room = self._delivery.find_room(source, target, len(whole), now, may_hold=False)
+        if room is Room.NONE:
+            why = "an event it subscribed to: its queue is full"
+            self._replies.drop(target, source.address, "full", why)
+        if room is not Room.OK:
+            return room
+        if isinstance(outbox, FrameOutbox):
+            outbox.put(Queued(whole, deadline=spread.deadline))
+        elif spread.deadline is not None:
+            outbox.append_timed(Queued(whole, deadline=spread.deadline))
+        else:
+            outbox.append(whole)
+        self._replies.touch(target)
+        return Room.OK
+
+    def _find(self, source: Session, topic: str) -> Matches[Session] | None:
+        """Return the subscribers to ``topic``; None if the turn ends before that."""
+        if self._turn.budget < 0:
+            return self._topics.find(topic)
+        found, looked_at = self._topics.search(topic, source, (self._turn.budget + 1) * _NODES)
+        self._turn.charge(looked_at // _NODES)
+        return found
+
+    def _remember_fanout(self, source: Session, topic: str, found: Matches[Session]) -> None:
+        """Cache a topic's fan-out for the routing loop, unless it has groups."""
+        if not found.everyone or found.groups or self._topics.known(topic) is not found:
+            return
+        if found.fanout is None:
+            # All publishers share one tuple. A thousand publishers on a thousand topics
+            # would have a million otherwise.
+            outboxes = tuple(target.outbox for target in found.everyone)
+            found.fanout = (
+                outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+            )
+        fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
+        if fanout:
+            if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
+                source.fanouts.clear()
+                source.widest = 0
+            source.fanouts[topic.encode()] = fanout
+            source.widest = max(source.widest, len(fanout))
+
+    def announce(self, topic: str, payload: str) -> None:
+        """Publish an event of the broker's own, in turns if it has many subscribers."""
+        self._deferred.add(Announcement(self, topic, payload))
+
+    def announce_presence(self, what: str, client: Client, now_wall: float) -> None:
+        """Publish a client's presence to the subscribers that may send to it."""
+        payload = f'{{"name": "{client.name}", "since": {now_wall}}}'
+        news = Announcement(self, f"$broker.{what}.{client.name}", payload, client.name)
+        news.client, news.online, news.since = client, client.online, now_wall
+        self._deferred.add(news)
+
+    def publish_in_steps(self, event: Announcement) -> Iterator[None]:
+        """Send an event to its subscribers, to some of them in each step."""
+        if event.client is not None:
+            event.client.shown_online, event.client.shown_since = event.online, event.since
+        envelope = Envelope(
+            Kind.EVENT, 0, BROKER, event.payload.encode(), codec=CodecId.JSON, topic=event.topic
+        )
+        whole = make_frame(encode(envelope))
+        for target in recipients(self._topics, event.topic, len(whole), event.about, event.done):
             if target is None:
                 yield
             elif target.open and not target.retired:
-                _tell(broker, target, whole)
+                self._send_own(target, whole)
 
-
-def announce_presence(broker: Broker, what: str, client: Client, now_wall: float) -> None:
-    """Publish a client's presence to the subscribers that may send to it."""
-    payload = f'{{"name": "{client.name}", "since": {now_wall}}}'
-    news = Announcement(f"$broker.{what}.{client.name}", payload, client.name)
-    news.client, news.online, news.since = client, client.online, now_wall
-    broker.deferred.add(news)
-
-
-def announce(broker: Broker, topic: str, payload: str) -> None:
-    """Publish an event of the broker's own, in turns if it has many subscribers."""
-    broker.deferred.add(Announcement(topic, payload))
-
-
-def _tell(broker: Broker, target: Session, whole: bytes) -> None:
-    if target.outbox.blocked and not target.outbox.reserve(len(whole), broker.outcome_reserve):
-        # The subscriber must not miss an event, and does not read. A closed connection,
-        # which it notices, is better than a gap, which it does not.
-        broker.close(target, "it asked for presence and does not read", cut=True)
-    else:
-        broker.pass_on(target, whole)
+    def _send_own(self, target: Session, whole: bytes) -> None:
+        if target.outbox.blocked and not target.outbox.reserve(len(whole), self._replies.reserve):
+            # The subscriber must not miss an event, and does not read. A closed connection,
+            # which it notices, is better than a gap, which it does not.
+            self._replies.close(target, "it asked for presence and does not read", cut=True)
+        else:
+            self._replies.pass_on(target, whole)
 
 
 def recipients(
-    broker: Broker,
+    topics: Topics[Session],
     topic: str,
     size: int,
     about: str | None = None,
@@ -269,7 +290,7 @@ def recipients(
     # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
     while True:
-        found, _ = broker.topics.search(topic, owner, _NODES)
+        found, _ = topics.search(topic, owner, _NODES)
         if found is not None:
             break
         yield None

@@ -1,8 +1,7 @@
 """Goaway: the last steps of a session that the broker is about to close.
 
-The session receives a notice, finishes, and then receives nothing more. These are
-functions of the broker (:mod:`brokerd.core.broker`). The rules are from
-docs/protocol.md, "Going away".
+The session receives a notice, finishes, and then receives nothing more. The rules are
+from docs/protocol.md, "Going away".
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from brokerd.core.delivery import forget_requests
 from brokerd.core.events import recipients
 from brokerd_client.wire.envelope import (
     BROKER,
@@ -25,22 +23,23 @@ from brokerd_client.wire.envelope import (
 from brokerd_client.wire.framing import frame as make_frame
 
 if TYPE_CHECKING:
-    from brokerd.core.broker import Broker
+    from brokerd.core.exchange import Exchange
+    from brokerd.core.held_senders import HeldSenders
     from brokerd.core.outbox import Outbox
+    from brokerd.core.replies import Replies
+    from brokerd.core.reports import Reports
+    from brokerd.core.requests import Requests
     from brokerd.core.session import Session
+    from brokerd.core.status import Status
+    from brokerd.core.topics import Topics
 
 __all__ = [
     "DRAINING",
+    "Goaway",
     "Marks",
     "add_reason",
-    "drain_in_steps",
-    "has_finished",
     "mark",
-    "mute",
-    "part",
     "reason_frame",
-    "retire",
-    "tell",
 ]
 
 #: The topic of the event that announces the end of the connection.
@@ -55,34 +54,117 @@ _EVENT: Final = make_frame(
 Marks: TypeAlias = "list[tuple[Session, Outbox, int]]"
 
 
-def drain_in_steps(broker: Broker) -> Iterator[None]:
-    """Begin a drain: refuse new messages, send the notices, and release held senders.
+class Goaway:
+    """Ends sessions gracefully, one or all of them.
 
-    It yields after each step.
+    finishing: sessions that wait for the reply to ``finished``.
     """
-    if broker.draining:
-        return
-    broker.draining = True
-    broker.generation += 1
-    for recipient in recipients(broker, DRAINING, len(_EVENT)):
-        if recipient is not None and recipient.open:
-            tell(broker, recipient)
-        yield
-    for session in [session for session in broker.exchange.sessions() if session.goaway]:
-        if session.open:
-            tell(broker, session)
-        yield
-    # The message of a sender that was held for a full queue is refused now.
-    for session in broker.held():
-        broker.release(session)
-        yield
 
+    def __init__(
+        self,
+        exchange: Exchange,
+        topics: Topics[Session],
+        status: Status,
+        requests: Requests,
+        replies: Replies,
+        held: HeldSenders,
+        reports: Reports,
+    ) -> None:
+        self._exchange = exchange
+        self._topics = topics
+        self._status = status
+        self._requests = requests
+        self._replies = replies
+        self._held = held
+        self._reports = reports
+        self.finishing: dict[Session, None] = {}
 
-def tell(broker: Broker, session: Session) -> None:
-    """Send a session the goaway notice, once."""
-    if not session.told:
-        session.told = True
-        broker.pass_on(session, _EVENT)
+    def drain_in_steps(self) -> Iterator[None]:
+        """Begin a drain: refuse new messages, send the notices, and release held senders.
+
+        It yields after each step.
+        """
+        if self._status.draining:
+            return
+        self._status.draining = True
+        self._status.generation += 1
+        for recipient in recipients(self._topics, DRAINING, len(_EVENT)):
+            if recipient is not None and recipient.open:
+                self.tell(recipient)
+            yield
+        for session in [session for session in self._exchange.sessions() if session.goaway]:
+            if session.open:
+                self.tell(session)
+            yield
+        # The message of a sender that was held for a full queue is refused now.
+        for session in list(self._held.deadlines):
+            self._held.release(session)
+            yield
+
+    def tell(self, session: Session) -> None:
+        """Send a session the goaway notice, once."""
+        if not session.told:
+            session.told = True
+            self._replies.pass_on(session, _EVENT)
+
+    def part(self, session: Session) -> None:
+        """Refuse a session's new messages and send the notice, if it asked for one."""
+        session.parting = session.goaway
+        if session.goaway:
+            self.tell(session)
+
+    def retire(self, session: Session) -> None:
+        """Stop all deliveries to a session: no name, topic or pending request finds it."""
+        if session.retired or not session.open:
+            return
+        session.retired = True
+        session.client.remove(session)
+        self._topics.leave(session, session.subscriptions)
+        session.subscriptions.clear()
+        self._topics.abandon(session)
+        self._requests.end_all(session)
+        self._held.release_waiters(session)
+
+    def mute(self, session: Session) -> None:
+        """Send a session nothing more.
+
+        Its further frames are delivered where possible, else counted as lost.
+        """
+        self.retire(session)
+        session.mute = True
+
+    def has_finished(self, session: Session) -> bool:
+        """Return whether every frame of a session has been written or reported.
+
+        It has not finished while another client still waits for its answer. A client that
+        has sent ``finished`` itself does not wait.
+        """
+        if _owes(session.incoming_requests.values()):
+            return False
+        marks = session.marks
+        if marks is None or not all(other.open for other, _, _ in marks):
+            # Frames that waited for a closed connection are being reported, or wait for
+            # another connection of the same client.
+            if self._reports:
+                return False
+            marks = None
+        if marks is None or (not marks and session.marked_at != session.messages_in):
+            marks = mark(session)
+            session.marked_at = session.messages_in
+        session.marks = [each for each in marks if _is_waiting(*each)]
+        return not session.marks
+
+    def answer_finished(self, session: Session) -> bool:
+        """Answer ``finished`` if the session has finished; return whether it has."""
+        assert session.finishing is not None
+        if not self.has_finished(session):
+            return False
+        del self.finishing[session]
+        # A frame delivered from now on might arrive after the client has closed.
+        self.retire(session)
+        self._replies.reply(session, session.finishing, {})
+        session.finished = True
+        return True
 
 
 def add_reason(session: Session, code: ErrorCode, why: str) -> None:
@@ -101,35 +183,6 @@ def reason_frame(code: ErrorCode, why: str) -> bytes:
     return make_frame(encode(Envelope(Kind.ERROR, 0, BROKER, payload, codec=CodecId.JSON)))
 
 
-def part(broker: Broker, session: Session) -> None:
-    """Refuse a session's new messages and send the notice, if it asked for one."""
-    session.parting = session.goaway
-    if session.goaway:
-        tell(broker, session)
-
-
-def retire(broker: Broker, session: Session) -> None:
-    """Stop all deliveries to a session: no name, topic or pending request finds it."""
-    if session.retired or not session.open:
-        return
-    session.retired = True
-    session.client.remove(session)
-    broker.topics.leave(session, session.subscriptions)
-    session.subscriptions.clear()
-    broker.topics.abandon(session)
-    forget_requests(broker, session)
-    broker.release_waiters(session)
-
-
-def mute(broker: Broker, session: Session) -> None:
-    """Send a session nothing more.
-
-    Its further frames are delivered where possible, else counted as lost.
-    """
-    retire(broker, session)
-    session.mute = True
-
-
 def mark(session: Session) -> Marks:
     """Return the outboxes with frames of this session, and how far they must write."""
     return [
@@ -138,28 +191,6 @@ def mark(session: Session) -> Marks:
         for other in client.sessions.values()
         if other is not session and other.outbox.waiting
     ]
-
-
-def has_finished(broker: Broker, session: Session) -> bool:
-    """Return whether every frame of a session has been written or reported.
-
-    It has not finished while another client still waits for its answer. A client that
-    has sent ``finished`` itself does not wait.
-    """
-    if _owes(session.incoming_requests.values()):
-        return False
-    marks = session.marks
-    if marks is None or not all(other.open for other, _, _ in marks):
-        # Frames that waited for a closed connection are being reported, or wait for
-        # another connection of the same client.
-        if broker.owes_answers:
-            return False
-        marks = None
-    if marks is None or (not marks and session.marked_at != session.messages_in):
-        marks = mark(session)
-        session.marked_at = session.messages_in
-    session.marks = [each for each in marks if _is_waiting(*each)]
-    return not session.marks
 
 
 def _is_waiting(session: Session, outbox: Outbox, size: int) -> bool:

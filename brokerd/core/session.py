@@ -9,7 +9,6 @@ from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
 
 if TYPE_CHECKING:
     from brokerd.core.allowance import Allowance
-    from brokerd.core.broker import Broker
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
     from brokerd.core.goaway import Marks
@@ -166,25 +165,33 @@ class Session:
         self.bytes_in = 0
         self.errors_in = 0
 
+    @property
+    def needs_slow_path(self) -> bool:
+        """Whether the broker, and not the routing loop, must see each of its frames.
+
+        It must while it is handling a frame: that frame goes back to the broker, not
+        past it. It also must while the connection is about to end.
+        """
+        return self.charged or self.parting or self.mute
+
     def caches(
-        self, broker: Broker
+        self, generation: int, topics_version: int
     ) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
         """Return the routing loop's caches, emptied where they are stale.
 
         They are the route entry of each recipient, and the outboxes of each topic.
-        Both are empty while the broker is handling a frame of this session. That frame
-        then goes back to the broker, not past it. They are also empty for a connection
-        that is about to end.
+
+        generation, topics_version: the numbers of the rules and subscriptions in force.
         """
-        if self.charged or self.parting or self.mute:
+        if self.needs_slow_path:
             return {}, {}
-        if self.generation != broker.generation:
-            self.generation = broker.generation
+        if self.generation != generation:
+            self.generation = generation
             self.routes.clear()
             self.fanouts.clear()
             self.widest = 0
-        if self.topics_version != broker.topics.version:
-            self.topics_version = broker.topics.version
+        if self.topics_version != topics_version:
+            self.topics_version = topics_version
             self.fanouts.clear()
             self.widest = 0
         return self.routes, self.fanouts

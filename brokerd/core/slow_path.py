@@ -29,26 +29,26 @@ def handle_slow_path(
     broker: Broker, source: Session, buffer: memoryview, position: int, end: int, now: float
 ) -> tuple[int, RoutingResult]:
     """Handle the one frame at ``position``; return the same pair as feed does."""
-    if not broker.turn_budget:
+    if not broker.turn.budget:
         return position, RoutingResult.YIELD
-    broker.turn_budget -= 1
+    broker.turn.budget -= 1
     try:
         span = frame_span(buffer, position, end)
     except BadLength as error:
-        return end, broker.malformed(source, 0, str(error))
+        return end, broker.replies.malformed(source, 0, str(error))
     if span is None:
         return position, RoutingResult.CONSUMED
     first, size = span
     stop = first + size
     if size < _HEADER_SIZE:
-        return end, broker.malformed(
+        return end, broker.replies.malformed(
             source, 0, f"a broker frame has at least {_HEADER_SIZE} bytes; this one has {size}"
         )
     if end - first < _HEADER_SIZE:
         return position, RoutingResult.CONSUMED
     kind, _, _, name_size, message_id = HEADER.unpack_from(buffer, first)
     payload = size - _HEADER_SIZE - name_size
-    if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.limits.max_message:
+    if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.status.limits.max_message:
         named = first + _HEADER_SIZE + name_size
         if end < named:
             return position, RoutingResult.CONSUMED

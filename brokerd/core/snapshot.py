@@ -91,28 +91,28 @@ def capture(
         now: as for ``handle``; times are captured in seconds relative to it.
         copier: state that it has copied is left out.
     """
-    settled = not (broker.touched or broker.released or broker.admin_commands)
+    settled = not (broker.touched or broker.held.released or broker.operations.admin_commands)
     assert settled, "what is decided is carried out first"
     snapshot = Snapshot()
     copier = copier or Copier(broker)
-    leaving = list(broker._leaving)
+    leaving = broker.reports.closed_sessions()
     index = {session: position for position, session in enumerate(sessions)}
     copied = snapshot.copied = set(filter(copier.is_as_copied, index))
     for session, _ in leaving:
         index[session] = len(index)
     snapshot.facts = {
-        "started_at": broker.started_at,
-        "upgrades": broker.upgrades,
+        "started_at": broker.status.started_at,
+        "upgrades": broker.status.upgrades,
         "next_number": next(broker._order),
-        "dropped": broker.dropped,
-        "refused": dict(broker.refused),
-        "totals": dict(broker.totals),
-        "given_back": dict(broker.returned),
+        "dropped": broker.replies.dropped,
+        "refused": dict(broker.replies.refused),
+        "totals": dict(broker.status.totals),
+        "given_back": dict(broker.replies.returned),
         "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
         "clients": {
             client.name: _client(client, now)
             for client in broker.exchange.clients.values()
-            if not _is_known(client, broker.started_at, copier)
+            if not _is_known(client, broker.status.started_at, copier)
         },
         "sessions": [
             session.number if session in copied else _session(broker, session, index, now, copier)
@@ -129,7 +129,7 @@ def capture(
                 index[_holder(session)],
                 None if deadline == float("inf") else deadline - now,
             ]
-            for session, deadline in broker._held.items()
+            for session, deadline in broker.held.deadlines.items()
         ],
         "leaving": [
             [index[session], _queue(queue, index, snapshot), _timed(queue, now)]
@@ -349,16 +349,16 @@ def restore(
             fresh.append(position)
             if type(number) is int:
                 facts["sessions"][position], facts["outboxes"][position] = copies.idle[number]
-    broker.started_at = facts["started_at"]
-    broker.upgrades = facts["upgrades"] + 1
+    broker.status.started_at = facts["started_at"]
+    broker.status.upgrades = facts["upgrades"] + 1
     broker._order = itertools.count(facts["next_number"])
-    broker.dropped = facts["dropped"]
-    broker.refused = Counter(facts["refused"])
-    broker.totals = Counter(facts["totals"])
-    broker.returned = Counter(facts["given_back"])
+    broker.replies.dropped = facts["dropped"]
+    broker.replies.refused = Counter(facts["refused"])
+    broker.status.totals = Counter(facts["totals"])
+    broker.replies.returned = Counter(facts["given_back"])
     for client in broker.exchange.clients.values():
         if client.name not in copies.clients:
-            client.changed_at = client.shown_since = broker.started_at
+            client.changed_at = client.shown_since = broker.status.started_at
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
     # Clients whose names are not configured, any more or for this connection. The key
@@ -408,7 +408,7 @@ def restore(
             (message_id, address): now + left for message_id, address, left in each["expiring"]
         }
         for (message_id, address), deadline in session.expiring.items():
-            broker.deadlines.add(deadline, (session, message_id, address))
+            broker.requests.deadlines.add(deadline, (session, message_id, address))
         if each["reached_by_event"] is not None:
             session.reached_by_event = dict.fromkeys(
                 sessions[other] for other in each["reached_by_event"]
@@ -439,14 +439,13 @@ def restore(
     for each in facts["deferred"]:
         _restore_job(broker, each, sessions)
     for source, target, left in facts["held"]:
-        sessions[source].held_by = sessions[target]
-        sessions[target].waiters[sessions[source]] = None
         # The sender may have been about to be released together with other senders.
-        broker.releasing.setdefault(sessions[target], []).insert(0, sessions[source])
-        broker._held[sessions[source]] = float("inf") if left is None else now + left
+        broker.held.release_first(sessions[source], sessions[target])
+        until = float("inf") if left is None else now + left
+        broker.held.add(sessions[source], sessions[target], until)
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)
-        broker._leaving.append((sessions[position], Unsent(iter(queue), len(items))))
+        broker.reports.add(sessions[position], Unsent(iter(queue), len(items)))
     copies.drop_rest()
     return sessions[:open_count]
 
@@ -505,11 +504,11 @@ def _restore_client(client: Client | None, facts: Facts, now: float) -> None:
 def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
     if facts["question"] is not None:
         source, message_id, op = facts["question"]
-        broker.asking.add(sessions[source])
-        broker.deferred.jobs.append(Question(sessions[source], message_id, op, {}))
+        broker.operations.asking.add(sessions[source])
+        broker.deferred.jobs.append(Question(broker.operations, sessions[source], message_id, op))
         return
     topic, payload, about, shown, done = facts["news"]
-    news = Announcement(topic, payload, about)
+    news = Announcement(broker.events, topic, payload, about)
     news.done = dict.fromkeys(sessions[other] for other in done)
     if shown is not None:
         news.client, news.online, news.since = broker.exchange.resolve(shown[0]), shown[1], shown[2]

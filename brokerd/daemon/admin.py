@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from brokerd.core.broker import AdminCommand
-from brokerd.core.operations import reply_to, reply_with
 from brokerd.log.levels import LevelRefused
 from brokerd_client.wire.envelope import BROKER, ErrorCode
 
@@ -45,13 +44,13 @@ class AdminCommands:
         daemon = self._daemon
         asker = order.source.client.name
         if order.op == "drain":
-            reply_to(daemon.broker, order.source, order.id, {"draining": True})
+            daemon.broker.replies.reply(order.source, order.id, {"draining": True})
             daemon.stop_soon(f"asked for by {asker}")
         elif order.op == "log_level":
             self._answer_log_level(order)
         elif order.op == "keys":
             self._answer_in_turns(
-                order, "clients", daemon.key_uses(), {"since": daemon.broker.started_at}
+                order, "clients", daemon.key_uses(), {"since": daemon.broker.status.started_at}
             )
         elif order.op == "upgrade":
             if daemon.on_upgrade is not None:
@@ -60,8 +59,8 @@ class AdminCommands:
                 problems = [
                     "this broker is part of another program, which would have to be replaced"
                 ]
-                reply_to(
-                    daemon.broker, order.source, order.id, {"upgraded": False, "problems": problems}
+                daemon.broker.replies.reply(
+                    order.source, order.id, {"upgraded": False, "problems": problems}
                 )
                 daemon.server.settle()
         else:
@@ -80,7 +79,7 @@ class AdminCommands:
         daemon = self._daemon
         if self._long >= _MOST_LONG:
             message = f"{self._long} long answers are in progress already; ask again later"
-            daemon.broker.refuse(order.source, order.id, ErrorCode.FULL, message, BROKER)
+            daemon.broker.replies.refuse(order.source, order.id, ErrorCode.FULL, message, BROKER)
             daemon.server.settle()
             return
         self._long += 1
@@ -104,7 +103,7 @@ class AdminCommands:
             self._long -= 1
         rest = "".join(f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items())
         payload = f'{{"{name}": [{", ".join(pieces)}]{rest}}}'.encode()
-        reply_with(daemon.broker, order.source, order.id, payload)
+        daemon.broker.replies.reply_json(order.source, order.id, payload)
         daemon.server.settle()
 
     def _answer_log_level(self, order: AdminCommand) -> None:
@@ -120,9 +119,11 @@ class AdminCommands:
                     by=order.source.client.name,
                 )
         except LevelRefused as error:
-            daemon.broker.refuse(order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER)
+            daemon.broker.replies.refuse(
+                order.source, order.id, ErrorCode.UNSUPPORTED, str(error), BROKER
+            )
         else:
-            reply_to(daemon.broker, order.source, order.id, {"levels": daemon.own_log.levels()})
+            daemon.broker.replies.reply(order.source, order.id, {"levels": daemon.own_log.levels()})
         daemon.server.settle()
 
     async def _reload_for(self, order: AdminCommand, reason: str) -> None:
@@ -131,8 +132,7 @@ class AdminCommands:
         outcome = await daemon.reloading.run(reason, dry_run=dry_run)
         # Before bytes are written: a client that this reload disconnects must still get
         # its answer.
-        reply_to(
-            daemon.broker,
+        daemon.broker.replies.reply(
             order.source,
             order.id,
             outcome.as_reply(daemon.config.path, dry_run=dry_run),

@@ -24,7 +24,6 @@ from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
 from brokerd.core.broker import AdminCommand, Broker, CoreLimits
-from brokerd.core.operations import stats
 from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.daemon.admin import AdminCommands
@@ -96,7 +95,7 @@ class Daemon:
             routing=routing.NAME,
             now_wall=time.time(),
         )
-        self.reloads = ReloadCounts(self.broker.started_at)
+        self.reloads = ReloadCounts(self.broker.status.started_at)
         self._server: Server | None = None
         self._monitor = Switch(
             Sources(
@@ -178,7 +177,7 @@ class Daemon:
     @property
     def not_ready(self) -> str:
         """The reason why no new client should be sent here, or ""."""
-        if self._stopping is not None or self.broker.draining:
+        if self._stopping is not None or self.broker.status.draining:
             return "the broker is draining"
         return "" if self.addresses else "the broker is starting"
 
@@ -262,7 +261,7 @@ class Daemon:
         """Return the broker's state as a line for people."""
         assert self._server is not None
         connections, handshakes = len(self._server.connections), self._server.handshakes
-        messages = self.broker.totals["messages_in"] + sum(
+        messages = self.broker.status.totals["messages_in"] + sum(
             connection.session.messages_in for connection in self._server.connections
         )
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
@@ -430,7 +429,7 @@ class Daemon:
         # Last: an administrator that must be disconnected gets its answer before
         # connections close.
         for session, why in leaving:
-            self.broker.close(session, why, code=ErrorCode.KEY_REMOVED)
+            self.broker.replies.close(session, why, code=ErrorCode.KEY_REMOVED)
         return ReloadOutcome(fields, warnings=prepared.warnings)
 
     async def _look_after_files(self) -> None:
@@ -520,7 +519,7 @@ class Daemon:
                 self.log.info(
                     "daemon.stopped",
                     **drained._asdict(),
-                    messages=self.broker.totals["messages_in"],
+                    messages=self.broker.status.totals["messages_in"],
                 )
         finally:
             self._monitor.off()
@@ -539,7 +538,7 @@ class Daemon:
 
     def stats(self) -> dict[str, Any]:
         """Return the answer to the `$broker` operation ``stats``."""
-        return stats(self.broker)
+        return self.broker.operations.stats()
 
     def key_uses(self) -> Iterator[dict[str, Any]]:
         """Yield each client's keys with their ids, times and uses.

@@ -138,7 +138,7 @@ async def take(sources: Sources, departed: Departed | None) -> Reading:
     """
     broker = sources.broker
     connections = list(sources.server().connections)
-    totals = broker.totals
+    totals = broker.status.totals
     reading = Reading(
         counts=Counts(
             *(
@@ -146,8 +146,8 @@ async def take(sources: Sources, departed: Departed | None) -> Reading:
                 for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out")
             )
         ),
-        refused=Counter(broker.refused),
-        dropped=broker.dropped,
+        refused=Counter(broker.replies.refused),
+        dropped=broker.replies.dropped,
         connections=len(connections),
     )
     if departed is not None:

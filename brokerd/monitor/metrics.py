@@ -48,16 +48,20 @@ def of_the_broker(
     info = InfoMetricFamily(
         "brokerd_build", "The version, the routing loop that runs and the version of Python."
     )
-    info.add_metric([], {"version": broker.version, "routing": broker.routing, "python": python})
+    info.add_metric(
+        [], {"version": broker.status.version, "routing": broker.status.routing, "python": python}
+    )
     return [
         info,
         _gauge(
             "start_time_seconds",
             "When the broker started, in seconds since the epoch.",
-            broker.started_at,
+            broker.status.started_at,
         ),
         _counter(
-            "upgrades", "Times the broker has replaced itself since it started.", broker.upgrades
+            "upgrades",
+            "Times the broker has replaced itself since it started.",
+            broker.status.upgrades,
         ),
         _gauge(
             "ready",

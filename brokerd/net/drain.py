@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from brokerd.core.goaway import drain_in_steps
 from brokerd.net.graceful_close import Parting, Turns
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ class Draining:
         self._connections.on_leaving = self._on_leaving
         context.settlement.has_turns = False
         self._deadline = self._loop.time() + timeout_s
-        self._before = self._broker.returned.copy()
+        self._before = self._broker.replies.returned.copy()
         self._parting = Parting(context, lambda connection: True, "the broker is shutting down")
         self._turns = Turns(self._loop)
         #: For each session with a filled outbox: the number of frames that wait, and of
@@ -87,7 +86,7 @@ class Draining:
         """Close every connection gracefully; return the result."""
         broker, connections = self._broker, self._connections
         self._stop_accepting()
-        for _ in drain_in_steps(broker):
+        for _ in broker.goaway.drain_in_steps():
             self._settle()
             await self._turns.yield_if_due()
         self._settle()
@@ -107,13 +106,13 @@ class Draining:
                 connection.lost("the broker stopped")
                 await self._turns.yield_if_due()
         cut_off = slow + self._cut_off_all()
-        returned = broker.returned - self._before
+        returned = broker.replies.returned - self._before
         # An error that its sender has not read has reported nothing.
-        reported = max(0, returned["reported"] - broker.unheard["offline"])
+        reported = max(0, returned["reported"] - broker.reports.unheard["offline"])
         lost = (
             returned["lost"]
-            + broker.unheard.total()
-            + broker.deferred_reports
+            + broker.reports.unheard.total()
+            + len(broker.reports)
             + self._parting.counted
         )
         return Drained(cut_off, self._flushed, reported, lost)
@@ -162,12 +161,12 @@ class Draining:
         """
         broker = self._broker
         until = self._loop.time() + _TELL
-        while broker.owes_answers and self._loop.time() < until:
+        while broker.reports and self._loop.time() < until:
             broker.run_deferred(_SLICE)
             self._settle()
             await asyncio.sleep(0)
-        for session in list(broker.finishing):
-            broker.answer_finished(session)
+        for session in list(broker.goaway.finishing):
+            broker.goaway.answer_finished(session)
         await self._parting.end(until)
         self._settle()
         await self._is_empty_within(_WRITE)

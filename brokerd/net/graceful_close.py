@@ -13,7 +13,6 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from brokerd.core.goaway import has_finished, part
 from brokerd_client.wire.envelope import ErrorCode
 
 if TYPE_CHECKING:
@@ -83,12 +82,12 @@ class Finishing:
         broker, loop = self._broker, self._loop
         self._timer = None
         began = loop.time()
-        self._left = self._left or list(broker.finishing)
+        self._left = self._left or list(broker.goaway.finishing)
         while self._left and loop.time() < began + _TURN:
             session = self._left.pop()
-            if session in broker.finishing:
-                broker.answer_finished(session)
-        if broker.finishing:
+            if session in broker.goaway.finishing:
+                broker.goaway.answer_finished(session)
+        if broker.goaway.finishing:
             pause = 0.0 if self._left else max(_LOOK_AGAIN, _COST * (loop.time() - began))
             self._timer = loop.call_later(pause, self._look)
         self._settle()
@@ -144,11 +143,11 @@ class Parting:
     def _go_on(self, connection: Connection, fed: set[Client] | None) -> None:
         session = connection.session
         if session.goaway and not session.told:
-            part(self._broker, session)
+            self._broker.goaway.part(session)
         if session.mute:
             self._feed(session)
             if self._is_silent(connection):
-                self._broker.close(session, self._why)
+                self._broker.replies.close(session, self._why)
         elif session.goaway:
             # A well-behaved client closes by itself; a finished client that stays is
             # half-closed.
@@ -157,8 +156,12 @@ class Parting:
                 connection.half_close(self._why)
         else:
             self._feed(session)
-            asks = bool(session.outgoing_requests) or session in self._broker.asking
-            ready = not session.outbox.waiting and not asks and has_finished(self._broker, session)
+            asks = bool(session.outgoing_requests) or session in self._broker.operations.asking
+            ready = (
+                not session.outbox.waiting
+                and not asks
+                and self._broker.goaway.has_finished(session)
+            )
             last = not session.recipients and (fed is None or session.client in fed)
             if ready and not last and not self._reads_on(connection):
                 connection.half_close(self._why)
@@ -199,7 +202,9 @@ class Parting:
                 return
             if not connection.closed and not connection.session.closing:
                 self.count_unread(connection)
-                self._broker.close(connection.session, self._why, code=ErrorCode.SHUTTING_DOWN)
+                self._broker.replies.close(
+                    connection.session, self._why, code=ErrorCode.SHUTTING_DOWN
+                )
                 self._context.settlement.settle()
                 await self._turns.yield_if_due()
 

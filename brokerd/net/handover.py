@@ -20,7 +20,6 @@ from typing import Any, Final
 
 from brokerd.config.values import Key, ListenConfig, Source
 from brokerd.core import snapshot
-from brokerd.core.events import announce
 from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
@@ -512,15 +511,16 @@ class RestoredState:
         unauthorized_connections = self._ahead.unauthorized_connections
         for connection in self._idle:
             if connection in unauthorized_connections:
-                server.broker.close(
+                server.broker.replies.close(
                     connection.session,
                     unauthorized_connections[connection],
                     code=ErrorCode.KEY_REMOVED,
                 )
         for connection, why in server.reasons(self._fresh):
-            server.broker.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
+            server.broker.replies.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
         self._ahead.close_rest()
-        announce(server.broker, "$broker.upgraded", json.dumps({"version": server.broker.version}))
+        payload = json.dumps({"version": server.broker.status.version})
+        server.broker.events.announce("$broker.upgraded", payload)
         server.settle()
 
     def _begin_with(self, connection: Connection) -> None:

@@ -307,7 +307,7 @@ class Server:
                     return None
             there, leaving = self.broker.place_for(name)
         if not there:
-            return _DRAINING if self.broker.draining else TAKEN
+            return _DRAINING if self.broker.status.draining else TAKEN
         if leaving is not None:
             leaving.connection.end(ErrorCode.REPLACED, "replaced by a new connection")
         return ""

@@ -110,7 +110,7 @@ class Settlement:
         for _ in range(min(_CLOSES, len(self._put_off))):
             session = self._put_off.popleft()
             if session.open:
-                self._broker.touch(session)
+                self._broker.replies.touch(session)
         if self._put_off:
             self._closing_on = True
             self._loop.call_soon(self._close_on)
@@ -125,24 +125,23 @@ class Settlement:
         self._settling = True
         broker = self._broker
         try:
-            while broker.touched or broker.released:
+            while broker.touched or broker.held.released:
                 self.write_touched()
-                released, broker.released = broker.released, []
-                for session in released:
+                for session in broker.held.take_released():
                     if session.open:
                         session.connection.resume()
         finally:
             self._settling = False
-        if broker.log_events:
-            report(broker.log_events.take(), self._log_limiter)
-        while broker.admin_commands:
-            self._on_admin_command(broker.admin_commands.pop(0))
+        if broker.replies.log_events:
+            report(broker.replies.log_events.take(), self._log_limiter)
+        while broker.operations.admin_commands:
+            self._on_admin_command(broker.operations.admin_commands.pop(0))
         if broker.has_deferred_work and not self._running_deferred:
             self._running_deferred = True
             self._loop.call_soon(self._run_deferred)
         if broker.has_deadlines or self._tick is not None:
             self._set_timer()
-        if broker.finishing:
+        if broker.goaway.finishing:
             self._finishing.look_soon()
 
     def _run_deferred(self) -> None:

@@ -19,7 +19,6 @@ from typing import Final, Self
 
 from brokerd import __version__
 from brokerd.config.values import ListenConfig
-from brokerd.core.operations import reply_to
 from brokerd.core.snapshot import Pieces
 from brokerd.core.snapshot_check import check_counts
 from brokerd.daemon import garbage
@@ -172,7 +171,7 @@ class UpgradeTarget:
         if facts["asked_by"] is not None:
             position, message_id = facts["asked_by"]
             reply = {"upgraded": True, "problems": [], "version": __version__, **told}
-            reply_to(server.broker, restored.sessions[position], message_id, reply)
+            server.broker.replies.reply(restored.sessions[position], message_id, reply)
             server.settle()
         return told
 

@@ -27,7 +27,6 @@ from structlog.typing import FilteringBoundLogger
 
 from brokerd import __version__
 from brokerd.core.broker import AdminCommand
-from brokerd.core.operations import reply_to
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import in_words
@@ -216,8 +215,7 @@ class UpgradeSource:
         daemon = self._daemon
         log.warning("daemon.upgrade_failed", problem=problem)
         if order is not None:
-            reply_to(
-                daemon.broker,
+            daemon.broker.replies.reply(
                 order.source,
                 order.id,
                 {"upgraded": False, "problems": problem.splitlines()},

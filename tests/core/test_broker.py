@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core import broker as broker_module
 from brokerd.core import events as events_module
+from brokerd.core import replies as replies_module
 from brokerd.core.allowance import Allowance
 from brokerd.core.broker import CoreLimits
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
@@ -97,7 +97,7 @@ def test_what_can_not_be_delivered_comes_back(
     content = json.loads(error.payload)
     assert (content["code"], content["name"]) == (code, to)
     assert content["message"]
-    assert net.broker.refused == {code: 1}
+    assert net.broker.replies.refused == {code: 1}
 
 
 @KINDS
@@ -346,7 +346,7 @@ def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_f
     ann = net.connect("ann")
     ann.send(Envelope(Kind.ERROR, 5, BROKER, b"{}"))
     assert ann.take() == []
-    assert net.broker.dropped == 1
+    assert net.broker.replies.dropped == 1
     ann.send(Envelope(Kind.ERROR, 5, BROKER, b"{}", flags=Flag.RECEIPT))
     assert ann.error() == (5, "unsupported")
 
@@ -585,7 +585,7 @@ def test_who_is_waited_for_may_go() -> None:
         (2, "offline"),
         (3, "offline"),
     ]
-    assert not net.broker._held
+    assert not net.broker.held.deadlines
 
 
 def test_who_is_held_may_go() -> None:
@@ -627,7 +627,7 @@ def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
     assert ann.error() == (4, "full")
     assert not ann.session.outgoing_requests
     assert not bob.session.incoming_requests
-    assert net.broker.dropped == 4
+    assert net.broker.replies.dropped == 4
     bob.read()
     assert [each.id for each in bob.take()] == [5, 6]
 
@@ -682,7 +682,7 @@ def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
             "bob": client("bob", queue=100, when_full=when_full),
             "cid": client("cid"),
         },
-        net.broker.limits,
+        net.broker.status.limits,
         net.now,
     )
     cid = net.connect("cid")
@@ -697,7 +697,7 @@ def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
     if not bob.gone:
         bob.read()
         assert (b"event" in bob.payloads()) is (when_full is WhenFull.DROP_OLDEST)
-    assert net.broker.dropped == {WhenFull.DROP_OLDEST: 2}.get(when_full, 1)
+    assert net.broker.replies.dropped == {WhenFull.DROP_OLDEST: 2}.get(when_full, 1)
 
 
 def test_an_event_for_many_who_read_is_flushed_first() -> None:
@@ -719,7 +719,7 @@ def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.Monk
     """Answers may exceed the queue by the reserve; then nothing is read from the sender
     until it reads.
     """
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(replies_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.block()
@@ -737,7 +737,7 @@ def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.Monk
 
 def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many errors in one go are written in between."""
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 500)
+    monkeypatch.setattr(replies_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.send_bytes(frame(encode(Envelope(Kind.MESSAGE, 1, "nobody"))) * 100)
@@ -751,7 +751,7 @@ def test_a_closing_client_is_not_waited_for() -> None:
     assert bob.session.closing
     ann.message("bob", b"x" * 21, 3)
     assert ann.error() == (3, "full")
-    net.broker.close(bob.session, "another reason", cut=True)
+    net.broker.replies.close(bob.session, "another reason", cut=True)
     net.settle()
     assert bob.gone == "malformed"
 
@@ -864,7 +864,7 @@ def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None
     bob.ask("subscribe", topic="a")
     ann.publish("a", b"1")
     entries = {"ann": client("ann"), "bob": client("bob", when_full=WhenFull.DROP_OLDEST)}
-    net.broker.reconfigure(entries, net.broker.limits, 0.0)
+    net.broker.reconfigure(entries, net.broker.status.limits, 0.0)
     ann.publish("a", b"2")
     ann.publish("a", b"3")
     assert [event.payload for event in bob.take()] == [b"1", b"2", b"3"]
@@ -954,7 +954,7 @@ def test_a_subscriber_to_presence_that_does_not_read_is_ended(
     """It asked to miss nothing: an end that it can see is better than a gap that it
     can't.
     """
-    monkeypatch.setattr(broker_module, "OUTCOME_RESERVE", 300)
+    monkeypatch.setattr(replies_module, "OUTCOME_RESERVE", 300)
     net = FakeNet(client("ann", queue=100), client("bob"))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>")
@@ -969,7 +969,7 @@ def test_lifecycle_is_told_to_whoever_subscribed() -> None:
     net = FakeNet(client("ann", send_to=[]))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.*")
-    net.broker.reconfigure({"ann": client("ann", send_to=[])}, net.broker.limits, net.now)
+    net.broker.reconfigure({"ann": client("ann", send_to=[])}, net.broker.status.limits, net.now)
     net.broker.drain()
     net.broker.drain()
     net.settle()
@@ -1018,8 +1018,10 @@ def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
         "ann": client("ann", rate=RateConfig(2, None)),
         "bob": client("bob", subscribe=["a.*"]),
     }
-    assert net.broker.reconfigure(changed, net.broker.limits, net.now, differing) == [cid.session]
-    net.broker.close(cid.session, "gone from the configuration")
+    assert net.broker.reconfigure(changed, net.broker.status.limits, net.now, differing) == [
+        cid.session
+    ]
+    net.broker.replies.close(cid.session, "gone from the configuration")
     net.settle()
     assert cid.gone
     for topic in ("a.b", "b", "a.b"):
@@ -1035,8 +1037,8 @@ def test_a_session_ends_once() -> None:
     session = ann.session
     ann.leave()
     net.broker.detach(session, net.now)
-    net.broker.answer(session, Envelope(Kind.RECEIPT, 1, BROKER))
-    net.broker.close(session, "again")
+    net.broker.replies.answer(session, Envelope(Kind.RECEIPT, 1, BROKER))
+    net.broker.replies.close(session, "again")
     net.settle()
     assert session.outbox.waiting == 0
     assert not net.leftovers()
@@ -1090,12 +1092,12 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    assert (broker.has_deferred_work, broker.refused.total()) == (True, 0)
+    assert (broker.has_deferred_work, broker.replies.refused.total()) == (True, 0)
     done = 0
     while broker.has_deferred_work:
         broker.run_deferred(7)
-        assert broker.refused.total() - done <= 7
-        done = broker.refused.total()
+        assert broker.replies.refused.total() - done <= 7
+        done = broker.replies.refused.total()
     net.settle()
     assert [envelope.id for envelope in alice.take()] == [*range(20, 50), *range(20)]
 
@@ -1170,4 +1172,4 @@ def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
     while broker.has_deferred_work:
         broker.run_deferred(3)
     assert new_process.errors_in == 0
-    assert broker.dropped == 7
+    assert broker.replies.dropped == 7

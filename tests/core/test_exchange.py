@@ -216,7 +216,7 @@ def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
     changed = {
         name: client(name, when_full=WhenFull.DROP_OLDEST, queue=100) for name in ("bob", "cid")
     }
-    net.broker.reconfigure({"ann": client("ann"), **changed}, net.broker.limits, net.now)
+    net.broker.reconfigure({"ann": client("ann"), **changed}, net.broker.status.limits, net.now)
     assert isinstance(bob.session.outbox, FrameOutbox)
     assert bob.session.messages_out == 1
     assert bob.session.client.direct is None
@@ -311,7 +311,7 @@ def test_pool_pick_after_a_reload_knows_a_queue_of_the_former_kind() -> None:
     one.block()
     ann.message("bob", b"waits", 1)
     entries = {"ann": client("ann"), "bob": client("bob", connections=2)}
-    net.broker.reconfigure(entries, net.broker.limits, net.now)
+    net.broker.reconfigure(entries, net.broker.status.limits, net.now)
     two = net.connect("bob")
     for id in range(2, 6):
         ann.message("bob", b"x", id)

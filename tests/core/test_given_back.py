@@ -28,14 +28,14 @@ def test_what_is_given_back_is_counted() -> None:
     carol.message("bob", BODY)
     carol.leave()
     assert bob.session.outbox.unsent == 5
-    assert net.broker.deferred_reports == 0
+    assert len(net.broker.reports) == 0
 
     net.broker.detach(bob.session, net.now)
 
-    assert net.broker.deferred_reports == 5
+    assert len(net.broker.reports) == 5
     net.settle()
-    assert net.broker.deferred_reports == 0
-    assert net.broker.returned == {"reported": 2, "lost": 2}
+    assert len(net.broker.reports) == 0
+    assert net.broker.replies.returned == {"reported": 2, "lost": 2}
     assert [envelope.id for envelope in alice.take()] == [0, 2]
 
 
@@ -49,7 +49,7 @@ def test_what_another_member_takes_is_passed_on() -> None:
 
     first.leave()
 
-    assert net.broker.returned == {"passed_on": 1}
+    assert net.broker.replies.returned == {"passed_on": 1}
     assert second.payloads() == [BODY]
 
 

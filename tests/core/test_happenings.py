@@ -23,7 +23,7 @@ def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
     """
     return [
         (each.event, each.session.address, each.other, str(each.code), each.times)
-        for each in net.broker.log_events.take()
+        for each in net.broker.replies.log_events.take()
     ]
 
 
@@ -58,9 +58,9 @@ def test_a_flood_is_one_happening() -> None:
     for _ in range(1000):
         alice.message("bob", b"x")
 
-    (only,) = net.broker.log_events.take()
+    (only,) = net.broker.replies.log_events.take()
     assert (only.times, only.reason) == (1000, "bob is not connected")
-    assert not net.broker.log_events
+    assert not net.broker.replies.log_events
 
 
 def test_what_is_kept_is_bounded() -> None:
@@ -188,7 +188,9 @@ def test_a_subscription_ended_by_new_rules_is_noted() -> None:
     for topic, group in (("a.b", None), ("c", "g"), ("ok", None)):
         alice.op("subscribe", topic=topic, **({} if group is None else {"group": group}))
 
-    net.broker.reconfigure({"alice": client("alice", subscribe=("ok",))}, net.broker.limits, 0.0)
+    net.broker.reconfigure(
+        {"alice": client("alice", subscribe=("ok",))}, net.broker.status.limits, 0.0
+    )
     net.settle()
 
     assert sorted(taken(net)) == [

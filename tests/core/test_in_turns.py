@@ -140,7 +140,9 @@ def test_reload_with_many_subscribers_is_told_in_turns() -> None:
     for peer in peers:
         peer.ask("subscribe", topic="$broker.reloaded")
     net._settling = True
-    net.broker.reconfigure({name: client(name) for name in names}, net.broker.limits, net.now)
+    net.broker.reconfigure(
+        {name: client(name) for name in names}, net.broker.status.limits, net.now
+    )
     assert len(in_turns(net)) > 5
     net._settling = False
     net.settle()
@@ -154,7 +156,7 @@ def limited(net: FakeNet, turn_budget: int) -> list[int]:
     feed, told = net.feed, []
 
     def watched(broker: Any, *rest: Any) -> Any:
-        broker.turn_budget = turn_budget
+        broker.turn.budget = turn_budget
         before = len(broker.touched)
         found = feed(broker, *rest)
         told.append(len(broker.touched) - before)
@@ -235,7 +237,7 @@ def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
     assert not ann.held
     assert len(cid.take()) == 10
     assert [each.kind for each in ann.take()] == [Kind.RECEIPT] * 10
-    assert net.broker.dropped == (1 if when_full is WhenFull.DISCONNECT else 8)
+    assert net.broker.replies.dropped == (1 if when_full is WhenFull.DISCONNECT else 8)
     assert bool(bob.gone) is (when_full is WhenFull.DISCONNECT)
     if not bob.gone:
         bob.read()
@@ -297,6 +299,6 @@ def test_busy_members_of_a_large_group_count_as_work() -> None:
         peer.ask("subscribe", topic="$broker.reloaded", group="g")
         peer.block(1)
         ann.message(name, b"x")
-    steps = list(events_module.recipients(net.broker, "$broker.reloaded", 50))
+    steps = list(events_module.recipients(net.broker.topics, "$broker.reloaded", 50))
     assert len([each for each in steps if each is not None]) == 1
     assert len(steps) > 5

@@ -9,9 +9,10 @@ import pytest
 from support.fake_network import FakeNet, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core import broker as broker_module
 from brokerd.core import delivery
-from brokerd.core.broker import OUTCOME_RESERVE, CoreLimits
+from brokerd.core import held_senders as held_senders_module
+from brokerd.core.broker import CoreLimits
+from brokerd.core.replies import OUTCOME_RESERVE
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind
 
 
@@ -57,7 +58,7 @@ def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(
     bob.leave()
 
     assert [(each.id, error_of(each)) for each in second.take()] == [(1, "offline"), (2, "offline")]
-    assert net.broker.dropped == 2
+    assert net.broker.replies.dropped == 2
 
 
 def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
@@ -185,20 +186,20 @@ def test_a_long_message_that_replaces_many_does_so_in_turns(
     bob.block()
     for number in range(40):
         ann.message("bob", b"x" * 31, number)
-    dropped, counts = net.broker.dropped, []
+    dropped, counts = net.broker.replies.dropped, []
     feed = net.feed
 
     def watched(*arguments: Any) -> Any:
-        before = net.broker.dropped
+        before = net.broker.replies.dropped
         try:
             return feed(*arguments)
         finally:
-            counts.append(net.broker.dropped - before)
+            counts.append(net.broker.replies.dropped - before)
 
     net.feed = watched
     ann.message("bob", b"y" * 1900, 99)
     assert max(counts) == 3
-    assert net.broker.dropped - dropped > 30
+    assert net.broker.replies.dropped - dropped > 30
     bob.read()
     assert [each.id for each in bob.take()][-1] == 99
 
@@ -340,7 +341,7 @@ def test_a_smaller_queue_holds_at_once() -> None:
     ann.message("bob", b"x" * 40, 1)
     ann.message("bob", b"x" * 40, 2)
     smaller = {"ann": client("ann"), "bob": client("bob", queue=150, when_full=WhenFull.REFUSE)}
-    net.broker.reconfigure(smaller, net.broker.limits, net.now)
+    net.broker.reconfigure(smaller, net.broker.status.limits, net.now)
     ann.message("bob", b"", 3)
     ann.message("bob", b"x" * 40, 4)
     assert ann.error() == (4, "full")
@@ -367,8 +368,10 @@ def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
     net = FakeNet(client("ann", requests=1), client("bob"))
     bob, older = net.connect("bob"), net.connect("ann")
     older.request("bob", b"first", 7)
-    net.broker.reconfigure({"bob": client("bob")}, net.broker.limits, net.now)
-    net.broker.reconfigure({"ann": client("ann"), "bob": client("bob")}, net.broker.limits, net.now)
+    net.broker.reconfigure({"bob": client("bob")}, net.broker.status.limits, net.now)
+    net.broker.reconfigure(
+        {"ann": client("ann"), "bob": client("bob")}, net.broker.status.limits, net.now
+    )
     newer = net.connect("ann")
     newer.request("bob", b"second", 7)
 
@@ -387,8 +390,10 @@ def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() ->
     old, bob = net.connect("ann"), net.connect("bob")
     old.request("bob", b"?", 1)
     (outgoing_requests,) = bob.take()
-    net.broker.reconfigure({"bob": client("bob")}, net.broker.limits, net.now)
-    net.broker.reconfigure({"ann": client("ann"), "bob": client("bob")}, net.broker.limits, net.now)
+    net.broker.reconfigure({"bob": client("bob")}, net.broker.status.limits, net.now)
+    net.broker.reconfigure(
+        {"ann": client("ann"), "bob": client("bob")}, net.broker.status.limits, net.now
+    )
     new = net.connect("ann")
     new.request("bob", b"?", 1)
     old.leave()
@@ -405,7 +410,7 @@ def test_very_many_held_senders_are_released_in_turns(
     """Each turn releases a few, those that have waited longest first; every message has
     one outcome.
     """
-    monkeypatch.setattr(broker_module, "_RELEASED", 3)
+    monkeypatch.setattr(held_senders_module, "_RELEASED", 3)
     names = [f"s{number:02}" for number in range(20)]
     net = FakeNet(*map(client, names), client("bob", queue=2000))
     bob = net.connect("bob")
@@ -425,7 +430,7 @@ def test_very_many_held_senders_are_released_in_turns(
     else:
         net.now += 40
         net.broker.tick(net.now)
-    assert len(net.broker.released) == 3
+    assert len(net.broker.held.released) == 3
     net._settling = False
     for _ in range(20):
         net.advance(0)
@@ -435,4 +440,4 @@ def test_very_many_held_senders_are_released_in_turns(
     else:
         codes = {error_of(each) for sender in senders for each in sender.take()}
         assert codes == {"offline" if end == "leave" else "full"}
-    assert not net.broker._held
+    assert not net.broker.held.deadlines

@@ -8,7 +8,7 @@ import pytest
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.goaway import add_reason, drain_in_steps, mute, part, retire
+from brokerd.core.goaway import add_reason
 from brokerd_client.wire.envelope import ErrorCode, Kind
 
 
@@ -26,13 +26,13 @@ def test_drain_in_steps_tells_each_listener_once() -> None:
     ann.ask("goaway")
     ann.ask("subscribe", topic="$broker.draining")
     bob.ask("goaway")
-    steps = drain_in_steps(net.broker)
+    steps = net.broker.goaway.drain_in_steps()
     for _ in range(2):
         next(steps)
     net.broker.detach(bob.session, net.now)
     net.peers.remove(bob)
     list(steps)
-    assert not list(drain_in_steps(net.broker))
+    assert not list(net.broker.goaway.drain_in_steps())
     net.settle()
     assert (topics(ann), topics(cid)) == (["$broker.draining"], [])
 
@@ -48,8 +48,8 @@ def test_parting_session_sends_nothing_new_and_others_do() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     ann.message("bob", b"known")
     ann.ask("goaway")
-    part(net.broker, ann.session)
-    part(net.broker, bob.session)
+    net.broker.goaway.part(ann.session)
+    net.broker.goaway.part(bob.session)
     net.settle()
     ann.take()
     ann.message("bob", b"late", 1)
@@ -68,16 +68,16 @@ def test_finished_waits_for_a_recipient_and_for_what_is_reported() -> None:
     ann.message("bob", b"waits", 1)
     broker.drain()
     ann.op("finished", 9)
-    assert not broker.answer_finished(ann.session)
+    assert not broker.goaway.answer_finished(ann.session)
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    assert not broker.answer_finished(ann.session)
+    assert not broker.goaway.answer_finished(ann.session)
     net.settle()
-    assert broker.answer_finished(ann.session)
+    assert broker.goaway.answer_finished(ann.session)
     net.settle()
     told = [each for each in ann.take() if each.kind is not Kind.EVENT]
     assert [(each.kind, each.id) for each in told] == [(Kind.ERROR, 1), (Kind.REPLY, 9)]
-    assert not broker.finishing
+    assert not broker.goaway.finishing
 
 
 def test_finished_waits_while_an_answer_is_owed_to_one_that_waits() -> None:
@@ -88,10 +88,10 @@ def test_finished_waits_while_an_answer_is_owed_to_one_that_waits() -> None:
     ann.request("bob", b"?", 1)
     broker.drain()
     bob.op("finished", 9)
-    assert not broker.answer_finished(bob.session)
+    assert not broker.goaway.answer_finished(bob.session)
     ann.op("finished", 8)
-    assert broker.answer_finished(bob.session)
-    assert broker.answer_finished(ann.session)
+    assert broker.goaway.answer_finished(bob.session)
+    assert broker.goaway.answer_finished(ann.session)
 
 
 def test_answer_behind_finished_is_waited_for_too() -> None:
@@ -102,11 +102,11 @@ def test_answer_behind_finished_is_waited_for_too() -> None:
     ann.block()
     broker.drain()
     bob.op("finished", 9)
-    assert not broker.answer_finished(bob.session)
+    assert not broker.goaway.answer_finished(bob.session)
     bob.reply("ann", b"!", 1)
-    assert not broker.answer_finished(bob.session)
+    assert not broker.goaway.answer_finished(bob.session)
     ann.read()
-    assert broker.answer_finished(bob.session)
+    assert broker.goaway.answer_finished(bob.session)
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -126,8 +126,8 @@ def test_retired_session_is_found_no_more() -> None:
     net, (ann, bob, cid) = net_of("ann", "bob", "cid")
     bob.ask("subscribe", topic="t")
     bob.request("cid", b"?", 5)
-    retire(net.broker, bob.session)
-    retire(net.broker, bob.session)
+    net.broker.goaway.retire(bob.session)
+    net.broker.goaway.retire(bob.session)
     ann.message("bob", b"", 1)
     ann.publish("t")
     assert ann.error() == (1, "offline")
@@ -143,7 +143,7 @@ def test_retired_session_is_found_no_more() -> None:
 def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     net.broker.drain()
-    mute(net.broker, ann.session)
+    net.broker.goaway.mute(ann.session)
     ann.message("bob", b"delivered", 1, receipt=True)
     ann.request("bob", b"delivered too", 2)
     ann.publish("t", b"to nobody", 3)
@@ -154,7 +154,7 @@ def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
     bob.reply("ann", b"!", 2)
     assert bob.error()[1] == "denied"
     assert ann.take() == []
-    assert net.broker.returned["lost"] == 1
+    assert net.broker.replies.returned["lost"] == 1
 
 
 def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
@@ -162,10 +162,10 @@ def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
     ann.message("bob", b"x", 1)
-    mute(net.broker, ann.session)
+    net.broker.goaway.mute(ann.session)
     bob.leave()
     net.settle()
-    assert (net.broker.returned["lost"], ann.take()) == (1, [])
+    assert (net.broker.replies.returned["lost"], ann.take()) == (1, [])
 
 
 def test_refusals_that_are_not_read_are_counted() -> None:
@@ -176,7 +176,7 @@ def test_refusals_that_are_not_read_are_counted() -> None:
     ann.op("ping", 3)
     ann.leave()
     net.settle()
-    assert dict(net.broker.unheard) == {"no_such_client": 1}
+    assert dict(net.broker.reports.unheard) == {"no_such_client": 1}
 
 
 def test_members_of_a_group_and_pools_are_told_too() -> None:
@@ -189,7 +189,7 @@ def test_members_of_a_group_and_pools_are_told_too() -> None:
     net.settle()
     assert [topics(member) for member in members] == [["$broker.draining"]] * 3
     members[0].op("finished", 1)
-    assert net.broker.answer_finished(members[0].session)
+    assert net.broker.goaway.answer_finished(members[0].session)
     net.settle()
     assert json.loads(members[0].take()[-1].payload) == {}
 
@@ -197,7 +197,7 @@ def test_members_of_a_group_and_pools_are_told_too() -> None:
 def test_reason_of_an_end_is_about_no_message() -> None:
     net, (ann,) = net_of("ann")
     add_reason(ann.session, ErrorCode.REPLACED, "a newer one")
-    net.broker.touch(ann.session)
+    net.broker.replies.touch(ann.session)
     net.settle()
     (told,) = ann.take()
     assert (told.kind, told.id, told.name) == (Kind.ERROR, 0, "$broker")
@@ -214,13 +214,13 @@ def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
     net.broker.detach(ann.session, net.now)
     net.peers.remove(ann)
     net.broker.run_deferred(10)
-    assert (net.broker.unheard, net.broker.returned) == ({}, {})
+    assert (net.broker.reports.unheard, net.broker.replies.returned) == ({}, {})
 
 
 def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session() -> None:
     net, (ann, bob, cid) = net_of("ann", "bob", "cid")
     ann.session.finished = True
-    mute(net.broker, bob.session)
+    net.broker.goaway.mute(bob.session)
     net.broker.detach(cid.session, net.now)
     net.peers.remove(cid)
     for peer in (ann, bob, cid):
@@ -230,6 +230,6 @@ def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session()
 
 def test_close_keeps_the_code_of_the_first_reason() -> None:
     net, (ann,) = net_of("ann")
-    net.broker.close(ann.session, "first", code=ErrorCode.KEY_REMOVED)
-    net.broker.close(ann.session, "second", code=ErrorCode.DISCONNECTED)
+    net.broker.replies.close(ann.session, "first", code=ErrorCode.KEY_REMOVED)
+    net.broker.replies.close(ann.session, "second", code=ErrorCode.DISCONNECTED)
     assert (ann.session.closing, ann.session.closing_code) == ("first", ErrorCode.KEY_REMOVED)

@@ -69,7 +69,7 @@ def test_forbidden_subscriptions_end_in_slices() -> None:
         assert left - len(bob.session.subscriptions) <= 7
         left = len(bob.session.subscriptions)
     assert bob.session.subscriptions == {("t.7", None), ("t.8", None)}
-    assert {each.event for each in net.broker.log_events.take()} == {"client.unsubscribed"}
+    assert {each.event for each in net.broker.replies.log_events.take()} == {"client.unsubscribed"}
 
 
 def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
@@ -81,7 +81,7 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
         bob.ask("subscribe", topic="a", group=f"g{number}")
     bob.ask("subscribe", topic="b.>")
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic="a"))))
-    net.broker.turn_budget = 1
+    net.broker.turn.budget = 1
     while (
         not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups
     ):
@@ -89,9 +89,9 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
             0,
             RoutingResult.YIELD,
         )
-        net.broker.turn_budget = 1
+        net.broker.turn.budget = 1
     reload(net, bob=["b.>"])
-    net.broker.turn_budget = -1
+    net.broker.turn.budget = -1
     assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
         len(data),
         RoutingResult.CONSUMED,

@@ -183,7 +183,7 @@ def test_an_administrators_operation_is_denied_to_others(op: str, flags: int) ->
     answers = eve.take()
     assert answers[-1].kind is Kind.ERROR
     assert json.loads(answers[-1].payload)["code"] == "denied"
-    assert not net.broker.admin_commands
+    assert not net.broker.operations.admin_commands
     assert not peers["bob"].gone
 
 
@@ -197,8 +197,8 @@ def test_only_a_request_is_an_operation(kind: Kind) -> None:
         Envelope(kind, 5, "" if kind is Kind.EVENT else BROKER, payload, codec=2, topic="a")
     )
 
-    assert not net.broker.admin_commands
-    assert not net.broker.draining
+    assert not net.broker.operations.admin_commands
+    assert not net.broker.status.draining
 
 
 @pytest.mark.parametrize("claim", ["bob", "friend", "$broker", "eve/0", "root"])
@@ -243,7 +243,9 @@ def test_a_remembered_route_does_not_outlive_the_right() -> None:
         eve.message("bob", b"still")
     assert len(bob.take()) == 3
     entries = {name: peer.session.client.config for name, peer in peers.items()}
-    net.broker.reconfigure(entries | {"eve": client("eve", send_to=())}, net.broker.limits, 0.0)
+    net.broker.reconfigure(
+        entries | {"eve": client("eve", send_to=())}, net.broker.status.limits, 0.0
+    )
     bob.take()
 
     eve.send_bytes(

@@ -259,10 +259,10 @@ def test_a_remembered_route_ends_when_things_change(feed: Feed) -> None:
     ann.message("bob", b"4", 4)
     assert bob2.payloads() == [b"4"]
     denied = {"ann": client("ann", send_to=[]), "bob": client("bob")}
-    net.broker.reconfigure(denied, net.broker.limits, net.now)
+    net.broker.reconfigure(denied, net.broker.status.limits, net.now)
     ann.message("bob", b"5", 5)
     assert ann.error() == (5, "denied")
-    net.broker.reconfigure({**denied, "ann": client("ann")}, net.broker.limits, net.now)
+    net.broker.reconfigure({**denied, "ann": client("ann")}, net.broker.status.limits, net.now)
     ann.message("bob", b"6", 6)
     net.broker.drain()
     ann.message("bob", b"7", 7)
@@ -294,12 +294,12 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
     ping = frame(encode(Envelope(Kind.REQUEST, 1, BROKER, b'{"op": "ping"}', codec=2)))
     message = frame(encode(Envelope(Kind.MESSAGE, 2, "bob", b"x")))
     data = memoryview((ping + message * 5) * 4)
-    net.broker.turn_budget = 3
+    net.broker.turn.budget = 3
 
     position, verdict = feed(net.broker, ann.session, data, 0, len(data), 0.0)
 
     assert (position, verdict) == (3 * len(data) // 4, RoutingResult.YIELD)
-    net.broker.turn_budget = 3
+    net.broker.turn.budget = 3
     assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (
         len(data),
         RoutingResult.CONSUMED,
@@ -328,7 +328,7 @@ def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None
     data = memoryview(b"".join(events))
     position, turns = 0, 0
     while position < len(data):
-        net.broker.turn_budget = 8
+        net.broker.turn.budget = 8
         position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
         turns += verdict is RoutingResult.YIELD
     net.settle()
@@ -354,7 +354,7 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     )
     position, turns = 0, 0
     while position < len(data):
-        net.broker.turn_budget = 8
+        net.broker.turn.budget = 8
         position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
         turns += verdict is RoutingResult.YIELD
         search = net.broker.topics._searches.get(ann.session)
@@ -386,12 +386,12 @@ def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: 
     costs = []
     for topic in ("nobody", ".".join("a" * 10) + ".x", "t", "t"):
         data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=topic))))
-        net.broker.turn_budget = 100
+        net.broker.turn.budget = 100
         assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
             len(data),
             RoutingResult.CONSUMED,
         )
-        costs.append(99 - net.broker.turn_budget)
+        costs.append(99 - net.broker.turn.budget)
     # Who was found is remembered; a pool's members are gone through all the same.
     assert costs[0] == 0
     assert costs[1] == 2047 // 64
@@ -405,7 +405,7 @@ def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=".".join("a" * 128)))))
     for number in range(127):
         net.broker.topics.add(".".join("a" * (number + 1)) + ".*.b", bob.session)
-    net.broker.turn_budget = 1
+    net.broker.turn.budget = 1
     assert feed(net.broker, ann.session, data, 0, len(data), 0.0) == (0, RoutingResult.YIELD)
     assert net.broker.topics._searches
     ann.leave()

@@ -114,16 +114,16 @@ def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) 
     assert {"clients": 1500, "connections": 200, "stats": 200}[op] == (
         answer["connections"] if op == "stats" else len(answer[op])
     )
-    assert not net.broker.asking
+    assert not net.broker.operations.asking
 
 
 def test_long_answer_counts_for_the_senders_turn() -> None:
     """What is done of it at once takes as long as several frames."""
     net = FakeNet(*(client(f"c{number}") for number in range(640)))
     peer = net.connect("c0")
-    net.broker.turn_budget = 100
+    net.broker.turn.budget = 100
     peer.op("clients")
-    assert net.broker.turn_budget < 60
+    assert net.broker.turn.budget < 60
     assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640]
 
 
@@ -136,7 +136,7 @@ def test_long_answer_for_a_session_that_left_is_forgotten() -> None:
     net._settling = False
     ann.leave()
     assert not net.broker.deferred
-    assert not net.broker.asking
+    assert not net.broker.operations.asking
     assert not net.leftovers()
 
 
@@ -166,9 +166,9 @@ def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> No
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     for topic, left in (("a.b.c", 99), (".".join("a" * 128), 92)):
-        net.broker.turn_budget = 100
+        net.broker.turn.budget = 100
         ann.op(op, topic=topic)
-        assert net.broker.turn_budget == left
+        assert net.broker.turn.budget == left
 
 
 def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
@@ -178,9 +178,9 @@ def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
     net.broker.topics.add("a.b.c", ann.session)
     for owner in range(40):
         assert net.broker.topics.search("a.b.c", owner, 1) == (None, 1)
-    net.broker.turn_budget = 100
+    net.broker.turn.budget = 100
     ann.op("subscribe", topic="x")
-    assert net.broker.turn_budget == 89
+    assert net.broker.turn.budget == 89
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,9 @@ def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str
     assert json.loads(answer.payload)["code"] == "unsupported"
     assert len(answer.payload) < 300
     assert b"at most 255 characters" in answer.payload
-    assert all(len(noted.other) + len(noted.reason) < 600 for noted in net.broker.log_events.take())
+    assert all(
+        len(noted.other) + len(noted.reason) < 600 for noted in net.broker.replies.log_events.take()
+    )
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])
@@ -293,7 +295,7 @@ def test_operations_for_administrators_are_denied_to_others(op: str) -> None:
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     assert refused(ann, op) == ("denied", BROKER)
-    assert net.broker.admin_commands == []
+    assert net.broker.operations.admin_commands == []
 
 
 def test_stats_count_what_passed() -> None:
@@ -381,7 +383,7 @@ def test_orders_are_passed_on(op: str) -> None:
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
     ops.op(op, 9, why="x")
-    (order,) = net.broker.admin_commands
+    (order,) = net.broker.operations.admin_commands
     assert (order.op, order.source, order.id, order.arguments) == (op, ops.session, 9, {"why": "x"})
     assert ops.take() == []
 
@@ -392,7 +394,9 @@ def test_a_dry_run_is_asked_for_by_true_or_false() -> None:
     ops = net.connect("ops")
     assert refused(ops, "reload", dry_run="no") == ("unsupported", BROKER)
     ops.op("reload", 9, dry_run=True)
-    assert [order.arguments for order in net.broker.admin_commands] == [{"dry_run": True}]
+    assert [order.arguments for order in net.broker.operations.admin_commands] == [
+        {"dry_run": True}
+    ]
 
 
 def test_can_explains_the_answer() -> None:

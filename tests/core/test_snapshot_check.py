@@ -47,7 +47,7 @@ def captured() -> tuple[str, bytes]:
     alice.message("metered", b"waits")
     net.peers.remove(third)
     net.broker.detach(third.session, net.now)
-    net.broker.hold(first.session, bob.session, net.now + 5)
+    net.broker.held.hold(first.session, bob.session, net.now + 5)
     taken = capture(net.broker, [peer.session for peer in net.peers], net.now)
     return json.dumps(taken.facts), b"".join(taken.pieces)
 

@@ -153,10 +153,10 @@ def test_answer_in_time_ends_the_deadline() -> None:
         bob.reply("ann", b"!", 1)
         net.advance(6)
     assert ann.payloads() == [b"!"] * 3
-    assert not net.broker.deadlines
+    assert not net.broker.requests.deadlines
     ann.request("bob", b"?", 1, extension={"ttl": 10})
     ann.leave()
-    assert not net.broker.deadlines
+    assert not net.broker.requests.deadlines
     assert net.broker.next_deadline is None
 
 
@@ -201,7 +201,7 @@ def test_event_past_its_ttl_is_dropped_and_counted(changes: dict[str, Any]) -> N
     assert [each.id for each in bob.take()] == [1]
     assert cid.payloads() == [b"event"]
     assert ann.take() == []
-    assert net.broker.dropped == 1
+    assert net.broker.replies.dropped == 1
 
 
 def test_message_held_past_its_ttl_comes_back_then() -> None:
@@ -235,7 +235,7 @@ def test_very_many_expired_messages_are_answered_for_in_turns(
         ann.message("bob", b"", number, extension={"ttl": 5})
         ann.request("bob", b"", 100 + number, extension={"ttl": 5})
     net.now += 6
-    refused = net.broker.refused
+    refused = net.broker.replies.refused
     net.broker.tick(net.now)
     assert refused["expired"] == 3
     bob.session.outbox.sent(bob.session.outbox.waiting and len(bob.session.outbox.pieces()[0]))

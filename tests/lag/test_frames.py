@@ -72,7 +72,7 @@ def unread(
             while not session.outbox.blocked:
                 for _ in range(1000):
                     session.outbox.append(packed(Kind.MESSAGE, "sender", bytes(1000)))
-                broker.daemon.broker.touch(session)
+                broker.daemon.broker.replies.touch(session)
                 broker.daemon.server.settle()
             stuff(session.outbox, kept, most)
 

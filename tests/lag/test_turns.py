@@ -60,7 +60,7 @@ def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded
     def hold() -> None:
         outbox = recipient.outbox
         outbox.append(bytes(packed(MESSAGE, "sender", bytes(outbox.limit - 200))))
-        broker.daemon.broker.touch(recipient)
+        broker.daemon.broker.replies.touch(recipient)
         broker.daemon.server.settle()
         for sender in senders:
             broker.daemon.broker.handle(sender, frame, broker.loop.time())

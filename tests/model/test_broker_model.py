@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import ClientConfig, RateConfig, WhenConnected, WhenFull
-from brokerd.core import broker as broker_module
+from brokerd.core import replies as replies_module
 from brokerd.core.broker import CoreLimits
 from brokerd.core.outbox import FrameOutbox, Outbox
 from brokerd.core.session import Session
@@ -152,7 +152,7 @@ class BrokerModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reserve, broker_module.OUTCOME_RESERVE = broker_module.OUTCOME_RESERVE, RESERVE  # type: ignore[misc]
+        self.reserve, replies_module.OUTCOME_RESERVE = replies_module.OUTCOME_RESERVE, RESERVE  # type: ignore[misc]
         self.serial = itertools.count(1)
         self.sent: dict[int, Sent] = {}
         self.outcomes: dict[tuple[Peer, int], Outcomes] = defaultdict(Outcomes)
@@ -298,7 +298,7 @@ class BrokerModel(RuleBasedStateMachine):
             for peer in members
         }
         errors = self.errors_at(sender, envelope.id)
-        refused = self.net.broker.refused.total()
+        refused = self.net.broker.replies.refused.total()
         sender.send(envelope, step)
         if not at_once or sender.gone:
             return
@@ -311,7 +311,7 @@ class BrokerModel(RuleBasedStateMachine):
             STATISTICS["foretold " + code] += 1
             return
         if envelope.kind is Kind.EVENT:
-            assert self.net.broker.refused.total() == refused
+            assert self.net.broker.replies.refused.total() == refused
             assert not sender.held, "no publisher is held for its subscribers"
             return
         places = [peer for peer in members if self.lies_at(peer, sent)]
@@ -745,10 +745,12 @@ class BrokerModel(RuleBasedStateMachine):
         """
         broker = self.net.broker
         self.collect()
-        assert not broker.released
+        assert not broker.held.released
         live = {peer.session for peer in self.net.peers}
         assert set(broker.exchange.sessions()) == live
-        assert set(broker._held) == {session for session in live if session.held_by is not None}
+        assert set(broker.held.deadlines) == {
+            session for session in live if session.held_by is not None
+        }
         for session in live:
             assert set(session.waiters) == {each for each in live if each.held_by is session}
             assert (
@@ -767,8 +769,8 @@ class BrokerModel(RuleBasedStateMachine):
             assert all(deadline > self.net.now - 0.1 for deadline in session.expiring.values())
             if session.held_by is not None:
                 assert session.held_by.outbox.blocked, "held, and the one it waits for reads"
-                assert broker._held[session] > self.net.now
-        remembered = sum(len(slot) for slot in broker.deadlines._slots.values())
+                assert broker.held.deadlines[session] > self.net.now
+        remembered = sum(len(slot) for slot in broker.requests.deadlines._slots.values())
         assert remembered == sum(len(session.expiring) for session in live)
         assert len(broker.topics) == sum(len(session.subscriptions) for session in live)
         for peer in self.net.peers:
@@ -791,13 +793,13 @@ class BrokerModel(RuleBasedStateMachine):
         """Have everyone read and time pass: then nobody is held, and every message has
         had its outcome.
         """
-        broker_module.OUTCOME_RESERVE = RESERVE  # type: ignore[misc]
+        replies_module.OUTCOME_RESERVE = RESERVE  # type: ignore[misc]
         try:
             # After a failure the state is no longer worth a look.
             if hasattr(self, "net") and sys.exc_info()[0] is None:
                 self.finish()
         finally:
-            broker_module.OUTCOME_RESERVE = self.reserve  # type: ignore[misc]
+            replies_module.OUTCOME_RESERVE = self.reserve  # type: ignore[misc]
 
     def finish(self) -> None:
         """The end, in order."""

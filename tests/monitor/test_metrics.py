@@ -120,7 +120,7 @@ def test_queues_and_those_who_wait_for_them_are_seen() -> None:
             try:
                 packet = packet[alice.sock.send(packet) :] or packed(MESSAGE, "bob", bytes(100_000))
             except BlockingIOError:
-                held = broker.call(lambda: broker.daemon.broker.holds_somebody)
+                held = broker.call(lambda: broker.daemon.broker.held)
         found = samples(broker)
 
     assert found["brokerd_held_senders"] == 1

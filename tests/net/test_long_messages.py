@@ -40,7 +40,7 @@ def test_long_and_short_messages_keep_their_order() -> None:
             try:
                 rest = rest[alice.sock.send(rest) :]
             except BlockingIOError:
-                if broker.call(lambda: broker.daemon.broker.holds_somebody):
+                if broker.call(lambda: broker.daemon.broker.held):
                     break
         assert rest, "nobody was held"
         alice.sock.settimeout(30)

@@ -35,7 +35,8 @@ from support.raw_client import (
 from support.running_daemon import configuration, running_daemon
 
 from brokerd.core import broker as broker_module
-from brokerd.core import operations as service
+from brokerd.core.operations import Operations
+from brokerd.core.session import Session
 from brokerd.net.connection import connection as connection_module
 from brokerd.net.connection.connection import Connection
 
@@ -607,11 +608,13 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(
     """
     served_names: list[str] = []
 
-    def serve(broker: Any, source: Any, *rest: Any) -> None:
-        served_names.append(source.client.name)
-        service.serve(broker, source, *rest)
+    serve = Operations.serve
 
-    monkeypatch.setattr(broker_module, "serve", serve)
+    def note_and_serve(operations: Operations, source: Session, *rest: Any) -> None:
+        served_names.append(source.client.name)
+        serve(operations, source, *rest)
+
+    monkeypatch.setattr(Operations, "serve", note_and_serve)
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         monkeypatch.setattr(broker.daemon.server.context, "turn_budget", 2)
         count = 3000

@@ -332,7 +332,7 @@ class FakeNet:
         """The system takes bytes again."""
         self.write(peer)
         if not peer.gone:
-            self.broker.drained(peer.session, self.now)
+            self.broker.held.release_if_room(peer.session, self.now)
         self.settle()
 
     def settle(self) -> None:
@@ -341,7 +341,7 @@ class FakeNet:
             return
         self._settling = True
         broker = self.broker
-        while broker.touched or broker.released or broker.has_deferred_work or self._yielded:
+        while broker.touched or broker.held.released or broker.has_deferred_work or self._yielded:
             broker.run_deferred(3)
             self.write_touched()
             yielded, self._yielded = self._yielded, []
@@ -349,8 +349,7 @@ class FakeNet:
                 if not peer.gone and not peer.session.closing:
                     peer.reading = True
                     self._route(peer)
-            released, broker.released = broker.released, []
-            for session in released:
+            for session in broker.held.take_released():
                 if session.open and not session.closing:
                     peer: Peer = session.connection
                     peer.reading = True
@@ -378,7 +377,7 @@ class FakeNet:
         """
         old = self.broker
         entries = configs or [client.config for client in old.exchange.clients.values()]
-        new = Broker(entries, limits=old.limits, version="test", now_wall=self.now)
+        new = Broker(entries, limits=old.status.limits, version="test", now_wall=self.now)
         copier, copies = Copier(old, few=1), Copies(new)
         for act in (meanwhile, lambda: None):
             for facts, blobs in copier.blocks(self.now):
@@ -407,9 +406,9 @@ class FakeNet:
             "sessions": list(broker.exchange.sessions()),
             "subscriptions": len(broker.topics),
             "tree": not broker.topics._root.is_empty,
-            "held": broker._held,
-            "deadlines": bool(broker.deadlines),
+            "held": broker.held.deadlines,
+            "deadlines": bool(broker.requests.deadlines),
             "touched": [session for session in broker.touched if session.open],
-            "released": [session for session in broker.released if session.open],
+            "released": [session for session in broker.held.released if session.open],
         }
         return {what: value for what, value in found.items() if value}

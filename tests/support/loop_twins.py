@@ -18,7 +18,9 @@ __all__ = ["HEADER", "MAX_MESSAGE", "Recorded", "agree", "frame"]
 
 HEADER = struct.Struct("!BBBBQ")
 MAX_MESSAGE = 200
-CALLS = ("handle", "too_large", "malformed", "answer", "refuse")
+#: What is written down: calls of the broker, and of its replies.
+CALLS = ("handle", "too_large")
+REPLIES = ("malformed", "answer", "refuse")
 
 
 def frame(body: bytes, *, length: int | None = None, long: bool = False) -> bytes:
@@ -43,7 +45,9 @@ class Recorded(FakeNet):
         )
         self.calls: list[tuple[Any, ...]] = []
         for name in CALLS:
-            self._record(name)
+            self._record(self.broker, name)
+        for name in REPLIES:
+            self._record(self.broker.replies, name)
         self.entries = [
             self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")
         ]
@@ -61,14 +65,14 @@ class Recorded(FakeNet):
         assert self.entries[0].session.fanouts.keys() == {b"t.x"}
         self.calls.clear()
 
-    def _record(self, name: str) -> None:
-        original = getattr(self.broker, name)
+    def _record(self, part: object, name: str) -> None:
+        original = getattr(part, name)
 
         def recorded(*arguments: Any) -> Any:
             self.calls.append((name, *(_plain(argument) for argument in arguments)))
             return original(*arguments)
 
-        setattr(self.broker, name, recorded)
+        setattr(part, name, recorded)
 
     def play(self, step: tuple[Any, ...]) -> None:
         match step:
@@ -98,8 +102,8 @@ class Recorded(FakeNet):
         """Return all that can be seen from outside, and what the loop counts."""
         return {
             "calls": self.calls,
-            "refused": self.broker.refused,
-            "dropped": self.broker.dropped,
+            "refused": self.broker.replies.refused,
+            "dropped": self.broker.replies.dropped,
             "peers": [
                 (
                     bytes(peer.stream),

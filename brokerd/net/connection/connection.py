@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
-from brokerd.core.goaway import add_reason, mute
+from brokerd.core.goaway import add_reason
 from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
@@ -185,7 +185,7 @@ class Connection:
         else:
             self._change(Event.HOLD)
         if session.outbox.waiting or session.closing:
-            self.context.broker.touch(session)
+            self.context.broker.replies.touch(session)
 
     # Reading
 
@@ -286,7 +286,7 @@ class Connection:
         context, session = self.context, self.session
         feed = feed or routing.feed
         now = context.loop.time()
-        context.broker.turn_budget = context.turn_budget
+        context.broker.turn.budget = context.turn_budget
         stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
         position, result = feed(context.broker, session, view, start, stop, now)
         while result is RoutingResult.FLUSH:
@@ -357,7 +357,10 @@ class Connection:
             there = wanted <= end - position
             # A frame longer than any message is not collected: it is skipped as soon as
             # its header has arrived.
-            if not there and _LARGE < wanted <= self.context.broker.limits.max_message + _ENVELOPE:
+            if (
+                not there
+                and _LARGE < wanted <= self.context.broker.status.limits.max_message + _ENVELOPE
+            ):
                 self.large_frame = LargeFrame(view[position:end], wanted)
                 return
         self.pending_input = bytes(view[position:end])
@@ -421,7 +424,7 @@ class Connection:
         try:
             self.write()
             if not self.closed:
-                self.context.broker.drained(self.session, self.context.loop.time())
+                self.context.broker.held.release_if_room(self.session, self.context.loop.time())
             self.context.settlement.settle()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
@@ -448,7 +451,7 @@ class Connection:
         it.
         """
         self._stop_reading(Event.CLOSE)
-        if self.grace is None and not self.context.broker.draining:
+        if self.grace is None and not self.context.broker.status.draining:
             self.grace = self.context.loop.call_later(GRACE, self.lost, self.session.closing)
 
     def lost(self, why: str, *, written: bool = False) -> None:
@@ -490,7 +493,7 @@ class Connection:
         """Close the connection at once; the client gets the reason if the system takes
         it now.
         """
-        self.context.broker.close(self.session, why, code=code)
+        self.context.broker.replies.close(self.session, why, code=code)
         self.add_reason()
         self.write()
         self.lost(why)
@@ -514,7 +517,7 @@ class Connection:
             self.write()
         if self.closed or self.session.outbox.waiting:
             return
-        mute(self.context.broker, self.session)
+        self.context.broker.goaway.mute(self.session)
         self._end_writing()
 
     def _end_writing(self) -> None:

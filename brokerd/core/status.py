@@ -1,0 +1,39 @@
+"""Facts of the broker as a whole, and not of one client."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["CoreLimits", "Status"]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """The core's ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
+
+    max_message: int = 16 * 1024 * 1024
+    wait_timeout: float = 30.0
+
+
+@dataclass(slots=True)
+class Status:
+    """Facts of the broker as a whole.
+
+    limits: the configured limits.
+    version: the version of the daemon. routing: the name of the routing loop.
+    started_at: when the first process started, in seconds since the epoch.
+    generation: the number of the rules in force; an older route cache is stale.
+    draining: whether a drain has begun.
+    upgrades: live upgrades so far, that is processes that served before this one.
+    totals: the counters of closed sessions, summed.
+    """
+
+    limits: CoreLimits
+    version: str
+    routing: str
+    started_at: float
+    generation: int = 1
+    draining: bool = False
+    upgrades: int = 0
+    totals: Counter[str] = field(default_factory=Counter)
