@@ -287,7 +287,7 @@ def test_entry_command_with_closed_standard_descriptors_ends_as_with_open_ones(
 def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(
     socket_dir: Path,
 ) -> None:
-    """What it prints does not reach the broker in the place of a frame."""
+    """The printed text does not reach the broker in the place of a frame."""
     with BrokerProcess(socket_dir, {"alice": None}) as broker:
         broker.wait("daemon.started")
         (socket_dir / "key").touch(mode=0o600)

@@ -1,11 +1,11 @@
 """CPython's own tests of connections, from the installed ``test`` package, upon our
-module in place of theirs.
+module in place of the standard library's.
 
-Nothing of them is copied here: an interpreter imports its own tests after
-``in_place/sitecustomize.py`` has replaced ``multiprocessing.connection`` by ours, in
-the parent and in every child, so that queues, pools and managers run upon it as well.
-Of the classes below every test runs. Those named With<kind>... exist for threads too,
-upon multiprocessing.dummy, which has nothing of ours.
+No test is copied here. ``in_place/sitecustomize.py`` replaces
+``multiprocessing.connection`` by ours, and then an interpreter imports its own tests.
+That holds in the parent and in every child, so queues, pools and managers run upon our
+module too. Of the classes below every test runs. Those named With<kind>... exist for
+threads too, upon multiprocessing.dummy, which uses nothing of ours.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class FakePipeServer:
 
 
 class FakeChannel:
-    """What a door gives: a connection of which nothing has been read."""
+    """An accepted connection of which nothing has been read."""
 
     def __init__(self, pipe: FakePipe) -> None:
         self._pipe = pipe

@@ -11,7 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-#: Every Python whose standard library speaks the protocol and that anybody still runs.
+#: Every Python that is still in use and whose standard library speaks the protocol.
 ALL_VERSIONS = ("2.7", *(f"3.{minor}" for minor in range(6, 16)))
 SUPPORTED_VERSIONS = ("3.11", "3.12", "3.13", "3.14", "3.15")
 

@@ -24,7 +24,7 @@ RETURN: Final = "return to the caller"
 
 
 class Interrupt(BaseException):
-    """What a signal handler raises."""
+    """The exception that a signal handler raises."""
 
 
 def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
@@ -34,8 +34,8 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
     NOT_TAKEN, of Python 3.14 and later, does not count: no handler covers it, and the
     interpreter looks for no signals there.
 
-    Return the name of that bytecode, "return to the caller" for the last one of the
-    call, "" if it was not reached.
+    Return the name of that bytecode; "" if it was not reached. The last bytecode of the
+    call is called "return to the caller".
     """
     left = bytecode
     name = ""

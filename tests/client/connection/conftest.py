@@ -1,4 +1,4 @@
-"""What the tests of the direct API use: threads that are joined, and peers that break
+"""Fixtures of the direct API: threads that are joined, and peers that break
 the rules byte by byte.
 """
 

@@ -48,7 +48,7 @@ def receive_frame(sock: socket.socket) -> bytes:
 
 
 def silent(sock: socket.socket) -> None:
-    """Say nothing."""
+    """Send nothing."""
 
 
 def half(sock: socket.socket) -> None:
@@ -236,9 +236,7 @@ def test_on_error_callable_gets_every_error(
 
 
 def test_on_error_exception_is_raised_by_accept(dial: Any) -> None:
-    """A callable that raises makes accept() raise: so whoever wants every error gets
-    every error.
-    """
+    """A callable that raises makes accept() raise: a server can get every error so."""
 
     def complain(error: AuthenticationError, peer: Any) -> None:
         raise error
@@ -315,7 +313,7 @@ def test_handshakes_pending_are_bounded(dial: Any, aside: Any) -> None:
 def test_handshake_deadline_pauses_between_accepts(
     dial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer is not judged by time in which nobody was in accept() to listen to it."""
+    """Time without a call of accept() does not count against a peer."""
     now = time.monotonic()
     monkeypatch.setattr(listener_module, "time", SimpleNamespace(monotonic=lambda: now))
     with Listener(authkey=KEY, handshake_timeout=5) as listener:

@@ -122,9 +122,7 @@ def test_challenge_calls_of_a_client_authenticate_at_a_listener(aside: Any) -> N
 
 
 def test_challenge_calls_mark_the_client_s_challenge_only(aside: Any) -> None:
-    """What is sent: a listener's challenge as the standard library's, a client's with
-    the mark.
-    """
+    """A listener's challenge is the standard library's; a client's has the mark."""
     one, other = Pipe()
     with one, other:
         delivered = aside(deliver_challenge, one, b"key")

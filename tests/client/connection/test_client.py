@@ -102,7 +102,7 @@ def test_client_timeout_ends_with_the_handshake() -> None:
 
 
 def test_client_no_listener_is_refused(socket_dir: Path) -> None:
-    """Where nobody listens the system's own error is raised."""
+    """Without a listener, the system's own error is raised."""
     with pytest.raises(FileNotFoundError):
         Client(str(socket_dir / "none"), timeout=TIMEOUT_S)
     with socket.socket() as sock:
@@ -145,7 +145,7 @@ def test_client_peer_that_is_not_a_listener_raises(
 
 
 def test_client_listener_with_a_wrong_key_is_rejected(aside: Any) -> None:
-    """A listener that lets everybody in but can't prove that it knows the key itself is
+    """A listener that accepts every client but can't prove that it knows the key is
     rejected by the client.
     """
     with socket.socket() as server:
@@ -206,7 +206,7 @@ def test_max_message_holds_on_both_sides() -> None:
 
 @pytest.mark.parametrize(("speech", "name"), SPEECHES)
 def test_client_at_a_wrong_port_names_its_protocol(speech: bytes, name: str) -> None:
-    """What another protocol's server says first is recognised."""
+    """The first bytes of another protocol's server are recognised."""
     with (
         speaking(speech) as address,
         pytest.raises(AuthenticationError, match=f"the peer speaks {name}"),
@@ -216,7 +216,7 @@ def test_client_at_a_wrong_port_names_its_protocol(speech: bytes, name: str) -> 
 
 @pytest.mark.parametrize("speech", [b"\x7fELF\x02", b"\xff\xfb\x01", b"MZ\x90\0"])
 def test_client_at_a_port_of_an_unknown_protocol_says_no_handshake(speech: bytes) -> None:
-    """Bytes of no known protocol are no handshake; no name is guessed."""
+    """Bytes of an unknown protocol are not a handshake; no name is guessed."""
     with (
         speaking(speech + bytes(20)) as address,
         pytest.raises(AuthenticationError, match="this is not a handshake"),

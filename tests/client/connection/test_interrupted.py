@@ -443,8 +443,8 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
 
 
 def test_handshake_interrupted_never_succeeds() -> None:
-    """A generator that an exception has left ends as one that is through does: it
-    authenticates nobody.
+    """A generator that an exception has left ends as a finished one does: it must
+    authenticate no peer.
     """
     near, peer = socket.socketpair()
     with peer:

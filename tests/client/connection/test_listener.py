@@ -135,9 +135,7 @@ def test_address_with_two_backslashes_is_a_named_pipe(address: str) -> None:
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o177, 0o777])
 def test_socket_file_is_its_owner_s_only(mask: int, umask: None, socket_dir: Path) -> None:
-    """Whatever the umask, the owner can read and write the socket file and nobody else
-    can.
-    """
+    """Whatever the umask, only the owner can read and write the socket file."""
     os.umask(mask)
     with Listener(str(socket_dir / "s")):
         assert stat.S_IMODE((socket_dir / "s").stat().st_mode) == 0o600
@@ -147,8 +145,8 @@ def test_socket_file_is_its_owner_s_only(mask: int, umask: None, socket_dir: Pat
 def test_socket_file_is_never_more_open(
     umask: None, socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The very moment bind() has made the file it has the right mode: nobody can come
-    in before a chmod.
+    """The file has the right mode as soon as bind() has made it: no process can connect
+    before a chmod.
     """
     modes = []
 
@@ -172,8 +170,8 @@ def test_socket_file_is_removed_by_close(socket_dir: Path) -> None:
 
 
 def test_socket_file_is_removed_by_garbage_collection(socket_dir: Path) -> None:
-    """A listener nobody holds any more is closed, its file is removed, and no warning
-    is given.
+    """A listener without references is closed, its file is removed, and no warning is
+    given.
     """
     listener = Listener(str(socket_dir / "s"), authkey="k")
     descriptor = listener._server._socket.fileno()
@@ -282,8 +280,8 @@ def test_connection_over_tcp_sends_small_messages_at_once() -> None:
 @pytest.mark.parametrize("key", [None, "k"])
 @pytest.mark.parametrize("timeout", [0, 0.02])
 def test_accept_without_peer_times_out(key: str | None, timeout: float) -> None:
-    """accept(timeout=) raises TimedOut, a TimeoutError, when nobody came, and the
-    listener goes on.
+    """accept(timeout=) without a peer raises TimedOut, a TimeoutError, and the listener
+    goes on.
     """
     with Listener(authkey=key) as listener:
         start = time.monotonic()
@@ -357,7 +355,7 @@ def test_accept_in_several_threads_accepts_every_peer(aside: Any) -> None:
 
 
 def test_listener_default_backlog_holds_a_crowd() -> None:
-    """A hundred clients without a key connect before anybody accepts the first."""
+    """A hundred clients without a key connect before the first is accepted."""
     with Listener(family="AF_UNIX") as listener:
         dialers = [Client(listener.address, timeout=TIMEOUT_S) for _ in range(100)]
         for dialer in dialers:
@@ -437,7 +435,7 @@ def test_key_of_another_type_raises_typeerror(arguments: dict[str, Any], socket_
     "arguments", [{"handshake_timeout": 0}, {"max_handshakes": 0}, {"on_error": "shout"}]
 )
 def test_listener_option_out_of_range_is_refused(arguments: dict[str, Any]) -> None:
-    """Options that would let nobody in, or that mean nothing, are ValueErrors."""
+    """Options that would accept no peer, or that mean nothing, are ValueErrors."""
     with pytest.raises(ValueError, match=r"above 0|on_error"):
         Listener(**arguments)
 

@@ -341,8 +341,8 @@ def test_connection_closed_raises_closed(pair: tuple[Connection, Connection]) ->
 
 
 def test_connection_garbage_collected_is_closed() -> None:
-    """The descriptor of a connection nobody holds is closed, without a warning, and the
-    peer sees the end.
+    """The descriptor of a connection without references is closed, without a warning,
+    and the peer sees the end.
     """
     one, other = Pipe()
     del one
@@ -492,8 +492,8 @@ def test_connection_plain_pickle_is_refused(pair: tuple[Connection, Connection])
 
 @pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods())
 def test_connection_is_handed_to_a_child(start_method: str) -> None:
-    """A child process of every kind can use a connection given to it, and when it ends
-    nobody else holds that one.
+    """A child process of every kind can use a connection given to it. When the child
+    ends, no other process holds the connection.
     """
     context = multiprocessing.get_context(start_method)
     one, other = Pipe()
@@ -619,8 +619,8 @@ def test_send_bytes_of_several_dimensions_counts_offset_in_bytes(
 def test_send_bytes_of_a_buffer_with_gaps_raises_and_sends_nothing(
     pair: tuple[Connection, Connection], view: memoryview, error: type[Exception]
 ) -> None:
-    """What is not contiguous is refused as by the standard library, but before the
-    length has left.
+    """A buffer that is not contiguous is refused as by the standard library, but before
+    the length is sent.
     """
     one, other = pair
     with pytest.raises(error):

@@ -1,9 +1,9 @@
 """Puts brokerd_client.connection in the place of multiprocessing.connection, in this
-process and all it starts.
+process and its children.
 
-Python runs this file by itself where its directory is on PYTHONPATH, and that reaches
-the children too, however they are started. So CPython's tests, and with them its
-managers, queues and pools, run upon our module.
+Python runs this file by itself if its directory is on PYTHONPATH. The variable reaches
+the children too, however they are started. So CPython's tests run upon our module, and
+with them its managers, queues and pools.
 """
 
 import multiprocessing
