@@ -55,7 +55,7 @@ class Goal:
         return ratio >= self.bound if self.at_least else ratio <= self.bound
 
     def judge(self, values: Values) -> Verdict:
-        """Return what came of it."""
+        """Return the verdict."""
         measured = values.get(self.workload, {})
         ours, theirs = measured.get(self.ours), measured.get(self.theirs)
         if not ours or not theirs:
@@ -130,17 +130,18 @@ GOALS: Final = (
 #: page while the goal is missed.
 REMARKS: Final[dict[tuple[str, str], str]] = {
     ("roundtrip", "nats"): (
-        "most of the time nobody works: two processes are woken for every message. The relay, which"
-        " looks at nothing, comes to 0.6 to 0.7 x. For a round trip it spends 17 µs of processor"
-        " time, brokerd 33 and nats-server 43. brokerd makes the same three system calls for a"
-        " message as the relay (wait, receive, send); its Python takes 3 µs of the 8 that a message"
-        " costs more than in the relay, and a profile shows the rest in no one place. On a machine"
-        " with other work to do the ratio swings: 0.72 to 1.15 x were seen."
+        "two process wake-ups per message take most of the time. The relay, which parses nothing,"
+        " reaches 0.6 to 0.7 x. Per round trip it spends 17 µs of processor time, brokerd 33 and"
+        " nats-server 43. brokerd makes the same three system calls per message as the relay (wait,"
+        " receive, send). A message costs 8 µs more than in the relay: Python takes 3 of them, and"
+        " a profile shows the rest spread over many places. On a machine with other work, the ratio"
+        " varied from 0.72 to 1.15 x."
     ),
     ("connect", "nats"): (
-        "an answer without a name has to be searched for, 500 tries on average. A try takes 1.85"
-        " µs, of which 1.5 are the standard library's HMAC: 1 ms of the 1.5 that a connection"
-        " costs. With a name it costs 0.3 ms, for three sends, three receives, two lines in the"
-        " log, and a conversation in Python; nats-server, which compares a password, takes 0.14."
+        "the key of an answer without a name must be searched for, with 500 tries on average. A try"
+        " takes 1.85 µs, of which 1.5 are the standard library's HMAC: 1 ms of the 1.5 that a"
+        " connection costs. With a name it costs 0.3 ms: three sends, three receives, two log"
+        " lines, and a conversation in Python. nats-server, which compares a password, takes 0.14"
+        " ms."
     ),
 }

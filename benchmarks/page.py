@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ __all__ = ["Run", "number", "write_page"]
 
 @dataclass
 class Run:
-    """Everything one run has found out.
+    """All results of one run.
 
     results: workload, then entrant, to its measurements. spoilt: what went wrong, a
     line each. others: what share of the processors was in use before each workload,
@@ -52,7 +53,7 @@ class Run:
         }
 
     def verdicts(self) -> list[Verdict]:
-        """Return what came of each goal."""
+        """Return the verdict on each goal."""
         values = self.values()
         return [goal.judge(values) for goal in GOALS]
 
@@ -70,7 +71,7 @@ class Run:
 
 
 def number(value: float) -> str:
-    """Return a figure with three digits that count, for people."""
+    """Return a number with three significant digits, for people."""
     if value == 0:
         return "0"
     if abs(value) < 100:
@@ -94,10 +95,10 @@ def write_page(run: Run, docs: Path) -> Path:
 def _page(run: Run) -> Iterator[str]:
     yield "# Performance"
     yield ""
-    yield (
-        "This page is written by `make bench`, which starts every system on one machine and gives"
-        " all of them the same work. Machines differ and are noisy; look at the ratios, which are"
-        " of medians from one run."
+    yield _wrapped(
+        "This page is written by `make bench`. It starts every system on one machine and gives"
+        " all of them the same work. Machines differ and are noisy: compare the ratios, which are"
+        " those of medians from one run."
     )
     yield ""
     yield "## Goals"
@@ -118,10 +119,10 @@ def _page(run: Run) -> Iterator[str]:
         and (remark := REMARKS.get((verdict.goal.workload, verdict.goal.theirs)))
     ]
     if remarks:
-        yield "What is in the way of those that were missed:"
+        yield "Why the missed goals were missed:"
         yield ""
         for goal, remark in remarks:
-            yield f"- {goal.work}, against {goal.against}: {remark}"
+            yield _wrapped(f"- {goal.work}, against {goal.against}: {remark}")
         yield ""
     yield from _how(run)
     yield from _generator(run)
@@ -139,8 +140,7 @@ def _page(run: Run) -> Iterator[str]:
 def _how(run: Run) -> Iterator[str]:
     yield "## How it was measured"
     yield ""
-    text = (HERE / "method.md").read_text()
-    yield Template(text).substitute(
+    text = Template((HERE / "method.md").read_text()).substitute(
         machine=_machine(),
         date=f"{dt.datetime.now(dt.UTC):%Y-%m-%d}",
         minutes=f"{run.took_s / 60:.0f}",
@@ -151,6 +151,9 @@ def _how(run: Run) -> Iterator[str]:
         others=f"{statistics.median(run.others or [0]):.0%}",
         others_most=f"{max(run.others, default=0):.0%}",
     )
+    for item in text.rstrip().split("\n- "):
+        yield _wrapped(f"- {item.removeprefix('- ')}")
+    yield ""
     yield "| system | version |"
     yield "|---|---|"
     for name, system in SYSTEMS.items():
@@ -160,6 +163,17 @@ def _how(run: Run) -> Iterator[str]:
                 f" {run.versions.get(name) or f'not installed; {system.install}'} |"
             )
     yield ""
+
+
+def _wrapped(text: str) -> str:
+    """Return a paragraph or list item in lines of at most 88 columns."""
+    return textwrap.fill(
+        " ".join(text.split()),
+        88,
+        subsequent_indent="  " if text.startswith("- ") else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _machine() -> str:
@@ -186,7 +200,7 @@ def _generator(run: Run) -> Iterator[str]:
                 rows.append(f"| {title} | {alone / rate:.1f} x | {server:.0%} | {load:.0%} |")
     if not rows:
         return
-    yield "## Where the load generator is a part of the limit, and where not"
+    yield "## Where the load generator is part of the limit"
     yield ""
     yield (HERE / "generator.md").read_text()
     yield "| work | generator alone | brokerd | generator, both threads |"
