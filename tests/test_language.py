@@ -64,7 +64,6 @@ PENDING: Final = frozenset[str](
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",
-        "docs/protocol.md",
         "docs/reliability.md",
     }
 )
