@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from brokerd.core.routing_result import RoutingResult
 from brokerd_client.errors import BadLength
-from brokerd_client.wire.envelope import HEADER, Kind, is_address
+from brokerd_client.wire.envelope import is_address
 from brokerd_client.wire.framing import frame_span
+from brokerd_client.wire.layout import HEADER, MAX_TOPIC, Kind
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
@@ -22,7 +23,7 @@ __all__ = ["handle_slow_path"]
 _HEADER_SIZE: Final = HEADER.size
 #: Bytes by which an EVENT may exceed max_message: its topic and the topic's length byte
 #: do not count as payload.
-_TOPIC_ALLOWANCE: Final = 256
+_TOPIC_ALLOWANCE: Final = 1 + MAX_TOPIC
 
 
 def handle_slow_path(

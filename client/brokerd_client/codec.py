@@ -14,7 +14,7 @@ import json
 from typing import Any, Final
 
 from brokerd_client.errors import PayloadError, UndecodablePayload
-from brokerd_client.wire.layout import CodecId
+from brokerd_client.wire.layout import JSON_CODEC, RAW_CODEC, CodecId
 
 __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 
@@ -22,8 +22,6 @@ __all__ = ["FIRST_USER_CODEC", "decode", "encode"]
 FIRST_USER_CODEC: Final = 128
 _LAST_CODEC: Final = 255
 
-_RAW: Final = int(CodecId.RAW)
-_JSON: Final = int(CodecId.JSON)
 _BY_NAME: Final = {
     "raw": CodecId.RAW,
     "pickle": CodecId.PICKLE,
@@ -54,11 +52,11 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
     """
     if codec is None:
         if type(payload) is bytes:
-            return _RAW, payload
+            return RAW_CODEC, payload
         if isinstance(payload, (bytes, bytearray, memoryview)):
-            return _RAW, bytes(payload)
+            return RAW_CODEC, bytes(payload)
         if isinstance(payload, _JSON_TYPES):
-            return _JSON, _json(payload)
+            return JSON_CODEC, _json(payload)
         raise PayloadError(
             f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give"
             " codec='pickle' (the recipient has to allow that)"

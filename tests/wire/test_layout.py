@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Final
+
 from brokerd_client.wire import layout
 from brokerd_client.wire.framing import LENGTH
 from brokerd_client.wire.layout import FRAME_HEAD, FRAME_START, HEADER, ID, NAME_SIZE_OFFSET
+
+ROOT: Final = Path(__file__).resolve().parents[2]
 
 
 def test_layout_parts_agree_with_the_whole() -> None:
@@ -17,10 +23,26 @@ def test_layout_parts_agree_with_the_whole() -> None:
 
 def test_layout_plain_numbers_are_those_of_the_enums() -> None:
     """Each plain number is named after its member."""
-    numbers = [name for name in layout.__all__ if name.endswith(("_KIND", "_FLAG"))]
-    assert len(numbers) == 6
+    numbers = [name for name in layout.__all__ if name.endswith(("_KIND", "_FLAG", "_CODEC"))]
+    assert len(numbers) == 8
     for name in numbers:
-        member, _, enum = name.rpartition("_")
+        member, _, kind = name.rpartition("_")
+        enum = {"KIND": layout.Kind, "FLAG": layout.Flag, "CODEC": layout.CodecId}[kind]
         value = getattr(layout, name)
         assert type(value) is int
-        assert value == getattr(layout, enum.title())[member]
+        assert value == enum[member]
+
+
+def test_layout_is_repeated_in_no_other_module() -> None:
+    """Only wire.layout packs a header or makes plain numbers of the enums.
+
+    The demo prints a program for a Python without the library, which packs its own.
+    """
+    copies = [
+        path.name
+        for folder in ("brokerd", "client/brokerd_client")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name not in ("layout.py", "demo.py")
+        and re.search(r"BBBBQ|int\((Kind|CodecId)\.|codec=\d", path.read_text(encoding="utf-8"))
+    ]
+    assert copies == []

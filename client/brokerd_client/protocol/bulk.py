@@ -12,7 +12,8 @@ from typing import Final, TypeAlias, cast
 
 from brokerd_client.codec import encode
 from brokerd_client.errors import InvalidName
-from brokerd_client.wire.envelope import CodecId, check_address
+from brokerd_client.wire.envelope import check_address
+from brokerd_client.wire.layout import RAW_CODEC
 
 __all__ = ["Bulk", "encode_many"]
 
@@ -20,7 +21,7 @@ __all__ = ["Bulk", "encode_many"]
 Bulk: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
 
 _BYTES_ALONE: Final = {bytes}
-_RAW: Final = (int(CodecId.RAW),)
+_RAW: Final = (RAW_CODEC,)
 
 _check_address: Final = lru_cache(4096)(check_address)
 

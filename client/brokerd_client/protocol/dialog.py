@@ -55,7 +55,7 @@ from brokerd_client.wire.envelope import (
 )
 from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.layout import MESSAGE_KIND, CodecId, Flag, Kind
+from brokerd_client.wire.layout import JSON_CODEC, MESSAGE_KIND, Flag, Kind
 
 __all__ = ["LINGER_S", "Dialog", "Effects"]
 
@@ -662,7 +662,7 @@ class Dialog(Generic[M]):
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._encoder.put(Kind.REQUEST, 0, message_id, BROKER, CodecId.JSON, body, None)
+        self._encoder.put(Kind.REQUEST, 0, message_id, BROKER, JSON_CODEC, body, None)
         pending = Pending(
             message_id, purpose, BROKER, self._encoder.queued, waiter, deadline, about
         )
@@ -758,7 +758,7 @@ class Dialog(Generic[M]):
     def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-            self._encoder.put(Kind.ERROR, 0, message_id, to, CodecId.JSON, body, None)
+            self._encoder.put(Kind.ERROR, 0, message_id, to, JSON_CODEC, body, None)
             self._encoder.without_receipt(message_id, to)
 
     def _on_draining(self) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "FRAME_START",
     "HEADER",
     "ID",
+    "JSON_CODEC",
     "MAX_EXTENSION",
     "MAX_HEAD_SIZE",
     "MAX_ID",
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_TOPIC",
     "MESSAGE_KIND",
     "NAME_SIZE_OFFSET",
+    "RAW_CODEC",
     "RECEIPT_FLAG",
     "REPLY_KIND",
     "REQUEST_KIND",
@@ -107,3 +109,5 @@ REPLY_KIND: Final = int(Kind.REPLY)
 EVENT_KIND: Final = int(Kind.EVENT)
 RECEIPT_FLAG: Final = int(Flag.RECEIPT)
 ACK_FLAG: Final = int(Flag.ACK)
+RAW_CODEC: Final = int(CodecId.RAW)
+JSON_CODEC: Final = int(CodecId.JSON)
