@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 from brokerd.core.session import Session
 from brokerd.net.connection.connection import Connection
 from brokerd.net.handshake.tls import TlsPeer
+from brokerd_client.tls.budget import MOST_EMPTY
 from brokerd_client.tls.stream import TlsStream
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TlsConnection(Connection):
         # A TlsStream has every method of a socket that a Connection calls.
         super().__init__(context, cast("socket.socket", stream), credential, tls_peer)
         self._stream = stream
-        stream.trust()
+        stream.budget.most_empty = MOST_EMPTY
         self._reading_on = False
 
     # Reading

@@ -14,7 +14,7 @@ from brokerd.net.handshake.admission import Rank
 from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.penalties import origin_of
-from brokerd.net.handshake.tls import NO_TLS
+from brokerd.net.handshake.tls import NO_TLS, tls_stream
 from brokerd_client.address import format_peer
 from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.framing import FrameReader
@@ -86,7 +86,7 @@ class PendingConnection:
         tls: TlsConfig | None = None,
     ) -> None:
         self.tls = tls
-        self.stream = None if tls is None else TlsStream(sock, tls.context, end_point=tls.end_point)
+        self.stream = None if tls is None else tls_stream(sock, tls)
         self.sock: socket.socket | TlsStream = self.stream or sock
         self.tls_peer = NO_TLS
         self.fd = sock.fileno()

@@ -13,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config import cert_subjects as subjects
-from brokerd.config.values import CertificateConfig, ClientConfig, Requirement
+from brokerd.config.values import CertificateConfig, ClientConfig, Requirement, TlsConfig
+from brokerd_client.tls.budget import RecordBudget
 from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.channel_binding import offer
 from brokerd_client.wire.framing import frame
@@ -30,7 +32,19 @@ if TYPE_CHECKING:
 
     from brokerd.net.handshake.pending import PendingConnection
 
-__all__ = ["NO_TLS", "SPEAKS_TLS", "TlsHandshakes", "TlsPeer", "challenge_nonce", "is_client_hello"]
+__all__ = [
+    "NO_TLS",
+    "SPEAKS_TLS",
+    "TlsHandshakes",
+    "TlsPeer",
+    "challenge_nonce",
+    "is_client_hello",
+    "tls_stream",
+]
+
+#: Most bytes in a row without any payload that are read from a peer before it is
+#: authenticated. An authenticated peer has the larger budget of its TlsConnection.
+_MOST_EMPTY: Final = 20 * 1024
 
 #: Sent to a silent peer at a listener that waits for TLS: most likely a client without
 #: TLS.
@@ -95,6 +109,11 @@ class TlsPeer:
 
 
 NO_TLS: Final = TlsPeer()
+
+
+def tls_stream(sock: socket.socket, tls: TlsConfig) -> TlsStream:
+    """Return the stream of an accepted connection, with a small budget."""
+    return TlsStream(sock, tls.context, end_point=tls.end_point, budget=RecordBudget(_MOST_EMPTY))
 
 
 def tls_peer_of(stream: TlsStream, *, required: bool) -> TlsPeer:

@@ -13,9 +13,8 @@ A signal handler's exception may interrupt a read or a write. No caller then kno
 bytes were decrypted or taken. The stream can't continue: later reads and writes raise
 TlsError.
 
-A peer may send many bytes with little or no payload: key updates, or records of one
-byte. Each costs this end some microseconds. A call therefore reads few such bytes at
-once, and leaves the rest to the system until the next call.
+A peer may send many bytes with little or no payload: see :mod:`budget`. A call reads
+few such bytes at once, and leaves the rest to the system until the next call.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import ssl
 from typing import Final
 
 from brokerd_client.errors import TlsError
+from brokerd_client.tls.budget import RecordBudget
 from brokerd_client.tls.engine import Engine, thread_buffer
 
 __all__ = ["TlsStream"]
@@ -33,27 +33,17 @@ __all__ = ["TlsStream"]
 #: Most bytes read from the wire at once, and most bytes taken for sending at once. This
 #: much memory is kept for every connection.
 _PIECE: Final = 32 * 1024
-#: Most bytes read at once if the last ones were mostly TLS's own. Key updates of this
-#: size take a millisecond.
-_SIP: Final = 4 * 1024
-#: The share of payload below which a piece counts as mostly TLS's own. The smallest
-#: frames, each in its own record, have twice that share.
-_YIELD: Final = 1 / 5
-#: Bytes of the longest record (RFC 5246, 6.2.3). Its content can be read only when all
-#: of it has arrived.
-_RECORD: Final = 5 + 16 * 1024 + 2048
-#: Most bytes in a row that are read without any payload: from an authenticated peer,
-#: and by a listener from a peer that is not authenticated.
-_MOST_BARREN: Final = 64 * 1024
-_MOST_BARREN_AT_THE_DOOR: Final = 20 * 1024
 #: Most bytes of TLS's own answers that wait for a peer that does not read.
 _MOST_UNSENT: Final = 2 * _PIECE
 
 
 class TlsStream:
-    """A TLS connection over a socket, which it owns and makes non-blocking."""
+    """A TLS connection over a socket, which it owns and makes non-blocking.
 
-    __slots__ = ("_barren", "_left", "_most_barren", "_torn", "_unsent", "_wary", "engine", "raw")
+    budget: bounds the work that the peer's TLS causes without carrying payload.
+    """
+
+    __slots__ = ("_left", "_torn", "_unsent", "budget", "engine", "raw")
 
     def __init__(
         self,
@@ -62,22 +52,16 @@ class TlsStream:
         *,
         hostname: str | None = None,
         end_point: bytes | None = None,
+        budget: RecordBudget | None = None,
     ) -> None:
         self.raw = sock
+        self.budget = budget or RecordBudget()
         self.engine = Engine(context, hostname=hostname, end_point=end_point)
         self._unsent = b""
         #: True during a read or a write, and permanently if an exception cut it off.
         self._torn = False
-        #: Bytes received since the last payload.
-        self._barren = 0
-        self._most_barren = _MOST_BARREN if end_point is None else _MOST_BARREN_AT_THE_DOOR
-        self._wary = True
         #: Whether the last read stopped although the system may have had more bytes.
         self._left = False
-
-    def trust(self) -> None:
-        """Apply the limits of an authenticated peer from now on."""
-        self._most_barren = _MOST_BARREN
 
     @property
     def family(self) -> int:
@@ -153,8 +137,7 @@ class TlsStream:
             view = view[:size]
         engine = self.engine
         got, fed = engine.read_into(view), 0
-        # During a handshake little is requested, so little is decrypted for it.
-        piece = min(_SIP, 2 * len(view)) if self._wary else _PIECE
+        piece = self.budget.read_size(len(view), _PIECE)
         self._left = False
         try:
             while not engine.more and not engine.ended:
@@ -176,23 +159,10 @@ class TlsStream:
             # If TLS's answer can't be written any more, the input is still returned.
             with contextlib.suppress(OSError):
                 self.flush()
-        self._judge(got, fed)
+        self.budget.charge(got, fed)
         if not got and not engine.ended:
             raise BlockingIOError
         return got
-
-    def _judge(self, got: int, fed: int) -> None:
-        """Limit reads from a peer whose bytes are mostly TLS's own.
-
-        Raises TlsError if the peer has sent too many bytes without any payload.
-        """
-        if fed and got >= fed * _YIELD:
-            self._wary = False
-        elif fed > _RECORD:
-            self._wary = True
-        self._barren = 0 if got else self._barren + fed
-        if self._barren > self._most_barren:
-            raise TlsError(f"the peer has sent {self._barren} bytes of TLS with nothing in them")
 
     def recv(self, size: int) -> bytes:
         """Read as a socket does; b"" is the end. Raises OSError."""
