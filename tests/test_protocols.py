@@ -18,6 +18,7 @@ PROTOCOLS: Final = {
     ("brokerd/core/deferred.py", "Job"): "the broker's events, and requests with long answers",
     ("brokerd/daemon/key_expiry.py", "Timer"): "an event loop's handle, and the clock of a test",
     ("brokerd/log/sinks.py", "Target"): "a descriptor, a text stream and the journal",
+    ("brokerd/net/byte_stream.py", "ByteStream"): "a socket, and TLS over a socket",
     ("brokerd/net/listen/named_pipes.py", "_PipePeer"): "a pipe of Windows, and a test's pipe",
     ("brokerd/net/listen/named_pipes.py", "_PipeServer"): "Windows's pipes, and a test's pipes",
 }

@@ -265,7 +265,6 @@ def _connection(connection: Connection, taken: Snapshot, *, passed: bool) -> Fac
 
 
 def _pending_connection(pending: PendingConnection, server: Server, taken: Snapshot) -> Facts:
-    assert isinstance(pending.sock, socket.socket), "TLS can't be handed over"
     taken.pieces += [pending.nonce, pending.heard]
     welcomed = pending.credential if pending.spoken > 1 else None
     return {

@@ -5,7 +5,6 @@ decisions.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
@@ -38,7 +37,6 @@ from brokerd.net.listen.acceptor import Acceptor
 from brokerd.net.listen.listener import ListenError, Listening
 from brokerd.net.settlement import Settlement
 from brokerd_client.address import Address
-from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["Server"]
@@ -356,17 +354,14 @@ class Server:
         if code is None:
             pending.sock.close()
             return
-        sock = pending.sock
         try:
-            sock.send(reason_frame(code, why))
-            if isinstance(sock, TlsStream):
-                sock.finish()
+            pending.stream.send(reason_frame(code, why))
+            if pending.tls_stream is not None:
+                pending.tls_stream.finish()
         except OSError:
-            sock.close()
+            pending.sock.close()
         else:
-            self.context.connections.close_gracefully(
-                sock.raw if isinstance(sock, TlsStream) else sock
-            )
+            self.context.connections.close_gracefully(pending.sock)
 
     def settle(self) -> None:
         """Carry out the core's decisions."""
@@ -401,9 +396,8 @@ class Server:
 
 
 def _connection(context: Context, pending: PendingConnection, credential: Credential) -> Connection:
-    if pending.stream is not None:
-        return TlsConnection(context, pending.stream, credential, pending.tls_peer)
-    assert isinstance(pending.sock, socket.socket)
+    if pending.tls_stream is not None:
+        return TlsConnection(context, pending.tls_stream, credential, pending.tls_peer)
     return Connection(context, pending.sock, credential)
 
 

@@ -80,10 +80,7 @@ def kept_alive(broker: RunningDaemon) -> list[tuple[int, int]]:
     """
 
     def look() -> list[tuple[int, int]]:
-        socks = [
-            getattr(connection.sock, "raw", connection.sock)
-            for connection in server_of(broker).connections
-        ]
+        socks = [connection.sock for connection in server_of(broker).connections]
         return [
             (each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), options(each)[0])
             for each in socks

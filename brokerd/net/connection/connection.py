@@ -22,6 +22,7 @@ from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd.log.logger import in_words
 from brokerd.net.bound_loggers import session_logger
+from brokerd.net.byte_stream import ByteStream
 from brokerd.net.connection.state import NEXT, Event, State
 from brokerd.net.connection.unread import UnreadCounter
 from brokerd.net.context import READ_BUFFER
@@ -79,6 +80,8 @@ _HUNG_UP: Final = (
 class Connection:
     """One established connection.
 
+    sock: the socket.
+    stream: the bytes to read and write: of the socket, or of TLS over it.
     credential: the key that the client proved to know.
     pending_input: bytes read and not yet routed: a partial frame, or the input of a
         held sender.
@@ -110,6 +113,7 @@ class Connection:
         "session",
         "sock",
         "state",
+        "stream",
         "tls_peer",
         "writing",
     )
@@ -120,9 +124,11 @@ class Connection:
         sock: socket.socket,
         credential: Credential,
         tls_peer: TlsPeer = NO_TLS,
+        stream: ByteStream | None = None,
     ) -> None:
         self.context = context
         self.sock = sock
+        self.stream: ByteStream = sock if stream is None else stream
         self.credential = credential
         self.tls_peer = tls_peer
         self.fd = sock.fileno()
@@ -232,13 +238,13 @@ class Connection:
         try:
             if large_frame is not None:
                 with large_frame.space(READ_BUFFER) as space:
-                    size = self.sock.recv_into(space)
+                    size = self.stream.recv_into(space)
             elif self.pending_input:
                 kept = len(self.pending_input)
                 view[:kept] = self.pending_input
-                size = self.sock.recv_into(view[kept:])
+                size = self.stream.recv_into(view[kept:])
             else:
-                size = self.sock.recv_into(view)
+                size = self.stream.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
@@ -378,7 +384,7 @@ class Connection:
                 self.context.broker.expire(session, self.context.loop.time())
             while pieces := outbox.pieces():
                 size = (
-                    self.sock.send(pieces[0])
+                    self.stream.send(pieces[0])
                     if len(pieces) == 1 or not _sendmsg
                     else _sendmsg(self.sock, pieces)
                 )
@@ -546,7 +552,7 @@ class Connection:
         )
         self.pending_input, self.large_frame = b"", None
         with contextlib.suppress(OSError):
-            while most > 0 and (size := self.sock.recv_into(buffer)):
+            while most > 0 and (size := self.stream.recv_into(buffer)):
                 counter.feed(buffer[:size])
                 most -= size
         return counter.count

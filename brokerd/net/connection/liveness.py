@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from brokerd_client._common.keepalive import LOOKS, Silence, keep_alive
 
@@ -100,11 +100,7 @@ class Liveness:
                 self._outdated.discard(connection)
                 self._tell_system(connection)
             silence = self._watched.get(connection)
-            if (
-                silence is not None
-                and limit
-                and silence.lasts(_socket_of(connection), now) >= limit
-            ):
+            if silence is not None and limit and silence.lasts(connection.sock, now) >= limit:
                 connection.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
         del self._left[-_SLICE:]
         if self._left:
@@ -114,15 +110,10 @@ class Liveness:
 
     def _tell_system(self, connection: Connection) -> None:
         """Set the socket's TCP keepalive as ``limits.keepalive`` says."""
-        sock, limit = _socket_of(connection), self._limit_s
+        sock, limit = connection.sock, self._limit_s
         # The connection may have ended already; the next read detects that.
         with contextlib.suppress(OSError):
             if limit:
                 keep_alive(sock, limit)
             else:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
-
-
-def _socket_of(connection: Connection) -> Any:
-    # A connection over TLS has a stream in place of a socket: see TlsConnection.
-    return getattr(connection.sock, "raw", connection.sock)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from brokerd.core.session import Session
 from brokerd.net.connection.connection import Connection
@@ -38,8 +38,7 @@ class TlsConnection(Connection):
     def __init__(
         self, context: Context, stream: TlsStream, credential: Credential, tls_peer: TlsPeer
     ) -> None:
-        # A TlsStream has every method of a socket that a Connection calls.
-        super().__init__(context, cast("socket.socket", stream), credential, tls_peer)
+        super().__init__(context, stream.raw, credential, tls_peer, stream)
         self._stream = stream
         stream.budget.most_empty = MOST_EMPTY
         self._reading_on = False
@@ -123,7 +122,7 @@ class TlsConnection(Connection):
         with contextlib.suppress(OSError):
             self._stream.finish()
             if not self._stream.unsent:
-                self._stream.raw.shutdown(socket.SHUT_WR)
+                self.sock.shutdown(socket.SHUT_WR)
 
     def lost(self, why: str, *, written: bool = False) -> None:
         """Close the connection, with a close_notify of TLS if all output was written."""
@@ -132,9 +131,6 @@ class TlsConnection(Connection):
                 self._stream.finish()
             except OSError:
                 written = False
-            else:
-                # Input is discarded from here on, encrypted or not.
-                self.sock = self._stream.raw
         super().lost(why, written=written)
 
 

@@ -150,8 +150,8 @@ class PendingHandshakes:
         self._read_on(pending)
 
     def _on_tls_failed(self, pending: PendingConnection, reason: str) -> None:
-        assert pending.stream is not None
-        if pending.stream.engine.heard:
+        assert pending.tls_stream is not None
+        if pending.tls_stream.engine.heard:
             self._refuse(pending, reason, HandshakeOutcome.REJECTED)
         else:
             self._lose(pending, ConnectionResetError(0, reason))
@@ -160,7 +160,7 @@ class PendingHandshakes:
         """Schedule a read if TLS holds decrypted bytes, which the system does not
         report.
         """
-        if pending.stream is not None and pending.stream.buffered and not pending.done:
+        if pending.tls_stream is not None and pending.tls_stream.buffered and not pending.done:
             self._loop.call_soon(self._on_readable, pending)
 
     # Handshakes of another process
@@ -201,7 +201,7 @@ class PendingHandshakes:
         try:
             # At most as many bytes as a handshake can need at once; later bytes belong
             # to the session.
-            data = pending.sock.recv(2 * LIMIT)
+            data = pending.stream.recv(2 * LIMIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -213,7 +213,7 @@ class PendingHandshakes:
                 ConnectionResetError(0, "closed by the peer before it had proved who it is"),
             )
             return
-        if is_client_hello(data) and pending.stream is None and not pending.reader.buffered:
+        if is_client_hello(data) and pending.tls_stream is None and not pending.reader.buffered:
             self._refuse(pending, SPEAKS_TLS, HandshakeOutcome.MALFORMED, tell=True)
             return
         pending.silent = False
@@ -285,7 +285,7 @@ class PendingHandshakes:
 
     def _send(self, pending: PendingConnection, body: bytes) -> None:
         data = frame(body)
-        if pending.sock.send(data) != len(data):
+        if pending.stream.send(data) != len(data):
             raise OSError("the peer does not take even a handshake's bytes")
         pending.spoken += 1
 

@@ -9,6 +9,7 @@ import os
 import socket
 
 from brokerd.config.values import TlsConfig
+from brokerd.net.byte_stream import ByteStream
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Rank
 from brokerd.net.handshake.keyring import Credential
@@ -16,7 +17,6 @@ from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.penalties import origin_of
 from brokerd.net.handshake.tls import NO_TLS, tls_stream
 from brokerd_client.address import format_peer
-from brokerd_client.tls.stream import TlsStream
 from brokerd_client.wire.framing import FrameReader
 from brokerd_client.wire.handshake import NONCE_SIZE, Proof, as_listener
 
@@ -38,7 +38,9 @@ class PendingConnection:
     muted: number of frames that were sent already, and are not sent again.
     slowed: the peer has failed and is told so later; until then its input is ignored.
     tls: the TLS settings, None without TLS.
-    stream: the TLS stream, None without TLS.
+    sock: the socket.
+    stream: the bytes to read and write: of the socket, or of TLS over it.
+    tls_stream: the same stream, None without TLS.
     tls_peer: the facts that TLS proved about the peer.
     rank, moved_at: how far the peer has got, and since when: see Admission.
     can_hand_over: another process could continue with the socket and with the state
@@ -71,6 +73,7 @@ class PendingConnection:
         "stream",
         "tls",
         "tls_peer",
+        "tls_stream",
         "uid",
     )
 
@@ -86,8 +89,9 @@ class PendingConnection:
         tls: TlsConfig | None = None,
     ) -> None:
         self.tls = tls
-        self.stream = None if tls is None else tls_stream(sock, tls)
-        self.sock: socket.socket | TlsStream = self.stream or sock
+        self.sock = sock
+        self.tls_stream = None if tls is None else tls_stream(sock, tls)
+        self.stream: ByteStream = self.tls_stream or sock
         self.tls_peer = NO_TLS
         self.fd = sock.fileno()
         self.uid = peer_uid(sock)

@@ -192,7 +192,7 @@ class TlsHandshakes:
             self._loop.call_soon(self._step)
 
     def _go_on(self, pending: PendingConnection) -> None:
-        stream, tls = pending.stream, pending.tls
+        stream, tls = pending.tls_stream, pending.tls
         assert stream is not None
         assert tls is not None
         try:
@@ -214,11 +214,11 @@ class TlsHandshakes:
 
         A peer that has sent nothing gets an explanation without TLS.
         """
-        stream = pending.stream
+        stream = pending.tls_stream
         if stream is None or stream.engine.ready:
             return ""
         if stream.engine.heard:
             return "its TLS handshake was not finished within limits.handshake_timeout"
         with contextlib.suppress(OSError):
-            stream.raw.send(frame(FAILURE + _SPEAK_TLS))
+            pending.sock.send(frame(FAILURE + _SPEAK_TLS))
         return _SILENT
