@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from brokerd_client.address import Address
 from brokerd_client.aio.transport import Resolver, Transport, dial
@@ -66,7 +66,7 @@ class TlsTransport(Transport):
                 if not ready:
                     return
                 self._bindings = engine.bindings
-                self.asyncio_transport = cast("asyncio.Transport", _Encrypting(engine, raw))
+                self.asyncio_transport = _Encrypting(engine, raw)
                 self._opened(None)
                 self._client._on_open(self)
             self._deliver()
@@ -110,18 +110,35 @@ class TlsTransport(Transport):
         super().connection_lost(self._error or error)
 
 
-class _Encrypting:
+class _Encrypting(asyncio.Transport):
     """The part of an asyncio transport that a client uses, over TLS."""
 
     def __init__(self, engine: Engine, raw: asyncio.Transport) -> None:
+        super().__init__()
         self._engine = engine
         self._raw = raw
 
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute from the underlying transport."""
-        return getattr(self._raw, name)
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return a fact about the transport below."""
+        return self._raw.get_extra_info(name, default)
 
-    def write(self, data: bytes) -> None:
+    def is_closing(self) -> bool:
+        """Return whether the transport below is closing or closed."""
+        return self._raw.is_closing()
+
+    def abort(self) -> None:
+        """Close the transport below at once."""
+        self._raw.abort()
+
+    def pause_reading(self) -> None:
+        """Stop reading from the transport below."""
+        self._raw.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Continue to read from the transport below."""
+        self._raw.resume_reading()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Encrypt and write bytes, as a transport does."""
         try:
             self._engine.write(data)
