@@ -30,6 +30,19 @@ PATTERNS = (
     (r"from brokerd_client\.\w+\.opening import Opening\n", ""),
     (r'"Opening", ', ""),
     (r"\bOpening\[(\w+)\]", r"\1"),
+    (
+        r"return Opening\(lambda: self\._open\(([^\n]*), timeout\)\)\n",
+        # The guard stands in the outermost call: an exception of a signal handler can
+        # strike behind the inner one.
+        """subscription = \\1
+        try:
+            self._open(subscription, timeout)
+            return subscription
+        except BaseException:
+            self._take_back(subscription)
+            raise
+""",
+    ),
     (r"return Opening\(\s*lambda: (.*?)\s*\)\n(?=\n)", r"return \1\n"),
     (r"An async iterator", "An iterator"),
     (r"an async iterator", "an iterator"),

@@ -73,7 +73,6 @@ from brokerd_client.wire.envelope import check_address, check_topic
 __all__ = ["MOST_THREADS", "BaseClient"]
 
 H = TypeVar("H")
-S = TypeVar("S", bound=BaseSubscription[Any])
 T = TypeVar("T")
 
 #: Seconds until a listener whose queue of new connections is full is tried again.
@@ -675,8 +674,11 @@ class BaseClient(ClientProperties):
                         raise
                     yield queue.take(None)
 
-    def _open(self, subscription: S, timeout: float | None) -> S:
-        """Begin a subscription or a watch, and wait for the broker's confirmation."""
+    def _open(self, subscription: BaseSubscription[Any], timeout: float | None) -> None:
+        """Begin a subscription or a watch, and wait for the broker's confirmation.
+
+        The caller ends it after any exception, also one that strikes behind this call.
+        """
         call = Call()
 
         def begin(deadline: float | None) -> int:
@@ -694,10 +696,12 @@ class BaseClient(ClientProperties):
             message_id = self._put_in_io_thread(timeout, lambda: begin(deadline))
             self._outcome(call, message_id, deadline)
         except BaseException:
-            self._queue_chore(lambda: self._drop(subscription, "the subscription was not made"))
             self._abandon(call)
             raise
-        return subscription
+
+    def _take_back(self, subscription: BaseSubscription[Any]) -> None:
+        """End a subscription or a watch whose creation an exception has cut short."""
+        self._queue_chore(lambda: self._drop(subscription, "the subscription was not made"))
 
     def _put_in_io_thread(self, timeout: float | None, put: Callable[[], int]) -> int:
         """Call ``put``, which queues frames, in the I/O thread, once these can be

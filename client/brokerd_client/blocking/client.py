@@ -437,7 +437,13 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return self._open(Subscription(self, pattern, group, callback), timeout)
+        subscription = Subscription(self, pattern, group, callback)
+        try:
+            self._open(subscription, timeout)
+            return subscription
+        except BaseException:
+            self._take_back(subscription)
+            raise
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> PresenceWatch:
         """Watch which clients are online.
@@ -455,7 +461,13 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return self._open(PresenceWatch(self), timeout)
+        subscription = PresenceWatch(self)
+        try:
+            self._open(subscription, timeout)
+            return subscription
+        except BaseException:
+            self._take_back(subscription)
+            raise
 
     def control(
         self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
