@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from brokerd import __version__
 from brokerd.config.diff import merge
+from brokerd.config.key_validity import ending
 from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
 from brokerd.core import routing
@@ -38,6 +39,7 @@ from brokerd.monitor.sources import ReloadCounts, Sources
 from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.handshake.keyring import Keyring
+from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Found, ListenError, Listening, listen
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, listen_for
 from brokerd.net.server import Server
@@ -212,6 +214,9 @@ class Daemon:
             raise Stopped
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_admin_command = AdminCommands(self).execute
+        # These take milliseconds per ten thousand clients. After an upgrade's pause has
+        # begun, nothing may.
+        expiring, users_unseen = ending(config.clients.values()), unseen(config.clients)
         told: dict[str, Any] = {}
         if old_process is None:
             self._server.start(opened)
@@ -246,8 +251,8 @@ class Daemon:
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
             **told,
         )
-        self._warn({entry.address for entry in config.listen})
-        self._key_expiry_monitor.watch(config)
+        self._warn({entry.address for entry in config.listen}, users_unseen)
+        self._key_expiry_monitor.watch(config, expiring)
         if old_process is None:
             self.supervisor.ready(self._status)
         else:
@@ -266,15 +271,14 @@ class Daemon:
         )
         return f"{connections} connections, {handshakes} handshakes under way, {messages} messages"
 
-    def _warn(self, among: Container[Address]) -> None:
+    def _warn(self, among: Container[Address], users_unseen: dict[str, list[int]]) -> None:
         """Log where the surroundings differ from what the configuration expects.
 
-        among: the addresses of the entries that are new in it.
+        among: the addresses of the entries that are new in it. users_unseen: the clients
+        with users that this process can't see.
         """
         config = self.config
-        warn_of_surroundings(
-            self.log, config.listen, config.clients, self._activated, self._assigned
-        )
+        warn_of_surroundings(self.log, config.listen, users_unseen, self._activated, self._assigned)
         warn_of_plain(self.log, self.server.listening, among)
         warn_of_keys(self.log, config.warnings)
 
@@ -422,7 +426,8 @@ class Daemon:
         )
         yield
         self._warn(
-            {entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))}
+            {entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))},
+            unseen(self.config.clients),
         )
         if self._key_expiry_monitor is not None and not self.stopping:
             self._key_expiry_monitor.watch(config, prepared.ending)

@@ -12,9 +12,8 @@ from typing import Final
 from structlog.typing import FilteringBoundLogger
 
 from brokerd.config.lint import about_plain
-from brokerd.config.values import ClientConfig, ListenConfig
+from brokerd.config.values import ListenConfig
 from brokerd.net.bound_loggers import listener_logger
-from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening
 from brokerd.net.listen.socket_activation import ActivatedSockets
 from brokerd_client.address import Address
@@ -28,12 +27,13 @@ _SHOWN: Final = 20
 def warn_of_surroundings(
     log: FilteringBoundLogger,
     listen: Iterable[ListenConfig],
-    clients: Mapping[str, ClientConfig],
+    users_unseen: Mapping[str, list[int]],
     activated: ActivatedSockets,
     assigned: Iterable[ListenConfig],
 ) -> None:
     """Log what the configuration expects and the service manager does not provide.
 
+    users_unseen: the clients with users that this process can't see, and those users.
     assigned: the entries of ``listen`` that have some of the activated sockets.
     """
     for entry in activated.unmatched(listen, assigned):
@@ -44,7 +44,7 @@ def warn_of_surroundings(
         listener_logger(log, entry.address).warning(
             "listener.not_handed_over", name=entry.name, reason=reason
         )
-    for name, users in unseen(clients).items():
+    for name, users in users_unseen.items():
         reason = (
             "this process has a user namespace of its own and can't tell these users from others:"
             " nobody is let in as one of them (with systemd: PrivateUsers=no, as in"
