@@ -149,6 +149,8 @@ class Broker:
         assert client is not None, "place_for said there is room"
         session = Session(client, instance, peer=peer, since=now_wall, connection=connection)
         session.number = next(self._order)
+        if self.status.changes is not None:
+            self.status.changes.note(session)
         first = not client.online
         client.add(session)
         for member in client.sessions.values():
@@ -166,6 +168,8 @@ class Broker:
         # closed. The steps between the first and the last may come in any order.
         session.open = False
         session.closed_number = next(self._order)
+        if self.status.changes is not None:
+            self.status.changes.note_left(session)
         self._remove_from_lists(session)
         self.held.release(session)
         self.held.release_waiters(session)
@@ -341,6 +345,8 @@ class Broker:
             pass
 
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
+        if self.status.changes is not None:
+            self.status.changes.note(session)
         why = "its new rules do not allow the subscription"
         self.replies.log_events.note("client.unsubscribed", session, pattern, group or "", why)
 

@@ -254,6 +254,8 @@ class Events:
         """Send an event to its subscribers, to some of them in each step."""
         if event.client is not None:
             event.client.shown_online, event.client.shown_since = event.online, event.since
+            if self._status.changes is not None:
+                self._status.changes.note_client(event.client)
         envelope = Envelope(
             Kind.EVENT, 0, BROKER, event.payload.encode(), codec=CodecId.JSON, topic=event.topic
         )

@@ -144,6 +144,12 @@ class Client(RouteEntry):
             self._rank_all()
         self._choose_direct()
 
+    def put_in_order(self) -> None:
+        """Order the sessions as they connected."""
+        oldest_first = sorted(self.sessions.values(), key=lambda session: session.number)
+        self.sessions = {session.address: session for session in oldest_first}
+        self._choose_direct()
+
     def reconfigure(self, config: ClientConfig) -> None:
         """Apply a changed configuration entry; the connections stay.
 

@@ -118,6 +118,8 @@ class Goaway:
         if session.retired or not session.open:
             return
         session.retired = True
+        if self._status.changes is not None:
+            self._status.changes.note(session)
         session.client.remove(session)
         self._topics.leave(session, session.subscriptions)
         session.subscriptions.clear()

@@ -72,6 +72,9 @@ class HeldSenders:
 
     def add(self, source: Session, target: Session, deadline: float) -> None:
         """Record a sender as held, without a log event."""
+        if self._status.changes is not None:
+            # A pool has counted its choice of the target.
+            self._status.changes.note_client(target.client)
         source.held_by = target
         target.waiters[source] = None
         self.deadlines[source] = deadline

@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from brokerd.core.changes import Changes
 from brokerd.core.outbox import FrameOutbox, Queued
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import FLAGS, BadSnapshot, check_block, check_frames
@@ -37,6 +38,7 @@ __all__ = [
     "Copier",
     "Copies",
     "flags_of",
+    "is_as_at_start",
 ]
 
 #: The flags of a frame, as bits.
@@ -54,17 +56,18 @@ _SUBSCRIPTIONS: Final = 250
 _FEW: Final = 100
 #: Stands for the number of the sender in a frame without a sender.
 _NOBODY: Final = -1
+_NONE: Final[frozenset[tuple[str, str | None]]] = frozenset()
 
-#: The state of an idle session that is captured and may change. Its subscriptions
-#: change only with a message or by becoming fewer.
+#: The counters of a session. They change with every message.
+_COUNTERS: Final = attrgetter(
+    "messages_in", "bytes_in", "errors_in", "outbox.frames", "outbox.size"
+)
+#: The other state of an idle session that is captured and may change.
 _STATE: Final = attrgetter(
     "client",
     "address",
     "number",
     "closed_number",
-    "messages_in",
-    "bytes_in",
-    "errors_in",
     "bytes_to_skip",
     "charged",
     "held_by",
@@ -75,11 +78,10 @@ _STATE: Final = attrgetter(
     "goaway",
     "reached_by_event",
     "outbox",
-    "outbox.frames",
-    "outbox.size",
     "outbox.limit",
     "outbox.blocked",
     "outbox.stalled",
+    "retired",
 )
 #: The attributes that are all empty or false for an idle session.
 _BUSY: Final = attrgetter(
@@ -97,7 +99,7 @@ _BUSY: Final = attrgetter(
     "outbox.blocked",
     "outbox.stalled",
 )
-_SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since", "turn", "meter")
+_SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since", "turn")
 
 #: Facts, and the bytes that belong to them.
 Block: TypeAlias = "tuple[dict[str, Any], list[bytes]]"
@@ -114,7 +116,22 @@ def flags_of(queued: Queued) -> int:
 
 
 def _state(session: Session) -> tuple[object, ...]:
-    return *_STATE(session), len(session.subscriptions), len(session.recipients)
+    return *_STATE(session), len(session.recipients)
+
+
+def _shown(client: Client) -> tuple[object, ...]:
+    return *_SHOWN(client), client.meter, client.meter and client.meter.changes
+
+
+def is_as_at_start(client: Client, started_at: float) -> bool:
+    """Return whether a client is unused since the start, as most of ten thousand are."""
+    return (
+        client.changed_at == client.shown_since == started_at
+        and not client.sessions
+        and not client.shown_online
+        and not client.turn
+        and (client.meter is None or not client.meter.changes)
+    )
 
 
 class Copier:
@@ -123,35 +140,89 @@ class Copier:
 
     few: fewer frames or subscriptions of one session than this are captured with the
     rest. subscriptions: the copied subscriptions of each session, which may have ended
-    since.
+    since. has_told_start: whether the start of the broker has been copied.
     """
 
     def __init__(self, broker: Broker, few: int = _FEW) -> None:
         self._broker = broker
         self._few = few
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
+        self.has_told_start = False
         #: By session: how many messages it had sent when copying its subscriptions
         #: began.
         self._unchanged: dict[Session, int] = {}
         #: By queue: the number after that of the last copied frame.
         self._copied_to: dict[FrameOutbox, int] = {}
-        #: The idle sessions that have been copied, and their clients, with their state
-        #: then.
-        self._idle: dict[Session, tuple[object, ...]] = {}
+        #: The idle sessions that have been copied, with their state and counters then;
+        #: and the clients that have been copied, with their state then.
+        self._idle: dict[Session, tuple[tuple[object, ...], tuple[int, ...]]] = {}
         self._clients: dict[Client, tuple[object, ...]] = {}
+        #: The changes in the broker; None if it does not note them for this copier.
+        self._changes: Changes | None = None
+
+    def watch(self, sessions: Iterable[Session] | None = None) -> None:
+        """Note all changes in the broker from now on, until ``end``.
+
+        sessions: all open sessions, if they are not exactly those of the exchange.
+        """
+        exchange = self._broker.exchange
+        self._changes = self._broker.status.changes = Changes(
+            exchange.sessions() if sessions is None else sessions, exchange.clients.values()
+        )
+
+    def end(self) -> None:
+        """Stop noting changes in the broker."""
+        self._changes = self._broker.status.changes = None
+
+    def changed_sessions(self) -> list[Session]:
+        """Return the sessions that may differ from their copies, or have none, in the
+        order in which they connected.
+        """
+        sessions = self._broker.exchange.sessions()
+        changed = sessions if self._changes is None else self._changes.sessions
+        return sorted(changed, key=attrgetter("number"))
+
+    def changed_clients(self) -> list[Client]:
+        """Return the clients that may differ from their copies, or have none."""
+        clients = self._broker.exchange.clients
+        if self._changes is None:
+            return list(clients.values())
+        return [each for each in self._changes.clients if clients.get(each.name) is each]
+
+    def take_left(self) -> list[int]:
+        """Return the numbers of the copied sessions that have left since the last
+        call.
+        """
+        if self._changes is None:
+            left = [session for session in self._idle if not session.open]
+        else:
+            left, self._changes.left = self._changes.left, []
+        return [session.number for session in left if self._idle.pop(session, None) is not None]
 
     def is_idle(self, session: Session) -> bool:
         """Return whether the session has nothing queued and nothing in progress."""
         return session.open and session.reached_by_event is None and not any(_BUSY(session))
 
     def note_idle(self, session: Session) -> None:
-        """Record that an idle session is copied as it is now, with its client and
-        subscriptions.
-        """
-        self._idle[session] = _state(session)
-        self._clients[session.client] = _SHOWN(session.client)
+        """Record that an idle session is copied as it is now, with its subscriptions."""
+        self._idle[session] = _state(session), _COUNTERS(session)
+        self.note_same(session)
         if session.subscriptions or session in self.subscriptions:
             self.subscriptions[session] = set(session.subscriptions)
+
+    def note_counted(self, session: Session) -> None:
+        """Record that the counters of a copied session are copied as they are now."""
+        self._idle[session] = self._idle[session][0], _COUNTERS(session)
+        self.note_same(session)
+
+    def is_copied(self, session: Session) -> bool:
+        """Return whether an open session has been copied, whatever has changed since."""
+        return session.open and session in self._idle
+
+    def note_same(self, session: Session) -> None:
+        """Record that the session does not differ from its copy."""
+        if self._changes is not None:
+            self._changes.sessions.pop(session, None)
 
     def forget_idle(self, session: Session) -> None:
         """Record that the session's connection is no longer as it was when it was
@@ -161,22 +232,50 @@ class Copier:
 
     def is_as_copied(self, session: Session) -> bool:
         """Return whether the session has been copied and has not changed since then."""
-        state = self._idle.get(session)
+        if self._changes is not None and session not in self._changes.sessions:
+            return session in self._idle
+        return self.counted(session) == ()
+
+    def counted(self, session: Session) -> tuple[int, ...] | None:
+        """Return the counters of a copied session in which nothing else has changed.
+
+        Returns () if the counters are unchanged too. Returns None if the session is not
+        copied, or has changed in another way.
+        """
+        copied = self._idle.get(session)
         if (
-            state is None
+            copied is None
             or session.incoming_requests
             or session.outgoing_requests
             or session.expiring
+            or session.outbox.waiting
+            or not session.open
+            or copied[0] != _state(session)
         ):
-            return False
-        return state == _state(session) and session.open and not session.outbox.waiting
+            return None
+        counters: tuple[int, ...] = _COUNTERS(session)
+        subscriptions = self.subscriptions.get(session, _NONE)
+        if len(subscriptions) != len(session.subscriptions) or (
+            # Without a message from the session, its subscriptions only become fewer.
+            counters[0] != copied[1][0] and subscriptions != session.subscriptions
+        ):
+            return None
+        return () if counters == copied[1] else counters
 
-    def is_shown_as_copied(self, client: Client) -> bool | None:
-        """Return whether the client is unchanged since it was copied; None if it was
-        not copied.
+    def note_client_copied(self, client: Client) -> None:
+        """Record that a client is copied as it is now."""
+        self._clients[client] = _shown(client)
+        if self._changes is not None:
+            self._changes.clients.pop(client, None)
+
+    def is_client_as_copied(self, client: Client) -> bool:
+        """Return whether the client is unchanged since it was copied, or since the
+        start.
         """
         shown = self._clients.get(client)
-        return None if shown is None else client.meter is None and shown == _SHOWN(client)
+        if shown is None:
+            return is_as_at_start(client, self._broker.status.started_at)
+        return shown == _shown(client)
 
     def blocks(self, now: float) -> Iterator[Block]:
         """Yield the state that has not been copied yet; it may change between two
@@ -301,13 +400,22 @@ class Copies:
         self._sessions: dict[int, Session] = {}
         self._queues: dict[int, CopiedQueue] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
-        #: The facts of idle sessions and of their outboxes, by the session's number;
-        #: and the names of the copied clients.
-        self.idle: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        #: The idle sessions that exist already, by number.
+        self.made: dict[int, Session] = {}
+        #: The facts of idle sessions and of their outboxes whose names are not known
+        #: here, by number.
+        self.strangers: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        #: The unknown names of clients that a session has reached, by its number.
+        self.unknown_recipients: dict[int, list[str]] = {}
+        #: The names of the copied clients, and the start of the broker, if copied.
         self.clients: set[str] = set()
-        #: The numbers of the idle sessions that exist already, as their names are known
-        #: here.
-        self.made: set[int] = set()
+        self.started_at: float | None = None
+        #: The largest number of a copied session.
+        self.latest = 0
+        #: The numbers of the sessions discarded since ``take_discarded``.
+        self._discarded: list[int] = []
+        #: Pools to which sessions were added in another order than they connected in.
+        self._unordered: set[Client] = set()
 
     def add(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
         """Add one block. Raises BadSnapshot."""
@@ -325,9 +433,110 @@ class Copies:
             found.open = False
         return found
 
-    def take_session(self, number: int) -> Session:
-        """Remove and return the session with that number, to be filled."""
-        return self._sessions.pop(number, None) or Session.__new__(Session)
+    def numbers(self) -> set[int]:
+        """Return the numbers of the copied sessions."""
+        return {*self.made, *self.strangers}
+
+    def copied(self, number: int) -> Session:
+        """Return the copied session with that number. Raises BadSnapshot."""
+        session = self.made.get(number)
+        if session is None and number not in self.strangers:
+            raise BadSnapshot(f"the session with the number {number} was not copied")
+        return session or self.session(number)
+
+    def seat(self, session: Session) -> None:
+        """Add a restored session to its client. Raises BadSnapshot."""
+        client = session.client
+        there = client.sessions.get(session.address)
+        if there is not None and there is not session:
+            raise BadSnapshot("two open sessions have one address")
+        if client.sessions and next(reversed(client.sessions.values())).number > session.number:
+            self._unordered.add(client)
+        client.add(session)
+
+    def put_in_order(self) -> None:
+        """Order the sessions of each pool as they connected; the order matters most
+        for pools.
+        """
+        for client in self._unordered:
+            client.put_in_order()
+        self._unordered.clear()
+
+    def keep(self, session: Session, unknown: list[str]) -> None:
+        """Record that an idle session exists. unknown: see ``unknown_recipients``."""
+        number = session.number
+        self.made[number] = session
+        # From now on the session has its subscriptions.
+        self._subscriptions.pop(number, None)
+        self.unknown_recipients.pop(number, None)
+        if unknown:
+            self.unknown_recipients[number] = unknown
+
+    def reopen(self, facts: dict[str, Any]) -> Session:
+        """Return the session that these facts are about, to be filled (again)."""
+        number = facts["number"]
+        made = self.made.pop(number, None)
+        if made is not None:
+            self._subscriptions[number] = made.subscriptions
+            if made.address != facts["address"] or not facts["configured"]:
+                made.client.remove(made)
+        self.strangers.pop(number, None)
+        self.unknown_recipients.pop(number, None)
+        return self.session(number)
+
+    def count(self, number: int, counters: list[int]) -> None:
+        """Set the counters of a copied session. Raises BadSnapshot."""
+        session = self.made.get(number)
+        if session is not None:
+            session.messages_in, session.bytes_in, session.errors_in = counters[:3]
+            session.outbox.frames, session.outbox.size = counters[3:]
+        elif number in self.strangers:
+            facts, outbox = self.strangers[number]
+            facts["in"] = counters[:3]
+            outbox["frames"], outbox["size"] = counters[3:]
+        else:
+            raise BadSnapshot(f"the session with the number {number} was not copied")
+
+    def facts_of(self, number: int) -> dict[str, Any]:
+        """Return what other facts are checked against, of a copied session.
+
+        Raises BadSnapshot.
+        """
+        session = self.made.get(number)
+        if session is not None:
+            return {
+                "number": number,
+                "left_at": session.closed_number,
+                "address": session.address,
+                "configured": True,
+            }
+        if number in self.strangers:
+            return self.strangers[number][0]
+        raise BadSnapshot(f"the session with the number {number} was not copied")
+
+    def discard(self, number: int) -> None:
+        """Remove a copied session that has left."""
+        self._discarded.append(number)
+        self.strangers.pop(number, None)
+        self.unknown_recipients.pop(number, None)
+        session = self.made.pop(number, None)
+        if session is not None:
+            session.open = False
+            session.client.remove(session)
+            self._broker.topics.leave(session, session.subscriptions)
+            session.subscriptions = set()
+            session.connection = session.outbox.owner = None
+
+    def take_discarded(self) -> list[int]:
+        """Return the numbers of the sessions discarded since the last call."""
+        discarded, self._discarded = self._discarded, []
+        return discarded
+
+    def discard_at(self, client: Client, address: str, number: int) -> None:
+        """Remove the copied session that had an address before session ``number``."""
+        there = client.sessions.get(address)
+        if there is not None and there.number != number:
+            self.discard(there.number)
 
     def take_queue(self, number: int, first: int, count: int) -> CopiedQueue:
         """Remove and return the ``count`` copied frames from ``first`` on.
@@ -362,8 +571,9 @@ class Copies:
         self._subscriptions.clear()
         self._queues.clear()
         self._sessions.clear()
-        self.idle.clear()
         self.made.clear()
+        self.strangers.clear()
+        self.unknown_recipients.clear()
         self.clients.clear()
 
     def change_subscriptions(self, facts: dict[str, Any]) -> set[tuple[str, str | None]]:
@@ -380,7 +590,10 @@ class Copies:
     def _add_subscriptions(self, facts: dict[str, Any]) -> None:
         number = facts["session"]
         client = self._broker.exchange.resolve(facts["name"])
-        there = self._subscriptions.setdefault(number, set())
+        made = self.made.get(number)
+        there = (
+            self._subscriptions.setdefault(number, set()) if made is None else made.subscriptions
+        )
         for pattern, group in facts["subscriptions"]:
             if (
                 client is not None

@@ -56,13 +56,17 @@ class Bucket:
 
 
 class Meter:
-    """The message rate and the byte rate of one client."""
+    """The message rate and the byte rate of one client.
 
-    __slots__ = ("_bytes", "_messages")
+    changes: how often the levels were changed by something else than time.
+    """
+
+    __slots__ = ("_bytes", "_messages", "changes")
 
     def __init__(self, messages: float | None, bytes: float | None) -> None:
         self._messages = None if messages is None else Bucket(messages)
         self._bytes = None if bytes is None else Bucket(bytes)
+        self.changes = 0
 
     @classmethod
     def for_rate(cls, rate: RateConfig) -> Meter | None:
@@ -80,6 +84,7 @@ class Meter:
 
     def fill_to(self, levels: list[float | None], now: float) -> None:
         """Set both levels to those of another meter of the same rate."""
+        self.changes += 1
         for bucket, level in zip((self._messages, self._bytes), levels, strict=True):
             if bucket is not None and level is not None:
                 bucket.fill_to(level, now)
@@ -97,4 +102,5 @@ class Meter:
             return False
         for bucket, amount in wanted:
             bucket.take(amount)
+        self.changes += 1
         return True

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
 from brokerd.core.allowance import Allowance
@@ -28,33 +28,60 @@ from brokerd.core.operations import Question
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
 from brokerd.core.session import Session
-from brokerd.core.snapshot_check import BadSnapshot, check, check_frames, check_idle
+from brokerd.core.snapshot_check import (
+    BadSnapshot,
+    check,
+    check_clients,
+    check_frames,
+    check_idle,
+)
 from brokerd.core.undelivered import Unsent
 
 __all__ = [
     "BadSnapshot",
     "Facts",
     "Pieces",
+    "Restored",
     "Snapshot",
+    "adapt",
     "capture",
+    "capture_clients",
     "capture_idle",
     "restore",
+    "restore_clients",
     "restore_idle",
 ]
 
 Facts: TypeAlias = dict[str, Any]
 
+#: Clients per block: a millisecond's work.
+_CLIENTS: Final = 500
+
 
 class Snapshot:
     """Facts, and the bytes that belong to them.
 
-    copied: the sessions that were copied before; the facts contain only their numbers.
+    fresh: the open sessions that the facts contain whole, in the same order. All other
+    sessions were copied before, and at most their counters have changed.
+    position: that of the session that asked for the capture, if any.
     """
 
     def __init__(self) -> None:
-        self.copied: set[Session] = set()
+        self.fresh: list[Session] = []
+        self.position: int | None = None
         self.facts: Facts = {}
         self.pieces: list[bytes | bytearray | memoryview] = []
+
+
+class Restored(NamedTuple):
+    """The restored sessions.
+
+    sessions: those in the facts, by position. strangers: those that were copied, and
+    whose names are not configured.
+    """
+
+    sessions: list[Session]
+    strangers: list[Session]
 
 
 class Pieces:
@@ -77,8 +104,36 @@ class Pieces:
 # Capture
 
 
+class _Index(dict[Session, int]):
+    """The positions of the sessions in the facts.
+
+    A session that was copied gets a position when it is first referred to.
+    """
+
+    def __init__(self, sessions: Iterable[Session], copier: Copier) -> None:
+        super().__init__((session, position) for position, session in enumerate(sessions))
+        self._copier = copier
+        self.copied: list[int] = []
+
+    def __missing__(self, session: Session) -> int:
+        if not self._copier.is_copied(session):
+            raise KeyError(session)
+        self[session] = position = len(self)
+        self.copied.append(session.number)
+        return position
+
+    def __contains__(self, session: object) -> bool:
+        return super().__contains__(session) or (
+            isinstance(session, Session) and self._copier.is_copied(session)
+        )
+
+
 def capture(
-    broker: Broker, sessions: Iterable[Session], now: float, copier: Copier | None = None
+    broker: Broker,
+    sessions: Iterable[Session],
+    now: float,
+    copier: Copier | None = None,
+    asker: Session | None = None,
 ) -> Snapshot:
     """Return a snapshot of the broker, which is not changed.
 
@@ -87,20 +142,27 @@ def capture(
 
     Args:
         broker: the broker to capture.
-        sessions: all open sessions, in the order in which they connected.
+        sessions: all open sessions that may differ from their copies or have none, in
+            the order in which they connected.
         now: as for ``handle``; times are captured in seconds relative to it.
         copier: state that it has copied is left out.
+        asker: the session that asked for the capture, if any.
     """
     settled = not (broker.touched or broker.held.released or broker.operations.admin_commands)
     assert settled, "what is decided is carried out first"
     snapshot = Snapshot()
     copier = copier or Copier(broker)
     leaving = broker.reports.closed_sessions()
-    index = {session: position for position, session in enumerate(sessions)}
-    copied = snapshot.copied = set(filter(copier.is_as_copied, index))
-    for session, _ in leaving:
-        index[session] = len(index)
-    snapshot.facts = {
+    fresh, counts = snapshot.fresh, []
+    for session in sessions:
+        counters = copier.counted(session)
+        if counters is None:
+            fresh.append(session)
+        elif counters:
+            counts.append([session.number, *counters])
+    index = _Index([*fresh, *(session for session, _ in leaving)], copier)
+    whole = list(index)
+    facts: Facts = {
         "started_at": broker.status.started_at,
         "upgrades": broker.status.upgrades,
         "next_number": next(broker._order),
@@ -111,18 +173,13 @@ def capture(
         "deferred": [_job(job, index) for job in broker.deferred.jobs if not _is_void(job)],
         "clients": {
             client.name: _client(client, now)
-            for client in broker.exchange.clients.values()
-            if not _is_known(client, broker.status.started_at, copier)
+            for client in copier.changed_clients()
+            if not copier.is_client_as_copied(client)
         },
-        "sessions": [
-            session.number if session in copied else _session(broker, session, index, now, copier)
-            for session in index
-        ],
-        "outboxes": [
-            None if session in copied else _outbox(session, index, snapshot, now, copier)
-            for session in index
-            if session.open
-        ],
+        "sessions": [_session(broker, session, index, now, copier) for session in whole],
+        "outboxes": [_outbox(session, index, snapshot, now, copier) for session in fresh],
+        "counts": counts,
+        "gone": copier.take_left(),
         "held": [
             [
                 index[session],
@@ -136,6 +193,10 @@ def capture(
             for session, queue in leaving
         ],
     }
+    if asker is not None:
+        snapshot.position = index[asker]
+    facts["sessions"] += index.copied
+    snapshot.facts = facts
     return snapshot
 
 
@@ -147,19 +208,31 @@ def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -
         return None
     if broker.exchange.resolve(session.client.name) is not session.client or session.retired:
         return None
+    client = session.client
     facts = {
         "session": _session(broker, session, {}, now, copier),
         "outbox": _outbox(session, {}, Snapshot(), now, Copier(broker)),
-        "client": None if session.client.meter else _client(session.client, now),
+        "client": None if copier.is_client_as_copied(client) else _client(client, now),
     }
     copier.note_idle(session)
+    copier.note_client_copied(client)
     return facts
 
 
-def _is_known(client: Client, started_at: float, copier: Copier) -> bool:
-    """Return whether every change of a client has been copied."""
-    as_copied = copier.is_shown_as_copied(client)
-    return _is_as_at_start(client, started_at) if as_copied is None else as_copied
+def capture_clients(broker: Broker, now: float, copier: Copier) -> Iterator[Facts]:
+    """Yield the facts of changed clients in blocks; they may change between two blocks."""
+    changed = iter(copier.changed_clients())
+    while some := list(itertools.islice(changed, _CLIENTS)):
+        facts = {
+            client.name: _client(client, now)
+            for client in some
+            if not copier.is_client_as_copied(client)
+        }
+        for client in some:
+            copier.note_client_copied(client)
+        if facts or not copier.has_told_start:
+            copier.has_told_start = True
+            yield {"started_at": broker.status.started_at, "clients": facts}
 
 
 def _is_void(job: Job) -> bool:
@@ -178,17 +251,6 @@ def _job(job: Job, index: Mapping[Session, int]) -> Facts:
 def _holder(session: Session) -> Session:
     assert session.held_by is not None
     return session.held_by
-
-
-def _is_as_at_start(client: Client, started_at: float) -> bool:
-    """Return whether a client is unused since the start, as most of ten thousand are."""
-    return (
-        client.changed_at == client.shown_since == started_at
-        and not client.sessions
-        and not client.shown_online
-        and not client.turn
-        and client.meter is None
-    )
 
 
 def _client(client: Client, now: float) -> Facts:
@@ -326,116 +388,56 @@ def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | N
 
 def restore(
     broker: Broker, facts: Facts, pieces: Pieces, now: float, copies: Copies | None = None
-) -> list[Session]:
-    """Fill a new broker with the state of another broker; return the open sessions.
+) -> Restored:
+    """Fill a new broker with the state of another broker; return the sessions.
 
-    The sessions are in the order in which ``capture`` got them, and have no connection
-    yet. A session whose name is no longer configured is not in the exchange. It has to
-    be closed, unless it was being closed already.
+    Sessions that were not copied before have no connection yet. A session whose name is
+    no longer configured is not in the exchange. It has to be closed, unless it was
+    being closed already.
 
     copies: the state that was copied before the handover. Raises BadSnapshot for facts
     that ``capture`` did not write; the broker is then unusable.
     """
     copies = copies or Copies(broker)
-    check(facts, copies.idle)
-    #: The positions of the sessions that exist already, and of the rest.
-    copied: list[int] = []
-    fresh: list[int] = []
-    facts = {**facts, "sessions": list(facts["sessions"]), "outboxes": list(facts["outboxes"])}
-    for position, number in enumerate(facts["sessions"]):
-        if type(number) is int and number in copies.made:
-            copied.append(position)
-        else:
-            fresh.append(position)
-            if type(number) is int:
-                facts["sessions"][position], facts["outboxes"][position] = copies.idle[number]
-    broker.status.started_at = facts["started_at"]
+    check(facts, copies.facts_of)
+    if copies.latest >= facts["next_number"]:
+        raise BadSnapshot("a copied session came after all that have come")
+    sessions, fresh = _take_sessions(facts, copies)
+    strangers = [copies.session(number) for number in copies.strangers]
+    fresh += [(copies.session(number), *told) for number, told in copies.strangers.items()]
     broker.status.upgrades = facts["upgrades"] + 1
     broker._order = itertools.count(facts["next_number"])
     broker.replies.dropped = facts["dropped"]
     broker.replies.refused = Counter(facts["refused"])
     broker.status.totals = Counter(facts["totals"])
     broker.replies.returned = Counter(facts["given_back"])
-    for client in broker.exchange.clients.values():
-        if client.name not in copies.clients:
-            client.changed_at = client.shown_since = broker.status.started_at
+    _start_clients(broker, facts["started_at"], copies)
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
-    # Clients whose names are not configured, any more or for this connection. The key
-    # is the name, and how many earlier sessions here had the same address.
-    strangers: dict[tuple[str, int], Client] = {}
-    addresses: Counter[str] = Counter()
-    open_count = len(facts["outboxes"])
-    sessions = [
-        copies.take_session(each if type(each) is int else each["number"])
-        for each in facts["sessions"]
-    ]
-    for position in copied:
-        session = sessions[position]
-        session.open = True
-        if session.subscriptions:
-            copies.take_subscriptions(session.number, session, [])
-    for position in fresh:
-        each = facts["sessions"][position]
+    # Clients whose names are not configured, any more or for this connection.
+    unknown = _Unknown()
+    for session, each, outbox in fresh:
         known = broker.exchange.resolve(each["name"]) if each["configured"] else None
-        if known is None:
-            former = (each["name"], addresses[each["address"]])
-            addresses[each["address"]] += 1
-            known = strangers.setdefault(former, Client(_former(each["name"]), each["since"]))
-        _restore_session(sessions[position], known, each, now).open = position < open_count
-    named: dict[str, list[Client]] = {}
-    for (name, _), client in strangers.items():
-        named.setdefault(name, []).append(client)
-    for position in copied if strangers else ():
-        recipients = copies.idle[sessions[position].number][0]["reached"]
-        sessions[position].recipients.update(
-            client for name in recipients for client in named.get(name, ())
-        )
-    for position in fresh:
-        session, each = sessions[position], facts["sessions"][position]
+        client = unknown.client(each) if known is None else known
+        _restore_session(session, client, each, now).open = outbox is not None
+    for number, names in copies.unknown_recipients.items():
+        copies.made[number].recipients.update(unknown.named(names))
+    for session, each, _ in fresh:
+        _restore_dialogs(broker, session, each, sessions, now)
         session.recipients = _reached(broker, each)
-        session.recipients.update(
-            client for name in each["reached"] for client in named.get(name, ())
-        )
-        session.incoming_requests = {
-            (address, message_id): sessions[asker] for address, message_id, asker in each["owed"]
-        }
-        session.outgoing_requests = {
-            (message_id, address): sessions[responder]
-            for message_id, address, responder in each["asked"]
-        }
-        session.expiring = {
-            (message_id, address): now + left for message_id, address, left in each["expiring"]
-        }
-        for (message_id, address), deadline in session.expiring.items():
-            broker.requests.deadlines.add(deadline, (session, message_id, address))
-        if each["reached_by_event"] is not None:
-            session.reached_by_event = dict.fromkeys(
-                sessions[other] for other in each["reached_by_event"]
-            )
-    fresh = [position for position in fresh if position < open_count]
-    for position in fresh:
-        session = sessions[position]
-        _restore_outbox(session, facts["outboxes"][position], sessions, pieces, now, copies)
+        session.recipients.update(unknown.named(each["reached"]))
+    opened = [(session, each, outbox) for session, each, outbox in fresh if outbox is not None]
+    for session, _, outbox in opened:
+        _restore_outbox(session, outbox, sessions, pieces, now, copies)
         if (
             not session.outbox.waiting
             and broker.exchange.resolve(session.client.name) is session.client
         ):
             session.renew_outbox()
-    # In the order in which the sessions connected; the order matters most for pools.
-    for session in sessions[:open_count]:
-        session.client.add(session)
-    for position in fresh:
-        session, each = sessions[position], facts["sessions"][position]
-        ended = [(pattern, group) for pattern, group in each["unsubscribed"]]
-        session.subscriptions = copies.take_subscriptions(session.number, session, ended)
-        if not each["configured"]:
-            broker.topics.leave(session, session.subscriptions)
-            session.subscriptions = set()
-        for pattern, group in each["subscriptions"]:
-            if session.client.policy.subscribing(pattern) is not None:
-                broker.topics.add(pattern, session, group)
-                session.subscriptions.add((pattern, group))
+    for session, each, _ in opened:
+        copies.seat(session)
+        _restore_subscriptions(broker, session, each, copies)
+    copies.put_in_order()
     for each in facts["deferred"]:
         _restore_job(broker, each, sessions)
     for source, target, left in facts["held"]:
@@ -447,31 +449,151 @@ def restore(
         queue = _restore_queue(items, sessions, pieces, timed, now)
         broker.reports.add(sessions[position], Unsent(iter(queue), len(items)))
     copies.drop_rest()
-    return sessions[:open_count]
+    return Restored(sessions, strangers)
+
+
+def _take_sessions(
+    facts: Facts, copies: Copies
+) -> tuple[list[Session], list[tuple[Session, Facts, Facts | None]]]:
+    """Return the sessions in the facts, by position; and those that are to be filled,
+    each with its facts and those of its outbox, if it is open.
+    """
+    told, first_left = facts["sessions"], len(facts["outboxes"])
+    left = [each["number"] for each in told[first_left : first_left + len(facts["leaving"])]]
+    for number in (*facts["gone"], *left):
+        copies.discard(number)
+    for number, *counters in facts["counts"]:
+        copies.count(number, counters)
+    sessions: list[Session] = []
+    fresh: list[tuple[Session, Facts, Facts | None]] = []
+    for position, each in enumerate(told):
+        if type(each) is int:
+            sessions.append(copies.copied(each))
+        else:
+            sessions.append(copies.reopen(each))
+            outbox = facts["outboxes"][position] if position < first_left else None
+            fresh.append((sessions[-1], each, outbox))
+    return sessions, fresh
+
+
+def adapt(facts: Facts, copies: Copies) -> None:
+    """Add to facts of the formats 2 and 3 what they lack.
+
+    There, the facts list every session that is open.
+    """
+    listed = facts.get("sessions")
+    numbers = [
+        each.get("number") if type(each) is dict else each
+        for each in (listed if type(listed) is list else ())
+    ]
+    there = {each for each in numbers if type(each) is int}
+    facts["gone"] = sorted(copies.numbers() - there)
+    facts["counts"] = []
+
+
+class _Unknown:
+    """The clients of open sessions whose names are not configured, any more or for
+    these sessions.
+    """
+
+    def __init__(self) -> None:
+        #: By name, and how many earlier sessions had the same address.
+        self._clients: dict[tuple[str, int], Client] = {}
+        self._addresses: Counter[str] = Counter()
+        self._named: dict[str, list[Client]] = {}
+
+    def client(self, facts: Facts) -> Client:
+        """Return the client of one more session."""
+        name, address = facts["name"], facts["address"]
+        former = (name, self._addresses[address])
+        self._addresses[address] += 1
+        client = self._clients.get(former)
+        if client is None:
+            client = self._clients[former] = Client(_former(name), facts["since"])
+            self._named.setdefault(name, []).append(client)
+        return client
+
+    def named(self, names: Iterable[str]) -> list[Client]:
+        """Return all clients of these names."""
+        if not self._named:
+            return []
+        return [client for name in names for client in self._named.get(name, ())]
+
+
+def _start_clients(broker: Broker, started_at: float, copies: Copies) -> None:
+    """Set all clients that were not copied to the state of the start."""
+    broker.status.started_at = started_at
+    if copies.started_at != started_at:
+        copies.started_at = started_at
+        for client in broker.exchange.clients.values():
+            if client.name not in copies.clients:
+                client.changed_at = client.shown_since = started_at
+
+
+def restore_clients(broker: Broker, facts: Facts, now: float, copies: Copies) -> None:
+    """Restore the clients in a block of ``capture_clients``. Raises BadSnapshot."""
+    check_clients(facts)
+    _start_clients(broker, facts["started_at"], copies)
+    for name, each in facts["clients"].items():
+        copies.clients.add(name)
+        _restore_client(broker.exchange.resolve(name), each, now)
+
+
+def _restore_dialogs(
+    broker: Broker, session: Session, facts: Facts, sessions: list[Session], now: float
+) -> None:
+    """Restore the requests of a session, and how far its event has got."""
+    session.incoming_requests = {
+        (address, message_id): sessions[asker] for address, message_id, asker in facts["owed"]
+    }
+    session.outgoing_requests = {
+        (message_id, address): sessions[responder]
+        for message_id, address, responder in facts["asked"]
+    }
+    session.expiring = {
+        (message_id, address): now + left for message_id, address, left in facts["expiring"]
+    }
+    for (message_id, address), deadline in session.expiring.items():
+        broker.requests.deadlines.add(deadline, (session, message_id, address))
+    if facts["reached_by_event"] is not None:
+        session.reached_by_event = dict.fromkeys(
+            sessions[other] for other in facts["reached_by_event"]
+        )
+
+
+def _restore_subscriptions(broker: Broker, session: Session, facts: Facts, copies: Copies) -> None:
+    ended = [(pattern, group) for pattern, group in facts["unsubscribed"]]
+    session.subscriptions = copies.take_subscriptions(session.number, session, ended)
+    if not facts["configured"]:
+        broker.topics.leave(session, session.subscriptions)
+        session.subscriptions = set()
+    for pattern, group in facts["subscriptions"]:
+        if session.client.policy.subscribing(pattern) is not None:
+            broker.topics.add(pattern, session, group)
+            session.subscriptions.add((pattern, group))
 
 
 def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Session | None:
     """Restore an idle session from the facts of ``capture_idle``.
 
-    Returns the session, which is not open yet, or None if its name is unknown here.
-    Raises BadSnapshot.
+    Returns the session, or None if its name is unknown here. Raises BadSnapshot.
     """
     check_idle(facts)
     each, outbox = facts["session"], facts["outbox"]
     number, name = each["number"], each["name"]
     client = broker.exchange.resolve(name)
-    copies.idle[number] = each, outbox
+    copies.latest = max(copies.latest, number, each["left_at"])
     if facts["client"] is not None:
         copies.clients.add(name)
         _restore_client(client, facts["client"], now)
     if client is None:
+        copies.strangers[number] = each, outbox
         return None
-    session = _restore_session(copies.session(number), client, each, now)
-    session.open = False
+    copies.discard_at(client, each["address"], number)
+    session = _restore_session(copies.reopen(each), client, each, now)
     _restore_outbox(session, outbox, [], Pieces(b""), now, copies)
     session.renew_outbox()
     session.recipients = _reached(broker, each)
-    copies.made.add(number)
     session.subscriptions = copies.change_subscriptions(
         {
             "session": number,
@@ -480,6 +602,9 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
             "unsubscribed": each["unsubscribed"],
         }
     )
+    copies.seat(session)
+    unknown = [name for name in each["reached"] if broker.exchange.resolve(name) is None]
+    copies.keep(session, unknown)
     return session
 
 

@@ -9,7 +9,7 @@ Unknown keys are ignored. Of the bytes, only the lengths of the frames are check
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from brokerd_client.errors import BadLength, InvalidName
@@ -21,9 +21,12 @@ __all__ = [
     "BadSnapshot",
     "check",
     "check_block",
+    "check_clients",
+    "check_counters",
     "check_counts",
     "check_frames",
     "check_idle",
+    "check_numbers",
 ]
 
 Check: TypeAlias = Callable[[Any, str], None]
@@ -260,6 +263,10 @@ _CLIENT: Final = _record(
         "levels": _optional(_row(_LIMIT, _LIMIT)),
     }
 )
+#: Each with the session's number, its messages, bytes and errors, and the frames and
+#: bytes of its outbox.
+_COUNTERS: Final = _each(_row(*[_count] * 6))
+_NUMBERS: Final = _each(_count)
 _FACTS: Final = _record(
     {
         "started_at": _number,
@@ -273,19 +280,19 @@ _FACTS: Final = _record(
         "deferred": _each(_JOB),
         "sessions": _each(_session),
         "outboxes": _each(_optional(_outbox)),
+        "counts": _COUNTERS,
+        "gone": _NUMBERS,
         "held": _each(_row(_count, _count, _LIMIT)),
         "leaving": _each(_row(_count, _queue, _each(_row(_count, _seconds)))),
     }
 )
 
 
-def check(
-    facts: Any, copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]] | None = None
-) -> None:
+def check(facts: Any, copied: Callable[[int], dict[str, Any]]) -> None:
     """Raise BadSnapshot for facts that have the wrong form or contradict each other.
 
-    copied: sessions with their outboxes, by number. The facts may refer to them by
-    these numbers. They have been checked already.
+    copied: returns what is known of the copied session with a number, or raises
+    BadSnapshot. The facts may refer to such sessions by their numbers.
     """
     try:
         # Paths are omitted at first: building a path takes longer than checking the
@@ -294,13 +301,19 @@ def check(
     except BadSnapshot:
         # The second run fails again, and names the place.
         _FACTS(facts, "facts")
-    sessions, outboxes = _filled_in(facts["sessions"], copied or {}), facts["outboxes"]
+    sessions = [copied(each) if type(each) is int else each for each in facts["sessions"]]
+    outboxes, leaving = facts["outboxes"], facts["leaving"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
-    gone = [position for position, _, _ in facts["leaving"]]
+    # First those with an outbox, then those that have left, then the numbers of copied
+    # ones that the rest refers to.
+    first_copied = len(outboxes) + len(leaving)
     _hold(
-        gone == list(range(len(outboxes), len(sessions))),
+        first_copied <= len(sessions)
+        and [position for position, _, _ in leaving] == list(range(len(outboxes), first_copied))
+        and all(type(each) is int for each in facts["sessions"][first_copied:]),
         "leaving are not those sessions that have no outbox",
     )
+    opened = {*range(len(outboxes)), *range(first_copied, len(sessions))}
     for name, client in facts["clients"].items():
         _check_levels(client["rate"], client["levels"], name)
     next_number = facts["next_number"]
@@ -308,7 +321,9 @@ def check(
         if type(facts["sessions"][position]) is int:
             # Inlined for speed: there may be ten thousand sessions, and all clients
             # wait.
-            if position >= len(outboxes) or outboxes[position] is not None:
+            if position < first_copied and (
+                position >= len(outboxes) or outboxes[position] is not None
+            ):
                 raise BadSnapshot(f"sessions[{position}] was copied in part")
             if session["number"] >= next_number or session["left_at"] >= next_number:
                 raise BadSnapshot(f"sessions[{position}] came after all that have come")
@@ -319,7 +334,9 @@ def check(
         )
         _check_session(session, sessions, f"sessions[{position}]", next_number)
     addresses = [
-        session["address"] for session in sessions[: len(outboxes)] if session["configured"]
+        session["address"]
+        for position, session in enumerate(sessions)
+        if position in opened and session["configured"]
     ]
     _hold(len(set(addresses)) == len(addresses), "two open sessions have one address")
     _hold(
@@ -327,7 +344,7 @@ def check(
         "two sessions have one number",
     )
     for position, job in enumerate(facts["deferred"]):
-        _check_job(job, len(outboxes), f"deferred[{position}]")
+        _check_job(job, opened, f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):
         if outbox is not None:
             _check_outbox(outbox, len(sessions), f"outboxes[{position}]")
@@ -337,26 +354,9 @@ def check(
     held = [source for source, _, _ in facts["held"]]
     _hold(len(set(held)) == len(held), "a session is held twice")
     _hold(
-        all(max(source, target) < len(outboxes) for source, target, _ in facts["held"]),
+        all({source, target} <= opened for source, target, _ in facts["held"]),
         "a session is held, or holds one, that is not open",
     )
-
-
-def _filled_in(
-    sessions: list[Any], copied: Mapping[int, tuple[dict[str, Any], dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Return the facts of all sessions, with those of copied sessions in place of their
-    numbers.
-    """
-    filled: list[dict[str, Any]] = []
-    for session in sessions:
-        if type(session) is int:
-            if session not in copied:
-                raise BadSnapshot(f"the session with the number {session} was not copied")
-            filled.append(copied[session][0])
-        else:
-            filled.append(session)
-    return filled
 
 
 def check_idle(facts: Any) -> None:
@@ -386,6 +386,13 @@ def check_idle(facts: Any) -> None:
 _IDLE: Final = _record({"session": _SESSION, "outbox": _outbox, "client": _optional(_CLIENT)})
 
 
+def check_clients(facts: Any) -> None:
+    """Raise BadSnapshot for facts of a block of clients in the wrong form."""
+    _CLIENT_BLOCK(facts, "block")
+    for name, client in facts["clients"].items():
+        _check_levels(client["rate"], client["levels"], name)
+
+
 def check_block(facts: Any) -> None:
     """Raise BadSnapshot for facts of a block in the wrong form; see
     brokerd.core.precopy.
@@ -394,11 +401,22 @@ def check_block(facts: Any) -> None:
     (_QUEUE_BLOCK if "frames" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
 
 
+_CLIENT_BLOCK: Final = _record({"started_at": _number, "clients": _named(_CLIENT)})
 _SESSION_BLOCK: Final = _record({"session": _count})
 _QUEUE_BLOCK: Final = _record({"first": _count, "frames": _count})
 _SUBSCRIPTION_BLOCK: Final = _record(
     {"name": _text, "subscriptions": _each(_row(_pattern, _optional(_any_text)))}
 )
+
+
+def check_counters(rows: Any) -> None:
+    """Raise BadSnapshot unless these are the counters of copied sessions."""
+    _COUNTERS(rows, "counts")
+
+
+def check_numbers(numbers: Any) -> None:
+    """Raise BadSnapshot unless these are the numbers of sessions."""
+    _NUMBERS(numbers, "gone")
 
 
 def check_counts(value: Any, path: str) -> None:
@@ -497,11 +515,11 @@ def _check_session(
         )
 
 
-def _check_job(job: dict[str, Any], there: int, path: str) -> None:
+def _check_job(job: dict[str, Any], opened: set[int], path: str) -> None:
     question, news = job["question"], job["news"]
     _hold((question is None) != (news is None), f"{path} is not one job")
     named = [question[0]] if question is not None else news[4]
-    _hold(all(each < there for each in named), f"{path} names a session that is not open")
+    _hold(opened.issuperset(named), f"{path} names a session that is not open")
 
 
 def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from brokerd.core.changes import Changes
+
 __all__ = ["CoreLimits", "Status"]
 
 
@@ -27,6 +29,8 @@ class Status:
     draining: whether a drain has begun.
     upgrades: live upgrades so far, that is processes that served before this one.
     totals: the counters of closed sessions, summed.
+    changes: the changes since an upgrade began to copy the state; None without an
+        upgrade.
     """
 
     limits: CoreLimits
@@ -37,3 +41,4 @@ class Status:
     draining: bool = False
     upgrades: int = 0
     totals: Counter[str] = field(default_factory=Counter)
+    changes: Changes | None = None

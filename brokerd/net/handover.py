@@ -24,6 +24,7 @@ from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
+from brokerd.core.snapshot_check import check_counters, check_numbers
 from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.connection.connection import GRACE, Connection
 from brokerd.net.counters import HandshakeOutcome
@@ -43,17 +44,16 @@ __all__ = [
     "capture",
     "describe",
     "let_go_of_bound",
-    "position_of",
 ]
 
 _LOOK_AGAIN_S: Final = 0.02
 #: Takes the place of a key that is not configured any more; no keyring holds it.
 _GONE: Final = Key(b"", source="a key that is no longer configured")
 _NOWHERE: Final = Source("", 0)
-#: Connections copied in one block, and connections started in one turn of the event
-#: loop: some milliseconds' work.
+#: Connections copied in one block, and connections whose liveness is checked from one
+#: turn of the event loop on: some milliseconds' work.
 _COPIED: Final = 50
-_BEGUN: Final = 100
+_WATCHED: Final = 100
 
 
 # Capture
@@ -62,16 +62,22 @@ _BEGUN: Final = 100
 class Passing:
     """Copies idle connections and passes their sockets, while the broker serves them.
 
+    From its creation until ``end`` the broker notes what changes.
+
     copier: copies the state that the broker holds.
     """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self.copier = Copier(server.broker)
-        #: Connections whose sockets the other process has, with the numbers of their
-        #: sessions.
-        self.passed: dict[Connection, int] = {}
+        self.copier.watch([connection.session for connection in server.connections])
+        #: Connections whose sockets the other process has.
+        self.passed: set[Connection] = set()
         self._uses: dict[tuple[str, bytes], float] = {}
+
+    def end(self) -> None:
+        """Stop noting changes in the broker."""
+        self.copier.end()
 
     def blocks(self) -> Iterator[tuple[Facts, list[int]]]:
         """Yield blocks of facts and duplicated descriptors; the caller closes the
@@ -79,35 +85,46 @@ class Passing:
 
         Everything may change between two blocks.
         """
-        if gone := [number for connection, number in self.passed.items() if connection.closed]:
-            self.passed = {
-                connection: number
-                for connection, number in self.passed.items()
-                if not connection.closed
-            }
+        server = self._server
+        if gone := self.copier.take_left():
             yield {"gone": gone}, []
-        connections = iter(_ordered(self._server))
-        while some := list(islice(connections, _COPIED)):
+        sessions = iter(self.copier.changed_sessions())
+        while some := list(islice(sessions, _COPIED)):
             idle: list[Facts] = []
+            counts: list[list[int]] = []
             descriptors: list[int] = []
             # If descriptors run out, the remaining connections go with the final
             # capture.
             with contextlib.suppress(OSError):
-                for connection in some:
-                    self._copy(connection, idle, descriptors)
+                for session in some:
+                    if session.open and _is_idle(session.connection):
+                        self._copy(session.connection, idle, counts, descriptors)
             if idle:
                 yield {"idle": idle}, descriptors
+            if counts:
+                yield {"counts": counts}, []
+        for facts in snapshot.capture_clients(server.broker, server.loop.time(), self.copier):
+            yield facts, []
         yield {"keys": self.uses()}, []
 
-    def _copy(self, connection: Connection, idle: list[Facts], descriptors: list[int]) -> None:
-        if connection.closed or not _is_idle(connection):
+    def _copy(
+        self,
+        connection: Connection,
+        idle: list[Facts],
+        counts: list[list[int]],
+        descriptors: list[int],
+    ) -> None:
+        session = connection.session
+        counters = self.copier.counted(session)
+        if counters is not None:
+            if counters:
+                counts.append([session.number, *counters])
+            self.copier.note_counted(session)
             return
         server, passed = self._server, connection in self.passed
         # First, because it may fail: nothing is recorded yet.
         descriptor = None if passed else os.dup(connection.sock.fileno())
-        facts = snapshot.capture_idle(
-            server.broker, connection.session, server.loop.time(), self.copier
-        )
+        facts = snapshot.capture_idle(server.broker, session, server.loop.time(), self.copier)
         if facts is None:
             if descriptor is not None:
                 os.close(descriptor)
@@ -115,7 +132,7 @@ class Passing:
         idle.append({**facts, "link": _connection(connection, Snapshot(), passed=passed)})
         if descriptor is not None:
             descriptors.append(descriptor)
-            self.passed[connection] = connection.session.number
+            self.passed.add(connection)
             connection.passed = True
 
     def uses(self) -> list[tuple[str, str, float]]:
@@ -135,31 +152,31 @@ def _is_idle(connection: Connection) -> bool:
     )
 
 
-def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, list[int]]:
+def capture(
+    server: Server, passing: Passing, asker: Session | None = None
+) -> tuple[Snapshot, list[int]]:
     """Return the state of a server, and the descriptors of its sockets in the same
     order.
 
-    passing: state that it has copied and passed is left out.
+    passing: state that it has copied and passed is left out. So the work is
+    proportional to what has changed since.
+    asker: the session that asked for it, if any.
 
     All decisions of the core have to be carried out first: call ``settle`` before.
     Remaining connections that can't be handed over are closed: see ``let_go_of_bound``.
     """
-    for connection in [
-        connection for connection in server.connections if not connection.can_hand_over
-    ]:
-        connection.lost("it came while the broker was being replaced, and can't be handed over")
-    connections = _ordered(server)
-    passing = passing or Passing(server)
-    for connection in connections:
-        if not _is_idle(connection):
-            passing.copier.forget_idle(connection.session)
-    taken = snapshot.capture(
-        server.broker,
-        [connection.session for connection in connections],
-        server.loop.time(),
-        passing.copier,
-    )
-    copied, passed = taken.copied, passing.passed
+    copier, passed = passing.copier, passing.passed
+    for session in copier.changed_sessions():
+        if session.open and not session.connection.can_hand_over:
+            session.connection.lost(
+                "it came while the broker was being replaced, and can't be handed over"
+            )
+    changed = [session for session in copier.changed_sessions() if session.open]
+    for session in changed:
+        if not _is_idle(session.connection):
+            copier.forget_idle(session)
+    taken = snapshot.capture(server.broker, changed, server.loop.time(), copier, asker)
+    fresh = [session.connection for session in taken.fresh]
     lingering = server.context.connections.lingering
     pending_connections = [
         pending
@@ -170,10 +187,7 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         "core": taken.facts,
         "listening": [_listening(each) for each in server.listening],
         "links": [
-            None
-            if connection.session in copied
-            else _connection(connection, taken, passed=connection in passed)
-            for connection in connections
+            _connection(connection, taken, passed=connection in passed) for connection in fresh
         ],
         "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
         "farewells": [
@@ -183,18 +197,13 @@ def capture(server: Server, passing: Passing | None = None) -> tuple[Snapshot, l
         "keys": passing.uses(),
         "tally": server.counters.values(),
     }
-    fresh = [connection for connection in connections if connection not in passed]
+    not_passed = [connection for connection in fresh if connection not in passed]
     sockets = [
         each.sock
-        for group in (server.listening, fresh, pending_connections, lingering)
+        for group in (server.listening, not_passed, pending_connections, lingering)
         for each in group
     ]
     return taken, [sock.fileno() for sock in sockets]
-
-
-def position_of(server: Server, session: Session) -> int:
-    """Return the position of this session's connection among the captured ones."""
-    return [connection.session for connection in _ordered(server)].index(session)
 
 
 async def let_go_of_bound(server: Server, why: str) -> None:
@@ -213,13 +222,6 @@ async def let_go_of_bound(server: Server, why: str) -> None:
     while parting.connections():  # noqa: ASYNC110 - rare
         # Each client has GRACE seconds to read its remaining bytes.
         await asyncio.sleep(_LOOK_AGAIN_S)
-
-
-def _ordered(server: Server) -> list[Connection]:
-    """Return the connections in the order they came, in which a pool's connections are
-    kept.
-    """
-    return sorted(server.connections, key=lambda connection: connection.session.number)
 
 
 def _socket(sock: socket.socket) -> list[int]:
@@ -290,8 +292,10 @@ class Ahead:
     def __init__(self, server: Server) -> None:
         self._server = server
         self.copies = Copies(server.broker)
+        #: The connections, by the numbers of their sessions; and the sockets of those
+        #: whose names are not known here.
+        self.connections: dict[int, Connection] = {}
         self._sockets: dict[int, socket.socket] = {}
-        self._connections: dict[int, Connection] = {}
         #: The reasons for closing some of those connections.
         self.unauthorized_connections: dict[Connection, str] = {}
 
@@ -305,11 +309,18 @@ class Ahead:
                 self._add_idle(each, rest)
             if any(True for _ in rest):
                 raise ValueError("a block has descriptors that belong to no connection")
+        elif "counts" in facts:
+            check_counters(facts["counts"])
+            for number, *counters in facts["counts"]:
+                self.copies.count(number, counters)
+        elif "clients" in facts:
+            server = self._server
+            snapshot.restore_clients(server.broker, facts, server.loop.time(), self.copies)
         elif "gone" in facts:
+            check_numbers(facts["gone"])
             for number in facts["gone"]:
-                self._connections.pop(number, None)
-                if (sock := self._sockets.pop(number, None)) is not None:
-                    sock.close()
+                self.copies.discard(number)
+            self.drop_discarded()
         elif "keys" in facts:
             self._server.keyring.take_uses(facts["keys"])
         else:
@@ -318,40 +329,49 @@ class Ahead:
     def _add_idle(self, facts: Facts, descriptors: Iterator[int]) -> None:
         server, told = self._server, facts["link"]
         session = snapshot.restore_idle(server.broker, facts, server.loop.time(), self.copies)
+        self.drop_discarded()
         number = facts["session"]["number"]
         if not told["passed"]:
             self._sockets[number] = _opened(told, next(descriptors, -1))
         if session is not None:
-            connection = self._connections[number] = _link_of(
-                server, session, self._sockets[number], told
-            )
-            self.unauthorized_connections.update(server.reasons([connection]))
-
-    def take_link(self, session: Session) -> Connection:
-        """Return the connection of a session that was copied and has not changed."""
-        number = session.number
-        sock, connection = self._sockets.pop(number), self._connections.pop(number, None)
-        if connection is None or connection.session is not session:
-            # This process's configuration does not know the name of its client.
-            connection = Connection(
-                self._server.context, sock, Credential(session.client.config, _GONE)
-            )
+            connection = self.connections.get(number)
+            if connection is None:
+                sock = self._sockets.pop(number)
+                connection = self.connections[number] = _link_of(server, session, sock, told)
+                # The event loop does not run before this process serves.
+                connection.go_on()
             connection.session, session.connection = session, connection
-            self.unauthorized_connections.update(self._server.reasons([connection]))
-        return connection
+            self.unauthorized_connections.update(server.reasons([connection]))
 
     def take_socket(self, number: int) -> socket.socket:
         """Return the socket that was passed for the session of that number."""
-        self._connections.pop(number, None)
-        return self._sockets.pop(number)
+        connection = self.connections.pop(number, None)
+        if connection is None:
+            return self._sockets.pop(number)
+        self.unauthorized_connections.pop(connection, None)
+        self._server.loop.remove_reader(connection.fd)
+        return connection.sock
 
-    def close_rest(self) -> None:
-        """Close the remaining sockets, of connections that have ended meanwhile."""
-        for sock in self._sockets.values():
-            sock.close()
-        self._sockets.clear()
-        self._connections.clear()
-        self.unauthorized_connections.clear()
+    def take_stranger(self, session: Session) -> Connection:
+        """Return the connection of a session whose name is not known here."""
+        connection = Connection(
+            self._server.context,
+            self._sockets.pop(session.number),
+            Credential(session.client.config, _GONE),
+        )
+        connection.session, session.connection = session, connection
+        return connection
+
+    def drop_discarded(self) -> None:
+        """Close the sockets of the sessions that have left."""
+        for number in self.copies.take_discarded():
+            connection = self.connections.pop(number, None)
+            if connection is not None:
+                self.unauthorized_connections.pop(connection, None)
+                self._server.loop.remove_reader(connection.fd)
+                connection.sock.close()
+            elif (sock := self._sockets.pop(number, None)) is not None:
+                sock.close()
 
 
 def _opened(facts: Facts, descriptor: int) -> socket.socket:
@@ -379,7 +399,8 @@ class RestoredState:
     opened: listening sockets that the other process did not have.
     descriptors: every descriptor, in order; they belong to this object from now on.
     ahead: the connections that were copied and passed before.
-    sessions: the open sessions, in the order in which they were captured.
+    sessions: the sessions in the facts, by position. fresh: the connections that had
+    not been copied, or have changed since.
 
     Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for a state that was
     never captured.
@@ -407,24 +428,22 @@ class RestoredState:
             (each, wanted.get(each.config.address))
             for each in map(self._waker_out, facts["listening"])
         ]
-        self.sessions = snapshot.restore(
-            server.broker, facts["core"], pieces, self._now, ahead.copies
+        core = facts["core"]
+        self.sessions, strangers = snapshot.restore(
+            server.broker, core, pieces, self._now, ahead.copies
         )
-        if len(self.sessions) != len(facts["links"]):
+        ahead.drop_discarded()
+        if len(core["outboxes"]) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
-        #: Connections that were passed while idle, and all other connections.
-        self._idle: list[Connection] = []
-        self._fresh: list[Connection] = []
+        self.fresh: list[Connection] = []
         for session, told, each in zip(
-            self.sessions, facts["core"]["sessions"], facts["links"], strict=False
+            self.sessions, core["sessions"], facts["links"], strict=False
         ):
             if (each is None) != (type(told) is int):
                 raise ValueError("a connection was copied in part")
-            if each is None:
-                self._idle.append(ahead.take_link(session))
-            else:
-                self._fresh.append(self._connection(session, each, pieces))
-        self.connections = [*self._idle, *self._fresh]
+            if each is not None:
+                self.fresh.append(self._connection(session, each, pieces))
+        self.fresh += map(ahead.take_stranger, strangers)
         self._pending_connections = [
             (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
         ]
@@ -486,11 +505,11 @@ class RestoredState:
                 self._alter(listening, entry)
         server.start([each for each, _ in self._listening])
         server.start(self._opened)
-        server.context.connections.established.update(self.connections)
-        for connection in self._fresh:
-            self._begin_with(connection)
-        self._waiting = iter(self._idle)
-        server.loop.call_soon(self._begin_with_some)
+        server.context.connections.established.update(self._ahead.connections.values(), self.fresh)
+        for connection in self.fresh:
+            connection.go_on()
+        self._unwatched = iter(list(server.connections))
+        server.loop.call_soon(self._watch_some)
         for sock, left_s in self._lingering:
             server.context.connections.linger(sock, left_s)
         for pending, welcomed in self._pending_connections:
@@ -507,33 +526,23 @@ class RestoredState:
             else:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
-        unauthorized_connections = self._ahead.unauthorized_connections
-        for connection in self._idle:
-            if connection in unauthorized_connections:
-                server.broker.replies.close(
-                    connection.session,
-                    unauthorized_connections[connection],
-                    code=ErrorCode.KEY_REMOVED,
-                )
-        for connection, why in server.reasons(self._fresh):
+        unauthorized = {**self._ahead.unauthorized_connections, **dict(server.reasons(self.fresh))}
+        for connection, why in unauthorized.items():
             server.broker.replies.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
-        self._ahead.close_rest()
         payload = json.dumps({"version": server.broker.status.version})
         server.broker.events.announce("$broker.upgraded", payload)
         server.settle()
 
-    def _begin_with(self, connection: Connection) -> None:
-        self._server.context.liveness.add(connection, inherited=True)
-        connection.go_on()
-
-    def _begin_with_some(self) -> None:
-        """Start some of the idle connections, and the rest in later turns."""
-        some = list(islice(self._waiting, _BEGUN))
+    def _watch_some(self) -> None:
+        """Check the liveness of some connections from now on, and of the rest in later
+        turns.
+        """
+        some = list(islice(self._unwatched, _WATCHED))
         for connection in some:
             if not connection.closed:
-                self._begin_with(connection)
+                self._server.context.liveness.add(connection, inherited=True)
         if some:
-            self._server.loop.call_soon(self._begin_with_some)
+            self._server.loop.call_soon(self._watch_some)
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:
         """Apply the settings of the new configuration; connections continue even if

@@ -68,13 +68,15 @@ class Settlement:
         """Write every outbox that has new bytes, and close sessions that are to be
         closed.
         """
-        touched = self._broker.touched
+        touched, changes = self._broker.touched, self._broker.status.changes
         while touched:
             session = touched.pop()
             session.outbox.touched = False
             connection: Connection = session.connection
             if not session.open:
                 continue
+            if changes is not None:
+                changes.note(session)
             if session.closing:
                 if not self._may_close(session):
                     continue

@@ -18,13 +18,15 @@ are sent:
                   configuration is valid, and it listens at all configured addresses
                   where the old process did not
     old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy;
-                  idle connections with their descriptors, as in brokerd.net.handover;
+                  idle connections with their descriptors, and the counters of copied
+                  ones, as in brokerd.net.handover; clients, as in brokerd.core.snapshot;
                   sent any number of times
     old copied    asks whether all copies have been processed
     new copied    confirms it
     old state     format, frozen_at, asked_by; reloads: how many reloads ended in which
                   way; and all that brokerd.net.handover captures; the old process is
-                  idle now
+                  idle now. From format 4 on, sessions and clients that are as copied are
+                  not in it. Before, it lists the number of each such session
     new ready     everything is set up; no socket has been touched
     old commit    the sockets belong to the new process
     new serving   confirms it; sent before the first socket is touched, so that the old
@@ -62,8 +64,8 @@ __all__ = [
 ]
 
 #: The format of the state that this version writes, and the formats that it can read.
-FORMAT: Final = 3
-READS: Final = (2, 3)
+FORMAT: Final = 4
+READS: Final = (2, 3, 4)
 
 #: Environment variables of the new process: the descriptors of its end of the channel,
 #: and of the pipe to the PID holder.

@@ -19,6 +19,7 @@ from typing import Final, Self
 
 from brokerd import __version__
 from brokerd.config.values import ListenConfig
+from brokerd.core import snapshot
 from brokerd.core.snapshot import Pieces
 from brokerd.core.snapshot_check import check_counts
 from brokerd.daemon import garbage
@@ -43,6 +44,8 @@ __all__ = ["UpgradeTarget"]
 #: Longest wait for one message of the old process, or for sending one to it, in
 #: seconds. The old process may be slow because it waits for other things.
 _TIMEOUT_S: Final = 60.0
+#: The first format whose state contains only what has changed since it was copied.
+_SINCE_CHANGES: Final = 4
 
 
 class UpgradeTarget:
@@ -148,6 +151,8 @@ class UpgradeTarget:
                 raise UpgradeChannelError(
                     f"a state of the format {facts['format']}, and {FORMAT} was offered"
                 )
+            if facts["format"] < _SINCE_CHANGES:
+                snapshot.adapt(facts["core"], ahead.copies)
             restored = RestoredState(
                 server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead
             )
@@ -162,10 +167,10 @@ class UpgradeTarget:
         told: dict[str, object] = {
             "pid": os.getpid(),
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
-            "connections": len(restored.connections),
+            "connections": len(server.connections),
             "handshakes": len(facts["knocks"]),
             "waiting_bytes": sum(
-                connection.session.outbox.waiting for connection in restored.connections
+                connection.session.outbox.waiting for connection in restored.fresh
             ),
         }
         if facts["asked_by"] is not None:

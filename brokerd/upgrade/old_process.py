@@ -301,6 +301,21 @@ class UpgradeSource:
                 f" {__version__} writes {FORMAT}"
             )
         passing = handover.Passing(daemon.server)
+        try:
+            await self._copy_and_hand_over(new_process, hello, passing, log, order)
+        finally:
+            passing.end()
+
+    async def _copy_and_hand_over(
+        self,
+        new_process: _NewProcess,
+        hello: dict[str, Any],
+        passing: handover.Passing,
+        log: FilteringBoundLogger,
+        order: AdminCommand | None,
+    ) -> NoReturn:
+        """Copy what is idle, then hand over and end this process."""
+        daemon = self._daemon
         # Copying creates objects, which would trigger garbage collection. Searching
         # millions of frames for garbage takes a good part of a second.
         gc.freeze()
@@ -376,10 +391,9 @@ class UpgradeSource:
         """
         server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
-        taken, descriptors = handover.capture(server, passing)
-        asked_by = None
-        if order is not None and order.source.open:
-            asked_by = [handover.position_of(server, order.source), order.id]
+        asker = order.source if order is not None and order.source.open else None
+        taken, descriptors = handover.capture(server, passing, asker)
+        asked_by = None if order is None or asker is None else [taken.position, order.id]
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
         facts["reloads"] = dict(self._daemon.reloads.results)
         deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND

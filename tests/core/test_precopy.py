@@ -16,7 +16,16 @@ from brokerd.config.values import WhenFull
 from brokerd.core import precopy
 from brokerd.core.broker import Broker
 from brokerd.core.precopy import Copier, Copies
-from brokerd.core.snapshot import BadSnapshot, Pieces, capture, capture_idle, restore, restore_idle
+from brokerd.core.snapshot import (
+    BadSnapshot,
+    Pieces,
+    adapt,
+    capture,
+    capture_clients,
+    capture_idle,
+    restore,
+    restore_idle,
+)
 
 
 def pool(**changes: Any) -> FakeNet:
@@ -268,7 +277,7 @@ def idle_facts(**changes: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(facts)), **changes}
 
 
-def test_idle_sessions_are_captured_by_their_numbers_alone() -> None:
+def test_idle_sessions_are_not_captured_again() -> None:
     net = pool()
     peers = [net.connect(name) for name in ("alice", "bob", "pool", "pool")]
     copier = Copier(net.broker)
@@ -276,9 +285,8 @@ def test_idle_sessions_are_captured_by_their_numbers_alone() -> None:
         assert capture_idle(net.broker, peer.session, net.now, copier) is not None
         assert capture_idle(net.broker, peer.session, net.now, copier) is None
     taken = capture(net.broker, [peer.session for peer in peers], net.now, copier)
-    assert taken.facts["sessions"] == [peer.session.number for peer in peers]
-    assert taken.facts["outboxes"] == [None] * 4
-    assert taken.facts["clients"] == {}
+    for what in ("sessions", "outboxes", "clients", "counts", "gone"):
+        assert not taken.facts[what]
 
 
 @pytest.mark.parametrize(
@@ -383,28 +391,120 @@ def test_idle_session_that_can_not_be_one_is_refused(part: str, changes: dict[st
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "expected"),
     [
-        {"sessions": [99]},
-        {"outboxes": []},
-        {"next_number": 0},
-        {"sessions": [0, 0], "outboxes": [None, None]},
+        ({"sessions": [99]}, "was not copied"),
+        ({"sessions": [1], "outboxes": [{}]}, "frames"),
+        ({"sessions": [1], "gone": [1]}, "was not copied"),
+        ({"next_number": 0}, "came after all"),
+        ({"sessions": [1, 1]}, "one address"),
+        ({"counts": [[99, 1, 1, 1, 1, 1]]}, "was not copied"),
+        ({"counts": [[1, 1, 1, 1, 1, 1]], "gone": [1]}, "was not copied"),
+        ({"counts": [[1, 1, 1, 1, 1]]}, "a list of 6"),
+        ({"counts": [[1, 1, 1, 1, 1, -1]]}, "whole number"),
+        ({"gone": [None]}, "whole number"),
     ],
 )
-def test_number_of_a_session_that_was_not_copied_so_is_refused(change: dict[str, Any]) -> None:
+def test_number_of_a_session_that_was_not_copied_so_is_refused(
+    change: dict[str, Any], expected: str
+) -> None:
     net = pool()
     bob = net.connect("bob")
+    assert bob.session.number == 1
     copier = Copier(net.broker)
     idle = capture_idle(net.broker, bob.session, net.now, copier)
     facts = capture(net.broker, [bob.session], net.now, copier).facts
-    if change.get("sessions") == [0, 0]:
-        change = {**change, "sessions": [bob.session.number] * 2}
     for changed in ({}, change):
         fresh = Broker([client("bob")])
         copies = Copies(fresh)
         restore_idle(fresh, json.loads(json.dumps(idle)), net.now, copies)
         if changed:
-            with pytest.raises(BadSnapshot):
+            with pytest.raises(BadSnapshot, match=expected):
                 restore(fresh, {**facts, **changed}, Pieces(b""), net.now, copies)
         else:
-            assert len(restore(fresh, facts, Pieces(b""), net.now, copies)) == 1
+            restore(fresh, facts, Pieces(b""), net.now, copies)
+            assert [session.number for session in fresh.exchange.sessions()] == [1]
+
+
+def test_facts_of_the_formats_before_list_every_session() -> None:
+    """Those that they do not list have left; whatever is listed by its number is as
+    copied.
+    """
+    net = pool()
+    peers = [net.connect(name) for name in ("alice", "bob")]
+    copier = Copier(net.broker)
+    copied = [capture_idle(net.broker, peer.session, net.now, copier) for peer in peers]
+    facts = capture(net.broker, [], net.now, copier).facts
+    facts |= {"sessions": [2], "outboxes": [None]}
+    del facts["counts"], facts["gone"]
+    fresh = Broker([client("alice"), client("bob")])
+    copies = Copies(fresh)
+    for each in copied:
+        restore_idle(fresh, json.loads(json.dumps(each)), net.now, copies)
+    adapt(facts, copies)
+    restored = restore(fresh, facts, Pieces(b""), net.now, copies)
+    assert restored.sessions == list(fresh.exchange.sessions())
+    assert [session.address for session in restored.sessions] == ["bob"]
+
+
+def test_session_whose_counters_alone_have_changed_is_captured_as_its_counters() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"0")
+    copier = Copier(net.broker)
+    copier.watch()
+    for peer in (alice, bob):
+        assert capture_idle(net.broker, peer.session, net.now, copier) is not None
+    assert copier.changed_sessions() == []
+    alice.message("bob", b"1")
+    facts = capture(net.broker, copier.changed_sessions(), net.now, copier).facts
+    assert facts["sessions"] == []
+    assert [number for number, *_ in facts["counts"]] == [1, 2]
+
+
+def test_work_of_the_capture_is_proportional_to_what_has_changed() -> None:
+    """However many sessions and clients there are."""
+    net = FakeNet(*(client(f"c{number}") for number in range(300)), client("bob"))
+    peers = [net.connect(f"c{number}") for number in range(200)]
+    copier = Copier(net.broker)
+    copier.watch()
+    for session in copier.changed_sessions():
+        capture_idle(net.broker, session, net.now, copier)
+    list(capture_clients(net.broker, net.now, copier))
+    peers[5].message("c6", b"x")
+    peers[7].leave()
+    net.connect("bob")
+    changed = [session.address for session in copier.changed_sessions()]
+    assert changed == ["c5", "c6", "bob"]
+    assert {each.name for each in copier.changed_clients()} == {"c5", "c6", "c7", "bob"}
+
+
+def test_pool_keeps_its_order_when_its_oldest_member_was_busy() -> None:
+    net = pool()
+    bob, first = net.connect("bob"), net.connect("pool")
+    bob.request(first.address, b"?", 1)
+    others = [net.connect("pool") for _ in range(2)]
+    net.hand_over(meanwhile=lambda: first.reply("bob", b"!", 1))
+    numbers = [each.number for each in net.broker.exchange.clients["pool"].sessions.values()]
+    assert numbers == [peer.session.number for peer in (first, *others)]
+
+
+def test_client_that_left_and_came_again_meanwhile_is_there_once() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    again = []
+
+    def meanwhile() -> None:
+        bob.leave()
+        again.append(net.connect("bob"))
+        again[0].ask("subscribe", topic="b")
+
+    net.hand_over(meanwhile=meanwhile)
+    for topic in ("a", "b"):
+        alice.publish(topic, topic.encode())
+    assert again[0].payloads() == [b"b"]
+    assert net.broker.exchange.find("bob") is again[0].session
+    again[0].leave()
+    alice.leave()
+    assert not net.leftovers()

@@ -529,7 +529,7 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
         "_release_again",
     }
     # Of connections that are about to end, none of which is captured.
-    of_this_process |= {"finishing", "unheard"}
+    of_this_process |= {"finishing", "unheard", "changes"}
     assert state == captured | settled | of_this_process
     assert set(Client.__slots__) == {
         "changed_at",

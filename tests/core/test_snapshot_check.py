@@ -41,6 +41,7 @@ def captured() -> tuple[str, bytes]:
     alice.message("bob", b"waits")
     alice.message("pool", b"waits")
     alice.message("pool", b"waits too")
+    net.advance(1)
     third = net.connect("metered")
     alice.message("metered", b"x")
     third.block(2)

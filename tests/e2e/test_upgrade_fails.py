@@ -16,6 +16,8 @@ import pytest
 from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, packed
 from support.upgradable_process import IMPATIENT, Upgradable, descriptors, is_running
 
+from brokerd.upgrade.channel import FORMAT
+
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
 )
@@ -104,17 +106,17 @@ FAILURES = {
     "an end without a word": ("sys.exit(7)", "it ended with status 7"),
     "a format it does not read": (
         RECEIVING + "successor.READS = channel.READS = (99,)",
-        "hands over its state in the format 3, and",
+        f"hands over its state in the format {FORMAT}, and",
     ),
     "an offer it would read and a state it would not": (
-        RECEIVING + "successor.READS = (3, 99)\nsuccessor.READS = (3,)\n"
+        RECEIVING + "successor.READS = (channel.FORMAT,)\n"
         "was = channel.UpgradeChannel.expect\n"
         "def expect(self, *words, **how):\n"
         "    message = was(self, *words, **how)\n"
-        "    if message.say == 'state': message.facts['format'] = 4\n"
+        "    if message.say == 'state': message.facts['format'] += 1\n"
         "    return message\n"
         "channel.UpgradeChannel.expect = expect",
-        "a state of the format 4",
+        f"a state of the format {FORMAT + 1}",
     ),
     "killed while it receives connections that are copied": (
         RECEIVING

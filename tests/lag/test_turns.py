@@ -4,6 +4,7 @@ connections, reloads, the end.
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from support.lag.crowded_broker import CONNECTED, OWN, Crowded, crowded, large_c
 from support.raw_client import EVENT, JSON, MESSAGE, REPLY, REQUEST, Raw, login, packed
 
 from brokerd.config.load import load, load_text
+from brokerd.core import snapshot
 from brokerd.core.session import Session
 from brokerd.core.snapshot import capture
 from brokerd.net import handover
+from brokerd.net.connection.connection import Connection
 
 # Connections
 
@@ -227,9 +230,52 @@ def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> 
     with crowded(large_config(OWN)) as broker:
         broker.fill(200)
         broker.idle()
+        server = broker.daemon.server
+        passing = broker.call(lambda: handover.Passing(server))
+        # The clients to which nothing has happened are copied before.
+        broker.call(lambda: list(snapshot.capture_clients(server.broker, 0.0, passing.copier)))
         broker.meter.reset()
-        taken, _ = broker.timed(lambda: handover.capture(broker.daemon.server))
+        taken, _ = broker.timed(lambda: handover.capture(server, passing))
+        broker.call(passing.end)
         assert len(taken.facts["links"]) == 200
+        broker.meter.check()
+
+
+def test_capture_for_an_upgrade_looks_at_what_has_changed_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of thousands of connections that were copied while they were idle, nothing is
+    looked at again.
+    """
+    with crowded(large_config(OWN)) as broker, broker.login("ops") as ops:
+        sessions = broker.fill(CONNECTED)
+        broker.idle()
+        server, core = broker.daemon.server, broker.daemon.broker
+        passing = broker.call(lambda: handover.Passing(server))
+        copier = passing.copier
+
+        def copy() -> None:
+            for session in sessions:
+                assert snapshot.capture_idle(core, session, 0.0, copier) is not None
+            list(snapshot.capture_clients(core, 0.0, copier))
+
+        broker.call(copy)
+        ops.ping()
+        looked_at: list[str] = []
+        was = handover._is_idle
+
+        def is_idle(connection: Connection) -> bool:
+            looked_at.append(connection.session.address)
+            return was(connection)
+
+        monkeypatch.setattr(handover, "_is_idle", is_idle)
+        broker.meter.reset()
+        taken, _ = broker.timed(lambda: handover.capture(server, passing))
+        broker.call(passing.end)
+        assert looked_at == ["ops"]
+        assert [each["name"] for each in taken.facts["core"]["sessions"]] == ["ops"]
+        assert taken.facts["core"]["clients"] == {}
+        assert len(json.dumps(taken.facts)) < 5000
         broker.meter.check()
 
 

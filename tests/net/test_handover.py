@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,13 @@ def listed(broker: RunningDaemon, passing: Passing) -> tuple[list[Facts], list[i
     """Return all that is copied, and the descriptors."""
     found = broker.call(lambda: list(passing.blocks()))
     return [facts for facts, _ in found], [each for _, descriptors in found for each in descriptors]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.003)
 
 
 @contextlib.contextmanager
@@ -66,12 +75,20 @@ def test_connection_that_was_passed_is_captured_without_its_socket(socket_dir: P
                 assert [each for each in listed(broker, passing)[0] if "idle" in each] == []
                 bob.ping()
                 taken, sockets = broker.call(lambda: handover.capture(server, passing))
-                assert [each is None for each in taken.facts["links"]] == [True, False]
-                assert taken.facts["links"][1]["passed"]
+                # Nothing but the counters of bob's session has changed.
+                assert (taken.facts["links"], len(taken.facts["core"]["counts"])) == ([], 1)
                 assert sockets == [each.sock.fileno() for each in server.listening]
                 assert taken.facts["keys"] == []
                 bob.ping()
                 alice.ping()
+                # Now a part of a frame waits here, which no other process has.
+                session = broker.daemon.broker.exchange.find("bob")
+                assert session is not None
+                bob.write(b"\x00")
+                wait_until(lambda: bool(session.connection.pending_input))
+                taken, sockets = broker.call(lambda: handover.capture(server, passing))
+                assert [each["passed"] for each in taken.facts["links"]] == [True]
+                assert sockets == [each.sock.fileno() for each in server.listening]
 
 
 def test_connections_are_left_for_later_where_descriptors_are_short(
@@ -85,7 +102,9 @@ def test_connections_are_left_for_later_where_descriptors_are_short(
         with broker.login("alice") as alice:
             monkeypatch.setattr(handover.os, "dup", none_left)
             facts, descriptors = listed(broker, passing)
-            assert ([list(each) for each in facts], descriptors) == ([["keys"]], [])
+            copied = [list(each) for each in facts]
+            assert (copied, descriptors) == ([["started_at", "clients"], ["keys"]], [])
+            assert listed(broker, passing) == ([{"keys": []}], [])
             taken, sockets = broker.call(lambda: handover.capture(broker.daemon.server, passing))
             assert len(sockets) == 2
             assert not taken.facts["links"][0]["passed"]

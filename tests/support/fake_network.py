@@ -18,7 +18,15 @@ from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
-from brokerd.core.snapshot import Pieces, capture, capture_idle, restore, restore_idle
+from brokerd.core.snapshot import (
+    Pieces,
+    capture,
+    capture_clients,
+    capture_idle,
+    restore,
+    restore_clients,
+    restore_idle,
+)
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import FrameReader, frame
 
@@ -278,6 +286,8 @@ class FakeNet:
 
     def _route(self, peer: Peer) -> None:
         data, peer.content = peer.content, b""
+        if self.broker.status.changes is not None:
+            self.broker.status.changes.note(peer.session)
         # Something lies before and behind, as in a buffer that others use too.
         view = memoryview(b"\x01\x02" + data + b"\x03" * 20)
         position, end = 2, 2 + len(data)
@@ -308,6 +318,8 @@ class FakeNet:
             peer: Peer = session.connection
             if not session.open:
                 continue
+            if self.broker.status.changes is not None:
+                self.broker.status.changes.note(session)
             if session.cut:
                 self.lost(peer, session.closing)
             elif not (session.outbox.blocked and peer.writing):
@@ -379,23 +391,39 @@ class FakeNet:
         entries = configs or [client.config for client in old.exchange.clients.values()]
         new = Broker(entries, limits=old.status.limits, version="test", now_wall=self.now)
         copier, copies = Copier(old, few=1), Copies(new)
+        copier.watch([peer.session for peer in self.peers])
         for act in (meanwhile, lambda: None):
             for facts, blobs in copier.blocks(self.now):
                 copies.add(json.loads(json.dumps(facts)), memoryview(b"".join(blobs)), self.now)
-            for session in list(old.exchange.sessions()):
+            for session in copier.changed_sessions():
                 if (idle := capture_idle(old, session, self.now, copier)) is not None:
                     restore_idle(new, json.loads(json.dumps(idle)), self.now, copies)
+            for facts in capture_clients(old, self.now, copier):
+                restore_clients(new, json.loads(json.dumps(facts)), self.now, copies)
             act()
-        peers = sorted(self.peers, key=lambda peer: peer.session.number)
-        taken = capture(old, [peer.session for peer in peers], self.now, copier)
+        self._check_changes(copier)
+        taken = capture(old, copier.changed_sessions(), self.now, copier)
+        copier.end()
         self.broker = new
         pieces = Pieces(b"".join(taken.pieces))
-        sessions = restore(
+        restored = restore(
             self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies
         )
         assert not len(pieces), "bytes that nobody asked for"
-        for peer, session in zip(peers, sessions, strict=True):
-            peer.session, session.connection = session, peer
+        there = [*new.exchange.sessions(), *restored.sessions, *restored.strangers]
+        sessions = {session.number: session for session in there if session.open}
+        assert sessions.keys() == {peer.session.number for peer in self.peers}
+        for peer in self.peers:
+            peer.session = sessions[peer.session.number]
+            peer.session.connection = peer
+
+    def _check_changes(self, copier: Copier) -> None:
+        """Every session and client that differs from its copy was noted as changed."""
+        sessions, clients = set(copier.changed_sessions()), set(copier.changed_clients())
+        for peer in self.peers:
+            assert peer.session in sessions or copier.counted(peer.session) == (), peer
+        for client in self.broker.exchange.clients.values():
+            assert client in clients or copier.is_client_as_copied(client), client.name
 
     def leftovers(self) -> Mapping[str, object]:
         """Return what the broker still holds for connections; all of it is empty once

@@ -290,6 +290,8 @@ class Connection:
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         """Route the frames in ``view`` with ``feed``, by default the routing loop."""
         context, session = self.context, self.session
+        if context.broker.status.changes is not None:
+            context.broker.status.changes.note(session)
         feed = feed or routing.feed
         now = context.loop.time()
         context.broker.turn.budget = context.turn_budget

@@ -22,7 +22,7 @@ from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.outbox import FrameOutbox
 from brokerd.core.precopy import Copies
-from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore, restore_idle
+from brokerd.core.snapshot import BadSnapshot, Pieces, adapt, capture, restore, restore_idle
 from brokerd_client.errors import FrameError, MalformedEnvelope
 from brokerd_client.wire.envelope import parse
 from brokerd_client.wire.framing import FrameReader
@@ -73,13 +73,16 @@ def target(data: bytes) -> None:
     net.now = 0.0
     pieces = Pieces(body)
     try:
-        sessions = restore(net.broker, facts, pieces, net.now)
+        if isinstance(facts, dict) and "gone" not in facts:
+            adapt(facts, Copies(net.broker))
+        restored = restore(net.broker, facts, pieces, net.now)
     except BadSnapshot as error:
         assert str(error)
         return
     if len(pieces):
         # Whoever has sockets takes their bytes next, and refuses what is left then.
         return
+    sessions = [session for session in restored.sessions if session.open]
     for session in sessions:
         peer = Peer(net, session.client.name)
         peer.session, session.connection = session, peer
@@ -116,7 +119,7 @@ def target(data: bytes) -> None:
 def is_as_at_start(client: Mapping[str, Any], started_at: float) -> bool:
     """Return whether nothing has happened to a client."""
     since = client["changed_at"] == started_at and client["shown"] == [False, started_at]
-    return since and not client["turn"] and client["levels"] is None
+    return since and not client["turn"]
 
 
 def take_idle(facts: Any) -> None:
