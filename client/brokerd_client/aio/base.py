@@ -534,7 +534,7 @@ class BaseClient(ClientProperties):
             elif error is not None:
                 self._lose(Disconnected(f"the connection broke: {error}"))
             else:
-                self._lose(self._dialog.hung_up())
+                self._lose(self._dialog.closed_by_broker())
 
     def _on_bug(self, transport: Transport | None, error: BaseException) -> None:
         """Log an unexpected exception and drop the connection; the next one may work.

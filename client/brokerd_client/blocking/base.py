@@ -1121,7 +1121,7 @@ class BaseClient(ClientProperties):
         if loss is not None:
             self._lose(broken(loss))
         elif data is not None:
-            self._lose(self._dialog.hung_up())
+            self._lose(self._dialog.closed_by_broker())
 
     def _take_in(self, data: bytes) -> bool:
         """Pass received bytes to the dialog; return whether the connection stays open."""

@@ -617,7 +617,7 @@ class Dialog(Generic[M]):
 
     # Helpers for sending
 
-    def hung_up(self) -> Disconnected:
+    def closed_by_broker(self) -> Disconnected:
         """Return the error for a connection closed by the broker; it names any state
         but READY.
         """

@@ -134,7 +134,7 @@ def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
     pair.dialog.dialing(10)
     for now in (10.0, 11.0, 11.9):
         pair.dialog.opened(NONCE)
-        effects = pair.dialog.lost(pair.dialog.hung_up(), now, 0.3)
+        effects = pair.dialog.lost(pair.dialog.closed_by_broker(), now, 0.3)
         assert pair.dialog.state is State.WAITING
         assert pair.dialog.beginning
         assert effects.outcomes == []
@@ -142,7 +142,7 @@ def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
         pair.dialog.dialing(pair.dialog.retry_at)
         assert pair.dialog.next_deadline() == 13
     pair.dialog.opened(NONCE)
-    pair.dialog.lost(pair.dialog.hung_up(), 12.9, 0.9)
+    pair.dialog.lost(pair.dialog.closed_by_broker(), 12.9, 0.9)
     assert pair.dialog.state is State.GONE
     assert not pair.dialog.beginning
     assert (
@@ -156,7 +156,7 @@ def test_first_connection_cut_off_and_made_counts_no_loss() -> None:
     pair = Pair()
     pair.dialog.dialing(0)
     pair.dialog.opened(NONCE)
-    pair.dialog.lost(pair.dialog.hung_up(), 0, 0.9)
+    pair.dialog.lost(pair.dialog.closed_by_broker(), 0, 0.9)
     pair.connect()
     assert (pair.dialog.state, pair.dialog.losses) == (State.READY, 0)
     pair.dialog.lost(LOST, 1, 0.9)
@@ -200,14 +200,14 @@ def test_connection_that_the_broker_closes_is_told_with_what_was_going_on(pair: 
     """Once messages pass there is nothing to add; before that, how far we were says
     what to look at.
     """
-    ready = str(pair.dialog.hung_up())
+    ready = str(pair.dialog.closed_by_broker())
     beginner = Pair()
     beginner.dialog.dialing(0.0)
     beginner.dialog.opened(NONCE)
 
     assert ready == "the broker closed the connection"
     assert (
-        str(beginner.dialog.hung_up())
+        str(beginner.dialog.closed_by_broker())
         == "the broker closed the connection (the handshake is under way)"
     )
 
