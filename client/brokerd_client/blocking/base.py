@@ -443,7 +443,7 @@ class BaseClient(ClientProperties):
 
     def _abandon(self, call: Call) -> None:
         """Drop a call that was interrupted while it waited for its outcome."""
-        self._queue_chore(lambda: self._dialog.forsake(call))
+        self._queue_chore(lambda: self._dialog.abandon_all(call))
         # Behind the chore that may be about to add it.
         self._queue_chore(lambda: self._calls.discard(call))
 

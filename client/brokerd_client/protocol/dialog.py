@@ -600,7 +600,7 @@ class Dialog(Generic[M]):
             self._withdraw(pending)
             self._finish()
 
-    def forsake(self, waiter: object) -> None:
+    def abandon_all(self, waiter: object) -> None:
         """Abandon all calls of a waiter whose caller was interrupted."""
         for pending in self.pending_calls.of(waiter):
             self.abandon(pending.id)
