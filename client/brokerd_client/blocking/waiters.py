@@ -227,10 +227,10 @@ class WaitQueue(Generic[T]):
         check.
         """
         meter = self._meter
-        if not meter.asked:
-            meter.asked = True
+        if not meter.weighing_due:
+            meter.weighing_due = True
             try:
                 self._transport.wake()
             except BaseException:
-                meter.asked = False
+                meter.weighing_due = False
                 raise

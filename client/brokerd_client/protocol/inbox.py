@@ -47,16 +47,16 @@ class InboxMeter:
     """The bytes held by all inboxes of one client, and their limit.
 
     full: whether the face must not read the socket.
-    asked: whether the face has been asked to weigh again.
+    weighing_due: whether the face has been asked to weigh again.
     """
 
-    __slots__ = ("asked", "full", "held", "limit")
+    __slots__ = ("full", "held", "limit", "weighing_due")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
         self.full = False
-        self.asked = False
+        self.weighing_due = False
 
     def weigh(self, inboxes: Iterable[Inbox[T]], *, limit: int) -> bool:
         """Settle the inboxes; return whether they hold more than ``limit`` bytes.
@@ -64,7 +64,7 @@ class InboxMeter:
         The result is kept in ``full``. It is also set before the settling. So a thread
         that takes a message too late to be settled sees it.
         """
-        self.asked = False
+        self.weighing_due = False
         if self.held > limit:
             self.full = True
             for inbox in inboxes:
