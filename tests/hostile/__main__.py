@@ -51,7 +51,7 @@ def main() -> int:
             f"| the most seen | {most:.0f} |",
             f"| the bound | {bound:.0f} |",
             "",
-            f"Two others exchanged {len(took):,} messages meanwhile: {_spread(took)}.",
+            f"Two normal clients exchanged {len(took):,} messages meanwhile: {_spread(took)}.",
             "",
             "![memory under attack](reliability/siege.svg)",
         ]

@@ -111,7 +111,7 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
         assert not broker.events("daemon.bug")
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
-    account.record("no connection ended; newcomers were let in each time")
+    account.record("no connection ended; new clients were accepted each time")
 
 
 def test_the_disk_is_slow_during_a_reload(socket_dir: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_disk_is_slow_during_a_reload(socket_dir: Path) -> None:
             traffic.goes_on()
             account = traffic.finish("a disk that does not answer during a reload")
     assert (account.refused, account.in_doubt) == (0, 0)
-    account.record("no connection ended; the reload went through when the file came")
+    account.record("no connection ended; the reload succeeded when the file came")
 
 
 def _reads(pid: int, file: Path) -> bool:

@@ -66,7 +66,7 @@ def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
                 way.title("SIGKILL of a recipient, started again"), killed=["r0"]
             )
     assert account.refused > 0
-    account.record("the others are served all the time")
+    account.record("all other clients were served")
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
     assert noted <= came
     # The account knows of the others what was sent, of this one what came.
     account.sent += len(came)
-    account.record("all it had receipts for arrived")
+    account.record("all messages with a receipt arrived")
 
 
 def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
@@ -109,7 +109,7 @@ def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
             traffic.goes_on()
             account = traffic.finish(way.title("SIGSTOP of a recipient, then SIGCONT"))
     assert not broker.events("client.disconnected") or account.in_doubt == 0
-    account.record("the others are served all the time")
+    account.record("all other clients were served")
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
                 traffic.goes_on()
             account = traffic.finish(way.title("SIGTERM of the broker, started again, 3 times"))
         assert not broker.events("daemon.bug")
-    account.record("everybody was back each time")
+    account.record("all clients were back each time")
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
             account = traffic.finish(way.title(f"{renewals} renewals of the certificate"))
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
-    account.record("no connection ended; newcomers were let in each time")
+    account.record("no connection ended; new clients were accepted each time")
 
 
 @everyday_tls
@@ -149,4 +149,4 @@ def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) ->
     account.delivered, account.twice = len(set(got)), len(got) - len(set(got))
     account.out_of_order = got != sorted(got)
     account.unaccounted = len(set(accepted) ^ set(got))
-    account.record("the others are served all the time")
+    account.record("all other clients were served")

@@ -117,7 +117,8 @@ def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step
     title = way.title(f"connections {cut} at every byte of a handshake")
     account = Account(title, sent=len(places), delivered=got_in, refused=told)
     account.record(
-        f"{up} bytes up, {down} down: each client got in or was told, and nothing was left behind"
+        f"{up} bytes up, {down} down: each client connected or got an error, and nothing was left"
+        " behind"
     )
 
 
@@ -234,4 +235,6 @@ def test_at_every_byte_of_a_request_and_its_reply(
         came = [handed.get_nowait() for _ in range(handed.qsize())][1:]
     account.twice = len(came) - len(set(came))
     assert account.delivered + account.refused == account.sent
-    account.record(f"{down} bytes of the request, {up} of the reply; each asker was told at once")
+    account.record(
+        f"{down} bytes of the request, {up} of the reply; each requester got an error at once"
+    )

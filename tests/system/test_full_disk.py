@@ -66,7 +66,7 @@ def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -
             account = traffic.finish("ENOSPC under the audit, and room again")
     assert gone == []
     assert (account.refused, account.in_doubt) == (0, 0)
-    account.record("no connection ended; the audit went on and said what it lost")
+    account.record("no connection ended; the audit continued and logged its loss")
 
 
 def _takes_more(file: int) -> bool:

@@ -238,8 +238,8 @@ class Work:
             hearer.join(WAIT_S)
             assert got == sorted(got)
             assert sorted(got + refused) == list(range(sent))
-        self.account["messages where the oldest give way, received"] += len(got)
-        self.account["messages where the oldest give way, reported as full"] += len(refused)
+        self.account["messages with when_full: drop_oldest, received"] += len(got)
+        self.account["messages with when_full: drop_oldest, reported as full"] += len(refused)
 
     def _large(self) -> None:
         """Messages of a megabyte arrive whole."""
@@ -270,7 +270,7 @@ class Work:
                         socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                     )
             number += 1
-        self.account["clients that came, were served, and went"] += number
+        self.account["clients that connected, were served, and left"] += number
 
     # Parts that mean harm
 
@@ -302,7 +302,7 @@ class Work:
                 held.pop(0).close()
         for raw in held:
             raw.close()
-        self.account["peers that talked garbage or broke off"] += number
+        self.account["peers that sent garbage or broke off"] += number
 
     # What the operator does
 
@@ -336,4 +336,4 @@ class Work:
                 lambda: b"keeper.py" in cmdline.read_bytes(),
                 "no keeper takes the first process's place",
             )
-        self.account["upgrades under all of this"] += 1
+        self.account["upgrades under this load"] += 1
