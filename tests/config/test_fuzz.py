@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brokerd.config import yaml_reader as documents
+from brokerd.config import yaml_reader
 from brokerd.config.load import ConfigError, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def test_the_plain_parser_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     at the same places.
     """
     compiled = load_text(VALID, "f", {})
-    monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+    monkeypatch.setattr(yaml_reader, "_LOADER", yaml.SafeLoader)
 
     assert load_text(VALID, "f", {}) == compiled
     for end in range(0, len(VALID), 31):

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from brokerd.config import model
-from brokerd.config import yaml_reader as documents
+from brokerd.config import model, yaml_reader
 from brokerd.config.lint import advice
 from brokerd.config.load import ConfigError, load, load_text
 
@@ -81,7 +80,7 @@ def test_no_mistake_prints_the_key(
     if plain:
         import yaml
 
-        monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+        monkeypatch.setattr(yaml_reader, "_LOADER", yaml.SafeLoader)
     count = template.replace("%%", "").count("%s")
     text = "listen: [/run/b.sock]\n" * (not template.startswith("%%")) + template % (
         (CANARY,) * count

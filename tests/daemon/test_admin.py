@@ -1,4 +1,4 @@
-"""What administrators ask a running daemon for."""
+"""Commands of administrators to a running daemon."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 from support.raw_client import JSON, REQUEST, packed
 from support.running_daemon import configuration, running_daemon
 
-from brokerd.daemon import admin as orders
+from brokerd.daemon import admin
 
 
 def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One more than may wait is refused, and asked again it is answered."""
-    monkeypatch.setattr(orders, "_MOST_LONG", 2)
-    monkeypatch.setattr(orders, "_ENTRIES", 1)
+    monkeypatch.setattr(admin, "_MOST_LONG", 2)
+    monkeypatch.setattr(admin, "_ENTRIES", 1)
     with (
         running_daemon(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here,
         here.login("ops") as ops,

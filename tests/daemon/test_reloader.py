@@ -14,8 +14,7 @@ import pytest
 from support.running_daemon import Recorder
 
 from brokerd.config.load import load
-from brokerd.daemon import daemon
-from brokerd.daemon import reloader as reloading
+from brokerd.daemon import daemon, reloader
 from brokerd.daemon.reloader import Reloading
 
 
@@ -50,7 +49,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(subject.run("the test"), 30)
 
-    monkeypatch.setattr(reloading, "prepare", broken)
+    monkeypatch.setattr(reloader, "prepare", broken)
     asyncio.run(twice())
     assert told == ["reloading", "it failed"] * 2
 
@@ -79,7 +78,7 @@ def test_a_reload_asked_for_during_the_start_takes_place_after_it(
                 await asyncio.sleep(0)
             return function()
 
-        monkeypatch.setattr(reloading, "run_in_thread", at_once)
+        monkeypatch.setattr(reloader, "run_in_thread", at_once)
         monkeypatch.setattr(daemon, "run_in_thread", ask_meanwhile)
         async with broker:
             await asyncio.wait_for(broker.wait_until_settled(), 30)

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokerd.config import yaml_reader as documents
+from brokerd.config import yaml_reader
 from brokerd.config.yaml_reader import Document, read
 
 
@@ -28,7 +28,7 @@ def problem_of(text: str) -> str:
 def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both of PyYAML's parsers: the compiled one where it exists, and the plain one."""
     if request.param == "plain":
-        monkeypatch.setattr(documents, "_LOADER", yaml.SafeLoader)
+        monkeypatch.setattr(yaml_reader, "_LOADER", yaml.SafeLoader)
     elif not yaml.__with_libyaml__:
         pytest.skip("PyYAML was built without libyaml")
     return str(request.param)

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from support.running_daemon import Recorder, configuration
 
-from brokerd.daemon import Daemon, Stopped
-from brokerd.daemon import daemon as daemons
+from brokerd.daemon import Daemon, Stopped, daemon
 from brokerd.daemon.threads import run_in_thread
 
 
-def test_aside_returns_and_raises_what_the_work_does() -> None:
+def test_run_in_thread_returns_and_raises_what_the_work_does() -> None:
     """It runs in a thread of its own, which does not keep the process alive."""
     seen: list[threading.Thread] = []
 
@@ -40,7 +39,7 @@ def test_aside_returns_and_raises_what_the_work_does() -> None:
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_aside_cancelled_discards_what_comes_too_late(closed: bool) -> None:
+def test_run_in_thread_cancelled_discards_what_comes_too_late(closed: bool) -> None:
     """What was opened meanwhile is closed, also where the event loop has ended by then;
     an error is dropped.
     """
@@ -91,7 +90,7 @@ def test_daemon_stopped_during_its_start_listens_nowhere(
             broker.stop_soon("the test")
             return result
 
-        monkeypatch.setattr(daemons, "run_in_thread", stop_meanwhile)
+        monkeypatch.setattr(daemon, "run_in_thread", stop_meanwhile)
         with pytest.raises(Stopped):
             await broker.start()
         assert not path.exists()
