@@ -1,10 +1,10 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""The compiled twin of ``_routing_py``: one behaviour, told there in a few lines; the same names here.
+"""The compiled twin of ``_routing_py``, with the same behaviour and the same names.
 
-Every read is checked against the bounds it was given, ``start <= offset < end <= len(buffer)``, before it
-is made. A run of messages to one recipient is written into its tail without going back to Python in between:
-while a run is open the tail's size is not what is written, and ``_Run.close`` sets it right before anything
-else may look at it.
+Before each read, its offset is checked: ``start <= offset < end <= len(buffer)``. A run
+of messages to one recipient is written into its write buffer without going back to
+Python in between. While a run is open, the size of ``content`` is not the number of
+bytes written. ``_Run.close`` corrects it before any other code reads the buffer.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -22,7 +22,7 @@ from brokerd.core.routing_result import RoutingResult
 NAME = "compiled"
 
 cdef extern from "Python.h":
-    # In CPython's public headers: what is allocated, and where the bytes begin in it.
+    # From CPython's public headers: the allocated bytes, and the first byte in use.
     ctypedef struct PyByteArrayObject:
         Py_ssize_t ob_alloc
         char* ob_bytes
@@ -82,7 +82,7 @@ cdef class WriteBuffer:
 
 
 cdef class RouteEntry:
-    """Where a name is reached; see ``_routing_py.RouteEntry``."""
+    """A recipient in the route caches; see ``_routing_py.RouteEntry``."""
 
     cdef public WriteBuffer direct
 
@@ -93,7 +93,8 @@ cdef class RouteEntry:
 cdef class _Run:
     """Consecutive messages to one recipient.
 
-    written: bytes of the tail that count; the bytearray is longer while the run is open.
+    written: bytes of ``content`` that are in use; the bytearray is longer while the run
+        is open.
     """
 
     cdef WriteBuffer target
@@ -137,18 +138,24 @@ cdef class _Run:
         return 0
 
     cdef int grow(self, int64_t size) except -1:
-        """Have room in memory for ``size`` more bytes; the quota has been asked before."""
-        cdef int64_t wanted = max(self.written + size, min(2 * (self.written + size), self.target.room))
+        """Allocate memory for ``size`` more bytes, for which the quota has room."""
+        cdef int64_t needed = self.written + size
         Py_SET_SIZE(self.content, self.written)
-        PyByteArray_Resize(self.content, wanted)
+        PyByteArray_Resize(self.content, max(needed, min(2 * needed, self.target.room)))
         self._look()
         return 0
 
 
 cdef inline void _write_head(
-    char* at, int64_t size_out, uint8_t kind, uint8_t codec, const char* sender_header, Py_ssize_t sender_header_size, const uint8_t* message_id
+    char* at,
+    int64_t size_out,
+    uint8_t kind,
+    uint8_t codec,
+    const char* sender_header,
+    Py_ssize_t sender_header_size,
+    const uint8_t* message_id,
 ) noexcept:
-    """Write length, header and the sender's name: 16 + stamp_size bytes."""
+    """Write length, header and the sender's address: 16 + sender_header_size bytes."""
     cdef uint32_t length = <uint32_t>(size_out - LENGTH_SIZE)
     at[0] = <char>(length >> 24)
     at[1] = <char>((length >> 16) & 0xFF)
@@ -165,13 +172,20 @@ cdef inline void _write_head(
 cdef inline int64_t _signed_length(const uint8_t* at) noexcept:
     """Read a big-endian signed 32-bit number."""
     # Shifted as unsigned: a byte shifted into the sign bit of an int is undefined in C.
-    return <int32_t>((<uint32_t>at[0] << 24) | (<uint32_t>at[1] << 16) | (<uint32_t>at[2] << 8) | <uint32_t>at[3])
+    return <int32_t>(
+        (<uint32_t>at[0] << 24)
+        | (<uint32_t>at[1] << 16)
+        | (<uint32_t>at[2] << 8)
+        | <uint32_t>at[3]
+    )
 
 
 cdef class _Fanout:
-    """Consecutive events to the same recipients: encoded once, copied into every tail when the run ends.
+    """Consecutive events to the same recipients.
 
-    left: bytes for which every tail still has room.
+    They are encoded once, and copied into each write buffer when the run ends.
+
+    left: bytes for which every write buffer still has room.
     """
 
     cdef tuple targets
@@ -220,7 +234,10 @@ cdef class _Fanout:
         return 0
 
     cdef bint has_room(self, int64_t size) except -1:
-        """Return whether one more event of ``size`` bytes fits everywhere; the run may have been ended for it."""
+        """Return whether one more event of ``size`` bytes fits into every write buffer.
+
+        The run may be ended, and begun again, to find that out.
+        """
         cdef Py_ssize_t index
         cdef WriteBuffer each
         cdef tuple targets = self.targets
@@ -235,12 +252,10 @@ cdef class _Fanout:
         return True
 
     cdef char* add(self, int64_t size) except NULL:
-        """Return where to write the next event of ``size`` bytes; there is room for it."""
-        cdef int64_t wanted
+        """Return where to write the next event of ``size`` bytes, which has room."""
         if self.written + size > self.allocated:
-            wanted = max(self.written + size, 2 * self.allocated, 4096)
-            PyByteArray_Resize(self.encoded, wanted)
-            self.allocated = wanted
+            self.allocated = max(self.written + size, 2 * self.allocated, 4096)
+            PyByteArray_Resize(self.encoded, self.allocated)
             self.bytes = PyByteArray_AS_STRING(self.encoded)
         self.written += size
         self.left -= size
@@ -266,10 +281,18 @@ def feed(broker, source, buffer, int64_t start, int64_t end, double now):
 
 
 cdef object _feed(
-    broker, source, buffer, const uint8_t* data, int64_t start, int64_t end, double now, _Run run, _Fanout fanout
+    broker,
+    source,
+    buffer,
+    const uint8_t* data,
+    int64_t start,
+    int64_t end,
+    double now,
+    _Run run,
+    _Fanout fanout,
 ):
     cdef int64_t position = start
-    # Up to 2**64 - 1: what a frame may announce.
+    # Up to 2**64 - 1, the longest length that a frame may give.
     cdef uint64_t bytes_to_skip = source.bytes_to_skip
     cdef int64_t before, size, payload, size_out
     cdef int64_t messages = 0
@@ -301,11 +324,17 @@ cdef object _feed(
         payload = size - (HEAD_SIZE - LENGTH_SIZE) - name_size
         if at[FLAGS_OFFSET] == 0 and payload >= 0 and size <= end - position - LENGTH_SIZE:
             if kind == MESSAGE and payload <= limit:
-                if last_name is NULL or name_size != last_size or memcmp(at + HEAD_SIZE, last_name, name_size) != 0:
+                if (
+                    last_name is NULL
+                    or name_size != last_size
+                    or memcmp(at + HEAD_SIZE, last_name, name_size) != 0
+                ):
                     run.close()
                     fanout.close()
                     last_name = last_topic = NULL
-                    found = PyDict_GetItem(routes, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE, name_size))
+                    found = PyDict_GetItem(
+                        routes, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE, name_size)
+                    )
                     if found is not NULL:
                         entry = <RouteEntry>found
                         if entry.direct is not None:
@@ -324,8 +353,20 @@ cdef object _feed(
                     if run.written + size_out > run.allocated:
                         run.grow(size_out)
                     out = run.bytes + run.written
-                    _write_head(out, size_out, MESSAGE, at[CODEC_OFFSET], sender_header_bytes, sender_header_size, at + ID_OFFSET)
-                    memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE + name_size, payload)
+                    _write_head(
+                        out,
+                        size_out,
+                        MESSAGE,
+                        at[CODEC_OFFSET],
+                        sender_header_bytes,
+                        sender_header_size,
+                        at + ID_OFFSET,
+                    )
+                    memcpy(
+                        out + HEAD_SIZE + sender_header_size,
+                        at + HEAD_SIZE + name_size,
+                        payload,
+                    )
                     run.written += size_out
                     run.frames += 1
                     run.size += size_out
@@ -333,7 +374,12 @@ cdef object _feed(
                     size_in += size
                     position += LENGTH_SIZE + size
                     continue
-            elif kind == EVENT and name_size == 0 and 0 < payload <= limit and 1 + at[HEAD_SIZE] <= payload:
+            elif (
+                kind == EVENT
+                and name_size == 0
+                and 0 < payload <= limit
+                and 1 + at[HEAD_SIZE] <= payload
+            ):
                 topic_size = at[HEAD_SIZE]
                 if (
                     last_topic is NULL
@@ -344,7 +390,8 @@ cdef object _feed(
                     fanout.close()
                     last_name = last_topic = NULL
                     found = PyDict_GetItem(
-                        fanouts, PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, topic_size)
+                        fanouts,
+                        PyBytes_FromStringAndSize(<const char*>at + HEAD_SIZE + 1, topic_size),
                     )
                     if found is not NULL:
                         fanout.open(<tuple>found)
@@ -353,7 +400,15 @@ cdef object _feed(
                     size_out = HEAD_SIZE + sender_header_size + payload
                     if fanout.has_room(size_out):
                         out = fanout.add(size_out)
-                        _write_head(out, size_out, EVENT, at[CODEC_OFFSET], sender_header_bytes, sender_header_size, at + ID_OFFSET)
+                        _write_head(
+                            out,
+                            size_out,
+                            EVENT,
+                            at[CODEC_OFFSET],
+                            sender_header_bytes,
+                            sender_header_size,
+                            at + ID_OFFSET,
+                        )
                         memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE, payload)
                         messages += 1
                         size_in += size

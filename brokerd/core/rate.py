@@ -63,9 +63,9 @@ class Meter:
 
     __slots__ = ("_bytes", "_messages", "changes")
 
-    def __init__(self, messages: float | None, bytes: float | None) -> None:
-        self._messages = None if messages is None else Bucket(messages)
-        self._bytes = None if bytes is None else Bucket(bytes)
+    def __init__(self, message_rate: float | None, byte_rate: float | None) -> None:
+        self._messages = None if message_rate is None else Bucket(message_rate)
+        self._bytes = None if byte_rate is None else Bucket(byte_rate)
         self.changes = 0
 
     @classmethod
