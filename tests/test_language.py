@@ -60,7 +60,6 @@ FORBIDDEN: Final = (
 #: Files that do not follow the rules yet; a file that does is taken off this list.
 PENDING: Final = frozenset[str](
     {
-        "brokerd/core/operations.py",
         "brokerd/net/counters.py",
         "brokerd/net/handover.py",
         "brokerd/net/listen/socket_activation.py",

@@ -347,7 +347,7 @@ class Broker:
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
         if self.status.changes is not None:
             self.status.changes.note(session)
-        why = "its new rules do not allow the subscription"
+        why = "the new rules of the client do not allow the subscription"
         self.replies.log_events.note("client.unsubscribed", session, pattern, group or "", why)
 
     # One frame
@@ -375,7 +375,10 @@ class Broker:
             if meter is not None and not meter.allows(len(frame), now):
                 source.charged = False
                 return self.replies.refuse_frame(
-                    source, envelope, ErrorCode.RATE_LIMITED, "more than the configured rate"
+                    source,
+                    envelope,
+                    ErrorCode.RATE_LIMITED,
+                    "the client sends more than its configured rate",
                 )
         if too_deep:
             result = self.replies.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, too_deep)
@@ -392,7 +395,9 @@ class Broker:
         """Refuse an oversized frame. CONSUMED: skip it. size: its payload bytes."""
         if self.replies.reads_nothing(source):
             return self.held.wait_until_read(source)
-        message = f"{size} bytes; at most {self.status.limits.max_message} are taken"
+        message = (
+            f"the payload has {size} bytes; at most {self.status.limits.max_message} are allowed"
+        )
         self.replies.fail_request(source, kind, name, message_id, ErrorCode.TOO_LARGE, message)
         self.replies.refuse(source, message_id, ErrorCode.TOO_LARGE, message, name)
         return RoutingResult.CONSUMED
@@ -401,7 +406,7 @@ class Broker:
         self, source: Session, envelope: Envelope, frame: memoryview, now: float
     ) -> RoutingResult:
         if envelope.flags & ACK_FLAG or envelope.kind in (Kind.RECEIPT, Kind.ACK):
-            message = "nothing sent here is stored, so nothing can be acknowledged"
+            message = "this broker stores no messages, so it takes no ACK and no RECEIPT"
             return self.replies.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, message)
         if source.spread is not None:
             return self.events.go_on_publishing(source, envelope, frame, now)
@@ -412,7 +417,7 @@ class Broker:
             return self.events.publish(source, envelope, frame, now)
         if not is_address(envelope.name):
             return self.replies.malformed(
-                source, envelope.id, f"{envelope.name!r} is no client name"
+                source, envelope.id, f"{envelope.name!r} is not a valid client address"
             )
         if envelope.name.startswith("$"):
             return self._to_broker(source, envelope, frame)
@@ -435,11 +440,11 @@ class Broker:
     def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> RoutingResult:
         if envelope.name != BROKER:
             return self.replies.refuse_frame(
-                source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no {envelope.name}"
+                source, envelope, ErrorCode.NO_SUCH_CLIENT, f"unknown recipient {envelope.name}"
             )
         if envelope.kind is not Kind.REQUEST:
             return self.replies.refuse_frame(
-                source, envelope, ErrorCode.UNSUPPORTED, "the broker takes requests only"
+                source, envelope, ErrorCode.UNSUPPORTED, "the broker accepts only requests"
             )
         if source in self.operations.asking:
             return self.held.wait_for_answer(source)

@@ -77,7 +77,7 @@ class Delivery:
         client = self._exchange.resolve(name)
         if client is None:
             return refuse_frame(
-                source, envelope, ErrorCode.NO_SUCH_CLIENT, f"there is no client {name}"
+                source, envelope, ErrorCode.NO_SUCH_CLIENT, f"unknown client {name}"
             )
         if (self._status.draining or source.parting) and requester is None and not source.mute:
             return refuse_frame(
@@ -114,7 +114,7 @@ class Delivery:
 
     def _deny_answer(self, source: Session, envelope: Envelope) -> RoutingResult:
         """Refuse an answer to a request that is not pending, even an ERROR."""
-        message = f"{envelope.name} has no request {envelope.id} to {source.address} outstanding"
+        message = f"{envelope.name} has no pending request {envelope.id} to {source.address}"
         self._replies.refuse(source, envelope.id, ErrorCode.DENIED, message, envelope.name)
         return RoutingResult.CONSUMED
 
@@ -205,7 +205,7 @@ class Delivery:
         outbox = target.outbox
         if not target.slow:
             target.slow = True
-            why = f"{outbox.waiting} bytes wait for it; its queue of {outbox.limit} is full"
+            why = f"its queue of {outbox.limit} bytes is full: {outbox.waiting} bytes wait"
             self._replies.log_events.note("client.slow", target, source.address, when_full, why)
         if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
             if source.hold_deadline is None:
@@ -236,7 +236,7 @@ class Delivery:
         self._requests.end(requester, message_id, responder)
         config = requester.client.config
         message = (
-            f"more than {config.requests} requests unanswered; this was the oldest"
+            f"more than {config.requests} requests are pending; this was the oldest"
             f" (clients.{config.name}.requests)"
         )
         self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)

@@ -134,7 +134,9 @@ class Events:
     ) -> RoutingResult:
         """Check an event, find its subscribers, and deliver it to the first of them."""
         if envelope.name:
-            return self._replies.malformed(source, envelope.id, "an EVENT names no recipient")
+            return self._replies.malformed(
+                source, envelope.id, "an EVENT must not name a recipient"
+            )
         try:
             check_topic(envelope.topic)
         except InvalidName as error:
@@ -199,7 +201,7 @@ class Events:
         assert whole is not None
         room = self._delivery.find_room(source, target, len(whole), now, may_hold=False)
         if room is Room.NONE:
-            why = "an event it subscribed to: its queue is full"
+            why = "the queue of the subscriber is full"
             self._replies.drop(target, source.address, "full", why)
         if room is not Room.OK:
             return room
@@ -270,7 +272,9 @@ class Events:
         if target.outbox.blocked and not target.outbox.reserve(len(whole), self._replies.reserve):
             # The subscriber must not miss an event, and does not read. A closed connection,
             # which it notices, is better than a gap, which it does not.
-            self._replies.close(target, "it asked for presence and does not read", cut=True)
+            self._replies.close(
+                target, "it subscribed to events of the broker and does not read them", cut=True
+            )
         else:
             self._replies.pass_on(target, whole)
 

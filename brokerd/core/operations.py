@@ -144,7 +144,7 @@ class Operations:
                 if not source.client.policy.admin:
                     raise _Refusal(
                         ErrorCode.DENIED,
-                        f"the operation {op} is for clients with admin: true",
+                        f"the operation {op} is only for clients with admin: true",
                         BROKER,
                     )
                 operation = _ADMIN[op]
@@ -155,7 +155,9 @@ class Operations:
             if operation is None:
                 known = ", ".join(sorted((*_OPEN, *_ADMIN)))
                 raise _Refusal(
-                    ErrorCode.UNSUPPORTED, f"there is no operation {op[:64]!r}: {known}", BROKER
+                    ErrorCode.UNSUPPORTED,
+                    f"unknown operation {op[:64]!r}: use one of {known}",
+                    BROKER,
                 )
             reply = operation(self, source, request.id, arguments)
         except _Refusal as refusal:
@@ -221,7 +223,11 @@ class Operations:
         except InvalidName as error:
             raise _Refusal(ErrorCode.UNSUPPORTED, str(error), BROKER) from error
         if group is not None and not (isinstance(group, str) and is_name(group)):
-            raise _Refusal(ErrorCode.UNSUPPORTED, "a group is named as a client is", BROKER)
+            raise _Refusal(
+                ErrorCode.UNSUPPORTED,
+                "invalid group name: use 1 to 64 letters, digits, '_', '.', '-'",
+                BROKER,
+            )
         return topic, group
 
     def _subscribe(self, source: Session, message_id: int, arguments: _Arguments) -> _Arguments:
@@ -261,10 +267,12 @@ class Operations:
     def _finished(self, source: Session, message_id: int, arguments: _Arguments) -> None:
         if not (source.goaway and source.told):
             raise _Refusal(
-                ErrorCode.UNSUPPORTED, f"{DRAINING} and goaway come before finished", BROKER
+                ErrorCode.UNSUPPORTED,
+                f"finished is valid only after goaway and the event {DRAINING}",
+                BROKER,
             )
         if source.finishing is not None:
-            raise _Refusal(ErrorCode.UNSUPPORTED, "finished has been asked already", BROKER)
+            raise _Refusal(ErrorCode.UNSUPPORTED, "finished has been sent already", BROKER)
         source.finishing = message_id
         self._goaway.finishing[source] = None
 
@@ -348,7 +356,7 @@ class Operations:
         exact = self._exchange.find(address)
         client = self._exchange.resolve(name)
         if client is None:
-            raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {address}", address)
+            raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"unknown client {address}", address)
         pool = [] if instance else list(client.sessions.values())
         sessions = pool if exact is None else [exact]
         if not sessions:
@@ -363,17 +371,17 @@ class Operations:
         sender, verb, target = (_text(arguments, key) for key in ("sender", "verb", "target"))
         client = self._exchange.resolve(sender)
         if client is None:
-            raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"there is no client {sender}", sender)
+            raise _Refusal(ErrorCode.NO_SUCH_CLIENT, f"unknown client {sender}", sender)
         policy = client.policy
         if verb == "send" and target == BROKER:
             return {
                 "allowed": True,
                 "rule": None,
                 "where": None,
-                "why": "everyone may ask the broker",
+                "why": "every client may send requests to the broker",
             }
         if verb == "publish" and target.startswith("$"):
-            why = "topics that begin with $ are the broker's own"
+            why = "only the broker publishes on topics that begin with $"
             return {"allowed": False, "rule": None, "where": None, "why": why}
         if verb == "send":
             rule, rules = policy.sending(target.partition("/")[0]), client.config.send_to
@@ -382,14 +390,16 @@ class Operations:
                     "allowed": False,
                     "rule": None,
                     "where": None,
-                    "why": f"there is no client {target}",
+                    "why": f"unknown client {target}",
                 }
         elif verb == "publish":
             rule, rules = policy.publishing(target), client.config.publish
         elif verb == "subscribe":
             rule, rules = policy.subscribing(target), client.config.subscribe
         else:
-            raise _Refusal(ErrorCode.UNSUPPORTED, "verb is send, publish or subscribe", BROKER)
+            raise _Refusal(
+                ErrorCode.UNSUPPORTED, "invalid verb: use send, publish or subscribe", BROKER
+            )
         if rule is not None:
             return {
                 "allowed": True,
@@ -408,20 +418,20 @@ class Operations:
 
     def _reload(self, source: Session, message_id: int, arguments: _Arguments) -> None:
         if not isinstance(arguments.get("dry_run", False), bool):
-            raise _Refusal(ErrorCode.UNSUPPORTED, "dry_run is true or false", BROKER)
+            raise _Refusal(ErrorCode.UNSUPPORTED, "invalid dry_run: use true or false", BROKER)
         self.queue_command("reload", source, message_id, arguments)
 
 
 def _read(payload: bytes) -> tuple[str, _Arguments]:
     if len(payload) > _LARGEST:
-        message = f"an operation of {len(payload)} bytes; $broker takes at most {_LARGEST}"
+        message = f"the operation has {len(payload)} bytes; at most {_LARGEST} are allowed"
         raise _Refusal(ErrorCode.UNSUPPORTED, message, BROKER)
     try:
         arguments = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise _Refusal(
             ErrorCode.UNSUPPORTED,
-            "an operation is a JSON object with an op; this is no JSON",
+            "an operation is a JSON object with an op; this is not valid JSON",
             BROKER,
         ) from error
     if not isinstance(arguments, dict) or not isinstance(arguments.get("op"), str):

@@ -135,7 +135,7 @@ class Replies:
         """
         self.fail_request(source, envelope.kind, envelope.name, envelope.id, code, message)
         if envelope.kind is Kind.ERROR and not envelope.flags & RECEIPT_FLAG:
-            self.drop(source, envelope.name, code, f"an ERROR for it: {message}")
+            self.drop(source, envelope.name, code, f"an ERROR that cannot be delivered: {message}")
         else:
             self.refuse(source, envelope.id, code, message, envelope.name if name is None else name)
         return RoutingResult.CONSUMED

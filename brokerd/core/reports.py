@@ -122,7 +122,7 @@ class Reports:
             message = f"{to} disconnected before it took the message"
             self._replies.refuse(sender, envelope.id, ErrorCode.OFFLINE, message, to)
         else:
-            why = "neither its recipient nor its sender is there any more"
+            why = "its recipient and its sender have disconnected"
             self._replies.lose(session, envelope.name, "offline", why)
 
     def _count_unheard(self, payload: bytes) -> None:
@@ -134,21 +134,23 @@ class Reports:
     def report_dropped(self, target: Session, queued: Queued) -> None:
         """Report a frame that was dropped for a newer one."""
         envelope = head(memoryview(queued.frame)[4:])
-        self._replies.drop(target, envelope.name, "drop_oldest", "it made room for a newer one")
+        self._replies.drop(
+            target, envelope.name, "drop_oldest", "it was dropped for a newer message"
+        )
         sender = self._sender_of(queued, envelope.name)
         if _is_over(queued, envelope, sender, target):
             return
         if envelope.kind is Kind.REQUEST and sender is not None:
             self._requests.end(sender, envelope.id, target)
         if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
-            message = f"{target.address} does not read; the message made room for a newer one"
+            message = f"{target.address} does not read; the message was dropped for a newer one"
             self._replies.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
 
     def report_expired(self, target: Session, queued: Queued) -> None:
         """Report a frame whose ttl was over before it was written to its recipient."""
         envelope = head(memoryview(queued.frame)[4:])
         sender = self._sender_of(queued, envelope.name)
-        message = f"its ttl was over before {target.address} had read what waited before it"
+        message = f"its ttl was over before {target.address} had read the messages before it"
         if envelope.kind is Kind.REQUEST and sender is not None:
             if not _is_over(queued, envelope, sender, target):
                 self.expire_request(sender, envelope.id, target.address, message)

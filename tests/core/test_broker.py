@@ -961,7 +961,7 @@ def test_a_subscriber_to_presence_that_does_not_read_is_ended(
     ann.block()
     for _ in range(10):
         net.connect("bob").leave()
-    assert ann.gone == "it asked for presence and does not read"
+    assert ann.gone == "it subscribed to events of the broker and does not read them"
 
 
 def test_lifecycle_is_told_to_whoever_subscribed() -> None:

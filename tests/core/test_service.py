@@ -420,7 +420,7 @@ def test_can_explains_the_answer() -> None:
         "why": "b* allows it",
     }
     assert can("send", "bob/1")["allowed"] is True
-    assert can("send", "bert")["why"] == "there is no client bert"
+    assert can("send", "bert")["why"] == "unknown client bert"
     denied = can("send", "cid")
     assert (denied["allowed"], denied["where"]) == (False, "brokerd.yaml:7")
     assert denied["why"] == "none of its rules matches: b*"
@@ -445,14 +445,14 @@ def test_can_knows_what_no_rule_decides() -> None:
         "allowed": True,
         "rule": None,
         "where": None,
-        "why": "everyone may ask the broker",
+        "why": "every client may send requests to the broker",
     }
     publishing = ops.ask("can", sender="ann", verb="publish", target="$broker.draining")
     assert publishing == {
         "allowed": False,
         "rule": None,
         "where": None,
-        "why": "topics that begin with $ are the broker's own",
+        "why": "only the broker publishes on topics that begin with $",
     }
 
 
