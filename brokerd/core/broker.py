@@ -148,7 +148,7 @@ class Broker:
         client = self.exchange.resolve(name)
         assert client is not None, "place_for said there is room"
         session = Session(client, instance, peer=peer, since=now_wall, connection=connection)
-        session.number = next(self._order)
+        session.number = self.take_number()
         if self.status.changes is not None:
             self.status.changes.note(session)
         first = not client.online
@@ -160,6 +160,14 @@ class Broker:
             self.events.announce_presence("online", client, now_wall)
         return session
 
+    def take_number(self) -> int:
+        """Return the next number in the order of all attaches and detaches."""
+        return next(self._order)
+
+    def continue_order(self, number: int) -> None:
+        """Continue that order with ``number``, as another process has left it."""
+        self._order = itertools.count(number)
+
     def detach(self, session: Session, now_wall: float) -> None:
         """Remove a closed connection's session; run_deferred reports its messages."""
         if not session.open:
@@ -167,7 +175,7 @@ class Broker:
         # First: the parts ask a session whether it is open, and the reports ask when it
         # closed. The steps between the first and the last may come in any order.
         session.open = False
-        session.closed_number = next(self._order)
+        session.closed_number = self.take_number()
         if self.status.changes is not None:
             self.status.changes.note_left(session)
         self._remove_from_lists(session)

@@ -165,7 +165,7 @@ def capture(
     facts: Facts = {
         "started_at": broker.status.started_at,
         "upgrades": broker.status.upgrades,
-        "next_number": next(broker._order),
+        "next_number": broker.take_number(),
         "dropped": broker.replies.dropped,
         "refused": dict(broker.replies.refused),
         "totals": dict(broker.status.totals),
@@ -406,7 +406,7 @@ def restore(
     strangers = [copies.session(number) for number in copies.strangers]
     fresh += [(copies.session(number), *told) for number, told in copies.strangers.items()]
     broker.status.upgrades = facts["upgrades"] + 1
-    broker._order = itertools.count(facts["next_number"])
+    broker.continue_order(facts["next_number"])
     broker.replies.dropped = facts["dropped"]
     broker.replies.refused = Counter(facts["refused"])
     broker.status.totals = Counter(facts["totals"])
