@@ -1,4 +1,4 @@
-"""Every message has one outcome: what went wrong once, as small as it can be told."""
+"""Outcomes: every message has exactly one, also in the smallest cases that once failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The broker as a client: every operation, who may ask for it, and what it refuses."""
+"""The operations of ``$broker``: their answers, who may use them, and their refusals."""
 
 from __future__ import annotations
 

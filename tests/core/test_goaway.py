@@ -1,4 +1,4 @@
-"""The last steps of a session: told, finishing, retired, mute."""
+"""The last steps of a session: notice, ``finished``, retired, mute."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What new rules forbid: it receives nothing from the moment they are new, and is ended
-little by little.
+"""Subscriptions that new rules forbid: they receive nothing from that moment, and are
+ended little by little.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The compiled routing loop and its readable twin are fed the same and must do the
-same, to the byte.
-"""
+"""The compiled routing loop and its Python twin: equal to the byte for the same input."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the core notes for the log: one happening each, with who, whom and why, counted
-when it repeats itself.
+"""Log events of the core: each with its session, the other side and the reason, and
+counted when it repeats itself.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What becomes of messages whose recipient is gone, in numbers: told to their senders,
-passed on, or lost.
+"""Reports of messages whose recipient is gone, counted: returned to their senders,
+passed on to another pool member, or lost.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Long frames in buffers of their own: received into their place, passed on without
-being copied.
+"""Large frames in buffers of their own: received in place, and passed on without a
+copy.
 """
 
 from __future__ import annotations

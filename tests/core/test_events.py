@@ -1,6 +1,4 @@
-"""Events with very many subscribers go out in turns: in order, to each subscriber once,
-with nothing lost.
-"""
+"""Events with many subscribers: sent in turns, in order, to each subscriber once."""
 
 from __future__ import annotations
 
