@@ -1,5 +1,4 @@
-"""Inboxes: received messages that no caller has taken yet, and the memory that they
-use.
+"""Inboxes: flow control by the memory of received messages that no caller has taken.
 
 One InboxMeter counts for all inboxes of a client. Above its limit the face stops
 reading the socket. Further messages then wait in the broker, within the client's quota
