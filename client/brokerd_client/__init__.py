@@ -22,7 +22,9 @@ if TYPE_CHECKING:
         connection,
         message,
         presence,
+        protocol,
         settings,
+        tls,
         topics,
         wire,
     )
@@ -50,7 +52,9 @@ __all__ = [
     "errors",
     "message",
     "presence",
+    "protocol",
     "settings",
+    "tls",
     "topics",
     "wire",
 ]
@@ -65,7 +69,9 @@ _MODULES = (
     "connection",
     "message",
     "presence",
+    "protocol",
     "settings",
+    "tls",
     "topics",
     "wire",
 )

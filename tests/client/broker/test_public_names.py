@@ -28,6 +28,16 @@ def test_dir_of_package_lists_public_names_only(package: str) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
 
 
+def test_help_of_library_lists_public_modules_only() -> None:
+    """Each module in the package is in __all__, or its name begins with an underscore."""
+    text = pydoc.render_doc(brokerd_client, renderer=pydoc.plaintext)
+
+    contents = text.split("PACKAGE CONTENTS\n")[1].split("\n\n")[0]
+    modules = {line.split()[0] for line in contents.splitlines()}
+    assert {"aio", "blocking", "connection", "errors"} <= modules
+    assert {name for name in modules if not name.startswith("_")} <= set(brokerd_client.__all__)
+
+
 def test_all_of_library_holds_every_error() -> None:
     """The exception tree is public as a whole."""
     assert set(brokerd_client.errors.__all__) <= set(brokerd_client.__all__)
