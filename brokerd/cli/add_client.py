@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
-import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -82,49 +80,25 @@ def add_client(name: str, main: Path) -> Added:
                 " system)"
             ) from error
         if name not in load(main).clients:
-            raise NotAdded(f"{main} does not read {entry} (check its include:)")
+            raise NotAdded(
+                f"{main} does not include {entry}"
+                ' (add this line to it: include: ["clients.d/*.yaml"])'
+            )
         undo.pop_all()
     return Added(entry, key)
 
 
 def _check_new(name: str, main: Path, entry: Path, key: Path) -> None:
-    """Raise NotAdded if the client or its files exist, or its entry would not be read."""
+    """Raise NotAdded if the client or its files exist already."""
     config = load(main)
     if name in config.clients:
         raise NotAdded(
             f"client {name!r} is configured already, at {config.clients[name].source} (choose"
             " another name)"
         )
-    if not any(_includes(Path(file), entry) for file in config.files):
-        raise NotAdded(
-            f'{main} does not include {entry} (add this line to it: include: ["clients.d/*.yaml"])'
-        )
     for file in (key, entry):
         if file.is_symlink() or file.exists():
             raise NotAdded(f"the file {file} exists already (move it away, or choose another name)")
-
-
-def _includes(file: Path, entry: Path) -> bool:
-    """Return whether a file's ``include`` will read the entry."""
-    root = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)  # noqa: S506 - it makes text only
-    home = file.absolute().parent
-    wanted = Path(os.path.normpath(entry)).parts
-    for pattern in (root or {}).get("include", ()):
-        whole = os.path.normpath(home / Path(pattern).expanduser())
-        parts = Path(whole).parts
-        if len(parts) == len(wanted) and all(
-            map(fnmatch.fnmatchcase, wanted, _literal_home(parts, pattern, home))
-        ):
-            return True
-    return False
-
-
-def _literal_home(parts: tuple[str, ...], pattern: str, home: Path) -> tuple[str, ...]:
-    """Return the pattern's parts, with the main file's directory taken literally."""
-    if Path(pattern).expanduser().is_absolute():
-        return parts
-    count = len(home.parts)
-    return (*map(glob.escape, parts[:count]), *parts[count:])
 
 
 def _make_directory(path: Path, mode: int, home: Path, undo: ExitStack) -> None:
