@@ -283,9 +283,13 @@ class Copier:
 
         now: the approximate time.
         """
-        for session in list(self._broker.exchange.sessions()):
-            yield from self._subscriptions_of(session)
-            yield from self._queue_of(session, now)
+        for session in self.changed_sessions():
+            # Checked here first, because most of ten thousand sessions have few.
+            if len(session.subscriptions) >= self._few:
+                yield from self._subscriptions_of(session)
+            outbox = session.outbox
+            if isinstance(outbox, FrameOutbox) and len(outbox.plain) >= self._few:
+                yield from self._queue_of(session, now)
 
     def changes(
         self, session: Session
