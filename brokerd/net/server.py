@@ -27,11 +27,12 @@ from brokerd.net.connection.tls import TlsConnection
 from brokerd.net.context import Context
 from brokerd.net.counters import Counters, HandshakeOutcome
 from brokerd.net.drain import Drained, Draining
-from brokerd.net.handshake.handshakes import TAKEN, PendingHandshakes, fresh_instance
+from brokerd.net.handshake.handshakes import PendingHandshakes, fresh_instance
 from brokerd.net.handshake.keyring import Credential, Keyring
 from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.refusals import note_refusal
+from brokerd.net.handshake.room import Room
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
 from brokerd.net.listen.acceptor import Acceptor
 from brokerd.net.listen.listener import ListenError, Listening
@@ -44,10 +45,6 @@ __all__ = ["Server"]
 #: Connections checked against a new keyring in one turn of the event loop: some
 #: milliseconds' work.
 _JUDGED: Final = 256
-_DRAINING: Final = "the broker is draining"
-#: Error codes for a client that has proved its key and is refused. For any other reason
-#: the connection is closed without an answer.
-_CODES: Final = {TAKEN: ErrorCode.NAME_TAKEN, _DRAINING: ErrorCode.SHUTTING_DOWN}
 
 
 class Server:
@@ -284,17 +281,15 @@ class Server:
 
     # Called by the pending handshakes
 
-    def room_for(self, name: str) -> str | None:
-        """Make room for one more connection of ``name``; return why there is none, or
-        "".
+    def room_for(self, name: str) -> Room:
+        """Make room for one more connection of ``name``, if that is possible.
 
-        None: the connection that holds the place has ended, but its earlier input has
-        to be routed first. The caller asks again in another turn.
+        UNDECIDED: the caller asks again in another turn.
         """
         if len(self.connections) >= self.limits.connections:
-            return "more connections than limits.connections"
-        there, leaving = self.broker.place_for(name)
-        if not there:
+            return Room.FULL
+        has_room, leaving = self.broker.place_for(name)
+        if not has_room:
             # A client that reconnects immediately may be faster than the event of its
             # disconnection.
             client = self.broker.exchange.resolve(name)
@@ -302,13 +297,13 @@ class Server:
                 # Routing the input of one session may end another, because a write to
                 # it fails.
                 if session.open and session.connection.is_gone() is None:
-                    return None
-            there, leaving = self.broker.place_for(name)
-        if not there:
-            return _DRAINING if self.broker.status.draining else TAKEN
+                    return Room.UNDECIDED
+            has_room, leaving = self.broker.place_for(name)
+        if not has_room:
+            return Room.DRAINING if self.broker.status.draining else Room.TAKEN
         if leaving is not None:
             leaving.connection.end(ErrorCode.REPLACED, "replaced by a new connection")
-        return ""
+        return Room.FREE
 
     def admit(self, pending: PendingConnection) -> None:
         """Begin the session of a connection that has proved its identity."""
@@ -319,13 +314,15 @@ class Server:
         why_unauthorized = self.why_unauthorized(
             pending.credential, pending.uid, tls_peer=pending.tls_peer
         )
-        reason = why_unauthorized or self.room_for(name)
-        if reason != "":
-            reason = reason or TAKEN
-            self._turn_away(
-                pending, ErrorCode.KEY_REMOVED if why_unauthorized else _CODES.get(reason), reason
-            )
-            note_refusal(self.context, pending, reason, HandshakeOutcome.REFUSED)
+        if why_unauthorized:
+            self._turn_away(pending, ErrorCode.KEY_REMOVED, why_unauthorized)
+            return
+        room = self.room_for(name)
+        if room is Room.UNDECIDED:
+            # The handshake is over, so the client can't wait for another turn.
+            room = Room.TAKEN
+        if room is not Room.FREE:
+            self._turn_away(pending, room.code, room.value)
             return
         now_wall = self.context.wall()
         self.keyring.let_in(pending.credential, now_wall)
@@ -348,20 +345,19 @@ class Server:
         self.settle()
 
     def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
-        """Close a connection whose client has proved its key; send ``code`` first, if
-        any.
-        """
-        if code is None:
-            pending.sock.close()
-            return
+        """Refuse a connection whose client has proved its key; send ``code``, if any."""
         try:
-            pending.stream.send(reason_frame(code, why))
-            if pending.tls_stream is not None:
-                pending.tls_stream.finish()
+            if code is not None:
+                pending.stream.send(reason_frame(code, why))
+                if pending.tls_stream is not None:
+                    pending.tls_stream.finish()
         except OSError:
+            code = None
+        if code is None:
             pending.sock.close()
         else:
             self.context.connections.close_gracefully(pending.sock)
+        note_refusal(self.context, pending, why, HandshakeOutcome.REFUSED)
 
     def settle(self) -> None:
         """Carry out the core's decisions."""

@@ -121,6 +121,9 @@ class Settlement:
     def settle(self) -> None:
         """Carry out the core's decisions: write, close, resume, run commands, set the
         timer.
+
+        A write may end a connection, whose end calls this again. The inner call returns
+        at once, because the outer one goes on until no decision is left.
         """
         if self._settling:
             return

@@ -38,6 +38,7 @@ from support.raw_client import (
 from support.running_daemon import RunningDaemon, configuration, running_daemon
 
 from brokerd.core.session import Session
+from brokerd.net.handshake.room import Room
 
 LISTENS = ["127.0.0.1:0", "unix"]
 
@@ -201,7 +202,7 @@ def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
             packed(EVENT, "", between=b"\x05t.%03d" % number, id=number) for number in range(101)
         ]
 
-        def leave() -> str | None:
+        def leave() -> Room:
             # In the broker's own thread, so that it does not look before everything is
             # there. Each of them leaves the routing loop.
             server.context.turn_budget = 4
@@ -209,7 +210,7 @@ def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
             alice.close()
             return server.room_for("alice")
 
-        assert broker.call(leave) is None
+        assert broker.call(leave) is Room.UNDECIDED
         with broker.login("alice") as again:
             again.write(events[100])
             assert [bob.recv().id for _ in range(101)] == list(range(101))
@@ -231,13 +232,13 @@ def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
         second = broker.login("pool")
         server, gone = broker.daemon.server, sessions_of(broker, "pool")[1]
 
-        def look() -> tuple[str, bool]:
+        def look() -> tuple[Room, bool]:
             # In the broker's own thread, so that it knows nothing of this yet.
             first.send(MESSAGE, gone.address, b"to the other")
             second.close()
             return server.room_for("pool"), gone.open
 
-        assert broker.call(look) == ("", False)
+        assert broker.call(look) == (Room.FREE, False)
         with broker.login("pool") as third:
             third.ping()
             assert first.recv().code == "offline"

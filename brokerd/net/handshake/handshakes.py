@@ -30,6 +30,7 @@ from brokerd.net.handshake.keyring import Identity, KeySearch, key_on
 from brokerd.net.handshake.penalties import Failures
 from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.refusals import note_refusal
+from brokerd.net.handshake.room import Room
 from brokerd.net.handshake.tls import (
     SPEAKS_TLS,
     TlsHandshakes,
@@ -46,10 +47,7 @@ if TYPE_CHECKING:
 
     from brokerd.net.context import Context
 
-__all__ = ["TAKEN", "PendingHandshakes", "fresh_instance"]
-
-#: The reason for a refusal after the handshake, not within it: see Server.admit.
-TAKEN: Final = "its name is connected already"
+__all__ = ["PendingHandshakes", "fresh_instance"]
 
 _NOT_HERE: Final = (
     "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
@@ -73,7 +71,7 @@ class PendingHandshakes:
         self,
         context: Context,
         *,
-        room_for: Callable[[str], str | None],
+        room_for: Callable[[str], Room],
         on_authenticated: Callable[[PendingConnection], None],
     ) -> None:
         self._context = context
@@ -347,13 +345,13 @@ class PendingHandshakes:
             pending.credential = identity.credential
         key = None
         if identity.accepted is not None:
-            refusal = self._room_for(identity.accepted.client.name)
-            if refusal is None:
+            room = self._room_for(identity.accepted.client.name)
+            if room is Room.UNDECIDED:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
             # A client whose name is connected is told so after the handshake: its key
             # is right.
-            pending.refusal = "" if refusal == TAKEN else refusal
+            pending.refusal = "" if room is Room.TAKEN else room.value
             if pending.refusal:
                 pending.outcome = HandshakeOutcome.REFUSED
             key = None if pending.refusal else key_on(pending.tls_peer, identity.accepted.key.value)
