@@ -79,7 +79,7 @@ def test_refusals_are_counted_by_code_and_every_code_is_there() -> None:
 
 
 def test_handshakes_are_counted_by_how_they_ended() -> None:
-    """Each way to knock ends in the series that names it."""
+    """Each way to connect ends in the series that names it."""
     with watched(limits={"handshake_timeout": "200ms"}) as broker:
         alice = broker.login("alice")
         with pytest.raises(Rejected):

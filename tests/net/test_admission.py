@@ -39,9 +39,9 @@ def peer(origin: str, admission: Admission, now: float = 0.0) -> Any:
     class Peer(SimpleNamespace):
         __hash__ = object.__hash__
 
-    knock = Peer(origin=origin, rank=Rank.SILENT, moved_at=0.0)
-    admission.add(knock, now)
-    return knock
+    pending = Peer(origin=origin, rank=Rank.SILENT, moved_at=0.0)
+    admission.add(pending, now)
+    return pending
 
 
 # The decision
@@ -169,23 +169,27 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
 
 
 def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
-    """Else a flood whose connections end before their grace could keep the door shut
+    """Else a flood whose connections end before their grace could keep clients out
     for ever.
     """
     with running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
-        door = here.daemon.server.pending_handshakes
+        handshakes = here.daemon.server.pending_handshakes
+
+        def grace() -> float:
+            return handshakes._admission.grace("127.0.0.1", handshakes._loop.time())
+
         for taken in (2, 3):
             crowd = [here.raw() for _ in range(taken)]
             for each in crowd:
                 each.read_body()
-            before = here.call(lambda: door._admission.grace("127.0.0.1", door._loop.time()))
+            before = here.call(lambda: grace())
             assert before == GRACE_S
             for each in crowd:
                 each.close()
             deadline = time.monotonic() + 30
-            while here.call(lambda: len(door)):
+            while here.call(lambda: len(handshakes)):
                 assert time.monotonic() < deadline
-        assert here.call(lambda: door._admission.grace("127.0.0.1", door._loop.time())) < GRACE_S
+        assert here.call(grace) < GRACE_S
 
 
 def test_listeners_with_newcomers_take_turns() -> None:

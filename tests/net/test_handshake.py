@@ -29,8 +29,7 @@ from support.raw_client import (
 )
 from support.running_daemon import RunningDaemon, configuration, running_daemon
 
-from brokerd.net.handshake import admission
-from brokerd.net.handshake import handshakes as door
+from brokerd.net.handshake import admission, handshakes
 from brokerd.net.handshake import penalties as failures
 from brokerd.net.handshake.keyring import KeySearch
 from brokerd_client.address import Address
@@ -135,7 +134,7 @@ def test_a_wrong_key_takes_the_same_search_whatever_the_name(
             tried.append(self.tried)
             return found
 
-    monkeypatch.setattr(door, "KeySearch", Watched)
+    monkeypatch.setattr(handshakes, "KeySearch", Watched)
     keys = [{"key": f"key {number}"} for number in range(5)]
     with served({"alice": {"keys": keys}, "bob": None}) as broker:
         for name in (b"alice", b"bob", b"nobody"):
@@ -618,7 +617,7 @@ def test_failures_are_counted_by_who_can_be_told_apart(
     assert failures.origin_of(peer, uid) == origin
 
 
-def test_the_door_is_empty_when_all_have_gone() -> None:
+def test_pending_handshakes_are_empty_when_all_peers_have_gone() -> None:
     """Nothing of a handshake is kept when it is over, well or badly."""
     with served() as broker:
         broker.login("alice").close()

@@ -280,7 +280,7 @@ def test_a_taken_abstract_name_is_an_error() -> None:
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
 def test_the_brokers_side_has_no_delay(listen: str) -> None:
-    """TCP_NODELAY is set on connections at the door already, and stays when they are
+    """TCP_NODELAY is set on pending connections already, and stays when they are
     let in.
     """
     with running_daemon(configuration(listen)) as broker, broker.login("alice"):

@@ -283,13 +283,13 @@ def test_without_a_socket_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def door() -> FakePipeServer:
+def pipe_server() -> FakePipeServer:
     return FakePipeServer()
 
 
 @pytest.fixture
-def listener(door: FakePipeServer) -> Iterator[PipeListener]:
-    made = PipeListener(door, PIPE.path)
+def listener(pipe_server: FakePipeServer) -> Iterator[PipeListener]:
+    made = PipeListener(pipe_server, PIPE.path)
     yield made
     made.close()
 
@@ -300,12 +300,12 @@ def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
 
 
 def test_connections_are_accepted_in_their_order(
-    door: FakePipeServer, listener: PipeListener
+    pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
     """More peers than the listener keeps may come at once; each has its own socket, and
     the pipe's name.
     """
-    peers = [door.dial() for _ in range(150)]
+    peers = [pipe_server.dial() for _ in range(150)]
     for number, peer in enumerate(peers):
         sock, name = accepted(listener)
         assert name == PIPE.path
@@ -318,11 +318,13 @@ def test_connections_are_accepted_in_their_order(
         listener.accept()
 
 
-def test_only_so_many_are_taken_unasked(door: FakePipeServer, listener: PipeListener) -> None:
+def test_only_so_many_are_taken_unasked(
+    pipe_server: FakePipeServer, listener: PipeListener
+) -> None:
     """Further peers wait in the system until the server has accepted some."""
-    peers = [door.dial() for _ in range(100)]
-    door.wait_until_taken(65)
-    assert len(door.taken) == 65
+    peers = [pipe_server.dial() for _ in range(100)]
+    pipe_server.wait_until_taken(65)
+    assert len(pipe_server.taken) == 65
     for _ in peers:
         accepted(listener)[0].close()
     for each in peers:
@@ -330,11 +332,11 @@ def test_only_so_many_are_taken_unasked(door: FakePipeServer, listener: PipeList
 
 
 def test_a_system_without_room_is_told_and_waited_for(
-    door: FakePipeServer, listener: PipeListener
+    pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
     """accept() raises ENOBUFS, whatever the cause; afterwards the same peer is taken."""
-    door.failures = [OSError(errno.EINVAL, "not now")]
-    peer = door.dial()
+    pipe_server.failures = [OSError(errno.EINVAL, "not now")]
+    peer = pipe_server.dial()
     with pytest.raises(OSError, match="not now") as caught:
         accepted(listener)
     assert caught.value.errno == errno.ENOBUFS
@@ -344,18 +346,18 @@ def test_a_system_without_room_is_told_and_waited_for(
 
 
 def test_closing_turns_away_who_was_not_accepted(
-    door: FakePipeServer, listener: PipeListener
+    pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
     """One that was accepted lives on; one that was taken and one that waits see the
     end.
     """
-    inside = door.dial()
+    inside = pipe_server.dial()
     sock, _ = accepted(listener)
-    waiting = [door.dial() for _ in range(80)]
-    door.wait_until_taken(66)
+    waiting = [pipe_server.dial() for _ in range(80)]
+    pipe_server.wait_until_taken(66)
     listener.close()
     listener.close()
-    assert door.closed
+    assert pipe_server.closed
     for each in waiting:
         with pytest.raises(EOFError):
             each.message()
@@ -408,11 +410,11 @@ class Served:
         self._doors = doors
 
     @property
-    def door(self) -> FakePipeServer:
+    def pipe_server(self) -> FakePipeServer:
         return self._doors[-1]
 
     def raw(self) -> PipeRaw:
-        return PipeRaw(self.door.dial())
+        return PipeRaw(self.pipe_server.dial())
 
     def login(self, name: str) -> PipeRaw:
         """Return a connection of that client that the broker has let in."""
@@ -564,7 +566,7 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
             assert alice.recv().kind == RECEIPT
         broker.running.stop_soon()
         assert broker.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 1
-        for pipe in broker.door.taken:
+        for pipe in broker.pipe_server.taken:
             pipe.wait_until_closed()
 
 
@@ -574,7 +576,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
     """
     daemon = at_pipe.running.daemon
     with_pipe = daemon.config
-    first = at_pipe.door
+    first = at_pipe.pipe_server
     with at_pipe.login("alice") as alice:
         without = dataclasses.replace(with_pipe, listen=with_pipe.listen[1:])
         at_pipe.running.call(lambda: daemon.apply(without, "test"))
@@ -582,7 +584,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
         assert [each.family for each in at_pipe.running.addresses] == ["AF_INET"]
         alice.ping()
         at_pipe.running.call(lambda: daemon.apply(with_pipe, "test"))
-        assert at_pipe.door is not first
+        assert at_pipe.pipe_server is not first
         with at_pipe.login("bob") as bob:
             bob.send(MESSAGE, "alice", b"new")
             assert alice.recv().body == b"new"
@@ -590,7 +592,7 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
 
 def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
     """The log says so, and who came is served a moment later."""
-    at_pipe.door.failures = [OSError(errno.ENOMEM, "no room")]
+    at_pipe.pipe_server.failures = [OSError(errno.ENOMEM, "no room")]
     with at_pipe.login("alice") as alice:
         alice.ping()
     paused = at_pipe.running.log.wait("listener.paused")[0]

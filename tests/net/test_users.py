@@ -54,7 +54,7 @@ def test_it_is_warned_of(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unseen_user_is_not_let_in_by_its_number(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number that the system gives for everybody unseen opens no door."""
+    """The number that the system gives for everybody unseen is not accepted as a user."""
     with running_daemon(
         configuration(str(socket_dir / "s"), {"own": {"peer_uid": [os.getuid()]}})
     ) as broker:

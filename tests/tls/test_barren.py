@@ -208,7 +208,7 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
         assert bob.recv().body == b"the last one"
 
 
-def test_what_tls_still_has_when_somebody_knocks_is_read(
+def test_tls_connection_bytes_decrypted_during_handshake_are_read(
     here: RunningDaemon, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is looked at because another one has its name is read on, though the system

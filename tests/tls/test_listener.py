@@ -302,9 +302,9 @@ def test_one_handshake_a_turn_of_the_loop(
         turns += 1
         here._loop.call_soon(count)
 
-    def step(self: TlsHandshakes, knock: Any) -> None:
+    def step(self: TlsHandshakes, pending: Any) -> None:
         steps.append(turns)
-        go_on(self, knock)
+        go_on(self, pending)
 
     monkeypatch.setattr(TlsHandshakes, "_go_on", step)
     crowd = [Raw(here.address) for _ in range(40)]
@@ -367,8 +367,8 @@ def _client_hello(context: ssl.SSLContext) -> bytes:
 def test_bytes_behind_the_handshake_are_not_lost(
     here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
-    """Frames that come in one record with the last #WELCOME#, more than one read of the
-    door's, are all routed.
+    """Frames that come in one record with the last #WELCOME#, more than one read of a
+    pending connection, are all routed.
     """
     count = 500
     with tls_login(here.address, trusting, "bob") as bob:

@@ -13,7 +13,7 @@ from brokerd.core.snapshot_check import BadSnapshot
 from brokerd.net.counters import Counters, HandshakeOutcome
 
 
-def test_counts_go_on() -> None:
+def test_counters_of_another_process_are_added() -> None:
     """As plain values that JSON carries; what the other one counted meanwhile stays."""
     one, other = Counters(pauses=2, bugs=1), Counters(pauses=3)
     one.handshakes[HandshakeOutcome.REJECTED] = 7
@@ -22,7 +22,7 @@ def test_counts_go_on() -> None:
     assert (other.handshakes[HandshakeOutcome.REJECTED], other.pauses, other.bugs) == (8, 5, 1)
 
 
-def test_another_version_may_count_less_or_more() -> None:
+def test_counters_of_another_version_may_lack_or_add_outcomes() -> None:
     """What is not known here is passed over, and what is not told is 0."""
     counters = Counters()
     counters.go_on_from({})
@@ -47,7 +47,7 @@ def test_another_version_may_count_less_or_more() -> None:
         [],
     ],
 )
-def test_what_is_no_counter_is_refused(values: Any) -> None:
+def test_counters_invalid_values_are_refused(values: Any) -> None:
     """The other process serves on then."""
     counters = Counters()
     with pytest.raises(BadSnapshot, match="tally"):

@@ -1,4 +1,4 @@
-"""What the door remembers of whoever failed, and what it does with whoever talks on:
+"""The failures that penalties remember of an origin, and pending peers that send on:
 seen from inside.
 """
 
@@ -34,7 +34,7 @@ def fail(here: RunningDaemon, times: int) -> None:
             login(here.address, b"wrong")
 
 
-def test_who_gets_in_has_failed_no_more() -> None:
+def test_penalties_accepted_client_has_its_failures_forgiven() -> None:
     """The right key from an address makes up for the wrong ones before it."""
     with running_daemon(configuration("127.0.0.1:0")) as here:
         fail(here, 3)
@@ -43,7 +43,7 @@ def test_who_gets_in_has_failed_no_more() -> None:
         assert failures(here) == []
 
 
-def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_old_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who failed long ago begins anew, and is told at once."""
     monkeypatch.setattr(failures_module, "_FORGET_AFTER", -1.0)
     monkeypatch.setattr(failures_module, "_FREE_FAILURES", 2)
@@ -52,7 +52,7 @@ def test_failures_are_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None
         assert failures(here) == [("127.0.0.1", 1)]
 
 
-def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_remembered_origins_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many addresses somebody has, the latest are kept."""
     monkeypatch.setattr(failures_module, "_REMEMBERED", 3)
     those = failures_module.Failures()
@@ -61,7 +61,7 @@ def test_only_so_many_who_failed_are_remembered(monkeypatch: pytest.MonkeyPatch)
     assert those.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
 
 
-def test_who_talks_on_while_its_answer_is_judged_costs_nothing(
+def test_pending_peer_that_sends_during_key_search_is_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some of it is read, and then the broker looks at that socket no more until the
@@ -70,10 +70,10 @@ def test_who_talks_on_while_its_answer_is_judged_costs_nothing(
     looks = 0
     on_readable = PendingHandshakes._on_readable
 
-    def count(self: PendingHandshakes, knock: Any) -> None:
+    def count(self: PendingHandshakes, pending: Any) -> None:
         nonlocal looks
         looks += 1
-        on_readable(self, knock)
+        on_readable(self, pending)
 
     with monkeypatch.context() as patched:
         patched.setattr(PendingHandshakes, "_on_readable", count)
@@ -82,18 +82,18 @@ def test_who_talks_on_while_its_answer_is_judged_costs_nothing(
         clients = dict.fromkeys(f"c{number}" for number in range(100))
         with running_daemon(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
-            (knock,) = here.call(here.daemon.server.pending_handshakes.pending_connections)
+            (pending,) = here.call(here.daemon.server.pending_handshakes.pending_connections)
             deadline = monotonic() + 30
-            while here.call(lambda: knock.reader.buffered) <= 2 * LIMIT:
+            while here.call(lambda: pending.reader.buffered) <= 2 * LIMIT:
                 assert monotonic() < deadline
             before = here.call(lambda: looks)
             for _ in range(20):
                 here.call(lambda: None)
             assert here.call(lambda: looks) <= before + 1
-            assert here.call(lambda: knock.reader.buffered) <= 4 * LIMIT
+            assert here.call(lambda: pending.reader.buffered) <= 4 * LIMIT
 
 
-def test_a_reload_keeps_the_order_in_which_keys_are_tried() -> None:
+def test_keyring_after_reload_keeps_the_order_of_tries() -> None:
     """Keys that were used before are tried first by the next keyring too, the latest
     first.
     """

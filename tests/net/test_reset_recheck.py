@@ -16,7 +16,9 @@ from support.running_daemon import configuration, running_daemon
 
 
 @pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
-def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, listen: str) -> None:
+def test_reset_recheck_reset_behind_unread_bytes_ends_the_connection(
+    socket_dir: Path, listen: str
+) -> None:
     """The bytes are delivered and the name is free, though the loop reports both with
     one event.
     """
@@ -48,7 +50,7 @@ def test_a_reset_behind_unread_bytes_ends_the_connection(socket_dir: Path, liste
         here.login("alice").close()
 
 
-def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
+def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
     """The second look is the last one until something is read again: an idle broker
     does not wake up.
     """
@@ -56,7 +58,7 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
         running_daemon(configuration(str(socket_dir / "sock"), "alice")) as here,
         here.login("alice") as alice,
     ):
-        # The first may still have been read at the door.
+        # The first may still have been read while the connection was pending.
         alice.ping()
         alice.ping()
         watch = here.daemon._server.context.reset_recheck  # type: ignore[union-attr]
@@ -67,7 +69,7 @@ def test_nothing_is_watched_when_nothing_is_read(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [4_000, 300_000])
-def test_what_a_held_sender_left_is_not_lost(socket_dir: Path, size: int) -> None:
+def test_reset_recheck_held_sender_keeps_its_earlier_frames(socket_dir: Path, size: int) -> None:
     """Who is held by a full queue and goes is not read on by the second look: all of it
     arrives once there is room.
     """

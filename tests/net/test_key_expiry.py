@@ -69,7 +69,7 @@ class Watched:
         return [(level, event, fields.get("name", "")) for level, event, fields in events]
 
 
-def test_keys_that_never_expire_are_silent() -> None:
+def test_key_expiry_keys_without_end_cause_no_warning() -> None:
     """Nothing is said and nothing is listed."""
     watched = Watched(config("a: {key: a}", "b: {key: b, not_before: 2001-01-01}"))
     watched.clock.go_on(days=400)
@@ -78,7 +78,7 @@ def test_keys_that_never_expire_are_silent() -> None:
     assert watched.watch.expiries() == {}
 
 
-def test_a_warning_comes_in_time_and_once_a_day() -> None:
+def test_key_expiry_warning_comes_in_time_and_once_a_day() -> None:
     """From limits.expiry_warning before the end on; then, at its moment, that it has
     expired, and so every day.
     """
@@ -101,7 +101,7 @@ def test_a_warning_comes_in_time_and_once_a_day() -> None:
     assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
 
 
-def test_a_reload_says_it_again() -> None:
+def test_key_expiry_reload_repeats_the_warning() -> None:
     """Whoever reloads wants to see whether the warning is gone."""
     bad, good = (
         config("a: {key: a, not_after: 2026-06-11}"),
@@ -115,7 +115,7 @@ def test_a_reload_says_it_again() -> None:
     assert watched.said() == []
 
 
-def test_an_old_key_that_expires_beside_a_valid_one_is_news_and_no_warning() -> None:
+def test_key_expiry_old_key_beside_a_valid_one_is_logged_as_info() -> None:
     """Said once, when it happens, with how many connections still use it; not at the
     next start.
     """
@@ -139,7 +139,7 @@ def test_an_old_key_that_expires_beside_a_valid_one_is_news_and_no_warning() -> 
     assert watched.said() == []
 
 
-def test_a_gap_between_two_keys_is_warned_of() -> None:
+def test_key_expiry_gap_between_two_keys_causes_a_warning() -> None:
     """A new key that begins after the old one has ended does not keep the client in."""
     watched = Watched(
         config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}")
@@ -148,7 +148,7 @@ def test_a_gap_between_two_keys_is_warned_of() -> None:
     assert watched.said() == [("warning", "key.expiring", "a")]
 
 
-def test_when_the_clock_is_set_it_is_seen_within_the_hour() -> None:
+def test_key_expiry_changed_clock_is_seen_within_an_hour() -> None:
     """The watch does not rely on one timer set days ago."""
     watched = Watched(config("a: {key: a, not_after: 2026-12-01}"))
     watched.clock.set_by = timedelta(days=200)
@@ -157,7 +157,7 @@ def test_when_the_clock_is_set_it_is_seen_within_the_hour() -> None:
     assert watched.said() == [("warning", "key.expired", "a")]
 
 
-def test_many_clients_at_once_are_counted() -> None:
+def test_key_expiry_many_clients_are_counted_in_one_line() -> None:
     """Fifty have an event each; one event counts the rest."""
     watched = Watched(
         config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200)))
@@ -168,7 +168,7 @@ def test_many_clients_at_once_are_counted() -> None:
     assert said[-1] == ("warning", "key.expiring_more", "")
 
 
-def test_no_warning_before_it_happens_if_so_wanted() -> None:
+def test_key_expiry_warning_time_of_zero_warns_only_at_the_end() -> None:
     """expiry_warning: 0 says only that it has happened."""
     watched = Watched(config("a: {key: a, not_after: 2026-06-05}", warning="0"))
     watched.clock.go_on(days=3)
@@ -177,7 +177,7 @@ def test_no_warning_before_it_happens_if_so_wanted() -> None:
     assert watched.said() == [("warning", "key.expired", "a")]
 
 
-def test_a_watch_that_is_closed_says_nothing_more() -> None:
+def test_key_expiry_closed_monitor_logs_nothing() -> None:
     """When the daemon stops, no timer is left."""
     watched = Watched(config("a: {key: a, not_after: 2026-06-05}"))
     watched.said()
@@ -187,7 +187,7 @@ def test_a_watch_that_is_closed_says_nothing_more() -> None:
     assert watched.said() == []
 
 
-def test_no_event_shows_a_key() -> None:
+def test_key_expiry_events_show_no_key() -> None:
     """Ids, sources and times only."""
     watched = Watched(
         config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}")
