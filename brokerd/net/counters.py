@@ -20,21 +20,21 @@ class HandshakeOutcome(StrEnum):
     """How a handshake ended."""
 
     ACCEPTED = "accepted"
-    """The peer proved who it is and was let in."""
+    """The peer proved its identity and was accepted."""
     REJECTED = "rejected"
-    """It answered with no client's key, or with one that may not be used here and now;
-    or TLS failed.
+    """The peer's answer was made with no client's key, or with a key that may not be
+    used here and now; or TLS failed.
     """
     REFUSED = "refused"
-    """It may have been right, and there was no room for it, or the broker was stopping."""
+    """There was no room for the connection, or the broker was stopping."""
     MALFORMED = "malformed"
-    """What it said was no handshake."""
+    """The peer's bytes were not a handshake."""
     TIMEOUT = "timeout"
-    """It had not finished within ``limits.handshake_timeout``."""
+    """The handshake had not finished within ``limits.handshake_timeout``."""
     LOST = "lost"
-    """It closed, or its connection broke, before it had proved anything."""
+    """The connection ended before the peer had proved its identity."""
     LEFT = "left"
-    """It closed without having sent a byte, as health checks do."""
+    """The peer closed without having sent a byte, as health checks do."""
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Counters:
         Raises BadSnapshot for an invalid argument; then nothing has changed.
         """
         if not isinstance(values, dict):
-            raise BadSnapshot("tally is no object")
+            raise BadSnapshot("tally is not an object")
         handshakes, others = values.get("handshakes", {}), values.get("others", {})
         check_counts(handshakes, "tally.handshakes")
         check_counts(others, "tally.others")

@@ -375,8 +375,8 @@ class Ahead:
 
 
 def _opened(facts: Facts, descriptor: int) -> socket.socket:
-    family, type, proto = facts["socket"]
-    sock = socket.socket(family, type, proto, fileno=descriptor)
+    family, kind, protocol = facts["socket"]
+    sock = socket.socket(family, kind, protocol, fileno=descriptor)
     # The descriptor is non-blocking already, in both processes; this socket object has
     # to know.
     sock.setblocking(False)
@@ -449,7 +449,7 @@ class RestoredState:
         ]
         self._lingering = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
         if len(pieces):
-            raise ValueError(f"{len(pieces)} bytes are left that belong to nobody")
+            raise ValueError(f"{len(pieces)} bytes are left that belong to no connection")
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
         server.keyring.take_uses(facts["keys"])
         # An older version does not send its counters.

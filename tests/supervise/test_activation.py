@@ -261,8 +261,8 @@ def test_sockets_for_another_process_are_left_alone() -> None:
 
 
 def test_a_count_that_is_none_is_an_error() -> None:
-    """LISTEN_FDS that is no number is said, not guessed."""
-    with pytest.raises(SocketActivationError, match="LISTEN_FDS='many' is no number"):
+    """LISTEN_FDS that is not a number is an error."""
+    with pytest.raises(SocketActivationError, match="LISTEN_FDS='many' is not a number"):
         ActivatedSockets.take({"LISTEN_PID": "7", "LISTEN_FDS": "many"}, 7)
 
 

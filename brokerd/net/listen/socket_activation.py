@@ -76,7 +76,8 @@ class ActivatedSockets:
             count = int(given["LISTEN_FDS"])
         except ValueError:
             raise SocketActivationError(
-                f"LISTEN_FDS={given['LISTEN_FDS']!r} is no number (start brokerd by a .socket unit)"
+                f"LISTEN_FDS={given['LISTEN_FDS']!r} is not a number"
+                " (start brokerd by a .socket unit)"
             ) from None
         names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
         names += ["unknown"] * (count - len(names))
