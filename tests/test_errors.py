@@ -77,8 +77,8 @@ def test_the_drawn_tree_is_the_real_one() -> None:
 
 
 def test_everything_is_exported() -> None:
-    """__all__ names every class and the function that chooses one."""
-    assert set(errors.__all__) == {*CLASSES, "refusal"}
+    """__all__ names every class, and nothing else."""
+    assert set(errors.__all__) == set(CLASSES)
 
 
 def test_the_standard_librarys_handlers_catch_ours() -> None:

@@ -115,7 +115,7 @@ def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(
 #: change that asks for it.
 SLOW = {
     "a key file": ("from brokerd.config import key_files as keys", "keys.read_private", ""),
-    "a certificate": ("from brokerd.config import certificates", "certificates._read_public", ""),
+    "a certificate": ("from brokerd.config import certificates", "certificates.read_file", ""),
     "a name service": ("import socket", "socket.getaddrinfo", ", 'broker.example:6000'"),
     "a socket's directory": (
         "from brokerd.net.listen import socket_activation as handed",
