@@ -107,22 +107,22 @@ class BaseClient(ClientProperties):
         self._dispatcher: Dispatcher[Message] = Dispatcher(
             self._inbox, self._ordered, self._requests, request_job
         )
-        self._crews: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {
+        self._workers: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {
             self._ordered: set(),
             self._requests: set(),
         }
         #: Whether close() has cancelled every task of the client.
         self._ended = False
         #: Whether a timer checks the connection while it is not read.
-        self._looking = False
+        self._checks_end = False
         #: Whether the task that reconnects has ended.
-        self._deserted = False
+        self._connect_task_ended = False
         self._ordered.on_put = lambda: self._start_workers(self._ordered, 1)
         self._requests.on_put = lambda: self._start_workers(self._requests, _REQUEST_TASKS)
         self._gone: asyncio.Future[None] = self._loop.create_future()
         forks.register(self)
-        self._keeper = self._loop.create_task(self._keep_connected(), name="brokerd client")
-        self._keeper.add_done_callback(self._on_keeper_done)
+        self._connect_task = self._loop.create_task(self._keep_connected(), name="brokerd client")
+        self._connect_task.add_done_callback(self._on_connect_task_done)
 
     def _after_fork(self) -> None:
         """Disable this copy in a forked child; see brokerd_client._common.forks."""
@@ -462,8 +462,8 @@ class BaseClient(ClientProperties):
                 transport.abort()
             current_task = asyncio.current_task()
             tasks = {
-                self._keeper,
-                *(task for workers in self._crews.values() for task in workers),
+                self._connect_task,
+                *(task for workers in self._workers.values() for task in workers),
             } - {current_task}
             for task in tasks:
                 task.cancel()
@@ -572,16 +572,16 @@ class BaseClient(ClientProperties):
             if self._dialog.state not in _WITHOUT_CONNECTION:
                 self._give_up(error)
         self._note_state()
-        if self._dialog.state is State.WAITING and self._deserted:
+        if self._dialog.state is State.WAITING and self._connect_task_ended:
             self._give_up(reason)
         if not self._gone.done():
             self._gone.set_result(None)
 
-    def _on_keeper_done(self, keeper: asyncio.Task[None]) -> None:
+    def _on_connect_task_done(self, keeper: asyncio.Task[None]) -> None:
         """End the client when its reconnecting task was cancelled from outside, or had
         a bug.
         """
-        self._deserted = True
+        self._connect_task_ended = True
         error = None if keeper.cancelled() else keeper.exception()
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             log().error("client ended: unexpected error in its reconnecting task", exc_info=error)
@@ -697,25 +697,25 @@ class BaseClient(ClientProperties):
                 transport.asyncio_transport.resume_reading()
             else:
                 transport.asyncio_transport.pause_reading()
-                if not self._looking:
-                    self._looking = True
-                    self._loop.call_later(_END_CHECK_S, self._look_for_end)
+                if not self._checks_end:
+                    self._checks_end = True
+                    self._loop.call_later(_END_CHECK_S, self._check_for_end)
 
-    def _look_for_end(self) -> None:
+    def _check_for_end(self) -> None:
         """Read the rest of a connection that ended while it was not read.
 
         The client can reconnect only after that.
         """
         transport = self._transport
         if transport is None or transport.reading:
-            self._looking = False
+            self._checks_end = False
             return
         try:
             if transport.has_ended():
                 self._update_reading()
-            self._loop.call_later(_END_CHECK_S, self._look_for_end)
+            self._loop.call_later(_END_CHECK_S, self._check_for_end)
         except BaseException as error:  # noqa: BLE001 - a bug, or an exit, which _on_bug raises again
-            self._looking = False
+            self._checks_end = False
             self._on_bug(transport, error)
 
     def _schedule(self) -> None:
@@ -752,7 +752,7 @@ class BaseClient(ClientProperties):
 
     def _start_workers(self, queue: WaitQueue[Job], max_tasks: int) -> None:
         """Start tasks that do the queue's jobs, ``max_tasks`` of them at most."""
-        workers = self._crews[queue]
+        workers = self._workers[queue]
         missing = min(max_tasks - len(workers), len(queue.inbox.items))
         while missing > 0 and queue.inbox.items:
             task = self._loop.create_task(self._work(queue), name="brokerd handler")
@@ -782,19 +782,19 @@ class BaseClient(ClientProperties):
         except IndexError:
             # At once, not when the task is done: items added in between must be able to
             # start a new task.
-            self._crews[queue].discard(task)
+            self._workers[queue].discard(task)
 
     def _on_worker_done(self, queue: WaitQueue[Job], task: asyncio.Task[None]) -> None:
         """Start another worker for the jobs that a cancelled worker has left.
 
         None is started when all tasks are being cancelled.
         """
-        self._crews[queue].discard(task)
+        self._workers[queue].discard(task)
         if not task.cancelled():
             # An exit, which has left the loop already; this marks it as retrieved.
             task.exception()
         ending = self._ended or (
-            task.cancelled() and (self._keeper.done() or self._keeper.cancelling() > 0)
+            task.cancelled() and (self._connect_task.done() or self._connect_task.cancelling() > 0)
         )
         if queue.inbox.items and queue.on_put is not None and not ending:
             queue.on_put()

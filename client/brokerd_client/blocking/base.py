@@ -253,7 +253,7 @@ class BaseClient(ClientProperties):
             return True
         if not self._lock._is_owned():
             return False
-        if self._holds_up():
+        if self._interrupts_own_call():
             return True
         self._release()
         return False
@@ -272,24 +272,24 @@ class BaseClient(ClientProperties):
                 " publish, reply and close work here; calls that wait for an answer do not"
             )
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         """Release an interrupted call's locks, and wake the I/O thread to repair its
         state.
         """
         if self._interrupting():
             # The lock belongs to the call below this one.
             return
-        self._transport.mend()
+        self._transport.release_locks()
         if not self._clear:
             # A call that failed before it changed anything must not block other
             # senders.
             with self._lock:
                 transport = self._transport
                 if not transport.unsure and self._dialog.in_order(len(transport.backlog)):
-                    self._settle()
+                    self._allow_sends()
             self._transport.wake()
 
-    def _holds_up(self) -> bool:
+    def _interrupts_own_call(self) -> bool:
         """Return whether another call of this client is further down this thread's
         stack.
 
@@ -341,7 +341,7 @@ class BaseClient(ClientProperties):
                         return result
                 deadline = self._wait_until_clear(limit, deadline, answer=answer)
             except BaseException:
-                self._mend()
+                self._repair()
                 raise
 
     def _takes_answers(self) -> bool:
@@ -536,7 +536,7 @@ class BaseClient(ClientProperties):
                 check_address(to)
                 return self._put_late(self._dialog.send_as, to, number, body, extension)
         except BaseException:
-            self._mend()
+            self._repair()
             raise
         return None
 
@@ -719,7 +719,7 @@ class BaseClient(ClientProperties):
                 if self.closed or deadline is None or time.monotonic() >= deadline:
                     raise
             except BaseException:
-                self._mend()
+                self._repair()
                 raise
 
     def _unsubscribe(self, subscription: BaseSubscription[Any]) -> None:
@@ -833,7 +833,7 @@ class BaseClient(ClientProperties):
             self._transport.wake()
         return True
 
-    def _settle(self) -> None:
+    def _allow_sends(self) -> None:
         """Allow senders to write and wake them, if nothing else must be written first."""
         if self._transport.backlog or self._chores or self._dropping:
             return
@@ -976,7 +976,7 @@ class BaseClient(ClientProperties):
             dialing = state in (State.IDLE, State.WAITING) and now >= self._dial_at
             if dialing:
                 self._dialog.dialing(now)
-            self._settle()
+            self._allow_sends()
         if dialing or (
             state is State.CONNECTING
             and not self._transport.open
@@ -1022,7 +1022,7 @@ class BaseClient(ClientProperties):
         lost.
         """
         self._release()
-        self._transport.mend()
+        self._transport.release_locks()
         log().error("connection lost: unexpected error", exc_info=error)
         with self._lock:
             self._clear = False
@@ -1111,7 +1111,7 @@ class BaseClient(ClientProperties):
             if readable or loss is not None:
                 data = transport.read()
             while data:
-                if not self._take_in(data) or loss is None:
+                if not self._receive(data) or loss is None:
                     return
                 # The connection is broken: only bytes that arrived already are left to
                 # read.
@@ -1123,7 +1123,7 @@ class BaseClient(ClientProperties):
         elif data is not None:
             self._lose(self._dialog.closed_by_broker())
 
-    def _take_in(self, data: bytes) -> bool:
+    def _receive(self, data: bytes) -> bool:
         """Pass received bytes to the dialog; return whether the connection stays open."""
         now = time.monotonic()
         with self._lock:
@@ -1137,7 +1137,7 @@ class BaseClient(ClientProperties):
                 self._write()
             if self._dialog.state is not before and self._dialog.may_answer:
                 self._note_state()
-            self._settle()
+            self._allow_sends()
             return not self._dropping
 
     def _flush(self) -> None:
@@ -1149,7 +1149,7 @@ class BaseClient(ClientProperties):
                     self._changes.wake()
             # TLS bytes besides the backlog may also be sent during a read: senders must
             # not wait for them.
-            self._settle()
+            self._allow_sends()
 
 
 def _interruption(error: BaseException, outer: BaseException | None) -> BaseException:
@@ -1194,7 +1194,7 @@ def _transport(settings: Settings) -> Transport:
 
 #: Modules and names of the methods that may hold a client's lock.
 _OWN_MODULES: Final = (__name__, "brokerd_client.blocking.client")
-_LOCKING: Final = ("_send_at_once", "_put", "_mend", "_wait_until_clear", "_do_chores", "_close")
+_LOCKING: Final = ("_send_at_once", "_put", "_repair", "_wait_until_clear", "_do_chores", "_close")
 
 _open_clients: weakref.WeakSet[BaseClient] = weakref.WeakSet()
 

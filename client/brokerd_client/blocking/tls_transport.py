@@ -31,7 +31,7 @@ class TlsTransport(Transport):
         super().__init__(address)
         self._context = context
         self._stream: TlsStream | None = None
-        #: Reentrant, because a thread can release such a lock completely: see mend.
+        #: Reentrant, because a thread can release such a lock completely: see release_locks.
         self._turn = threading.RLock()
         self._send = self._send_encrypted
 
@@ -52,7 +52,7 @@ class TlsTransport(Transport):
     def connected(self) -> bool:
         """Return whether the connection is made, TLS included. Raises OSError."""
         if self._stream is not None:
-            return self._shake()
+            return self._handshake()
         return super().connected() and self._begin()
 
     def _begin(self) -> bool:
@@ -60,9 +60,9 @@ class TlsTransport(Transport):
         self.connecting = True
         self._stream = TlsStream(self._socket, self._context, hostname=self.address.host)
         self._send = self._send_encrypted
-        return self._shake()
+        return self._handshake()
 
-    def _shake(self) -> bool:
+    def _handshake(self) -> bool:
         assert self._stream is not None
         self.connecting = not self._stream.handshake()
         return not self.connecting
@@ -120,7 +120,7 @@ class TlsTransport(Transport):
             return super()._wanted(reading=reading)
         return True, self._stream.unsent
 
-    def mend(self) -> None:
+    def release_locks(self) -> None:
         """Release the lock, if an interrupted call of this thread still holds it."""
         with contextlib.suppress(RuntimeError):
             while True:

@@ -67,7 +67,7 @@ class Transport:
         self._selector = selectors.DefaultSelector()
         self._mask = 0
         self._silence = Silence()
-        self._look_at = 0.0
+        self._next_check_at = 0.0
         #: Whether the peer vanished without closing. Reading raises an error for it,
         #: after the bytes that had arrived.
         self._vanished = False
@@ -107,8 +107,7 @@ class Transport:
 
         Raises:
             BlockingIOError: A host's name is being looked up; the I/O thread is woken
-            when
-                that is done. Or the listener's queue is full at the moment.
+                when that is done. Or the listener's queue is full at the moment.
             OSError: All candidate addresses have failed.
         """
         if self.address.family == "AF_PIPE":
@@ -250,12 +249,12 @@ class Transport:
         """Wait for the socket or the waker; return (readable, writable).
 
         Args:
-            timeout: Seconds to wait at most; None for no limit. reading: Whether to
-            wait for input. A wait without it checks whether the peer has
-                ended the connection. The rest of its bytes must then be read, and the
-                socket counts as readable.
+            timeout: Seconds to wait at most; None for no limit.
+            reading: Whether to wait for input. A wait without it checks whether the
+                peer has ended the connection. The rest of its bytes must then be read,
+                and the socket counts as readable.
         """
-        timeout = self._look_for_silence(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
+        timeout = self._check_peer(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
             return True, False
         mask = 0
@@ -277,7 +276,7 @@ class Transport:
                 events |= selectors.EVENT_READ
         return bool(events & selectors.EVENT_READ), bool(events & selectors.EVENT_WRITE)
 
-    def _look_for_silence(self, timeout: float | None) -> float | None:
+    def _check_peer(self, timeout: float | None) -> float | None:
         """Check at intervals whether the peer still answers.
 
         Returns the timeout in seconds, shortened to the time of the next check.
@@ -285,10 +284,10 @@ class Transport:
         if self._socket is None or self.connecting or self._socket.family not in TCP:
             return timeout
         now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + DEFAULT_S / LOOKS
+        if now >= self._next_check_at:
+            self._next_check_at = now + DEFAULT_S / LOOKS
             self._vanished = self._silence.lasts(self._socket, now) >= DEFAULT_S
-        remaining = self._look_at - now
+        remaining = self._next_check_at - now
         return remaining if timeout is None else min(timeout, remaining)
 
     def _raise_if_vanished(self) -> None:
@@ -331,7 +330,7 @@ class Transport:
         self.bytes_given = 0
         self.unsure = False
 
-    def mend(self) -> None:
+    def release_locks(self) -> None:
         """Release the locks that an interrupted call of this thread still holds."""
 
     def renew(self) -> None:

@@ -294,7 +294,7 @@ def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
             await asyncio.get_running_loop().create_future()
 
         asking = asyncio.create_task(alice.request("bob", 1))
-        await until(lambda: bool(bob._crews[bob._requests]))
+        await until(lambda: bool(bob._workers[bob._requests]))
         await bob.close()
         await alice.close()
         with pytest.raises(Closed):

@@ -224,7 +224,7 @@ def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
             monkeypatch.setattr(aio_base, "jitter", lambda: 0.99)
             network.drop("alice")
             await until(lambda: not alice.connected)
-        alice._keeper.cancel()
+        alice._connect_task.cancel()
         await asyncio.sleep(0.01)
         if connected:
             assert await alice.ping() >= 0

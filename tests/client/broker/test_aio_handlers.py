@@ -307,7 +307,7 @@ def test_eager_handlers_of_one_read_are_all_called(
             assert {"a", "b", "message"} <= set(seen)
             await first.close()
             await second.close()
-            assert all(not workers for workers in bob._crews.values())
+            assert all(not workers for workers in bob._workers.values())
 
     run_eager(scenario, monkeypatch)
 
