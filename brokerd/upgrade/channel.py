@@ -68,7 +68,8 @@ FORMAT: Final = 4
 READS: Final = (2, 3, 4)
 
 #: Environment variables of the new process: the descriptors of its end of the channel,
-#: and of the pipe to the PID holder.
+#: and of the pipe to the PID holder. The second name is the one that versions before the
+#: PID holder's present name set and read.
 HANDOVER_FD: Final = "BROKERD_UPGRADE_FD"
 PID_HOLDER_FD: Final = "BROKERD_KEEPER_FD"
 #: Signals that both processes handle. During the upgrade only the old process handles

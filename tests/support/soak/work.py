@@ -325,15 +325,15 @@ class Work:
         self.account["reloads"] += number
 
     def upgrade(self) -> None:
-        """Have the broker replace itself under all of this."""
+        """Upgrade the broker under this load."""
         with self._one_at_a_time, self.broker.login("ops") as ops:
             answer = ops.ask("upgrade").json
             assert answer["upgraded"], answer
-            # Signals go to the first process, and only once its keeper is in its place
-            # are they passed on for sure.
+            # Signals go to the first process, and only once the PID holder is in its
+            # place are they passed on for sure.
             cmdline = Path(f"/proc/{self.broker.popen.pid}/cmdline")
             until(
-                lambda: b"keeper.py" in cmdline.read_bytes(),
-                "no keeper takes the first process's place",
+                lambda: b"pid_holder.py" in cmdline.read_bytes(),
+                "no PID holder takes the first process's place",
             )
         self.account["upgrades under this load"] += 1
