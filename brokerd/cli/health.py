@@ -39,12 +39,16 @@ def entrance_to_ask(entrances: Iterable[Entrance]) -> Entrance:
 
     Raises Unhealthy if no listener can be checked.
     """
-    askable = [each for each in entrances if each.address.family == "AF_UNIX" or each.address.port]
+    askable = [
+        entrance
+        for entrance in entrances
+        if entrance.address.family == "AF_UNIX" or entrance.address.port
+    ]
     if not askable:
         raise Unhealthy(
             "the configuration has no Unix socket and no fixed port to connect to (give --address)"
         )
-    return min(askable, key=lambda each: (each.address.family != "AF_UNIX", each.tls))
+    return min(askable, key=lambda entrance: (entrance.address.family != "AF_UNIX", entrance.tls))
 
 
 def probe(entrance: Entrance, timeout: float) -> float:
@@ -91,13 +95,15 @@ def _left(deadline: float) -> float:
 def _connected(address: Address, deadline: float) -> socket.socket:
     if address.family in ("AF_INET", "AF_INET6"):
         host = _LOOPBACK.get(address.host, address.host)
-        found = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
-        for rest, (family, _, _, _, place) in zip(range(len(found), 1, -1), found, strict=False):
+        addresses = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
+        for rest, (family, _, _, _, place) in zip(
+            range(len(addresses), 1, -1), addresses, strict=False
+        ):
             # Each address gets a part of the time, so that a silent one does not use it
             # all.
             with contextlib.suppress(OSError):
                 return _connected_to(family, place, time.monotonic() + _left(deadline) / rest)
-        family, _, _, _, place = found[-1]
+        family, _, _, _, place = addresses[-1]
         return _connected_to(family, place, deadline)
     if address.family == "AF_PIPE" or not hasattr(socket, "AF_UNIX"):
         raise Unhealthy("a health check needs a socket (give --address HOST:PORT)")

@@ -97,8 +97,8 @@ class Findings:
 
     def _check_listeners(self) -> None:
         if not self.listens and self.whole:
-            what = "is missing (give at least one address, such as /run/brokerd/brokerd.sock)"
-            self.problems.append(Problem(Place(self.file, 1, 1), "listen", what))
+            fault = "is missing (give at least one address, such as /run/brokerd/brokerd.sock)"
+            self.problems.append(Problem(Place(self.file, 1, 1), "listen", fault))
 
     def _check_recipients(self) -> None:
         """Report names in send_to that belong to no client."""
@@ -115,9 +115,9 @@ class Findings:
             # that resemble a known name are reported.
             if self.whole or meant:
                 place, shown = document.place(path)
-                right = meant or "give a name from clients:, or a pattern with '*'"
+                remedy = meant or "give a name from clients:, or a pattern with '*'"
                 self.problems.append(
-                    Problem(place, shown, f"there is no client {name!r} ({right})")
+                    Problem(place, shown, f"there is no client {name!r} ({remedy})")
                 )
 
     def _check_keyless(self) -> None:
@@ -125,18 +125,18 @@ class Findings:
         name.
         """
         for name, (document, path) in self.keyless.items():
-            whose, where, key_path = self.keys.get(
+            owner, document_of_key, key_path = self.keys.get(
                 name.encode(errors="replace"), (name, document, path)
             )
-            if whose != name:
+            if owner != name:
                 client, _ = document.place(path, at_key=True)
-                place, shown = where.place(key_path)
+                place, shown = document_of_key.place(key_path)
                 # The name is not shown: it is the key.
-                what = (
+                fault = (
                     f"is the name of the client at {client}, which has no key and uses its name:"
                     " names are not secret (give each client a key of its own: brokerd key)"
                 )
-                self.problems.append(Problem(place, shown, what))
+                self.problems.append(Problem(place, shown, fault))
 
     def _sorted_problems(self) -> list[Problem]:
         order = {file: number for number, file in enumerate(self.files)}
@@ -145,7 +145,7 @@ class Findings:
             # A mistake in an anchor is reported once, however often the anchor is
             # merged.
             unique.setdefault(
-                (problem.place, problem.what if problem.place.line else str(problem)), problem
+                (problem.place, problem.fault if problem.place.line else str(problem)), problem
             )
         return sorted(
             unique.values(),

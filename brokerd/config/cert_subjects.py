@@ -50,15 +50,15 @@ def normal(pairs: Iterable[tuple[str, str]]) -> Subject:
 
 def parse(text: str) -> Subject:
     """Return the subject in a text. Raises ValueError with the fault and its remedy."""
-    found: list[tuple[str, str]] = []
+    attributes: list[tuple[str, str]] = []
     position = 0
     while True:
         match = _PART.match(text, position)
         if match is None or not match[2]:
             raise ValueError(f"is not a valid certificate subject ({_RIGHT})")
-        found.append((match[1], re.sub(r"\\(.)", r"\1", match[2], flags=re.DOTALL)))
+        attributes.append((match[1], re.sub(r"\\(.)", r"\1", match[2], flags=re.DOTALL)))
         if not match[3]:
-            return normal(found)
+            return normal(attributes)
         position = match.end()
 
 

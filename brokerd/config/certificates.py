@@ -192,7 +192,7 @@ def _certificates(path: str, content: bytes) -> list[bytes]:
 
     Raises Unreadable.
     """
-    found = []
+    certificates = []
     for piece in content.decode("latin-1").split(_BEGIN)[1:]:
         text, end, _ = piece.partition(_END)
         try:
@@ -201,12 +201,12 @@ def _certificates(path: str, content: bytes) -> list[bytes]:
             certificate.signature_hash(der)
         except (ValueError, LookupError):
             raise Unreadable(f"{path} holds a damaged certificate (copy it again)") from None
-        found.append(der)
-    if not found:
+        certificates.append(der)
+    if not certificates:
         raise Unreadable(
             f"{path} holds no certificate (give it in PEM, which begins with {_BEGIN})"
         )
-    return found
+    return certificates
 
 
 def _out_of_time(path: str, der: bytes) -> str:

@@ -115,7 +115,7 @@ def merge(running: Config, new: Config) -> Config:
 
 
 def _kept(running: Config, new: Config) -> list[str]:
-    names = [each.name for each in fields(Config) if each.name not in _RELOADED]
+    names = [attribute.name for attribute in fields(Config) if attribute.name not in _RELOADED]
     return [name for name in names if getattr(running, name) != getattr(new, name)]
 
 
@@ -197,7 +197,11 @@ def _changes(
     if isinstance(before, (Limits, Log)):
         names = list(type(before).model_fields)
     else:
-        names = [each.name for each in fields(before) if each.compare and each.name not in without]
+        names = [
+            attribute.name
+            for attribute in fields(before)
+            if attribute.compare and attribute.name not in without
+        ]
     for name in names:
         old, new = getattr(before, name), getattr(after, name)
         if old != new:

@@ -56,8 +56,8 @@ _SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
 
 def _right(error: ValueError) -> ValueError:
     """Return the library's error in this package's form: the fault (its remedy)."""
-    wrong, colon, right = str(error).rpartition(": ")
-    return ValueError(f"{wrong} ({right})" if colon else str(error))
+    wrong, colon, remedy = str(error).rpartition(": ")
+    return ValueError(f"{wrong} ({remedy})" if colon else str(error))
 
 
 def _address(value: object) -> Address:
@@ -112,16 +112,16 @@ def _key(value: object) -> bytes:
 
 
 def _moment(value: object) -> datetime:
-    right = "give a date and time such as 2026-12-31T00:00:00Z"
+    remedy = "give a date and time such as 2026-12-31T00:00:00Z"
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise ValueError(f"is not a valid date and time ({right})") from None
+            raise ValueError(f"is not a valid date and time ({remedy})") from None
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime.combine(value, time())
     if not isinstance(value, datetime):
-        raise ValueError(f"is not a valid date and time ({right})")
+        raise ValueError(f"is not a valid date and time ({remedy})")
     return value if value.tzinfo is not None else value.replace(tzinfo=UTC)
 
 
@@ -189,13 +189,13 @@ def _subject(value: object) -> tuple[tuple[str, str], ...]:
 
 def _fingerprints(value: object) -> tuple[str, ...]:
     listed = value if isinstance(value, (list, tuple)) else [value]
-    found = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
-    if not found or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in found):
+    fingerprints = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
+    if not fingerprints or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in fingerprints):
         raise ValueError(
             "is not a valid SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout"
             " -fingerprint -sha256 -in FILE)"
         )
-    return tuple(found)
+    return tuple(fingerprints)
 
 
 def _text(value: object) -> str:

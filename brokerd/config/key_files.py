@@ -133,14 +133,14 @@ def exposed(path: str, status: os.stat_result, shared: int = OTHERS) -> str:
     if os.name != "posix" or not stat.S_ISREG(status.st_mode) or not status.st_mode & shared:
         return ""
     mode = stat.S_IMODE(status.st_mode)
-    where = ""
+    note = ""
     if not mode & _ANY_WRITE or _is_projected(path):
-        where = (
+        note = (
             ", and it is not below BROKERD_SEALED_DIRECTORY, which is for secrets that only this"
             " container sees"
         )
     return (
-        f"users other than its owner can read or write {path}, mode {mode:04o}{where} (chmod 600"
+        f"users other than its owner can read or write {path}, mode {mode:04o}{note} (chmod 600"
         f" {shlex.quote(path)})"
     )
 
@@ -151,7 +151,7 @@ def oddity(key: bytes, kind: str) -> str:
     kind: the key's origin, as in ``keys``: file, key, env or credential. The text shows
     nothing of the key.
     """
-    right = {
+    remedy = {
         "env": "set the variable to the key alone",
         "key": "write it in one line, in quotes: not key: |",
     }.get(kind, "write the key again: brokerd key > FILE")
@@ -168,7 +168,7 @@ def oddity(key: bytes, kind: str) -> str:
             wrong = f"ends with a line break{cut}"
         elif key[-1:].isspace() or key[:1].isspace():
             wrong = f"{'ends' if key[-1:].isspace() else 'begins'} with white space"
-    return f"{wrong}, and is used as it is ({right})" if wrong else ""
+    return f"{wrong}, and is used as it is ({remedy})" if wrong else ""
 
 
 def _is_text(key: bytes, encoding: str = "utf-8") -> bool:

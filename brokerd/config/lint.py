@@ -48,13 +48,15 @@ def advice(config: Config, now: datetime) -> list[str]:
         warnings += map(
             one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning))
         )
-        where = f"{client.source}: client {client.name!r} can't connect"
+        subject = f"{client.source}: client {client.name!r} can't connect"
         if client.certificate is not None and not seen:
             warnings.append(
-                one_line(f"{where}: no listener asks for its certificate (give one tls: client_ca)")
+                one_line(
+                    f"{subject}: no listener asks for its certificate (give one tls: client_ca)"
+                )
             )
         elif client.binding is Requirement.REQUIRED and not bound:
-            warnings.append(one_line(f"{where}: no listener speaks TLS (give one tls:)"))
+            warnings.append(one_line(f"{subject}: no listener speaks TLS (give one tls:)"))
     return warnings
 
 
@@ -112,17 +114,17 @@ def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:
 
 
 def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta) -> Iterator[str]:
-    where = f"{client.source}: client {client.name!r}"
+    subject = f"{client.source}: client {client.name!r}"
     if client.keys and not any(key.valid_at(now) for key in client.keys):
         if all(key.expired_at(now) for key in client.keys):
             last = max(key.not_after for key in client.keys if key.not_after is not None)
             yield (
-                f"{where} can't connect: its last key expired at {last.isoformat()} (give it a new"
-                " one)"
+                f"{subject} can't connect: its last key expired at {last.isoformat()} (give it a"
+                " new one)"
             )
         else:
             yield (
-                f"{where} can't connect now: none of its keys is valid at this time (see"
+                f"{subject} can't connect now: none of its keys is valid at this time (see"
                 " not_before, not_after)"
             )
     last_key = let_in_until(client.keys, now)
@@ -133,7 +135,7 @@ def _about_client(client: ClientConfig, now: datetime, warned_before: timedelta)
     ):
         until = last_key.not_after.isoformat()
         yield (
-            f"{where} can't connect after {until}: its last key expires then (give it a key that"
+            f"{subject} can't connect after {until}: its last key expires then (give it a key that"
             " begins before)"
         )
 

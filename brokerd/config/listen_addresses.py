@@ -62,11 +62,11 @@ def _entrances(file: str, text: str, seen: set[str]) -> list[Entrance]:
                 continue
             seen.add(true)
             try:
-                found = _entrances(included, text_of(included)[0], seen)
+                included_entrances = _entrances(included, text_of(included)[0], seen)
             except Unreadable:
                 continue
-            if found:
-                return found
+            if included_entrances:
+                return included_entrances
     return []
 
 
@@ -93,28 +93,28 @@ def _addresses(listen: list[Any], base: str) -> Iterator[Entrance]:
 
 def _sections(text: str, file: str) -> dict[str, Any]:
     """Return the top level's ``listen`` as soon as it is found, or else ``include``."""
-    found: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     loader = _LOADER(text)
     try:
-        for name, begin, end in _top_level(loader):
-            if name in ("listen", "include"):
+        for key, begin, end in _top_level(loader):
+            if key in ("listen", "include"):
                 root = read(text[begin:end], file).root
                 if isinstance(root, dict):
-                    found[name] = root.get(name)
-            if name == "listen":
+                    sections[key] = root.get(key)
+            if key == "listen":
                 break
     except (yaml.YAMLError, UnicodeError):
         # The sections read up to here are still valid.
         pass
     finally:
         loader.dispose()
-    if not isinstance(found.get("listen"), list):
+    if not isinstance(sections.get("listen"), list):
         # The value is an alias to another part of the file, or comes from a merge. This
         # is rare, and the whole text is read then.
         root = read(text, file).root
         if isinstance(root, dict):
-            found = {name: root[name] for name in ("listen", "include") if name in root}
-    return found
+            sections = {key: root[key] for key in ("listen", "include") if key in root}
+    return sections
 
 
 def _top_level(loader: Any) -> Iterator[tuple[str, int, int]]:

@@ -139,11 +139,11 @@ class _Files:
     def read_text(self, text: str | bytes) -> None:
         """Read a given text as the main file."""
         try:
-            whole = decoded(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+            content = decoded(text) if isinstance(text, bytes) else text.removeprefix("\ufeff")
         except Unreadable as error:
             self._refuse_main(error)
             return
-        self._read(whole, self._main, None, File)
+        self._read(content, self._main, None, File)
 
     def _refuse_main(self, error: Unreadable) -> None:
         self.findings.whole = False
@@ -180,15 +180,15 @@ class _Files:
             for path, pattern in entries.includes:
                 self._include(document, path, pattern, base)
             return
-        what = "is not a mapping (a configuration begins with keys such as listen: and clients:)"
+        fault = "is not a mapping (a configuration begins with keys such as listen: and clients:)"
         if root is None:
             # An included file may hold only comments, as an example does. A main file
             # of comments alone is a mistake.
             if model is not File or not document.whole:
                 return
-            what = "is empty (a configuration has listen: and clients:)"
+            fault = "is empty (a configuration has listen: and clients:)"
         findings.whole = False
-        findings.problems.append(Problem(Place(document.file, 1, 1), "", what))
+        findings.problems.append(Problem(Place(document.file, 1, 1), "", fault))
 
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
         """Read the files that one entry of ``include`` names, except those already
@@ -222,8 +222,8 @@ class _Files:
             else:
                 self._read(text, file, status, IncludedFile)
 
-    def _refuse_include(self, document: Document, path: Path, what: str) -> None:
+    def _refuse_include(self, document: Document, path: Path, fault: str) -> None:
         """Report an entry of ``include`` if any of its files can't be read."""
         self.findings.whole = False
         place, shown = document.place(path)
-        self.findings.problems.append(Problem(place, shown, what))
+        self.findings.problems.append(Problem(place, shown, fault))

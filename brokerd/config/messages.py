@@ -94,9 +94,9 @@ def _kind(value: object) -> str:
     return "empty" if value is None else "something else"
 
 
-def _wants(what: str, right: str) -> Callable[[ErrorDetails], str]:
+def _wants(kind: str, remedy: str) -> Callable[[ErrorDetails], str]:
     def words(error: ErrorDetails) -> str:
-        return f"is {_kind(error['input'])}, not {what} ({right})"
+        return f"is {_kind(error['input'])}, not {kind} ({remedy})"
 
     return words
 

@@ -24,29 +24,29 @@ def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
         return
     foreign: dict[tuple[str, int], list[tuple[str, str]]] = {}
     open_to_all: dict[str, tuple[str, str]] = {}
-    for path, where in files:
+    for path, place in files:
         directory = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120 - as written
         try:
             file_owner, home = os.stat(path).st_uid, os.stat(directory)  # noqa: PTH116 - the same
         except (OSError, ValueError):
             continue
-        for owner, what in ((file_owner, path), (home.st_uid, directory)):
+        for owner, owned in ((file_owner, path), (home.st_uid, directory)):
             if not _is_trusted(owner, home):
-                foreign.setdefault((directory, owner), []).append((what, where))
+                foreign.setdefault((directory, owner), []).append((owned, place))
         reachable = _open_to_all(directory)
         if reachable:
-            open_to_all.setdefault(reachable, (path, where))
-    for (_, owner), found in foreign.items():
-        what, where = found[0]
-        more = len({each for each, _ in found}) - 1
+            open_to_all.setdefault(reachable, (path, place))
+    for (_, owner), entries in foreign.items():
+        owned, place = entries[0]
+        more = len({folder for folder, _ in entries}) - 1
         rest = f", as {more} more there do," if more else ""
         yield (
-            f"{where}: {what} belongs{rest} to user {_name_of(owner)}, who can replace it "
+            f"{place}: {owned} belongs{rest} to user {_name_of(owner)}, who can replace it "
             "(give it to root, or to the broker's user)"
         )
-    for directory, (path, where) in open_to_all.items():
+    for directory, (path, place) in open_to_all.items():
         yield (
-            f"{where}: every user can write to the directory {directory}, which holds {path} "
+            f"{place}: every user can write to the directory {directory}, which holds {path} "
             "(move it to a directory of the broker's own)"
         )
 
@@ -67,13 +67,13 @@ def _open_to_all(directory: str) -> str:
     The sticky bit protects only the directories above. In the file's own directory,
     another user may create the file first.
     """
-    for each in (Path(directory), *Path(directory).parents):
+    for folder in (Path(directory), *Path(directory).parents):
         try:
-            mode = each.stat().st_mode
+            mode = folder.stat().st_mode
         except OSError:
             continue
-        if mode & stat.S_IWOTH and (str(each) == directory or not mode & stat.S_ISVTX):
-            return str(each)
+        if mode & stat.S_IWOTH and (str(folder) == directory or not mode & stat.S_ISVTX):
+            return str(folder)
     return ""
 
 

@@ -58,15 +58,15 @@ class Place:
 class Problem:
     """One fault. path: as in ``clients.bob.keys[0]``.
 
-    what: the fault and its remedy.
+    fault: the fault and its remedy.
     """
 
     place: Place
     path: str
-    what: str
+    fault: str
 
     def __str__(self) -> str:
-        return one_line(f"{self.place}: {self.path or _WHOLE}: {self.what}")
+        return one_line(f"{self.place}: {self.path or _WHOLE}: {self.fault}")
 
 
 class ConfigError(Exception):

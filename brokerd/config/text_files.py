@@ -87,7 +87,7 @@ def _matching(pattern: str, base: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [os.path.join(base, pattern)]  # noqa: PTH118 - the same
     directory_pattern, name_pattern = os.path.split(pattern)
-    found: list[str] = []
+    paths: list[str] = []
     for directory in _matching(directory_pattern, base):
         if glob.has_magic(directory_pattern) and not _is_directory(directory):
             continue
@@ -95,10 +95,10 @@ def _matching(pattern: str, base: str) -> list[str]:
             names = _listed(directory, pattern)
             if not name_pattern.startswith("."):
                 names = [name for name in names if not name.startswith(".")]
-            found += [os.path.join(directory, name) for name in fnmatch.filter(names, name_pattern)]  # noqa: PTH118
+            paths += [os.path.join(directory, name) for name in fnmatch.filter(names, name_pattern)]  # noqa: PTH118
         elif _is_there(whole := os.path.join(directory, name_pattern)):  # noqa: PTH118 - the same
-            found.append(whole)
-    return found
+            paths.append(whole)
+    return paths
 
 
 def _listed(directory: str, pattern: str) -> list[str]:
@@ -107,8 +107,8 @@ def _listed(directory: str, pattern: str) -> list[str]:
     try:
         return os.listdir(directory)  # noqa: PTH208 - the names alone
     except FileNotFoundError:
-        what = f"there is no directory {directory}{target_of(directory)}"
-        raise Unreadable(f"{what} (make it, or take {pattern} out)") from None
+        fault = f"there is no directory {directory}{target_of(directory)}"
+        raise Unreadable(f"{fault} (make it, or take {pattern} out)") from None
     except NotADirectoryError:
         raise Unreadable(
             f"{directory} is not a directory (give a pattern of files in a directory)"

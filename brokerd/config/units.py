@@ -54,10 +54,10 @@ def duration(value: object) -> float:
     """Return seconds, 0 or more, from a number or a text such as ``500ms 30s 5m 1h
     7d``.
     """
-    right = "give seconds, or a number with ms, s, m, h or d, such as 30s"
-    number, unit, per = _split(value, "duration", right)
+    remedy = "give seconds, or a number with ms, s, m, h or d, such as 30s"
+    number, unit, per = _split(value, "duration", remedy)
     if per or unit not in ("", *_SECONDS):
-        raise ValueError(f"{_shown(value)} is not a valid duration ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid duration ({remedy})")
     seconds = number * _SECONDS[unit or "s"]
     if seconds > _LONGEST_S:
         raise ValueError(f"{_shown(value)} is longer than ten years (give at most 3650d)")
@@ -68,64 +68,65 @@ def size(value: object) -> int:
     """Return bytes, 0 or more, from a whole number or a text such as ``64KiB 8MiB
     1GB``.
     """
-    right = "give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB"
-    number, unit, per = _split(value, "size", right)
+    remedy = "give bytes, or a number with kB, MB, GB, KiB, MiB or GiB, such as 8MiB"
+    number, unit, per = _split(value, "size", remedy)
     factor = _BYTES.get(unit)
     if per or factor is None:
-        raise ValueError(f"{_shown(value)} is not a valid size ({right})")
-    return _whole_bytes(number, factor, value, right)
+        raise ValueError(f"{_shown(value)} is not a valid size ({remedy})")
+    return _whole_bytes(number, factor, value, remedy)
 
 
 def rate(value: object) -> float:
     """Return a rate per second, above 0, from a number or a text such as ``10000/s
     600/m``.
     """
-    right = "give a number a second, such as 10000/s; /m and /h do too"
-    number, unit, per = _split(value, "rate", right)
+    remedy = "give a number a second, such as 10000/s; /m and /h do too"
+    number, unit, per = _split(value, "rate", remedy)
     if unit:
-        raise ValueError(f"{_shown(value)} is not a valid rate of messages ({right})")
-    return _per_second(number, per, value, right)
+        raise ValueError(f"{_shown(value)} is not a valid rate of messages ({remedy})")
+    return _per_second(number, per, value, remedy)
 
 
 def byte_rate(value: object) -> float:
     """Return bytes per second, above 0, from a number or a text such as ``50MiB/s``."""
-    right = "give bytes a second, such as 50MiB/s; /m and /h do too"
-    number, unit, per = _split(value, "rate", right)
+    remedy = "give bytes a second, such as 50MiB/s; /m and /h do too"
+    number, unit, per = _split(value, "rate", remedy)
     factor = _BYTES.get(unit)
     if factor is None:
-        raise ValueError(f"{_shown(value)} is not a valid rate of bytes ({right})")
-    return _per_second(number * factor, per, value, right)
+        raise ValueError(f"{_shown(value)} is not a valid rate of bytes ({remedy})")
+    return _per_second(number * factor, per, value, remedy)
 
 
-def _split(value: object, what: str, right: str) -> tuple[float, str, str]:
+def _split(value: object, kind: str, remedy: str) -> tuple[float, str, str]:
     """Return (number, unit, per), with "" for a missing part."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         # The range is checked first: isfinite raises for an integer beyond the largest
         # float.
         if not 0 <= value <= _LARGEST or not math.isfinite(value):
-            raise ValueError(f"this number is not a valid {what} ({right})")
+            raise ValueError(f"this number is not a valid {kind} ({remedy})")
         return value, "", ""
     match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError(f"{_shown(value)} is not a valid {what} ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid {kind} ({remedy})")
     return float(match["number"]), match["unit"], match["per"] or ""
 
 
-def _whole_bytes(number: float, factor: int, value: object, right: str) -> int:
+def _whole_bytes(number: float, factor: int, value: object, remedy: str) -> int:
     total = number * factor
     if total > _LARGEST:
-        raise ValueError(f"{_shown(value)} is more than 1024 TiB ({right})")
+        raise ValueError(f"{_shown(value)} is more than 1024 TiB ({remedy})")
     if total != int(total):
-        raise ValueError(f"{_shown(value)} is not a whole number of bytes ({right})")
+        raise ValueError(f"{_shown(value)} is not a whole number of bytes ({remedy})")
     return int(total)
 
 
-def _per_second(number: float, per: str, value: object, right: str) -> float:
+def _per_second(number: float, per: str, value: object, remedy: str) -> float:
     if per not in ("", "/s", "/m", "/h"):
-        raise ValueError(f"{_shown(value)} is not a valid rate ({right})")
+        raise ValueError(f"{_shown(value)} is not a valid rate ({remedy})")
     if not 0 < number <= _LARGEST:
         raise ValueError(
-            f"{_shown(value)} is not greater than 0 and finite ({right}; for no limit, take it out)"
+            f"{_shown(value)} is not greater than 0 and finite ({remedy}; for no limit, take it"
+            " out)"
         )
     return number / _SECONDS[per[1:] or "s"]
 

@@ -76,10 +76,10 @@ class Entries:
         #: Problems already found in the text, which are not reported again.
         self._known = {(problem.place, problem.path) for problem in document.problems}
 
-    def _problem(self, path: Path, what: str, *, at_key: bool = False) -> None:
+    def _problem(self, path: Path, fault: str, *, at_key: bool = False) -> None:
         place, shown = self._document.place(path, at_key=at_key)
         if (place, shown) not in self._known:
-            self._findings.problems.append(Problem(place, shown, what))
+            self._findings.problems.append(Problem(place, shown, fault))
 
     def _validated(
         self, path: Path, model: type[BaseModel], value: object
@@ -89,14 +89,14 @@ class Entries:
             return model.model_validate(value), set()
         except ValidationError as error:
             bad: set[Path] = set()
-            for each in error.errors(include_url=False):
-                if each["type"] == "too_short" and each["input"]:
+            for detail in error.errors(include_url=False):
+                if detail["type"] == "too_short" and detail["input"]:
                     # The list is not empty; its items are the problem.
                     continue
-                where = each["loc"]
+                where = detail["loc"]
                 bad |= {where[:1], where[:2]}
-                what = complaint(each, model)
-                self._problem((*path, *where), what, at_key=each["type"] == "extra_forbidden")
+                fault = complaint(detail, model)
+                self._problem((*path, *where), fault, at_key=detail["type"] == "extra_forbidden")
             return None, bad
 
     def judge(self, root: dict[str, Any]) -> None:
@@ -105,8 +105,8 @@ class Entries:
             if key not in File.model_fields:
                 self._problem((key,), unknown_key(key, self._model.model_fields), at_key=True)
             elif key not in self._model.model_fields:
-                what = f"belongs in the main file only (move it to {self._findings.file})"
-                self._problem((key,), what, at_key=True)
+                fault = f"belongs in the main file only (move it to {self._findings.file})"
+                self._problem((key,), fault, at_key=True)
             elif key in ("limits", "log"):
                 section, _ = self._validated((), File, {key: value})
                 if section is not None:
@@ -170,10 +170,10 @@ class Entries:
             place_of_name, _ = self._document.place((*path, "name"))
             first = self._findings.sockets.setdefault(valid.name, place_of_name)
             if first is not place_of_name:
-                what = (
+                fault = (
                     f"the socket {valid.name!r} is given twice, first at {first} (keep one of them)"
                 )
-                self._problem((*path, "name"), what)
+                self._problem((*path, "name"), fault)
         self._findings.listen.append(
             ListenConfig(
                 address=address,
@@ -210,7 +210,7 @@ class Entries:
             entry.tls,
             self._base,
             self._findings.environ,
-            lambda key, what: self._problem((*path, "tls", key), what),
+            lambda key, fault: self._problem((*path, "tls", key), fault),
         )
 
     def _monitor(self, entry: object) -> None:
@@ -229,7 +229,7 @@ class Entries:
             address, valid.per_client, Source(place.file, place.line), tuple(valid.hosts)
         )
 
-    def _address(self, where: Path, address: Address) -> tuple[Address, Place]:
+    def _address(self, path: Path, address: Address) -> tuple[Address, Place]:
         """Return a listen address and its place in the file.
 
         A relative path is joined to this file's directory.
@@ -238,17 +238,17 @@ class Entries:
             address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
             size = len(os.fsencode(address.path))
             if size > _MAX_SOCKET_PATH or "\0" in address.path:
-                what = (
+                fault = (
                     f"a Unix socket's path has at most {_MAX_SOCKET_PATH} bytes; this has {size}"
                     " (give a shorter one)"
                 )
-                self._problem(where, what)
-        place, _ = self._document.place(where)
+                self._problem(path, fault)
+        place, _ = self._document.place(path)
         first = self._findings.addresses.setdefault(str(address), place)
         if first is not place and address.port == 0 and address.family in ("AF_INET", "AF_INET6"):
             first = place
         if first is not place:
-            self._problem(where, f"{address} is given twice, first at {first} (keep one of them)")
+            self._problem(path, f"{address} is given twice, first at {first} (keep one of them)")
         return address, place
 
     def _validated_place(self, path: Path, model: type[BaseModel], entry: object) -> Any:
@@ -362,22 +362,22 @@ class Entries:
         self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry | None, bad: set[Path]
     ) -> tuple[Key, ...]:
         """Return the client's usable keys, and report the others."""
-        given = [field for field in raw if field in KEY_FIELDS and raw[field] is not None]
-        if not given:
+        sources = [field for field in raw if field in KEY_FIELDS and raw[field] is not None]
+        if not sources:
             if raw.get("peer_uid") is None and not self._meant_a_key(raw):
                 right = "give one of key, key_file, key_env, key_credential and keys, or peer_uid"
                 self._problem(path, f"has no way to authenticate ({right})", at_key=True)
             elif raw.get("peer_uid") is not None:
                 self._findings.keyless.setdefault(name, (self._document, path))
             return ()
-        if len(given) > 1:
-            place, _ = self._document.place((*path, given[0]), at_key=True)
-            what = f"{given[0]} is given too, at {place} (keep one of {', '.join(given)})"
-            self._problem((*path, given[1]), what, at_key=True)
+        if len(sources) > 1:
+            place, _ = self._document.place((*path, sources[0]), at_key=True)
+            fault = f"{sources[0]} is given too, at {place} (keep one of {', '.join(sources)})"
+            self._problem((*path, sources[1]), fault, at_key=True)
             # It is not known which of them is meant, so their own faults are not
             # reported.
             return ()
-        field = given[0]
+        field = sources[0]
         where = (*path, field)
         if field == "keys":
             return tuple(self._listed_keys(name, where, raw[field], entry, bad))
@@ -404,27 +404,27 @@ class Entries:
                 continue
             listed = entry.keys[number] if entry and entry.keys else KeyEntry.model_validate(item)
             where = (*path, number)
-            given = [
+            sources = [
                 field for field in item if field in KEY_ITEM_FIELDS and item[field] is not None
             ]
             if (
-                not given
+                not sources
                 and isinstance(item, Map)
                 and any(field in item for field in KEY_ITEM_FIELDS)
             ):
                 # The field is empty, which is already reported.
                 continue
-            if len(given) != 1:
-                wrong = f"has {' and '.join(given)}" if given else "has no key"
+            if len(sources) != 1:
+                wrong = f"has {' and '.join(sources)}" if sources else "has no key"
                 self._problem(where, f"{wrong} (give one of file, key, env and credential)")
                 continue
             begin, end = listed.not_before, listed.not_after
             if begin is not None and end is not None and end <= begin:
-                what = (
+                fault = (
                     "is not after not_before: the key would never be accepted (give a later time)"
                 )
-                self._problem((*where, "not_after"), what)
-            key = self._key(name, (*where, given[0]), given[0], item[given[0]])
+                self._problem((*where, "not_after"), fault)
+            key = self._key(name, (*where, sources[0]), sources[0], item[sources[0]])
             if key is not None:
                 yield Key(key.value, begin, end, key.source)
 
@@ -434,36 +434,38 @@ class Entries:
         source = kind
         try:
             if kind == "key":
-                found = self._inline_key(path, value)
+                key = self._inline_key(path, value)
             else:
                 assert isinstance(value, str)
                 if kind == "file":
                     file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
                     source = f"key_file {file}"
-                    found = key_files.read_key_file(file, environ, value)
+                    key = key_files.read_key_file(file, environ, value)
                     self._note_private(file, path)
                 elif kind == "env":
                     source = f"key_env {value}"
-                    found = key_files.read_env(value, environ)
+                    key = key_files.read_env(value, environ)
                 else:
                     source = f"key_credential {value}"
-                    found = key_files.read_credential(value, environ)
+                    key = key_files.read_credential(value, environ)
         except Unreadable as error:
             self._problem(path, str(error))
             return None
-        odd = key_files.oddity(found, kind)
+        odd = key_files.oddity(key, kind)
         if odd:
             place, _ = self._document.place(path)
             self._findings.odd.append(f"{place}: a key of client {name!r} {odd}")
-        other, document, where = self._findings.keys.setdefault(found, (name, self._document, path))
+        other, document, key_path = self._findings.keys.setdefault(
+            key, (name, self._document, path)
+        )
         if other != name:
-            place, _ = document.place(where)
-            what = (
+            place, _ = document.place(key_path)
+            fault = (
                 f"has the same key as client {other!r} at {place} (give each client a key of its"
                 " own: brokerd key)"
             )
-            self._problem(path, what)
-        return Key(found, source=source)
+            self._problem(path, fault)
+        return Key(key, source=source)
 
     def _note_private(self, file: str, path: Path) -> None:
         """Record a key file, for a warning if another user can replace it."""

@@ -143,8 +143,8 @@ def read(text: str, file: str) -> Document:
     if bad is not None:
         line = text.count("\n", 0, bad.start())
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
-        what = f"a text file can't hold the character U+{ord(bad.group()):04X} (take it out)"
-        document.problems.append(Problem(Place(file, line + 1, column + 1), "", what))
+        fault = f"a text file can't hold the character U+{ord(bad.group()):04X} (take it out)"
+        document.problems.append(Problem(Place(file, line + 1, column + 1), "", fault))
         document.whole = False
         return document
     composer = _Composer(text, document)
@@ -193,11 +193,11 @@ class _Composer:
     def dispose(self) -> None:
         self._loader.dispose()
 
-    def report(self, mark: Mark | None, what: str) -> None:
+    def report(self, mark: Mark | None, fault: str) -> None:
         place = (
             Place(self._document.file, 1, 1) if mark is None else _place(self._document.file, mark)
         )
-        self._document.problems.append(Problem(place, format_path(self._path), what))
+        self._document.problems.append(Problem(place, format_path(self._path), fault))
 
     def compose(self) -> None:
         """Read the whole text."""
@@ -259,8 +259,8 @@ class _Composer:
             )
         return value
 
-    def _stop(self, event: Any, what: str) -> None:
-        self.report(event.start_mark, what)
+    def _stop(self, event: Any, fault: str) -> None:
+        self.report(event.start_mark, fault)
         raise _Stop
 
     def _sequence(self, start: Any, depth: int) -> Seq:

@@ -76,19 +76,19 @@ def _connected(
         )
     failures = []
     for where in [address] if address else addresses:
-        for each in administrators[:_TRIES]:
+        for administrator in administrators[:_TRIES]:
             try:
                 context = context_of(where, None, None, None)
                 return brokerd_client.connect(
                     where,
-                    each.name,
-                    each.key,
+                    administrator.name,
+                    administrator.key,
                     timeout=DEFAULT_TIMEOUT_S,
                     reconnect=False,
                     ssl=context,
                 )
             except (BrokerdError, OSError) as error:
-                failures.append(f"{each.name} at {where}: {error}")
+                failures.append(f"{administrator.name} at {where}: {error}")
     tried = "\n".join(failures)
     raise Failure(
         Status.UNREACHABLE, f"no broker accepts an administrator of this configuration:\n{tried}"

@@ -26,7 +26,7 @@ def show_keys(answer: Mapping[str, Any], as_json: bool) -> None:
             str(key["connections"]),
             printable(key["source"]),
         )
-        for client in sorted(answer["clients"], key=lambda each: str(each["name"]))
+        for client in sorted(answer["clients"], key=lambda entry: str(entry["name"]))
         for key in client["keys"]
     ]
     print_table(("client", "key", "state", "accepted", "last used", "connections", "source"), rows)

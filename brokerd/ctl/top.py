@@ -295,10 +295,10 @@ def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
     columns = list(needed)
     kept = _SORTED_BY.get(order, set())
     for least in (
-        *(each for each in _LEAST if each not in kept),
-        *(each for each in _LEAST if each in kept),
+        *(column for column in _LEAST if column not in kept),
+        *(column for column in _LEAST if column in kept),
     ):
-        wanted = sum(needed[each] for each in columns[1:]) + min(needed[columns[0]], _ADDRESS)
+        wanted = sum(needed[column] for column in columns[1:]) + min(needed[columns[0]], _ADDRESS)
         if wanted + _GAP * (len(columns) - 1) <= width:
             break
         columns.remove(least)
@@ -308,20 +308,20 @@ def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
 def _table(rows: Sequence[Row], order: str, width: int) -> Table:
     cells = [dict(zip(_COLUMNS, _cells(row), strict=True)) for row in rows]
     needed = {
-        column: max([len(column), *(len(each[column]) for each in cells)]) for column in _COLUMNS
+        column: max([len(column), *(len(texts[column]) for texts in cells)]) for column in _COLUMNS
     }
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     columns = columns_in(width, needed, order)
     # The address gets the width that the other columns leave.
     needed["address"] = min(
-        needed["address"], width - sum(needed[each] + _GAP for each in columns[1:])
+        needed["address"], width - sum(needed[column] + _GAP for column in columns[1:])
     )
     for column in columns:
         kind: Any = "left" if column in ("address", "from", "") else "right"
         table.add_column(column, justify=kind, no_wrap=True, width=needed[column])
-    for row, each in zip(rows, cells, strict=True):
+    for row, texts in zip(rows, cells, strict=True):
         style = "bold red" if row.slow else "yellow" if row.held else ""
-        table.add_row(*(Text(each[column]) for column in columns), style=style)
+        table.add_row(*(Text(texts[column]) for column in columns), style=style)
     return table
 
 

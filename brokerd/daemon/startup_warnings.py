@@ -66,7 +66,7 @@ def warn_of_plain(
 
     among: the configured addresses to check.
     """
-    for each in listening:
-        reason = about_plain(each.config, each.address)
-        if reason and each.config.address in among:
-            listener_logger(log, each.address).warning("listener.plain", reason=reason)
+    for listener in listening:
+        reason = about_plain(listener.config, listener.address)
+        if reason and listener.config.address in among:
+            listener_logger(log, listener.address).warning("listener.plain", reason=reason)
