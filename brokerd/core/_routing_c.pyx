@@ -200,36 +200,36 @@ cdef class _Fanout:
     cdef int open(self, tuple targets) except -1:
         cdef Py_ssize_t index
         cdef int64_t left
-        cdef WriteBuffer each
+        cdef WriteBuffer target
         self.targets = targets
         self.encoded = bytearray()
         self.written = self.allocated = self.frames = 0
         self.left = INT64_MAX
         for index in range(PyTuple_GET_SIZE(targets)):
-            each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
-            left = each.room - PyByteArray_GET_SIZE(each.content)
+            target = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+            left = target.room - PyByteArray_GET_SIZE(target.content)
             if left < self.left:
                 self.left = left
         return 0
 
     cdef int close(self) except -1:
         cdef Py_ssize_t index, at
-        cdef WriteBuffer each
+        cdef WriteBuffer target
         cdef tuple targets = self.targets
         if targets is None:
             return 0
         self.targets = None
         if self.frames:
             for index in range(PyTuple_GET_SIZE(targets)):
-                each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
-                at = PyByteArray_GET_SIZE(each.content)
-                PyByteArray_Resize(each.content, at + self.written)
-                memcpy(PyByteArray_AS_STRING(each.content) + at, self.bytes, self.written)
-                each.frames += self.frames
-                each.size += self.written
-                if not each.touched:
-                    each.touched = True
-                    self.touched.append(each.owner)
+                target = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+                at = PyByteArray_GET_SIZE(target.content)
+                PyByteArray_Resize(target.content, at + self.written)
+                memcpy(PyByteArray_AS_STRING(target.content) + at, self.bytes, self.written)
+                target.frames += self.frames
+                target.size += self.written
+                if not target.touched:
+                    target.touched = True
+                    self.touched.append(target.owner)
         self.encoded = None
         return 0
 
@@ -238,15 +238,16 @@ cdef class _Fanout:
 
         The run may be ended, and begun again, to find that out.
         """
-        cdef Py_ssize_t index
-        cdef WriteBuffer each
+        cdef Py_ssize_t index, at
+        cdef WriteBuffer target
         cdef tuple targets = self.targets
         if size <= self.left:
             return True
         self.close()
         for index in range(PyTuple_GET_SIZE(targets)):
-            each = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
-            if PyByteArray_GET_SIZE(each.content) + size > each.room and not each.reserve(size):
+            target = <WriteBuffer>PyTuple_GET_ITEM(targets, index)
+            at = PyByteArray_GET_SIZE(target.content)
+            if at + size > target.room and not target.reserve(size):
                 return False
         self.open(targets)
         return True

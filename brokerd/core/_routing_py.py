@@ -114,19 +114,20 @@ def feed(
                 targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
         size_out = _HEAD_SIZE + sender_header_size + stop - body
         if targets and all(
-            len(each.content) + size_out <= each.room or each.reserve(size_out) for each in targets
+            len(target.content) + size_out <= target.room or target.reserve(size_out)
+            for target in targets
         ):
             head = (
                 pack(size_out - 4, kind, 0, codec, sender_header_size, message_id) + sender_header
             )
-            for each in targets:
-                each.content += head
-                each.content += buffer[body:stop]
-                each.frames += 1
-                each.size += size_out
-                if not each.touched:
-                    each.touched = True
-                    touched.append(each.owner)
+            for target in targets:
+                target.content += head
+                target.content += buffer[body:stop]
+                target.frames += 1
+                target.size += size_out
+                if not target.touched:
+                    target.touched = True
+                    touched.append(target.owner)
             messages += 1
             size_in += size
             position = stop

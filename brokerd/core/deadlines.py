@@ -63,12 +63,12 @@ class Deadlines(Generic[Key]):
 
     def due(self, now: float, most: int) -> list[Key]:
         """Remove and return up to ``most`` keys whose slot is over."""
-        found: list[Key] = []
-        while len(found) < most and (earliest := self.next) is not None and earliest <= now:
+        keys: list[Key] = []
+        while len(keys) < most and (earliest := self.next) is not None and earliest <= now:
             number = self._heap[0]
             slot = self._slots[number]
-            while slot and len(found) < most:
-                found.append(slot.popitem()[0])
+            while slot and len(keys) < most:
+                keys.append(slot.popitem()[0])
             if not slot:
                 del self._slots[number]
-        return found
+        return keys

@@ -61,23 +61,23 @@ _LOOKED_AT: Final = 256
 class Spread:
     """An event on its way to its subscribers.
 
-    found: all subscribers. rest: the subscribers still to be served; None for a step
+    matches: all subscribers. rest: the subscribers still to be served; None for a step
     that
         serves none of them.
     done: the subscribers that have been chosen. waiting: the subscriber to try again.
     deadline: when its ttl is over, or None. whole: the frame, once it is built.
     """
 
-    __slots__ = ("deadline", "done", "found", "rest", "waiting", "whole")
+    __slots__ = ("deadline", "done", "matches", "rest", "waiting", "whole")
 
     def __init__(
         self,
-        found: Matches[Session],
+        matches: Matches[Session],
         rest: Iterator[Session | None],
         done: dict[Session, None],
         deadline: float | None,
     ) -> None:
-        self.found = found
+        self.matches = matches
         self.rest = rest
         self.done = done
         self.deadline = deadline
@@ -148,13 +148,13 @@ class Events:
             return self._replies.refuse_frame(
                 source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
             )
-        found = self._find(source, envelope.topic)
-        if found is None:
+        matches = self._find(source, envelope.topic)
+        if matches is None:
             return RoutingResult.YIELD
         size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
         done = source.reached_by_event if source.reached_by_event is not None else {}
         source.spread = Spread(
-            found, choose(found, size, None, done), done, deadline_of(source, envelope)
+            matches, choose(matches, size, None, done), done, deadline_of(source, envelope)
         )
         return self.go_on_publishing(source, envelope, frame, now)
 
@@ -171,7 +171,7 @@ class Events:
             )
             # ``joined`` may write into the received frame. A frame that may be handed over
             # again must not change.
-            at_once = len(spread.found) <= _MATCHES
+            at_once = len(spread.matches) <= _MATCHES
             spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
         for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
             if target is not None and target.open and not target.retired:
@@ -190,7 +190,7 @@ class Events:
         if envelope.flags & RECEIPT_FLAG:
             self._replies.confirm(source, envelope.id)
         elif source.client.meter is None and not source.mute:
-            self._remember_fanout(source, envelope.topic, spread.found)
+            self._remember_fanout(source, envelope.topic, spread.matches)
         return RoutingResult.CONSUMED
 
     def _give(self, source: Session, target: Session, spread: Spread, now: float) -> Room:
@@ -218,22 +218,22 @@ class Events:
         """Return the subscribers to ``topic``; None if the turn ends before that."""
         if self._turn.budget < 0:
             return self._topics.find(topic)
-        found, looked_at = self._topics.search(topic, source, (self._turn.budget + 1) * _NODES)
+        matches, looked_at = self._topics.search(topic, source, (self._turn.budget + 1) * _NODES)
         self._turn.charge(looked_at // _NODES)
-        return found
+        return matches
 
-    def _remember_fanout(self, source: Session, topic: str, found: Matches[Session]) -> None:
+    def _remember_fanout(self, source: Session, topic: str, matches: Matches[Session]) -> None:
         """Cache a topic's fan-out for the routing loop, unless it has groups."""
-        if not found.everyone or found.groups or self._topics.known(topic) is not found:
+        if not matches.everyone or matches.groups or self._topics.known(topic) is not matches:
             return
-        if found.fanout is None:
+        if matches.fanout is None:
             # All publishers share one tuple. A thousand publishers on a thousand topics
             # would have a million otherwise.
-            outboxes = tuple(target.outbox for target in found.everyone)
-            found.fanout = (
+            outboxes = tuple(target.outbox for target in matches.everyone)
+            matches.fanout = (
                 outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
             )
-        fanout = cast("tuple[StreamOutbox, ...]", found.fanout)
+        fanout = cast("tuple[StreamOutbox, ...]", matches.fanout)
         if fanout:
             if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
                 source.fanouts.clear()
@@ -245,12 +245,15 @@ class Events:
         """Publish an event of the broker's own, in turns if it has many subscribers."""
         self._deferred.add(Announcement(self, topic, payload))
 
-    def announce_presence(self, what: str, client: Client, now_wall: float) -> None:
-        """Publish a client's presence to the subscribers that may send to it."""
+    def announce_presence(self, change: str, client: Client, now_wall: float) -> None:
+        """Publish a client's presence to the subscribers that may send to it.
+
+        change: ``online`` or ``offline``.
+        """
         payload = f'{{"name": "{client.name}", "since": {now_wall}}}'
-        news = Announcement(self, f"$broker.{what}.{client.name}", payload, client.name)
-        news.client, news.online, news.since = client, client.online, now_wall
-        self._deferred.add(news)
+        event = Announcement(self, f"$broker.{change}.{client.name}", payload, client.name)
+        event.client, event.online, event.since = client, client.online, now_wall
+        self._deferred.add(event)
 
     def publish_in_steps(self, event: Announcement) -> Iterator[None]:
         """Send an event to its subscribers, to some of them in each step."""
@@ -296,11 +299,11 @@ def recipients(
     # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
     while True:
-        found, _ = topics.search(topic, owner, _NODES)
-        if found is not None:
+        matches, _ = topics.search(topic, owner, _NODES)
+        if matches is not None:
             break
         yield None
-    for count, target in enumerate(choose(found, size, about, {} if done is None else done), 1):
+    for count, target in enumerate(choose(matches, size, about, {} if done is None else done), 1):
         if target is not None:
             yield target
         if count % _STEP == 0:
@@ -308,7 +311,7 @@ def recipients(
 
 
 def choose(
-    found: Matches[Session], size: int, about: str | None, done: dict[Session, None]
+    matches: Matches[Session], size: int, about: str | None, done: dict[Session, None]
 ) -> Iterator[Session | None]:
     """Yield the sessions that get an event of ``size`` bytes.
 
@@ -316,7 +319,7 @@ def choose(
     is one that gets the event anyway, else one with room for it, else the least loaded.
     None stands for work that found no session. about, done: as for ``recipients``.
     """
-    for target in found.everyone:
+    for target in matches.everyone:
         if target not in done and (
             about is None or target.client.policy.sending(about) is not None
         ):
@@ -324,17 +327,17 @@ def choose(
             yield target
         else:
             yield None
-    if not found.groups:
+    if not matches.groups:
         return
     # The turn advances per event, not per group. With an even number of groups, the
     # same members would always come first otherwise.
-    found.turn += 1
-    turn = found.turn
-    for group, members in found.groups.items():
+    matches.turn += 1
+    turn = matches.turn
+    for group, members in matches.groups.items():
         if not done.keys().isdisjoint(members):
             yield None
             continue
-        chosen, looked_at = _member(found, group, turn, size, about)
+        chosen, looked_at = _member(matches, group, turn, size, about)
         for _ in range(looked_at // _STEP):
             yield None
         if chosen is not None:
@@ -343,10 +346,10 @@ def choose(
 
 
 def _member(
-    found: Matches[Session], group: str, turn: int, size: int, about: str | None
+    matches: Matches[Session], group: str, turn: int, size: int, about: str | None
 ) -> tuple[Session | None, int]:
     """Return (the member of a group that gets the event, or None; members examined)."""
-    ordered = found.members_of(group)
+    ordered = matches.members_of(group)
     start = turn % len(ordered)
     best, least = None, (True, True, 0)
     looked_at = 0
@@ -354,7 +357,7 @@ def _member(
         itertools.islice(ordered, start, None), itertools.islice(ordered, start)
     ):
         looked_at += 1
-        if member in found.left or not member.open:
+        if member in matches.left or not member.open:
             continue
         if about is not None and member.client.policy.sending(about) is None:
             continue

@@ -153,7 +153,7 @@ class Goaway:
         if marks is None or (not marks and session.marked_at != session.messages_in):
             marks = mark(session)
             session.marked_at = session.messages_in
-        session.marks = [each for each in marks if _is_waiting(*each)]
+        session.marks = [mark for mark in marks if _is_waiting(*mark)]
         return not session.marks
 
     def answer_finished(self, session: Session) -> bool:
@@ -200,4 +200,7 @@ def _is_waiting(session: Session, outbox: Outbox, size: int) -> bool:
 
 
 def _owes(requesters: Iterable[Session]) -> bool:
-    return any(each.open and not each.retired and each.finishing is None for each in requesters)
+    return any(
+        requester.open and not requester.retired and requester.finishing is None
+        for requester in requesters
+    )

@@ -450,24 +450,24 @@ def _text(arguments: _Arguments, key: str) -> str:
 
 
 def _in_pieces(
-    name: str, entries: Iterable[_Arguments | None], each: int
+    name: str, entries: Iterable[_Arguments | None], step: int
 ) -> Generator[None, None, bytes]:
     """Return a JSON object with one list of the entries that are not None.
 
-    It yields after every ``each`` entries.
+    It yields after every ``step`` entries.
     """
     pieces: list[bytes] = []
-    some: list[_Arguments] = []
+    batch: list[_Arguments] = []
     for count, entry in enumerate(entries, 1):
         if entry is not None:
-            some.append(entry)
-        if count % each == 0:
-            if some:
-                pieces.append(json.dumps(some)[1:-1].encode())
-                some = []
+            batch.append(entry)
+        if count % step == 0:
+            if batch:
+                pieces.append(json.dumps(batch)[1:-1].encode())
+                batch = []
             yield
-    if some:
-        pieces.append(json.dumps(some)[1:-1].encode())
+    if batch:
+        pieces.append(json.dumps(batch)[1:-1].encode())
     return b"".join((f'{{"{name}": ['.encode(), b", ".join(pieces), b"]}"))
 
 

@@ -91,16 +91,16 @@ class Meter:
 
     def allows(self, size: int, now: float) -> bool:
         """Return whether a message of ``size`` bytes may pass now; if so, count it."""
-        wanted = [
+        amounts = [
             (bucket, amount)
             for bucket, amount in ((self._messages, 1), (self._bytes, size))
             if bucket
         ]
-        for bucket, _ in wanted:
+        for bucket, _ in amounts:
             bucket.refill(now)
-        if not all(bucket.has(amount) for bucket, amount in wanted):
+        if not all(bucket.has(amount) for bucket, amount in amounts):
             return False
-        for bucket, amount in wanted:
+        for bucket, amount in amounts:
             bucket.take(amount)
         self.changes += 1
         return True

@@ -75,9 +75,9 @@ class Revocation:
         rest = self._rest[session]
         if rest is None:
             rest = self._rest[session] = list(session.subscriptions)
-        some = rest[-count:]
+        batch = rest[-count:]
         del rest[-count:]
-        for pattern, group in some:
+        for pattern, group in batch:
             # The subscription may have ended since then, and the whole session with it.
             if (pattern, group) in session.subscriptions and session.client.policy.subscribing(
                 pattern
@@ -85,4 +85,4 @@ class Revocation:
                 self._topics.prune(pattern, session, group)
                 session.subscriptions.discard((pattern, group))
                 self._on_ended(session, pattern, group)
-        return len(some)
+        return len(batch)

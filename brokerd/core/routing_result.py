@@ -17,8 +17,8 @@ class RoutingResult(Enum):
     BLOCKED = auto()
     """Not done: the sender is held; hand it over again when it is released."""
     YIELD = auto()
-    """Not done: the broker has done much for this sender; hand it over again after the
-    others have had their turn.
+    """Not done: the broker has done much for this sender; hand it over again after
+    other senders have had their turn.
     """
     CLOSE = auto()
     """Done with, and the connection is to be closed: read nothing more."""
