@@ -45,7 +45,7 @@ class AdminCommands:
         asker = order.source.client.name
         if order.op == "drain":
             daemon.broker.replies.reply(order.source, order.id, {"draining": True})
-            daemon.stop_soon(f"asked for by {asker}")
+            daemon.stop_soon(f"request of {asker}")
         elif order.op == "log_level":
             self._answer_log_level(order)
         elif order.op == "keys":
@@ -54,7 +54,7 @@ class AdminCommands:
             )
         elif order.op == "upgrade":
             if daemon.on_upgrade is not None:
-                daemon.on_upgrade(f"asked for by {asker}", order)
+                daemon.on_upgrade(f"request of {asker}", order)
             else:
                 problems = [
                     "this broker is part of another program, which would have to be replaced"
@@ -64,7 +64,7 @@ class AdminCommands:
                 )
                 daemon.server.settle()
         else:
-            daemon.in_background(self._reload_for(order, f"asked for by {asker}"))
+            daemon.in_background(self._reload_for(order, f"request of {asker}"))
 
     def _answer_in_turns(
         self,

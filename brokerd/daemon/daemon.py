@@ -476,7 +476,7 @@ class Daemon:
         else:
             self._monitor.turn(self.config.monitor, opened)
         self._lost.discard(address)
-        log.warning("listener.restored", reason="its socket file was removed or replaced")
+        log.warning("listener.restored", reason="socket file was removed or replaced")
 
     def _stop_looking(self) -> None:
         if self._looking is not None:

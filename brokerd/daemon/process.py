@@ -137,7 +137,7 @@ async def _until_stopped(
     def on_signal(name: str) -> None:
         nonlocal status
         if not daemon.stop_soon(name) and not daemon.stopped.is_set():
-            daemon.log.warning("daemon.killed", reason=f"{name} once more")
+            daemon.log.warning("daemon.killed", reason=f"second {name}")
             status = EX_FAILED
             daemon.kill()
             upgrade_source.kill()

@@ -75,7 +75,7 @@ class Reloading:
             # reload.
             await run_in_thread(daemon.reopen_log)
             await daemon.listen_again()
-            problem = "it failed"
+            problem = "reload failed"
             try:
                 outcome = await self._attempt(reason)
                 problem = outcome.problems[0] if outcome.problems else ""

@@ -38,17 +38,17 @@ def warn_of_surroundings(
     """
     for entry in activated.unmatched(listen, assigned):
         reason = (
-            f"the service manager hands over no socket called {entry.name} nor one at this address "
-            f"(give the .socket unit FileDescriptorName={entry.name}, or take the name out)"
+            f"the service manager hands over no socket called {entry.name}, and none at this"
+            f" address (give the .socket unit FileDescriptorName={entry.name}, or take the name"
+            " out)"
         )
         listener_logger(log, entry.address).warning(
             "listener.not_handed_over", name=entry.name, reason=reason
         )
     for name, users in users_unseen.items():
         reason = (
-            "this process has a user namespace of its own and can't tell these users from others:"
-            " nobody is let in as one of them (with systemd: PrivateUsers=no, as in"
-            " brokerd-peer-uid.conf)"
+            "the process has a user namespace of its own and can't identify these users: they are"
+            " refused (with systemd: PrivateUsers=no, as in brokerd-peer-uid.conf)"
         )
         log.warning("client.users_unseen", name=name, peer_uid=users, reason=reason)
 

@@ -129,7 +129,7 @@ class Site:
             self._sources.log.warning(
                 "monitor.exposed",
                 address=str(config.address),
-                reason="it asks nobody for a password: whoever reaches it reads the metrics",
+                reason="monitor needs no password: every peer that reaches it can read the metrics",
             )
         # A browser can't connect to a Unix socket, so the header has no meaning there.
         self._hosts = None if config.address.family == "AF_UNIX" else config.answered_hosts

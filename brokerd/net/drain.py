@@ -151,7 +151,7 @@ class Draining:
                     break
                 count += 1
                 self._parting.count_unread(connection)
-                connection.lost("it did not read within limits.drain_timeout")
+                connection.lost("client did not read within limits.drain_timeout")
                 await self._turns.yield_if_due()
         return count
 

@@ -168,9 +168,7 @@ def capture(
     copier, passed = passing.copier, passing.passed
     for session in copier.changed_sessions():
         if session.open and not session.connection.can_hand_over:
-            session.connection.lost(
-                "it came while the broker was being replaced, and can't be handed over"
-            )
+            session.connection.lost("connection came during an upgrade and can't be handed over")
     changed = [session for session in copier.changed_sessions() if session.open]
     for session in changed:
         if not _is_idle(session.connection):
@@ -520,7 +518,7 @@ class RestoredState:
                 note_refusal(
                     server.context,
                     pending,
-                    "the key it uses was removed from the configuration",
+                    "key removed from the configuration",
                     HandshakeOutcome.REJECTED,
                 )
             else:

@@ -245,12 +245,12 @@ class Server:
         ring = self.keyring if keyring is None else keyring
         known = ring.named(credential.client.name)
         if not known:
-            return "its name was removed from the configuration"
+            return "name removed from the configuration"
         if not ring.holds(credential):
-            return "the key it uses was removed from the configuration"
+            return "key removed from the configuration"
         users = known[0].client.peer_uid
         if users is not None and uid not in users:
-            return "its user is not in peer_uid any more"
+            return "user removed from peer_uid"
         return tls_peer.refusal(known[0].client)
 
     def stop_accepting(self) -> None:
@@ -302,7 +302,7 @@ class Server:
         if not has_room:
             return Room.DRAINING if self.broker.status.draining else Room.TAKEN
         if leaving is not None:
-            leaving.connection.end(ErrorCode.REPLACED, "replaced by a new connection")
+            leaving.connection.end(ErrorCode.REPLACED, "connection replaced by a new one")
         return Room.FREE
 
     def admit(self, pending: PendingConnection) -> None:

@@ -144,8 +144,8 @@ class _NewProcess:
             status = self._popen.wait(_MOMENT_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            return "it did not end by itself"
-        return f"it ended with status {status}" if status >= 0 else f"signal {-status} ended it"
+            return "killed because it did not end"
+        return f"ended with status {status}" if status >= 0 else f"ended by signal {-status}"
 
 
 class UpgradeSource:
@@ -231,7 +231,7 @@ class UpgradeSource:
         except (_Failed, UpgradeChannelError) as error:
             problem = f"the new process can't take over: {error}"
         except OSError as error:
-            problem = f"no new process can be started: {error.strerror or error}"
+            problem = f"the new process can't be started: {error.strerror or error}"
         except asyncio.CancelledError:
             self._abandon()
             raise

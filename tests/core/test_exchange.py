@@ -44,7 +44,7 @@ def test_a_further_connection_replaces_the_oldest() -> None:
     """With when_connected: replace the oldest connection goes and the new one is there."""
     net = FakeNet(client("pool", connections=2, when_connected=WhenConnected.REPLACE))
     one, two, three = (net.connect("pool") for _ in range(3))
-    assert one.gone == "replaced by a new connection"
+    assert one.gone == "connection replaced by a new one"
     assert not two.gone
     assert not three.gone
 

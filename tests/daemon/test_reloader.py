@@ -51,7 +51,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(reloader, "prepare", broken)
     asyncio.run(twice())
-    assert told == ["reloading", "it failed"] * 2
+    assert told == ["reloading", "reload failed"] * 2
 
 
 def test_a_reload_asked_for_during_the_start_takes_place_after_it(

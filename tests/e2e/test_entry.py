@@ -307,5 +307,5 @@ def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(
             )
             assert done.returncode == 0
         assert {each["reason"] for each in broker.wait("client.disconnected", len(CLOSED))} == {
-            "closed by the client"
+            "connection closed by the client"
         }

@@ -102,8 +102,8 @@ def taking(act, self, count, deadline, *given):
     return take(self, count, deadline)
 """
 FAILURES = {
-    "a module that can't be imported": ("raise ImportError('planted')", "it ended with status 1"),
-    "an end without a word": ("sys.exit(7)", "it ended with status 7"),
+    "a module that can't be imported": ("raise ImportError('planted')", "ended with status 1"),
+    "an end without a word": ("sys.exit(7)", "ended with status 7"),
     "a format it does not read": (
         RECEIVING + "successor.READS = channel.READS = (99,)",
         f"hands over its state in the format {FORMAT}, and",
@@ -122,13 +122,13 @@ FAILURES = {
         RECEIVING
         + TAKING.replace("'state'", "'copy'")
         + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
-        "signal 9 ended it",
+        "ended by signal 9",
     ),
     "killed while it receives the state": (
         RECEIVING
         + TAKING
         + "channel.UpgradeChannel._take = lambda *given: taking(os.kill, *given, os.getpid(), 9)",
-        "signal 9 ended it",
+        "ended by signal 9",
     ),
     "hanging while it receives the state": (
         RECEIVING
@@ -157,7 +157,7 @@ FAILURES = {
         "    if message.say == 'commit': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return message\n"
         "channel.UpgradeChannel.expect = expect",
-        "signal 9 ended it",
+        "ended by signal 9",
     ),
     "hanging when it is told to begin": (
         RECEIVING + "was = channel.UpgradeChannel.expect\n"
@@ -233,7 +233,7 @@ def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
     answer = scene.broker.upgrade(scene.ops)
 
     assert not answer["upgraded"]
-    assert "a file that is no socket is there" in "\n".join(answer["problems"])
+    assert "a file that is not a socket is there" in "\n".join(answer["problems"])
     assert not new.exists()
     assert scene.broker.socket.is_socket()
     scene.all_goes_on()
@@ -266,7 +266,7 @@ def test_a_signal_asks_for_it_too(scene: Scene) -> None:
     scene.broker.signal(signal.SIGUSR2)
     event = scene.broker.wait("daemon.upgrade_failed", failed + 1)[-1]
     assert event["reason"] == "SIGUSR2"
-    assert "it ended with status 3" in event["problem"]
+    assert "ended with status 3" in event["problem"]
     scene.all_goes_on()
 
 
@@ -286,7 +286,7 @@ def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
             threading.Event().wait(0.005)
         answer = broker.upgrade(ops)
         assert answer["problems"][0].startswith(
-            "no new process can be started: Too many open files"
+            "the new process can't be started: Too many open files"
         )
         for raw in crowd:
             raw.close()
@@ -304,7 +304,7 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
         assert answer["problems"] == [
             (
                 "the new process can't take over: the other process sent nothing for 0.5 s"
-                " (it did not end by itself)"
+                " (killed because it did not end)"
             )
         ]
         assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])

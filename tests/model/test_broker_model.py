@@ -589,7 +589,7 @@ class BrokerModel(RuleBasedStateMachine):
             return
         assert peer is not None
         if full:
-            assert there[0].gone == "replaced by a new connection"
+            assert there[0].gone == "connection replaced by a new one"
         self.everyone.append(peer)
         self.sessions.append(peer.session)
 

@@ -268,7 +268,10 @@ def test_a_client_half_closed_is_closed() -> None:
     with served() as broker, broker.login("alice") as alice:
         alice.sock.shutdown(socket.SHUT_WR)
         assert alice.is_closed()
-        assert broker.log.wait("client.disconnected")[0].fields["reason"] == "closed by the client"
+        assert (
+            broker.log.wait("client.disconnected")[0].fields["reason"]
+            == "connection closed by the client"
+        )
 
 
 def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:

@@ -471,7 +471,7 @@ def test_garbage_is_closed(garbage: bytes) -> None:
         assert peer.is_turned_away()
         reason = last_refusal(broker)["reason"]
         assert (
-            "it speaks TLS, and this listener does not" in reason
+            "peer speaks TLS, and this listener does not" in reason
             if garbage[0] == 0x16
             else "not a handshake" in reason
         )

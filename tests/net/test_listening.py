@@ -210,7 +210,7 @@ def test_what_is_no_socket_is_never_removed(socket_dir: Path, kind: str) -> None
     else:
         path.symlink_to(socket_dir / "elsewhere")
     with (
-        pytest.raises(ListenError, match="no socket is there"),
+        pytest.raises(ListenError, match="not a socket is there"),
         running_daemon(configuration(str(path))),
     ):
         pass

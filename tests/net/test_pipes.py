@@ -530,7 +530,7 @@ def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
         bob.close()
         assert [alice.recv().body for _ in range(100)] == [b"%d" % number for number in range(100)]
         gone = at_pipe.running.log.wait("client.disconnected")[0]
-        assert gone.fields["reason"] == "closed by the client"
+        assert gone.fields["reason"] == "connection closed by the client"
         alice.send(MESSAGE, "bob", b"?", id=1)
         assert alice.recv().code == "offline"
 

@@ -270,7 +270,7 @@ def test_an_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemo
     """A new client in the same file is not there either: all or nothing."""
     (served.home / "plain").write_text("no socket")
     served.write(ALICE + BOB + "  carol: {key: carols-key}\n", listen=f", {served.home / 'plain'}")
-    assert "a file that is no socket" in served.reload()[0]
+    assert "a file that is not a socket" in served.reload()[0]
     with pytest.raises(AuthenticationError):
         served.connect("carol", "carols-key")
     served.connect("alice", "alices-first-key").close()

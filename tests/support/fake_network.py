@@ -203,7 +203,7 @@ class Peer:
         if self.writing:
             self.net.on_writable(self)
 
-    def leave(self, why: str = "closed by the client") -> None:
+    def leave(self, why: str = "connection closed by the client") -> None:
         """End the connection."""
         self.net.lost(self, why)
 
@@ -257,7 +257,7 @@ class FakeNet:
         if not there:
             return None
         if leaving is not None:
-            self.lost(leaving.connection, "replaced by a new connection")
+            self.lost(leaving.connection, "connection replaced by a new one")
         peer = Peer(self, name)
         self._instances += 1
         instance = f"i{self._instances}"

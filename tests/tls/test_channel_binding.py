@@ -80,7 +80,7 @@ def test_relay_with_another_certificate_fails(
     rejected = pytest.raises(AuthenticationError, match="rejected our answer")
     with Relay(here.address, authority.issue("middle"), trusting) as relay, rejected:
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert refusal(here) == "wrong key for the name it gave"
+    assert refusal(here) == "wrong key for the given name"
     assert here.log.named("client.connected") == []
 
 
@@ -144,7 +144,7 @@ def test_offer_can_t_be_altered(
         pytest.raises(AuthenticationError),
     ):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert refusal(here) == "wrong key for the name it gave"
+    assert refusal(here) == "wrong key for the given name"
 
 
 def test_relay_to_a_plain_listener_fails(
@@ -157,7 +157,7 @@ def test_relay_to_a_plain_listener_fails(
         relay = Relay(here.addresses[1], authority.issue("middle"), None, alter=alter)
         with relay, pytest.raises(AuthenticationError):
             face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert "there is none here" in refusal(here)
+    assert "but this connection has none" in refusal(here)
 
 
 def test_client_accepts_no_broker_that_proves_the_bare_key(
@@ -235,6 +235,5 @@ def test_binding_can_be_demanded(
         if by == "client":
             with pytest.raises(AuthenticationError):
                 face.connect(str(here.addresses[1]), "alice", key_of("alice"))
-            assert (
-                "does not come over TLS" in here.log.wait("client.refused", 2)[1].fields["reason"]
-            )
+            reason = here.log.wait("client.refused", 2)[1].fields["reason"]
+            assert "connection is not over TLS" in reason

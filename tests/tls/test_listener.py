@@ -93,7 +93,7 @@ def test_certificate_does_not_replace_the_key(
     ) as here:
         with pytest.raises(AuthenticationError):
             face.connect(str(here.address), "alice", "not the key", ssl=authority.context(shown))
-        assert refusal(here) == "wrong key for the name it gave"
+        assert refusal(here) == "wrong key for the given name"
 
 
 @pytest.mark.parametrize("demanded", ["subject", "fingerprint"])
@@ -148,7 +148,7 @@ def test_certificates_may_be_optional(face: Face, server: Issued, authority: Aut
         face.connect(str(here.address), "bob", key_of("bob"), ssl=authority.context())
         with pytest.raises(AuthenticationError):
             face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
-        assert "it shows no certificate, and its entry demands one" in refusal(here)
+        assert "client shows no certificate, and its entry demands one" in refusal(here)
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
@@ -212,7 +212,7 @@ def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext)
             TlsError, match="does not speak TLS: a plain listener is reached without tls://"
         ):
             face.connect(f"tls://{here.address}", "alice", key_of("alice"), ssl=trusting)
-        assert "it speaks TLS, and this listener does not" in refusal(here)
+        assert "peer speaks TLS, and this listener does not" in refusal(here)
 
 
 def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) -> None:
@@ -334,11 +334,11 @@ def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLCon
         with Raw(here.address) as raw:
             raw.write(_client_hello(trusting)[:50])
             raw.read_to_end()
-        assert refusal(here) == "its TLS handshake was not finished within limits.handshake_timeout"
+        assert refusal(here) == "TLS handshake not finished within limits.handshake_timeout"
         with TlsRaw(here.address, trusting) as silent:
             silent.read_body()
             assert silent.read_to_end() == prefixed(b"#FAILURE#")
-        assert refusal(here, 1) == "not finished within limits.handshake_timeout"
+        assert refusal(here, 1) == "handshake not finished within limits.handshake_timeout"
 
 
 def test_half_open_handshakes_are_bounded_in_number(

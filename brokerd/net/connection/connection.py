@@ -251,7 +251,7 @@ class Connection:
             self.lost(error.strerror or type(error).__name__)
             return 0
         if not size:
-            self.lost(self.ending or "closed by the client")
+            self.lost(self.ending or "connection closed by the client")
             return 0
         if large_frame is None:
             self.pending_input = b""
@@ -591,7 +591,7 @@ class Connection:
                 self.context.settlement.settle()
             if self.waits:
                 return None
-            self.lost("closed by the client")
+            self.lost("connection closed by the client")
         return self.closed
 
 

@@ -101,7 +101,7 @@ class Liveness:
                 self._tell_system(connection)
             silence = self._watched.get(connection)
             if silence is not None and limit and silence.lasts(connection.sock, now) >= limit:
-                connection.lost(f"answered nothing for {limit:g} s (limits.keepalive)")
+                connection.lost(f"no answer for {limit:g} s (limits.keepalive)")
         del self._left[-_SLICE:]
         if self._left:
             self._timer = self._loop.call_soon(self._look)

@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 __all__ = ["PendingHandshakes", "fresh_instance"]
 
 _NOT_HERE: Final = (
-    "its key is bound to a TLS channel, and there is none here: something in between takes TLS off"
+    "key is bound to a TLS channel, but this connection has none: a proxy in between terminates TLS"
 )
 
 _GIVES_WAY: Final = (
-    "more unfinished handshakes than limits.handshakes; its origin had the most, and this was the"
-    " least advanced"
+    "limits.handshakes reached; of all origins this one had the most pending handshakes, and this"
+    " handshake was the least advanced of them"
 )
 
 
@@ -182,7 +182,7 @@ class PendingHandshakes:
     def close(self) -> None:
         """Refuse all pending connections."""
         for pending in list(self._pending_connections):
-            self._refuse(pending, "the broker stops", HandshakeOutcome.REFUSED)
+            self._refuse(pending, "the broker is stopping", HandshakeOutcome.REFUSED)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -208,7 +208,7 @@ class PendingHandshakes:
         if not data:
             self._lose(
                 pending,
-                ConnectionResetError(0, "closed by the peer before it had proved who it is"),
+                ConnectionResetError(0, "connection closed by the peer before it proved a key"),
             )
             return
         if is_client_hello(data) and pending.tls_stream is None and not pending.reader.buffered:
@@ -284,7 +284,7 @@ class PendingHandshakes:
     def _send(self, pending: PendingConnection, body: bytes) -> None:
         data = frame(body)
         if pending.stream.send(data) != len(data):
-            raise OSError("the peer does not take even a handshake's bytes")
+            raise OSError("peer does not read the bytes of the handshake")
         pending.spoken += 1
 
     # Finding the key
@@ -481,7 +481,7 @@ class PendingHandshakes:
             why = self._tls.overdue(oldest)
             self._refuse(
                 oldest,
-                why or "not finished within limits.handshake_timeout",
+                why or "handshake not finished within limits.handshake_timeout",
                 HandshakeOutcome.TIMEOUT,
                 tell=not why,
             )

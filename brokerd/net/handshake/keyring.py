@@ -248,7 +248,7 @@ class KeySearch:
             ):
                 found = credential
         return (
-            Identity(refusal="wrong key for the name it gave")
+            Identity(refusal="wrong key for the given name")
             if found is None
             else self._judge(found)
         )
@@ -256,15 +256,14 @@ class KeySearch:
     def _judge(self, credential: Credential) -> Identity:
         client = credential.client
         if not credential.key.valid_at(self._now):
-            return Identity(credential, "the key is outside its not_before and not_after")
+            return Identity(credential, "key is not valid now (see not_before and not_after)")
         if self._proof.digest == "md5" and not (self._allow_md5 or client.allow_md5):
             return Identity(
-                credential, "it can only do HMAC-MD5: set allow_md5 for the client or the listener"
+                credential,
+                "peer supports only HMAC-MD5 (set allow_md5 for the client or the listener)",
             )
         if client.peer_uid is not None and self._uid not in client.peer_uid:
-            return Identity(
-                credential, "it does not come from a Unix socket and a user named in peer_uid"
-            )
+            return Identity(credential, "peer is not a user in peer_uid at a Unix socket")
         refusal = self._channel.refusal(client)
         if refusal:
             return Identity(credential, refusal)

@@ -14,9 +14,9 @@ class Room(Enum):
 
     FREE = ""
     UNDECIDED = "the connection in its place has ended, and its earlier input is routed first"
-    TAKEN = "its name is connected already"
+    TAKEN = "name is connected already"
     DRAINING = "the broker is draining"
-    FULL = "more connections than limits.connections"
+    FULL = "limits.connections reached"
 
     @property
     def code(self) -> ErrorCode | None:

@@ -50,12 +50,12 @@ _MOST_EMPTY: Final = 20 * 1024
 #: TLS.
 _SPEAK_TLS: Final = b" this listener speaks TLS: use tls://HOST:PORT, or another listener"
 _SILENT: Final = (
-    "said nothing within limits.handshake_timeout: a client without TLS waits for the broker to"
+    "no byte within limits.handshake_timeout: a client without TLS waits for the broker to"
     " speak first (give it the address tls://HOST:PORT, or another listener)"
 )
 #: The reason for refusing a peer that speaks TLS to a listener without it.
 SPEAKS_TLS: Final = (
-    "it speaks TLS, and this listener does not (give the listen entry tls:, or the client the"
+    "peer speaks TLS, and this listener does not (give the listen entry tls:, or the client the"
     " address without tls://)"
 )
 
@@ -82,27 +82,25 @@ class TlsPeer:
         """Return why the client may not connect over this channel, or ""."""
         if (self.required or client.binding is Requirement.REQUIRED) and not self.bound:
             if not self.version:
-                return "it does not come over TLS, and channel_binding: required demands it"
-            return (
-                "its key is not bound to the TLS channel, and channel_binding: required demands it"
-            )
+                return "connection is not over TLS, and channel_binding: required demands it"
+            return "key is not bound to the TLS channel, and channel_binding: required demands it"
         return "" if client.certificate is None else self._misses(client.certificate)
 
     def _misses(self, demanded: CertificateConfig) -> str:
         if not self.fingerprint:
             return (
-                "it shows no certificate, and its entry demands one (certificate; over TLS, with"
-                " client_ca)"
+                "client shows no certificate, and its entry demands one (certificate; over TLS,"
+                " with client_ca)"
             )
         if demanded.subject and demanded.subject != self.subject:
             shown = subjects.show(self.subject)
             return (
-                f"its certificate's subject is not the one in its entry: {shown} (certificate:"
+                f"subject of the certificate is not the configured one: {shown} (certificate:"
                 " subject)"
             )
         if demanded.fingerprints and self.fingerprint not in demanded.fingerprints:
             return (
-                f"its certificate is not one in its entry: {self.fingerprint} (certificate:"
+                f"certificate is not a configured one: {self.fingerprint} (certificate:"
                 " fingerprint)"
             )
         return ""
@@ -218,7 +216,7 @@ class TlsHandshakes:
         if stream is None or stream.engine.ready:
             return ""
         if stream.engine.heard:
-            return "its TLS handshake was not finished within limits.handshake_timeout"
+            return "TLS handshake not finished within limits.handshake_timeout"
         with contextlib.suppress(OSError):
             pending.sock.send(frame(FAILURE + _SPEAK_TLS))
         return _SILENT

@@ -55,7 +55,7 @@ _HINTS: Final = {
 #: seconds between two tries.
 _LOCK_S: Final = 3.0
 _LOCK_AGAIN_S: Final = 0.002
-_NO_SOCKET: Final = "a file that is no socket is there (choose another path or remove it)"
+_NO_SOCKET: Final = "a file that is not a socket is there (choose another path or remove it)"
 
 
 class ListenError(Exception):
@@ -120,7 +120,7 @@ class Listening:
             status = path.lstat()
             if (status.st_dev, status.st_ino) != self.inode:
                 raise ListenError(
-                    f"can't change {path}: it is not this broker's socket any more (restart the"
+                    f"can't change {path}: the socket is no longer this broker's (restart the"
                     " broker)"
                 )
             try:
@@ -414,7 +414,7 @@ def _give_to_group(path: Path, group: str | int) -> None:
         try:
             group = grp.getgrnam(group).gr_gid
         except KeyError:
-            raise LookupError(f"no such group: {group!r}") from None
+            raise LookupError(f"group does not exist: {group!r}") from None
     if path.lstat().st_gid != group:
         os.chown(path, -1, group)
 

@@ -215,7 +215,7 @@ def a_client_that_leaves_is_offline():
         bob.send_bytes(broker_frame(MESSAGE, alice.me, b"last words"))
         bob.close()
         assert body_of(alice.recv_bytes()) == b"last words"
-        assert DAEMON.goodbye_to(bob.me)["reason"] == "closed by the client"
+        assert DAEMON.goodbye_to(bob.me)["reason"] == "connection closed by the client"
         alice.send_bytes(broker_frame(MESSAGE, bob.me, b"?"))
         assert json.loads(body_of(alice.recv_bytes()))["code"] == "offline"
 
