@@ -33,8 +33,9 @@ def converse(
     nonce: bytes | None = None,
     name: bytes = b"alice",
 ) -> tuple[Established, Established, Proof]:
-    """Return what both sides get, and the dialer's proof; a listener that looks up the
-    key as a broker does.
+    """Run a handshake whose listener looks up the key as a broker does.
+
+    Return what both sides get, and the dialer's proof.
     """
     near = as_dialer(KEY, NONCE, name=name, bindings=dialers)
     far = as_listener(NONCE + binding.offer(listeners) if nonce is None else nonce, named=True)
@@ -77,11 +78,11 @@ def converse(
         ({END_POINT: b"1", EXPORTER: b"2"}, {EXPORTER: b"2", END_POINT: b"1"}, EXPORTER),
     ],
 )
-def test_best_kind_that_both_know_is_used(
+def test_channel_binding_best_common_kind_is_used(
     dialers: dict[str, bytes], listeners: dict[str, bytes], kind: str, name: bytes
 ) -> None:
-    """Both end with the key bound to it, and the proof says which kind that is and who
-    gave it.
+    """Both sides end with the key bound to the channel. The proof names the kind of
+    binding and the client.
     """
     near, far, proof = converse(dialers, listeners, name=name)
 
@@ -89,7 +90,7 @@ def test_best_kind_that_both_know_is_used(
     assert near.key == far.key == binding.bound_key(KEY, kind, dialers[kind], BROKER)
 
 
-def test_bound_key_is_as_documented() -> None:
+def test_channel_binding_bound_key_is_as_documented() -> None:
     """The derivation of docs/protocol.md, "Over TLS", spelt out."""
     for direction in (CLIENT, BROKER):
         text = b"brokerd channel binding 2\0" + direction.encode() + b"\0tls-server-end-point\0data"
@@ -99,15 +100,15 @@ def test_bound_key_is_as_documented() -> None:
         )
 
 
-def test_bound_key_of_one_direction_is_not_that_of_the_other() -> None:
-    """What a client proves is not what a broker has to prove on the same channel."""
+def test_channel_binding_bound_keys_of_both_directions_differ() -> None:
+    """On the same channel, the client and the broker prove different bound keys."""
     assert binding.bound_key(KEY, END_POINT, b"data", CLIENT) != binding.bound_key(
         KEY, END_POINT, b"data", BROKER
     )
 
 
-def test_different_channels_do_not_meet() -> None:
-    """With other data on the other side the answer is rejected."""
+def test_channel_binding_different_data_is_rejected() -> None:
+    """If the two sides have different binding data, the answer is rejected."""
     with pytest.raises(AuthenticationError):
         converse({END_POINT: b"1"}, {END_POINT: b"2"})
 
@@ -115,9 +116,9 @@ def test_different_channels_do_not_meet() -> None:
 @pytest.mark.parametrize(
     "nonce", [NONCE + b"\0tls-unheard-of 2", NONCE + b"\0 2", NONCE + b"\x002"]
 )
-def test_offer_of_no_known_kind_does_not_unbind(nonce: bytes) -> None:
-    """A listener that offers no known kind gets a key bound to its certificate all the
-    same.
+def test_channel_binding_offer_without_known_kind_still_binds(nonce: bytes) -> None:
+    """If a listener offers no known kind, the client still binds its key, to the
+    listener's certificate.
     """
     near, _, proof = converse({END_POINT: b"1", EXPORTER: b"2"}, {END_POINT: b"1"}, nonce=nonce)
 
@@ -136,9 +137,9 @@ def test_offer_of_no_known_kind_does_not_unbind(nonce: bytes) -> None:
         b"tls-server-end-point 2",
     ],
 )
-def test_offer_without_version_2_is_refused(offered: bytes) -> None:
-    """A client over TLS does not speak to a listener that binds no keys, or binds them
-    in another way.
+def test_channel_binding_offer_without_version_2_is_refused(offered: bytes) -> None:
+    """A client over TLS refuses a listener that binds no keys, or binds them in another
+    way.
     """
     near = as_dialer(KEY, NONCE, bindings={END_POINT: b"1"})
     next(near)
@@ -150,8 +151,8 @@ def test_offer_without_version_2_is_refused(offered: bytes) -> None:
 @pytest.mark.parametrize(
     "mark", [b"\0tls-server-end-point", b"\0tls-server-end-point 1", b"\0tls-server-end-point 2 "]
 )
-def test_answer_of_another_version_is_refused(mark: bytes) -> None:
-    """A broker knows keys bound in one way."""
+def test_channel_binding_answer_of_other_version_is_refused(mark: bytes) -> None:
+    """A broker knows only one way to bind a key."""
     steps = as_listener(NONCE, named=True)
     next(steps)
     next(steps)
@@ -160,15 +161,15 @@ def test_answer_of_another_version_is_refused(mark: bytes) -> None:
         next(steps)
 
 
-def test_without_tls_nothing_changes() -> None:
-    """No bindings, no mark, the bare key."""
+def test_handshake_without_channel_binding_uses_bare_key() -> None:
+    """Without bindings the answer carries no mark, and the key is the configured one."""
     near, far, proof = converse({}, {})
 
     assert (proof.binding, proof.name, near.key, far.key) == ("", b"alice", KEY, KEY)
 
 
-def test_unknown_kind_is_refused() -> None:
-    """A listener tells a peer that uses a kind nobody knows that it failed."""
+def test_channel_binding_unknown_kind_is_refused() -> None:
+    """A listener sends #FAILURE# to a peer that uses an unknown kind of binding."""
     steps = as_listener(NONCE, named=True)
     next(steps)
     assert steps.send(None) is RECEIVE
@@ -177,8 +178,8 @@ def test_unknown_kind_is_refused() -> None:
         next(steps)
 
 
-def test_mark_is_refused_where_no_name_may_stand() -> None:
-    """A listener that is no broker takes an answer of the digest's length and nothing
+def test_channel_binding_mark_without_name_allowed_is_refused() -> None:
+    """A listener outside a broker accepts an answer of the digest's length and nothing
     else.
     """
     steps = as_listener(NONCE)
@@ -189,7 +190,7 @@ def test_mark_is_refused_where_no_name_may_stand() -> None:
         next(steps)
 
 
-def test_md5_has_no_room_for_a_mark() -> None:
+def test_channel_binding_with_bare_md5_is_refused() -> None:
     """A bound key is never used with the bare MD5 of old Pythons, even where that is
     allowed.
     """
@@ -200,21 +201,23 @@ def test_md5_has_no_room_for_a_mark() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behind", "said"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "gave no reason")]
+    ("suffix", "reason"), [(b" speak TLS\x1b[2J", r"speak TLS\?\[2J"), (b"", "gave no reason")]
 )
-def test_failure_instead_of_a_challenge_tells_why(behind: bytes, said: str) -> None:
-    """What a listener says behind #FAILURE#, before anything else, is passed on,
-    without what would move a cursor.
+def test_handshake_failure_instead_of_challenge_raises_its_reason(
+    suffix: bytes, reason: str
+) -> None:
+    """The listener's text behind an early #FAILURE# is in the error, without control
+    characters.
     """
     steps = answer_challenge(KEY)
     next(steps)
-    with pytest.raises(AuthenticationError, match=said):
-        steps.send(FAILURE + behind)
+    with pytest.raises(AuthenticationError, match=reason):
+        steps.send(FAILURE + suffix)
 
 
-def test_a_channel_without_the_kind_that_is_offered_is_refused() -> None:
-    """A listener that knows no kind that this channel has data for ends in a refusal,
-    not in a bug.
+def test_channel_binding_offer_without_data_for_it_is_refused() -> None:
+    """If the offer names no kind that this channel has data for, the client refuses it
+    with a named error.
     """
     near = answer_challenge(KEY, bindings={EXPORTER: b"data"})
     next(near)

@@ -1,6 +1,4 @@
-"""The little that is read from a certificate's DER, held against certificates of every
-common kind.
-"""
+"""The digest and the validity read from a certificate's DER, for every common kind."""
 
 from __future__ import annotations
 
@@ -52,8 +50,8 @@ EC = ec.generate_private_key(ec.SECP256R1())
         (ed448.Ed448PrivateKey.generate(), None, "sha256"),
     ],
 )
-def test_digest_is_that_of_the_signature(key: Any, digest: Any, expected: str) -> None:
-    """The digest of the signature is used; SHA-256 for those that name none."""
+def test_certificate_digest_is_that_of_signature(key: Any, digest: Any, expected: str) -> None:
+    """The digest of the signature is used; SHA-256 for signatures that name none."""
     der = made(key, digest)
 
     assert certificate.signature_hash(der) == expected
@@ -63,7 +61,7 @@ def test_digest_is_that_of_the_signature(key: Any, digest: Any, expected: str) -
 @pytest.mark.parametrize(
     ("digest", "expected"), [(hashes.SHA256(), "sha256"), (hashes.SHA384(), "sha384")]
 )
-def test_digest_of_pss_stands_in_its_parameters(digest: Any, expected: str) -> None:
+def test_certificate_digest_of_pss_is_read_from_parameters(digest: Any, expected: str) -> None:
     """RSASSA-PSS names its digest in the algorithm's parameters."""
     scheme = padding.PSS(padding.MGF1(digest), digest.digest_size)
 
@@ -76,7 +74,7 @@ def element(tag: int, *content: bytes) -> bytes:
 
 
 def bare(*algorithm: bytes) -> bytes:
-    """Return what has a certificate's outer form and nothing in it."""
+    """Return DER with the outer form of a certificate and nothing in it."""
     return element(
         0x30, element(0x30, b"\x02\x01\x01"), element(0x30, *algorithm), element(3, b"\0")
     )
@@ -95,12 +93,12 @@ PSS = element(6, bytes.fromhex("2a864886f70d01010a"))
     ],
     ids=["md5", "sha1", "PSS with SHA-1 by default", "PSS without parameters"],
 )
-def test_weak_digests_stand_for_sha256(algorithm: tuple[bytes, ...]) -> None:
+def test_certificate_weak_digest_is_replaced_by_sha256(algorithm: tuple[bytes, ...]) -> None:
     """RFC 5929: MD5 and SHA-1 are replaced by SHA-256."""
     assert certificate.signature_hash(bare(*algorithm)) == "sha256"
 
 
-def test_agrees_with_openssl(tmp_path: Path) -> None:
+def test_certificate_digest_agrees_with_openssl(tmp_path: Path) -> None:
     """The digest is the one that openssl names in the certificate's text."""
     der = made(EC, hashes.SHA384())
     (tmp_path / "c.der").write_bytes(der)
@@ -128,14 +126,14 @@ def test_agrees_with_openssl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [BEGIN + timedelta(days=9), datetime(2051, 1, 1, tzinfo=UTC)])
-def test_validity_in_both_forms_of_time(end: datetime) -> None:
+def test_certificate_validity_in_both_time_forms_is_read(end: datetime) -> None:
     """Times up to 2049 have two digits for the year, later ones four."""
     assert certificate.validity(made(EC, hashes.SHA256(), end)) == (BEGIN, end)
 
 
-def test_validity_of_the_last_century_and_of_version_1() -> None:
-    """A year of 50 or more is of the last century; a certificate of version 1 has no
-    version in it.
+def test_certificate_validity_of_1970_and_version_1_is_read() -> None:
+    """A year of 50 or more belongs to the 20th century. A certificate of version 1
+    holds no version number.
     """
     times = element(0x30, element(0x17, b"700101000000Z"), element(0x18, b"20300101000000Z"))
     tbs = element(0x30, element(2, b"\1"), element(0x30, b"\5\0"), element(0x30, b"\5\0"), times)
@@ -157,14 +155,14 @@ def test_validity_of_the_last_century_and_of_version_1() -> None:
         bare(b"\5\0"),
     ],
 )
-def test_damage_is_a_value_error(der: bytes) -> None:
-    """What is no certificate raises ValueError."""
+def test_certificate_damaged_raises_value_error(der: bytes) -> None:
+    """Bytes that are not a valid certificate raise ValueError."""
     with pytest.raises(ValueError, match="certificate"):
         certificate.signature_hash(der)
 
 
-def test_validity_that_is_no_time_is_a_value_error() -> None:
-    """Something else where the time should be is refused."""
+def test_certificate_validity_without_time_raises_value_error() -> None:
+    """Another type in the place of the time is refused."""
     times = element(0x30, element(4, b"700101000000Z"), element(0x18, b"20300101000000Z"))
     tbs = element(0x30, element(2, b"\1"), element(0x30, b"\5\0"), element(0x30, b"\5\0"), times)
 
@@ -172,16 +170,16 @@ def test_validity_that_is_no_time_is_a_value_error() -> None:
         certificate.validity(element(0x30, tbs))
 
 
-def test_random_damage_is_a_value_error_or_harmless() -> None:
-    """Whatever bytes are changed, nothing but a ValueError comes of it."""
+def test_certificate_random_damage_raises_at_most_value_error() -> None:
+    """Whichever bytes are changed, reading raises nothing but a ValueError."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     whole = made(EC, hashes.SHA256())
     for _ in range(3000):
         der = bytearray(whole)
-        for _ in range(chance.randint(1, 4)):
-            der[chance.randrange(len(der))] = chance.randrange(256)
+        for _ in range(rng.randint(1, 4)):
+            der[rng.randrange(len(der))] = rng.randrange(256)
         for read in (certificate.end_point, certificate.validity):
             with contextlib.suppress(ValueError):
-                read(bytes(der[: chance.choice((len(der), chance.randrange(len(der))))]))
+                read(bytes(der[: rng.choice((len(der), rng.randrange(len(der))))]))

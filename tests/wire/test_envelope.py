@@ -48,7 +48,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
-#: Text that UTF-8 can hold, at most as many bytes.
+#: Text that UTF-8 can hold, short enough for a length of one byte.
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 ENVELOPES = st.builds(
     Envelope,
@@ -73,12 +73,12 @@ EVENTS = st.builds(
 def header(
     kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, id: int = ID
 ) -> bytes:
-    """Return a header of any numbers."""
+    """Return a header with the given numbers, valid or not."""
     return HEADER.pack(kind, flags, codec, name_size, id)
 
 
 def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
-    """Return what parse made of the body; either has an id."""
+    """Return the parsed body, or the error; either has an id."""
     try:
         return parse(body)
     except MalformedEnvelope as error:
@@ -88,7 +88,7 @@ def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
 # -- The layout
 
 
-def test_a_message_is_these_bytes() -> None:
+def test_envelope_message_is_encoded_as_documented() -> None:
     """The header's fields stand where docs/protocol.md puts them, in network byte
     order.
     """
@@ -101,9 +101,9 @@ def test_a_message_is_these_bytes() -> None:
     )
 
 
-def test_an_event_with_an_extension_is_these_bytes() -> None:
-    """Behind the name come the topic and its length, then the extension and its length,
-    then the payload.
+def test_envelope_event_with_extension_is_encoded_as_documented() -> None:
+    """Behind the name come the topic and its length, the extension and its length, and
+    the payload.
     """
     envelope = Envelope(Kind.EVENT, topic="a.b", extension={"ttl": 5}, payload=b"!")
 
@@ -113,7 +113,7 @@ def test_an_event_with_an_extension_is_these_bytes() -> None:
     )
 
 
-def test_the_wire_numbers_are_fixed() -> None:
+def test_envelope_numbers_and_codes_are_fixed() -> None:
     """Clients in other languages hold copies of these numbers and words."""
     assert {kind.name: kind.value for kind in Kind} == {
         "MESSAGE": 1,
@@ -152,8 +152,8 @@ def test_the_wire_numbers_are_fixed() -> None:
 
 
 @given(st.one_of(ENVELOPES, EVENTS))
-def test_what_is_encoded_is_parsed_again(envelope: Envelope) -> None:
-    """Every field survives, and the EXTENSION bit follows from whether there is an
+def test_envelope_encoded_is_parsed_back(envelope: Envelope) -> None:
+    """Every field survives. The EXTENSION bit is set if and only if there is an
     extension.
     """
     parsed = parse(encode(envelope))
@@ -173,8 +173,10 @@ def test_what_is_encoded_is_parsed_again(envelope: Envelope) -> None:
 
 
 @pytest.mark.parametrize("convert", [bytes, bytearray, memoryview])
-def test_any_kind_of_bytes_can_be_parsed(convert: Callable[[bytes], Any]) -> None:
-    """A frame may lie in a buffer; the payload handed out is a copy, and no part of it."""
+def test_envelope_parse_takes_any_bytes_like_object(convert: Callable[[bytes], Any]) -> None:
+    """A frame may lie in a buffer; the returned payload is a copy, not a view of the
+    buffer.
+    """
     body = encode(Envelope(Kind.EVENT, id=ID, topic="a", extension={}, payload=b"payload"))
 
     parsed = parse(convert(body))
@@ -183,8 +185,8 @@ def test_any_kind_of_bytes_can_be_parsed(convert: Callable[[bytes], Any]) -> Non
     assert type(parsed.payload) is bytes
 
 
-def test_split_leaves_the_payload_where_it_is() -> None:
-    """split says where the payload begins, and copies none of it."""
+def test_envelope_split_copies_no_payload() -> None:
+    """split() returns the offset of the payload and copies none of it."""
     body = encode(Envelope(Kind.MESSAGE, id=ID, name="bob", payload=b"payload"))
 
     assert split(body) == (Envelope(Kind.MESSAGE, ID, "bob"), 15)
@@ -192,13 +194,13 @@ def test_split_leaves_the_payload_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("codec", [4, 127, 128, 255])
-def test_a_codec_is_carried_whatever_its_number(codec: int) -> None:
-    """The broker decodes nothing, so no number of a codec is malformed."""
+def test_envelope_unknown_codec_is_carried(codec: int) -> None:
+    """The broker decodes no payload, so no codec number is malformed."""
     assert parse(header(codec=codec)).codec == codec
 
 
-def test_a_repr_shows_no_payload() -> None:
-    """An envelope in a log line or a traceback does not give the message away."""
+def test_envelope_repr_shows_no_payload() -> None:
+    """An envelope in a log line or a traceback does not reveal the message."""
     assert "secret" not in repr(Envelope(Kind.MESSAGE, payload=b"secret"))
 
 
@@ -206,7 +208,7 @@ def test_a_repr_shows_no_payload() -> None:
 
 
 @pytest.mark.parametrize("size", range(12))
-def test_a_frame_shorter_than_a_header_is_malformed(size: int) -> None:
+def test_envelope_shorter_than_header_is_malformed(size: int) -> None:
     """No id was readable, so the error carries 0."""
     with pytest.raises(MalformedEnvelope, match="at least 12 bytes") as caught:
         parse(header()[:size])
@@ -215,7 +217,7 @@ def test_a_frame_shorter_than_a_header_is_malformed(size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [0, 8, 9, 127, 128, 255])
-def test_an_unknown_kind_is_malformed(kind: int) -> None:
+def test_envelope_unknown_kind_is_malformed(kind: int) -> None:
     """There are seven kinds."""
     with pytest.raises(MalformedEnvelope, match=f"kind {kind} is not known") as caught:
         parse(header(kind=kind))
@@ -225,9 +227,9 @@ def test_an_unknown_kind_is_malformed(kind: int) -> None:
 
 @pytest.mark.parametrize("bit", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("known", [0, 1, 7])
-def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
-    """A bit of a later version changes the meaning of the frame, so it can't be passed
-    over.
+def test_envelope_unknown_flag_is_malformed(bit: int, known: int) -> None:
+    """A flag of a later version changes the meaning of the frame, so it can't be
+    ignored.
     """
     with pytest.raises(MalformedEnvelope, match="unknown bits") as caught:
         parse(header(flags=bit | known) + b"\x00\x02{}")
@@ -268,11 +270,9 @@ def test_an_unknown_flag_is_malformed(bit: int, known: int) -> None:
         (header(kind=5, flags=2) + b"\x01a\x00\x05{}", "ends inside the extension"),
     ],
 )
-def test_a_frame_that_does_not_hold_what_it_announces_is_malformed(
-    body: bytes, reason: str
-) -> None:
-    """Each way to be cut short or to hold something else has its reason, and the id
-    that was readable.
+def test_envelope_with_wrong_lengths_or_text_is_malformed(body: bytes, reason: str) -> None:
+    """Each way to be cut short, or to hold invalid text, has its reason. The error
+    carries the id that was readable.
     """
     with pytest.raises(MalformedEnvelope, match=reason) as caught:
         parse(body)
@@ -281,7 +281,7 @@ def test_a_frame_that_does_not_hold_what_it_announces_is_malformed(
 
 
 @given(st.binary(max_size=80))
-def test_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
+def test_envelope_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
     """Garbage raises MalformedEnvelope and nothing else."""
     outcome = parsed_or_refused(body)
 
@@ -295,18 +295,20 @@ def test_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
     rest=st.binary(max_size=40)
     | st.builds(bytes.__add__, st.just(b"\x01a\x00\x0b"), st.text().map(str.encode)),
 )
-def test_a_good_header_before_garbage_is_parsed_or_malformed(
+def test_envelope_garbage_behind_header_is_parsed_or_malformed(
     kind: Kind, flags: int, name_size: int, rest: bytes
 ) -> None:
-    """Behind a header that is right, garbage raises MalformedEnvelope with the header's
-    id, and nothing else.
+    """Behind a correct header, garbage raises only MalformedEnvelope, with the header's
+    id.
     """
     assert parsed_or_refused(header(kind, flags, 0, name_size) + rest).id == ID
 
 
 @given(st.one_of(ENVELOPES, EVENTS), st.data())
-def test_a_frame_cut_short_never_becomes_another(envelope: Envelope, data: st.DataObject) -> None:
-    """Cut anywhere, a frame is malformed, or lost only some of its payload."""
+def test_envelope_cut_short_is_malformed_or_loses_payload_only(
+    envelope: Envelope, data: st.DataObject
+) -> None:
+    """Cut anywhere, a frame is malformed, or only some of its payload is missing."""
     body = encode(envelope)
     cut = data.draw(st.integers(0, len(body)))
     try:
@@ -337,21 +339,21 @@ def test_a_frame_cut_short_never_becomes_another(envelope: Envelope, data: st.Da
         (Envelope(Kind.EVENT, topic="a.\udfff"), "can't be written in UTF-8"),
     ],
 )
-def test_a_name_or_topic_without_room_is_refused(envelope: Envelope, reason: str) -> None:
+def test_envelope_name_or_topic_too_long_is_refused(envelope: Envelope, reason: str) -> None:
     """Their lengths are one byte, counted in UTF-8."""
     with pytest.raises(InvalidName, match=reason):
         encode(envelope)
 
 
 def holding_itself() -> dict[str, Any]:
-    """An object that has no end."""
+    """Return an object that contains itself."""
     endless: dict[str, Any] = {}
     endless["self"] = endless
     return endless
 
 
 def deeply_nested() -> list[Any]:
-    """A list so deep that nothing recursive gets to its bottom."""
+    """Return a list so deep that no recursive function reaches its bottom."""
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
@@ -375,14 +377,14 @@ def deeply_nested() -> list[Any]:
         (Envelope(Kind.MESSAGE, extension=holding_itself()), "can't be written as JSON"),
     ],
 )
-def test_a_field_without_room_is_refused(envelope: Envelope, reason: str) -> None:
-    """Nothing is cut, wrapped round or left out to make it fit."""
+def test_envelope_field_out_of_range_is_refused(envelope: Envelope, reason: str) -> None:
+    """No field is cut, wrapped round or left out to make it fit."""
     with pytest.raises(PayloadError, match=reason):
         encode(envelope)
 
 
-def test_an_extension_nested_too_deeply_is_refused() -> None:
-    """The caller learns of it as of any other extension that can't be written."""
+def test_extension_nested_too_deeply_is_refused() -> None:
+    """The caller gets the same error as for any other extension that can't be written."""
     with pytest.raises(PayloadError, match="can't be written as JSON"):
         encode(Envelope(Kind.MESSAGE, extension={"a": deeply_nested()}))
     with pytest.raises(PayloadError, match="deeper than 32 levels"):
@@ -390,7 +392,7 @@ def test_an_extension_nested_too_deeply_is_refused() -> None:
 
 
 def nested(levels: int, inner: str = "") -> bytes:
-    """Return an extension of so many levels, objects and lists by turns, as JSON."""
+    """Return an extension of ``levels`` levels as JSON, objects and lists by turns."""
     opened = ['{"a":' if level % 2 == 0 else "[" for level in range(levels - 1)] + [
         "{" if levels % 2 else "["
     ]
@@ -399,7 +401,7 @@ def nested(levels: int, inner: str = "") -> bytes:
 
 
 def extended(raw: bytes) -> bytes:
-    """Return a MESSAGE with these bytes for its extension."""
+    """Return a MESSAGE with ``raw`` as its extension."""
     return header(name_size=3, flags=2) + b"bob" + struct.pack("!H", len(raw)) + raw + b"payload"
 
 
@@ -407,7 +409,7 @@ def extended(raw: bytes) -> bytes:
     "raw", [nested(1), nested(32), b'{"a":[' + b",".join([b"[{}]"] * 5000) + b"]}"]
 )
 def test_extension_with_32_levels_passes(raw: bytes) -> None:
-    """Only levels count, and neither how many objects and lists there are nor where."""
+    """Only levels count, not how many objects and lists there are, nor where."""
     parsed = parse(extended(raw))
 
     assert parsed.extension == json.loads(raw)
@@ -439,8 +441,8 @@ def test_extension_with_33_levels_raises(raw: bytes) -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 50, "\\[" * 40, '\\"[[[[{{' * 10, '\\\\"' + ',"b":"' + "{" * 50, "é[" * 40]
 )
-def test_extension_with_brackets_in_a_string_passes(text: str) -> None:
-    """What is in a string is no level."""
+def test_extension_with_brackets_in_string_passes(text: str) -> None:
+    """Brackets in a string are not levels."""
     raw = ('{"a":"' + text.replace("\\[", "[") + '"}').encode()
 
     assert parse(extended(raw)).extension == json.loads(raw)
@@ -458,7 +460,7 @@ def test_extension_with_brackets_in_a_string_passes(text: str) -> None:
     st.integers(0, 31),
 )
 def test_extension_depth_is_that_of_its_values(value: Any, around: int) -> None:
-    """Counted in the JSON as in the objects that it stands for."""
+    """The depth is counted alike in the JSON and in the objects that it stands for."""
 
     def depth(value: Any) -> int:
         inner = (
@@ -513,8 +515,8 @@ def test_extension_depth_is_that_of_its_values(value: Any, around: int) -> None:
         ("1e-999", True),
     ],
 )
-def test_extension_number_passes_if_a_float_holds_it(number: str, passes: bool, limit: int) -> None:
-    """No interpreter's limit on the digits of an int decides."""
+def test_extension_number_within_float_range_passes(number: str, passes: bool, limit: int) -> None:
+    """The interpreter's limit on the digits of an int plays no part."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(limit)
     try:
@@ -529,14 +531,14 @@ def test_extension_number_passes_if_a_float_holds_it(number: str, passes: bool, 
     assert isinstance(outcome, Envelope) is passes
 
 
-def test_the_longest_extension_fits() -> None:
+def test_extension_of_65535_bytes_passes() -> None:
     """65535 bytes of JSON are the most, and they arrive."""
     extension = {"a": "b" * (65535 - len('{"a":""}'))}
 
     assert parse(encode(Envelope(Kind.MESSAGE, extension=extension))).extension == extension
 
 
-def test_an_extension_may_hold_half_a_surrogate_pair() -> None:
+def test_extension_with_lone_surrogate_passes() -> None:
     """JSON can escape what UTF-8 can't hold, and the frame stays UTF-8."""
     body = encode(Envelope(Kind.MESSAGE, extension={"é": "\ud800"}))
 
@@ -544,12 +546,12 @@ def test_an_extension_may_hold_half_a_surrogate_pair() -> None:
     assert parse(body).extension == {"é": "\ud800"}
 
 
-def test_the_extension_bit_follows_the_extension() -> None:
+def test_extension_flag_without_extension_is_cleared() -> None:
     """A caller that sets the bit without an extension does not make a malformed frame."""
     assert parse(encode(Envelope(Kind.MESSAGE, flags=Flag.EXTENSION | Flag.ACK))).flags == Flag.ACK
 
 
-def test_an_error_says_code_message_and_name() -> None:
+def test_error_payload_holds_code_message_and_name() -> None:
     """The payload of an ERROR is a JSON object of three texts."""
     assert json.loads(error_payload(ErrorCode.OFFLINE, "bob is not connected", "bob")) == {
         "code": "offline",
@@ -582,9 +584,9 @@ BAD_NAMES = [
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
-def test_a_name_is_accepted(name: str) -> None:
-    """Letters, digits, '_', '.' and '-', up to 64, beginning with a letter, a digit or
-    '_'.
+def test_name_valid_is_accepted(name: str) -> None:
+    """A name has 1 to 64 letters, digits, '_', '.' and '-', and begins with a letter, a
+    digit or '_'.
     """
     assert is_name(name)
     assert check_name(name) == name
@@ -592,8 +594,8 @@ def test_a_name_is_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_bad_name_is_refused(name: str) -> None:
-    """The error shows the name and says what would be right."""
+def test_name_invalid_is_refused(name: str) -> None:
+    """The error says what a valid name is."""
     assert not is_name(name)
     with pytest.raises(InvalidName, match="1 to 64 letters"):
         check_name(name)
@@ -602,7 +604,7 @@ def test_a_bad_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "address", ["bob/1", "bob/abcdefghijklmnop", "b.o-b/0", BROKER, "$broker.online.bob", "$x"]
 )
-def test_an_address_is_accepted(address: str) -> None:
+def test_address_valid_is_accepted(address: str) -> None:
     """A recipient is a name, one connection of a name, or a name of the broker's own."""
     assert is_address(address)
     assert check_address(address) == address
@@ -625,8 +627,8 @@ def test_an_address_is_accepted(address: str) -> None:
         "$a b",
     ],
 )
-def test_a_bad_address_is_refused(address: str) -> None:
-    """The error shows the text and says what would be right."""
+def test_address_invalid_is_refused(address: str) -> None:
+    """The error says what a valid address is."""
     assert not is_address(address)
     with pytest.raises(InvalidName, match="NAME/INSTANCE"):
         check_address(address)
@@ -636,7 +638,7 @@ def test_a_bad_address_is_refused(address: str) -> None:
     ("address", "parts"),
     [("bob", ("bob", "")), ("bob/1", ("bob", "1")), (BROKER, (BROKER, "")), ("", ("", ""))],
 )
-def test_an_address_is_split_in_name_and_instance(address: str, parts: tuple[str, str]) -> None:
+def test_address_is_split_in_name_and_instance(address: str, parts: tuple[str, str]) -> None:
     """An address without an instance has an empty one."""
     assert split_address(address) == parts
 
@@ -657,16 +659,18 @@ GOOD_TOPICS = [
 
 
 @pytest.mark.parametrize("topic", GOOD_TOPICS)
-def test_a_topic_is_accepted(topic: str) -> None:
-    """Tokens joined by single dots; '*' and '>' are special only as whole tokens."""
+def test_topic_valid_is_accepted(topic: str) -> None:
+    """A topic is tokens joined by single dots; '*' and '>' are special only as whole
+    tokens.
+    """
     assert check_topic(topic) == topic
     assert check_pattern(topic) == topic
 
 
 @pytest.mark.parametrize("topic", ["", ".", "a.", ".a", "a..b", "t" * 256, "é" * 128, "a.\ud800"])
-def test_a_bad_topic_is_refused_everywhere(topic: str) -> None:
-    """Neither published on nor subscribed to: empty tokens, more than 255 bytes, no
-    UTF-8.
+def test_topic_invalid_is_refused_as_topic_and_pattern(topic: str) -> None:
+    """Empty tokens, more than 255 bytes and text outside UTF-8 can be neither published
+    on nor subscribed to.
     """
     with pytest.raises(InvalidName):
         check_topic(topic)
@@ -677,22 +681,22 @@ def test_a_bad_topic_is_refused_everywhere(topic: str) -> None:
 @pytest.mark.parametrize(
     "pattern", ["*", ">", "a.*", "*.b", "a.*.c", "a.>", "*.>", "*.*", "$broker.>"]
 )
-def test_a_pattern_is_no_topic(pattern: str) -> None:
-    """What stands for many topics can be subscribed to, and not published on."""
+def test_pattern_as_topic_is_refused(pattern: str) -> None:
+    """A pattern can be subscribed to, but not published on."""
     assert check_pattern(pattern) == pattern
     with pytest.raises(InvalidName, match="for subscriptions"):
         check_topic(pattern)
 
 
 @pytest.mark.parametrize("pattern", [">.a", "a.>.b", ">.>", "*.>.*"])
-def test_the_rest_can_only_be_last(pattern: str) -> None:
-    """'>' stands for everything that follows, so nothing can follow it."""
+def test_pattern_with_rest_before_last_token_is_refused(pattern: str) -> None:
+    """'>' stands for everything that follows, so it is the last token."""
     with pytest.raises(InvalidName, match="only be its last token"):
         check_pattern(pattern)
 
 
 @given(st.text())
-def test_any_text_is_judged_by_named_errors_only(text: str) -> None:
+def test_checks_with_any_text_raise_at_most_invalid_name(text: str) -> None:
     """Whatever the text, a check returns it or raises InvalidName."""
     for check in (check_name, check_address, check_topic, check_pattern):
         try:

@@ -1,5 +1,5 @@
-"""Frames: written as the standard library writes them, and pulled one at a time under
-the limit of the moment.
+"""Frames: written as the standard library writes them, and read one at a time under a
+limit that each call gives.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def receive_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 16384, 16385, 300_000])
-def test_frame_is_what_the_standard_library_writes(
+def test_frame_equals_that_of_standard_library(
     stock: tuple[multiprocessing.connection.Connection, socket.socket], size: int
 ) -> None:
-    """frame() and Connection.send_bytes put the same bytes on the stream."""
+    """frame() and Connection.send_bytes write the same bytes."""
     connection, raw = stock
     body = os.urandom(size)
     sender = threading.Thread(target=connection.send_bytes, args=(body,))
@@ -80,10 +80,10 @@ def test_frame_is_what_the_standard_library_writes(
 
 
 @pytest.mark.parametrize("write", [frame, long_frame], ids=["short", "long"])
-def test_the_standard_library_reads_both_forms_of_a_frame(
+def test_frame_in_both_forms_is_read_by_standard_library(
     stock: tuple[multiprocessing.connection.Connection, socket.socket], write: type
 ) -> None:
-    """Connection.recv_bytes takes what we write, in the short and in the long form."""
+    """Connection.recv_bytes reads our frames, in the short and in the long form."""
     connection, raw = stock
 
     raw.sendall(write(b"some bytes"))
@@ -91,22 +91,22 @@ def test_the_standard_library_reads_both_forms_of_a_frame(
     assert connection.recv_bytes() == b"some bytes"
 
 
-def test_the_long_form_begins_above_two_gib() -> None:
+def test_frame_long_form_begins_at_two_gib() -> None:
     """2 GiB - 1 is the last length of the short form."""
     assert frame_prefix(MAX_SHORT) == b"\x7f\xff\xff\xff"
     assert frame_prefix(MAX_SHORT + 1) == b"\xff\xff\xff\xff" + b"\x00\x00\x00\x00\x80\x00\x00\x00"
 
 
 def test_frame_joins_its_parts() -> None:
-    """The parts of a body need not be joined by the caller, whatever kind of bytes they
+    """The caller need not join the parts of a body, whatever bytes-like objects they
     are.
     """
     assert frame(b"ab", bytearray(b"cd"), memoryview(b"ef")) == b"\x00\x00\x00\x06abcdef"
     assert frame() == b"\x00\x00\x00\x00"
 
 
-def test_frame_counts_the_bytes_of_a_view_of_wider_items() -> None:
-    """A memoryview of numbers is announced with its size in bytes, not its count of
+def test_frame_of_view_with_wider_items_counts_bytes() -> None:
+    """The length of a memoryview of numbers is its size in bytes, not its count of
     numbers.
     """
     numbers = memoryview(struct.pack("4I", 1, 2, 3, 4)).cast("I")
@@ -116,7 +116,7 @@ def test_frame_counts_the_bytes_of_a_view_of_wider_items() -> None:
 
 @pytest.mark.parametrize("step", [1, 3, 4096, 1 << 20])
 @pytest.mark.parametrize("write", [frame, long_frame], ids=["short", "long"])
-def test_frames_arrive_whole_however_they_are_cut(step: int, write: type) -> None:
+def test_frame_reader_in_pieces_returns_whole_frames(step: int, write: type) -> None:
     """Bytes may arrive in any pieces; the bodies come out the same, in order."""
     bodies = [b"", b"a", bytes(255), b"z" * 5000, b""]
 
@@ -124,7 +124,9 @@ def test_frames_arrive_whole_however_they_are_cut(step: int, write: type) -> Non
 
 
 @given(st.lists(st.tuples(st.binary(max_size=300), st.booleans())), st.integers(1, 400))
-def test_any_frames_in_any_pieces(bodies: list[tuple[bytes, bool]], step: int) -> None:
+def test_frame_reader_any_frames_in_any_pieces_are_returned(
+    bodies: list[tuple[bytes, bool]], step: int
+) -> None:
     """Whatever the bodies and the pieces, nothing is lost, joined or invented."""
     data = b"".join(long_frame(body) if is_long else frame(body) for body, is_long in bodies)
 
@@ -132,7 +134,7 @@ def test_any_frames_in_any_pieces(bodies: list[tuple[bytes, bool]], step: int) -
 
 
 @given(st.lists(st.binary(max_size=64)), st.integers(0, 512))
-def test_random_bytes_raise_only_named_errors(pieces: list[bytes], limit: int) -> None:
+def test_frame_reader_random_bytes_raise_only_frame_errors(pieces: list[bytes], limit: int) -> None:
     """Garbage gives frames within the limit, or a FrameError; nothing else."""
     reader = FrameReader()
     for piece in pieces:
@@ -146,8 +148,8 @@ def test_random_bytes_raise_only_named_errors(pieces: list[bytes], limit: int) -
 
 
 @given(st.binary(min_size=4, max_size=14).map(lambda tail: b"\xff\xff\xff" + tail))
-def test_lengths_below_zero_raise_only_named_errors(data: bytes) -> None:
-    """The neighbourhood of -1, where garbage rarely falls by chance, is no different."""
+def test_frame_reader_lengths_near_minus_1_raise_only_frame_errors(data: bytes) -> None:
+    """Random bytes rarely give a length near -1, so this test does."""
     reader = FrameReader()
     reader.feed(data)
     try:
@@ -158,9 +160,9 @@ def test_lengths_below_zero_raise_only_named_errors(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [-2, -3, -256, -(2**31)])
-def test_a_negative_length_is_refused(length: int) -> None:
-    """No frame has a length below -1, though the standard library takes one for an
-    empty message.
+def test_frame_reader_negative_length_is_refused(length: int) -> None:
+    """No frame has a length below -1, though the standard library reads it as an empty
+    message.
     """
     reader = FrameReader()
     reader.feed(struct.pack("!i", length))
@@ -170,9 +172,9 @@ def test_a_negative_length_is_refused(length: int) -> None:
 
 
 @pytest.mark.parametrize("size", [101, MAX_SHORT, MAX_SHORT + 1, 2**63 - 1, 2**63, 2**64 - 1])
-def test_a_frame_above_the_limit_is_refused_by_its_length_alone(size: int) -> None:
-    """The refusal waits for none of the body, and says what was announced and what is
-    accepted.
+def test_frame_reader_above_limit_is_refused_by_length_alone(size: int) -> None:
+    """The refusal waits for none of the body. It gives the announced length and the
+    limit.
     """
     reader = FrameReader()
     reader.feed(frame_prefix(size))
@@ -185,7 +187,7 @@ def test_a_frame_above_the_limit_is_refused_by_its_length_alone(size: int) -> No
         reader.missing(100)
 
 
-def test_each_frame_is_judged_by_the_limit_of_its_moment() -> None:
+def test_frame_reader_applies_limit_of_each_call() -> None:
     """A large frame may lie behind a small one in the buffer while the limit is still
     small.
     """
@@ -197,9 +199,9 @@ def test_each_frame_is_judged_by_the_limit_of_its_moment() -> None:
 
 
 @pytest.mark.parametrize("write", [frame, long_frame], ids=["short", "long"])
-def test_missing_counts_down_to_the_whole_frame(write: type) -> None:
-    """While a frame is not whole, missing() is above 0 and never more than what is
-    missing.
+def test_frame_reader_missing_counts_down_to_whole_frame(write: type) -> None:
+    """While a frame is incomplete, missing() is above 0 and at most the number of
+    missing bytes.
     """
     data = write(b"0123456789")
     reader = FrameReader()
@@ -213,8 +215,8 @@ def test_missing_counts_down_to_the_whole_frame(write: type) -> None:
     assert reader.missing(LIMIT) == 4
 
 
-def test_the_rest_belongs_to_whoever_reads_on() -> None:
-    """take_rest gives every byte behind the last frame, and leaves none."""
+def test_frame_reader_take_rest_returns_all_remaining_bytes() -> None:
+    """take_rest() returns every byte behind the last frame, and keeps none."""
     reader = FrameReader()
     reader.feed(frame(b"mine") + b"\x00\x00\x00\x09not")
     assert reader.next_frame(LIMIT) == b"mine"
@@ -226,8 +228,8 @@ def test_the_rest_belongs_to_whoever_reads_on() -> None:
     assert reader.next_frame(LIMIT) == b"next"
 
 
-def test_consumed_bytes_are_given_back() -> None:
-    """A reader that is never quite empty does not keep what it has handed out."""
+def test_frame_reader_consumed_bytes_are_freed() -> None:
+    """A reader that is never quite empty does not keep the frames that it has returned."""
     reader = FrameReader()
     one = frame(b"x" * 1000)
     reader.feed(one[:10])
@@ -239,8 +241,8 @@ def test_consumed_bytes_are_given_back() -> None:
     assert len(reader._buffer) <= FrameReader.COMPACT_ABOVE + 2 * len(one)
 
 
-def test_a_frame_is_not_the_buffer() -> None:
-    """A body handed out stays as it is while the reader goes on."""
+def test_frame_reader_body_is_copy_of_buffer() -> None:
+    """A returned body does not change while the reader goes on."""
     reader = FrameReader()
     reader.feed(frame(b"first"))
     body = reader.next_frame(LIMIT)
@@ -250,8 +252,10 @@ def test_a_frame_is_not_the_buffer() -> None:
     assert body == b"first"
 
 
-def test_frame_span_looks_anywhere_in_a_buffer() -> None:
-    """frame_span reads between its bounds only, and says where the body lies."""
+def test_frame_span_reads_within_its_bounds() -> None:
+    """frame_span() reads between its bounds only, and returns the place and length of
+    the body.
+    """
     buffer = b"????" + frame(b"ab") + long_frame(b"cde")
 
     assert frame_span(buffer, 4, len(buffer)) == (8, 2)

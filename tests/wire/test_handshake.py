@@ -1,12 +1,12 @@
-"""The mutual challenge: both roles joined with no socket, cut into any pieces, lied to,
-and fed garbage.
+"""The handshake without a socket: both roles joined, in pieces of any size, with wrong
+messages and with garbage.
 """
 
 from __future__ import annotations
 
 import hmac
 import traceback
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 from hypothesis import given
@@ -41,7 +41,7 @@ OTHER_NONCE = bytes(range(100, 100 + NONCE_SIZE))
 class Side:
     """One end of a handshake: bytes in, bytes out, and in the end a result or an error.
 
-    keys: what a Proof is looked up in, when the conversation asks whose key made an
+    keys: the keys that a Proof is checked against, to find the one that made an
     answer.
     """
 
@@ -68,14 +68,14 @@ class Side:
             self._resume(body)
 
     def take_outgoing(self) -> bytes:
-        """Return and forget what is to be sent."""
+        """Return the bytes to be sent, and remove them."""
         data = bytes(self.outgoing)
         self.outgoing.clear()
         return data
 
     @property
     def done(self) -> bool:
-        """Whether the conversation is over, well or badly."""
+        """Whether the conversation is over, with a result or an error."""
         return self.result is not None or self.error is not None
 
     def _resume(self, value: bytes | None) -> None:
@@ -100,8 +100,9 @@ class Side:
 
 
 def converse(listener: Side, dialer: Side, *, step: int = 4096, tail: bytes = b"") -> None:
-    """Carry bytes both ways, ``step`` at a time, until nobody has any; ``tail`` follows
-    the dialer's last ones.
+    """Carry bytes both ways, ``step`` at a time, until neither side has any.
+
+    ``tail`` follows the dialer's last bytes.
     """
     tail_sent = False
     while listener.outgoing or dialer.outgoing:
@@ -122,16 +123,14 @@ def join(
     step: int = 4096,
     tail: bytes = b"",
 ) -> tuple[Side, Side]:
-    """Return both sides after all has been said."""
+    """Return both sides after the handshake."""
     listening, dialing = Side(listener, keys), Side(dialer)
     converse(listening, dialing, step=step, tail=tail)
     return listening, dialing
 
 
 def old_dialer(key: bytes, nonce: bytes) -> Handshake:
-    """The dialing side as Python 3.11 and older play it: HMAC-MD5, with no prefix
-    anywhere.
-    """
+    """Play the dialer of Python 3.11 and older: HMAC-MD5, with no prefix anywhere."""
     message = yield RECEIVE
     assert message is not None
     assert message.startswith(CHALLENGE)
@@ -144,7 +143,7 @@ def old_dialer(key: bytes, nonce: bytes) -> Handshake:
 
 
 def old_listener(key: bytes, nonce: bytes) -> Handshake:
-    """The listening side as Python 3.11 and older play it."""
+    """Play the listener of Python 3.11 and older."""
     yield Send(CHALLENGE + nonce[:20])
     assert (yield RECEIVE) == hmac.digest(key, nonce[:20], "md5")
     yield Send(WELCOME)
@@ -155,21 +154,14 @@ def old_listener(key: bytes, nonce: bytes) -> Handshake:
     return Established(key, "md5")
 
 
-def says(*bodies: bytes) -> Generator[Send, None, Established]:
-    """A peer that says its lines whatever it hears."""
-    for body in bodies:
-        yield Send(body)
-    return Established(b"")
-
-
 # -- What succeeds
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
 @pytest.mark.parametrize("name", [b"", b"alice"], ids=["unnamed", "named"])
-def test_both_sides_end_with_the_same_key(step: int, name: bytes) -> None:
-    """The two roles agree, in any pieces, and the listener learns the key and the name
-    that were used.
+def test_handshake_ends_with_same_key_on_both_sides(step: int, name: bytes) -> None:
+    """The two roles agree, in any pieces. The listener learns the key and the name that
+    were used.
     """
     listener, dialer = join(
         as_listener(NONCE, named=True),
@@ -182,8 +174,8 @@ def test_both_sides_end_with_the_same_key(step: int, name: bytes) -> None:
     assert dialer.result == Established(KEY, "sha256", name)
 
 
-def test_a_handshake_is_these_six_messages() -> None:
-    """Word for word: challenge, answer, welcome; and the same the other way round."""
+def test_handshake_is_six_documented_messages() -> None:
+    """Challenge, answer and welcome in each direction, byte for byte."""
     listener, dialer = join(
         as_listener(NONCE, named=True), as_dialer(KEY, OTHER_NONCE, name=b"alice")
     )
@@ -203,8 +195,8 @@ def test_a_handshake_is_these_six_messages() -> None:
 
 @pytest.mark.parametrize("digest", DIGESTS)
 @pytest.mark.parametrize("step", [1, 4096])
-def test_every_digest_can_be_asked_for(digest: str, step: int) -> None:
-    """The side that is challenged uses the digest that the challenge names."""
+def test_handshake_with_each_digest_authenticates(digest: str, step: int) -> None:
+    """The challenged side uses the digest that the challenge names."""
     listener, dialer = join(
         deliver_challenge(NONCE, digest=digest), answer_challenge(KEY), step=step
     )
@@ -217,8 +209,8 @@ def test_every_digest_can_be_asked_for(digest: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("digest", sorted(set(DIGESTS) - {"md5"}))
-def test_the_answer_may_use_another_digest_than_the_challenge(digest: str) -> None:
-    """A peer that answers a sha256 challenge with another known digest is judged by
+def test_handshake_answer_with_other_digest_is_accepted(digest: str) -> None:
+    """A peer may answer a sha256 challenge with another known digest, and is checked by
     that digest.
     """
     listener = Side(deliver_challenge(NONCE, named=True))
@@ -231,8 +223,8 @@ def test_the_answer_may_use_another_digest_than_the_challenge(digest: str) -> No
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
-def test_an_old_dialer_is_welcome_where_md5_is_allowed(step: int) -> None:
-    """Python 3.11 and older know only HMAC-MD5; the listener answers their challenge
+def test_handshake_old_dialer_with_md5_allowed_is_accepted(step: int) -> None:
+    """Python 3.11 and older know only HMAC-MD5. The listener answers their challenge
     the same way.
     """
     listener, dialer = join(as_listener(NONCE), old_dialer(KEY, OTHER_NONCE), step=step)
@@ -242,8 +234,8 @@ def test_an_old_dialer_is_welcome_where_md5_is_allowed(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
-def test_an_old_listener_is_served_where_md5_is_allowed(step: int) -> None:
-    """The dialer answers a bare challenge of 20 bytes with a bare HMAC-MD5, and takes
+def test_handshake_old_listener_with_md5_allowed_is_accepted(step: int) -> None:
+    """The dialer answers a bare challenge of 20 bytes with a bare HMAC-MD5, and accepts
     one for its own.
     """
     listener, dialer = join(
@@ -255,8 +247,8 @@ def test_an_old_listener_is_served_where_md5_is_allowed(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
-def test_frame_may_follow_welcome_at_once(step: int) -> None:
-    """A frame in the same segment as the last #WELCOME# is kept for whoever reads on,
+def test_handshake_frame_right_after_welcome_is_kept(step: int) -> None:
+    """A frame in the same segment as the last #WELCOME# is kept for the next reader,
     though it is large.
     """
     large = frame(b"A" * 1000)
@@ -271,8 +263,8 @@ def test_frame_may_follow_welcome_at_once(step: int) -> None:
 # -- What is refused
 
 
-def test_a_wrong_key_is_refused_by_the_listener() -> None:
-    """The dialer is told so, and both errors say which side rejected which."""
+def test_handshake_dialer_with_wrong_key_is_refused() -> None:
+    """The dialer gets #FAILURE#. Both errors say which side rejected the other."""
     listener, dialer = join(as_listener(NONCE), as_dialer(b"wrong", OTHER_NONCE))
 
     assert listener.sent[-1] == FAILURE
@@ -280,8 +272,8 @@ def test_a_wrong_key_is_refused_by_the_listener() -> None:
     assert "the peer rejected our answer" in str(dialer.error)
 
 
-def test_a_listener_that_does_not_know_the_key_is_refused_by_the_dialer() -> None:
-    """A listener that welcomes everybody must still prove itself."""
+def test_handshake_listener_with_wrong_key_is_refused() -> None:
+    """A listener that welcomes everybody must still prove that it has the key."""
     dialer = Side(as_dialer(KEY, OTHER_NONCE))
     dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE) + frame(WELCOME))
 
@@ -291,8 +283,8 @@ def test_a_listener_that_does_not_know_the_key_is_refused_by_the_dialer() -> Non
     assert "a key that is not accepted here" in str(dialer.error)
 
 
-def test_a_name_is_refused_where_none_is_expected() -> None:
-    """Outside a broker an answer is the standard library's, to the byte."""
+def test_handshake_name_outside_broker_is_refused() -> None:
+    """Outside a broker an answer is exactly the standard library's."""
     listener, dialer = join(
         as_listener(NONCE, named=False), as_dialer(KEY, OTHER_NONCE, name=b"alice")
     )
@@ -301,8 +293,8 @@ def test_a_name_is_refused_where_none_is_expected() -> None:
     assert dialer.error is not None
 
 
-def test_md5_is_refused_from_a_dialer_where_it_is_off() -> None:
-    """The error names the option, for the log of whoever has to switch it on."""
+def test_handshake_md5_not_allowed_is_refused_from_dialer() -> None:
+    """The error, which is logged, names the option that allows MD5."""
     listener = Side(as_listener(NONCE, allow_md5=False))
     listener.feed(frame(hmac.digest(KEY, b"{sha256}" + NONCE, "md5")))
 
@@ -311,7 +303,7 @@ def test_md5_is_refused_from_a_dialer_where_it_is_off() -> None:
     assert "allow_md5" in str(listener.error)
 
 
-def test_prefixed_md5_is_refused_where_it_is_off() -> None:
+def test_handshake_md5_not_allowed_with_prefix_is_refused() -> None:
     """The modern spelling of MD5 is MD5 too."""
     listener = Side(as_listener(NONCE, allow_md5=False))
     listener.feed(frame(b"{md5}" + hmac.digest(KEY, b"{sha256}" + NONCE, "md5")))
@@ -321,7 +313,7 @@ def test_prefixed_md5_is_refused_where_it_is_off() -> None:
 
 
 @pytest.mark.parametrize("challenge", [NONCE[:20], b"{md5}" + NONCE], ids=["bare", "prefixed"])
-def test_md5_is_refused_from_a_listener_where_it_is_off(challenge: bytes) -> None:
+def test_handshake_md5_not_allowed_is_refused_from_listener(challenge: bytes) -> None:
     """A dialer that does not allow MD5 answers no challenge that asks for it."""
     dialer = Side(as_dialer(KEY, OTHER_NONCE, allow_md5=False))
     dialer.feed(frame(CHALLENGE + challenge))
@@ -331,8 +323,8 @@ def test_md5_is_refused_from_a_listener_where_it_is_off(challenge: bytes) -> Non
 
 
 @pytest.mark.parametrize("challenge", [NONCE[:20], b"{md5}" + NONCE], ids=["bare", "prefixed"])
-def test_a_peer_that_proved_itself_with_sha256_is_not_answered_with_md5(challenge: bytes) -> None:
-    """Whoever knows a better digest has no honest reason to ask for MD5 afterwards."""
+def test_handshake_md5_challenge_after_sha256_answer_is_refused(challenge: bytes) -> None:
+    """A peer that knows a better digest has no honest reason to ask for MD5 afterwards."""
     listener = Side(as_listener(NONCE, allow_md5=True))
     listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
     assert listener.sent[-1] == WELCOME
@@ -364,9 +356,9 @@ def test_a_peer_that_proved_itself_with_sha256_is_not_answered_with_md5(challeng
         "second challenge",
     ],
 )
-def test_listener_in_second_half_tells_peer_that_it_failed(words: list[bytes]) -> None:
-    """After its #WELCOME# too a listener's last word to a peer that breaks the rules is
-    #FAILURE#.
+def test_handshake_listener_second_half_broken_sends_failure(words: list[bytes]) -> None:
+    """After its #WELCOME# too, a listener sends #FAILURE# last to a peer that breaks
+    the rules.
     """
     listener = Side(as_listener(NONCE))
     listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
@@ -379,7 +371,7 @@ def test_listener_in_second_half_tells_peer_that_it_failed(words: list[bytes]) -
     assert listener.error is not None
 
 
-def test_listener_that_was_rejected_says_no_more() -> None:
+def test_handshake_listener_rejected_sends_nothing_more() -> None:
     """A client's #FAILURE# is the last word of a handshake."""
     listener = Side(as_listener(NONCE))
     listener.feed(frame(b"{sha256}" + hmac.digest(KEY, b"{sha256}" + NONCE, "sha256")))
@@ -393,8 +385,8 @@ def test_listener_that_was_rejected_says_no_more() -> None:
 # -- Reflection
 
 
-def test_dialer_answers_no_challenge_of_a_client() -> None:
-    """A client's challenge, whatever passes it on, is answered by no other client."""
+def test_handshake_dialer_refuses_marked_challenge() -> None:
+    """A client never answers another client's challenge, however it arrives."""
     first = Side(as_dialer(KEY, OTHER_NONCE))
     first.feed(frame(CHALLENGE + b"{sha256}" + NONCE))
     first.feed(frame(WELCOME))
@@ -409,8 +401,8 @@ def test_dialer_answers_no_challenge_of_a_client() -> None:
     assert "client's challenge" in str(second.error)
 
 
-def test_listener_answers_a_challenge_of_a_client() -> None:
-    """Marked or not: a stock client marks nothing."""
+def test_handshake_listener_answers_marked_and_bare_challenge() -> None:
+    """A stock client marks nothing, so the mark is optional."""
     for mark in (b"", b"\0client"):
         challenge = b"{sha256}" + OTHER_NONCE + mark
         listener = Side(as_listener(NONCE))
@@ -419,11 +411,11 @@ def test_listener_answers_a_challenge_of_a_client() -> None:
         assert listener.sent[-1] == b"{sha256}" + hmac.digest(KEY, challenge, "sha256")
 
 
-def test_a_digest_this_machine_lacks_is_an_authentication_error(
+def test_handshake_missing_digest_raises_authentication_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In FIPS mode there is no MD5; the refusal is the handshake's own, not a
-    ValueError.
+    """In FIPS mode there is no MD5. The handshake refuses with its own error, not with
+    a ValueError.
     """
 
     def no_md5(key: bytes, message: bytes, digest: str) -> bytes:
@@ -439,8 +431,10 @@ def test_a_digest_this_machine_lacks_is_an_authentication_error(
         Proof(NONCE, "md5", bytes(16)).maker([KEY])
 
 
-def test_handshake_with_an_empty_key_authenticates() -> None:
-    """An empty key is a key like any other; who may have it is decided elsewhere."""
+def test_handshake_with_empty_key_authenticates() -> None:
+    """An empty key is a key like any other; the configuration decides whether a client
+    may have it.
+    """
     listener, dialer = join(as_listener(NONCE), as_dialer(b"", OTHER_NONCE), keys=[b""])
     assert listener.result == dialer.result == Established(b"", "sha256")
     listener, dialer = join(as_listener(NONCE), as_dialer(b"", OTHER_NONCE), keys=[KEY])
@@ -469,8 +463,8 @@ def test_handshake_with_an_empty_key_authenticates() -> None:
         (FAILURE, "not a valid proof"),
     ],
 )
-def test_an_answer_that_proves_nothing_is_refused(answer: bytes, reason: str) -> None:
-    """Each malformed answer gets #FAILURE#, and the error says what was wrong with it."""
+def test_handshake_malformed_answer_is_refused(answer: bytes, reason: str) -> None:
+    """Each malformed answer gets #FAILURE#, and the error gives the reason."""
     listener = Side(as_listener(NONCE))
 
     listener.feed(frame(answer))
@@ -493,8 +487,8 @@ def test_an_answer_that_proves_nothing_is_refused(answer: bytes, reason: str) ->
         (CHALLENGE + b"{sha256" + NONCE, "names no digest"),
     ],
 )
-def test_a_challenge_that_is_none_is_not_answered(message: bytes, reason: str) -> None:
-    """No MAC is ever computed for something that is no challenge."""
+def test_handshake_malformed_challenge_is_not_answered(message: bytes, reason: str) -> None:
+    """No MAC is ever computed for a message that is not a valid challenge."""
     dialer = Side(as_dialer(KEY, OTHER_NONCE))
 
     dialer.feed(frame(message))
@@ -504,8 +498,8 @@ def test_a_challenge_that_is_none_is_not_answered(message: bytes, reason: str) -
 
 
 @pytest.mark.parametrize("verdict", [b"", b"#WELCOME", WELCOME + b"#", b"x" * 256])
-def test_a_verdict_is_one_of_two_words(verdict: bytes) -> None:
-    """What is neither #WELCOME# nor #FAILURE# is not taken for either."""
+def test_handshake_unknown_verdict_is_refused(verdict: bytes) -> None:
+    """A verdict is #WELCOME# or #FAILURE#; anything else is an error."""
     dialer = Side(as_dialer(KEY, OTHER_NONCE))
 
     dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE) + frame(verdict))
@@ -513,8 +507,8 @@ def test_a_verdict_is_one_of_two_words(verdict: bytes) -> None:
     assert "neither #WELCOME# nor #FAILURE#" in str(dialer.error)
 
 
-def test_a_message_above_256_bytes_is_refused_by_its_length() -> None:
-    """Before authentication no peer can make us store more than the standard library
+def test_handshake_message_above_256_bytes_is_refused_by_length() -> None:
+    """Before authentication a peer can't make us store more than the standard library
     would.
     """
     listener = Side(as_listener(NONCE))
@@ -524,7 +518,7 @@ def test_a_message_above_256_bytes_is_refused_by_its_length() -> None:
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_an_echoed_challenge_proves_nothing(named: bool) -> None:
+def test_handshake_echoed_challenge_is_refused(named: bool) -> None:
     """A peer that sends back what it was sent is refused in either role."""
     listener = Side(as_listener(NONCE, named=named))
     listener.feed(listener.take_outgoing())
@@ -538,7 +532,7 @@ def test_an_echoed_challenge_proves_nothing(named: bool) -> None:
     assert dialer.sent[-1] == FAILURE
 
 
-def test_a_listener_answers_nothing_before_the_dialer_has_proved_itself() -> None:
+def test_handshake_listener_answers_nothing_before_proof_of_dialer() -> None:
     """A dialer without a key can't have the listener compute a MAC for it to reflect."""
     listener = Side(as_listener(NONCE))
 
@@ -549,8 +543,8 @@ def test_a_listener_answers_nothing_before_the_dialer_has_proved_itself() -> Non
     assert listener.error is not None
 
 
-def test_an_answer_is_bound_to_its_challenge() -> None:
-    """A recorded answer does not serve for another nonce."""
+def test_handshake_replayed_answer_is_refused() -> None:
+    """A recorded answer is not valid for another nonce."""
     first, _ = join(as_listener(NONCE), as_dialer(KEY, OTHER_NONCE))
     recorded = b"{sha256}" + first.proofs[0].mac
     second = Side(as_listener(OTHER_NONCE))
@@ -585,10 +579,12 @@ ALMOST = st.one_of(
     ids=["listener", "broker", "dialer", "client"],
 )
 @given(messages=st.lists(ALMOST, max_size=6))
-def test_garbage_ends_in_an_authentication_error_or_in_waiting(
+def test_handshake_garbage_never_authenticates(
     start: Callable[[], Handshake], messages: list[bytes]
 ) -> None:
-    """Whatever arrives, nothing but the named error is raised, and nobody gets in."""
+    """Whatever arrives, only AuthenticationError or FrameTooBig is raised, and no peer
+    is authenticated.
+    """
     side = Side(start(), keys=[KEY])
     for message in messages:
         try:
@@ -600,27 +596,27 @@ def test_garbage_ends_in_an_authentication_error_or_in_waiting(
 
 
 @pytest.mark.parametrize("error_of", ["listener", "dialer"])
-def test_no_error_shows_a_key_or_a_mac(error_of: str) -> None:
+def test_handshake_error_shows_no_key_or_mac(error_of: str) -> None:
     """Neither the message nor the traceback's values of our own objects hold a secret."""
     listener, dialer = join(as_listener(NONCE), as_dialer(b"wrong key", OTHER_NONCE))
     error: Mapping[str, AuthenticationError | None] = {
         "listener": listener.error,
         "dialer": dialer.error,
     }
-    told = (
+    text = (
         "".join(traceback.format_exception(error[error_of]))
         + repr(listener.proofs)
         + repr(Established(b"wrong key"))
     )
 
-    told += repr(Send(listener.proofs[0].mac))
+    text += repr(Send(listener.proofs[0].mac))
 
-    assert "wrong key" not in told
-    assert repr(listener.proofs[0].mac)[2:-1] not in told
+    assert "wrong key" not in text
+    assert repr(listener.proofs[0].mac)[2:-1] not in text
 
 
-def test_the_key_that_made_an_answer_is_found_among_many() -> None:
-    """The first that fits is told by its place; None where none does."""
+def test_handshake_proof_maker_returns_index_of_first_matching_key() -> None:
+    """Return the index of the first key that made the answer, or None."""
     challenge = b"{sha256}" + bytes(40)
     proof = Proof(challenge, "sha256", hmac.digest(b"right", challenge, "sha256"))
     assert proof.maker([b"wrong", b"right", b"other", b"right"]) == 1

@@ -1,6 +1,4 @@
-"""docs/protocol.md is true: its bytes are those that the library writes, its tables are
-the library's tables.
-"""
+"""docs/protocol.md is true: the library writes its bytes and agrees with its tables."""
 
 from __future__ import annotations
 
@@ -30,18 +28,20 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(
 
 
 def example(label: str) -> list[tuple[str, bytes]]:
-    """Return (who, bytes) of each message in the page's example of that label."""
+    """Return (side, bytes) of each message in the page's example of this label."""
     (block,) = re.findall(rf"```hex {label}\n(.*?)```", PAGE, re.DOTALL)
     messages = []
     for message in block.strip().split("\n\n"):
-        who = message.partition(">")[0]
+        side = message.partition(">")[0]
         # The bytes stand in columns 9 to 56, the remark behind them.
-        messages.append((who, b"".join(bytes.fromhex(line[9:57]) for line in message.splitlines())))
+        messages.append(
+            (side, b"".join(bytes.fromhex(line[9:57]) for line in message.splitlines()))
+        )
     return messages
 
 
 def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, bytes]]:
-    """Return (who, bytes) of each message of a handshake with the page's nonces."""
+    """Return (side, bytes) of each message of a handshake with the page's nonces."""
     sides: dict[str, Handshake] = {
         "broker": handshake.as_listener(bytes(range(40)) + offer(bindings), named=True),
         "client": handshake.as_dialer(
@@ -49,44 +49,45 @@ def conversation(key: bytes, bindings: dict[str, bytes]) -> list[tuple[str, byte
         ),
     }
     waiting: dict[str, list[bytes]] = {"broker": [], "client": []}
-    steps = {who: next(side) for who, side in sides.items()}
-    said = []
+    steps = {side: next(steps) for side, steps in sides.items()}
+    transcript = []
     while steps:
-        for who, other in (("broker", "client"), ("client", "broker")):
-            while who in steps:
-                step = steps[who]
+        for side, other in (("broker", "client"), ("client", "broker")):
+            while side in steps:
+                step = steps[side]
                 value = None
                 if isinstance(step, Send):
-                    said.append((who, frame(step.body)))
+                    transcript.append((side, frame(step.body)))
                     waiting[other].append(step.body)
                 elif isinstance(step, Proof):
-                    of, value = key, key
+                    proof_key, value = key, key
                     if step.binding:
                         data = bindings[step.binding]
-                        of, value = (
-                            bound_key(key, step.binding, data, side) for side in (CLIENT, BROKER)
+                        proof_key, value = (
+                            bound_key(key, step.binding, data, direction)
+                            for direction in (CLIENT, BROKER)
                         )
-                    assert step.made_with(of)
-                elif waiting[who]:
-                    value = waiting[who].pop(0)
+                    assert step.made_with(proof_key)
+                elif waiting[side]:
+                    value = waiting[side].pop(0)
                 else:
                     break
                 try:
-                    steps[who] = sides[who].send(value)
+                    steps[side] = sides[side].send(value)
                 except StopIteration:
-                    del steps[who]
-    return said
+                    del steps[side]
+    return transcript
 
 
-def test_the_handshake_of_the_page_is_ours() -> None:
-    """With the page's key and nonces the library says exactly the page's bytes, in the
-    page's order.
+def test_protocol_page_handshake_equals_library() -> None:
+    """With the page's key and nonces, the library sends exactly the page's bytes, in
+    the page's order.
     """
     assert example("handshake") == conversation(b"alice's key", {})
 
 
-def test_the_bound_handshake_of_the_page_is_ours() -> None:
-    """Over TLS, with the page's binding data too: each byte, and both bound keys."""
+def test_protocol_page_bound_handshake_equals_library() -> None:
+    """Over TLS, with the page's binding data: each byte, and both bound keys."""
     data = bytes(range(0xD0, 0xF0))
     assert example("bound handshake") == conversation(b"alice's key", {END_POINT: data})
     for direction in (CLIENT, BROKER):
@@ -94,7 +95,7 @@ def test_the_bound_handshake_of_the_page_is_ours() -> None:
         assert f"| `{direction}` | `{key.hex()}` |" in PAGE
 
 
-def test_the_handshakes_of_the_page_are_what_it_says_in_words() -> None:
+def test_protocol_page_handshakes_follow_from_its_text() -> None:
     """The page's bytes, computed from its sentences alone, as for a client in another
     language.
     """
@@ -121,8 +122,8 @@ def test_the_handshakes_of_the_page_are_what_it_says_in_words() -> None:
         assert bodies[4] == b"{sha256}" + hmac.new(keys["broker"], second, "sha256").digest()
 
 
-def test_the_frames_of_the_page_are_ours() -> None:
-    """Each frame of the page is what the library writes, and reads."""
+def test_protocol_page_frames_equal_library() -> None:
+    """The library encodes each frame of the page to the page's bytes."""
     envelopes = [
         ("client", Envelope(Kind.MESSAGE, 1, "bob", b"hello", flags=Flag.RECEIPT)),
         ("broker", Envelope(Kind.RECEIPT, 1, "$broker")),
@@ -144,11 +145,11 @@ def test_the_frames_of_the_page_are_ours() -> None:
         ),
     ]
 
-    assert example("frames") == [(who, frame(encode(envelope))) for who, envelope in envelopes]
+    assert example("frames") == [(side, frame(encode(envelope))) for side, envelope in envelopes]
 
 
-def test_the_frames_of_the_page_can_be_read() -> None:
-    """The library reads the page's bytes and finds what its remarks say."""
+def test_protocol_page_frames_are_parsed() -> None:
+    """The library parses the page's bytes and finds what the page's remarks say."""
     reader = FrameReader()
     reader.feed(b"".join(data for _, data in example("frames")))
     bodies = list(iter(lambda: reader.next_frame(1000), None))
@@ -165,18 +166,18 @@ def test_the_frames_of_the_page_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_every_kind_is_in_the_table(kind: Kind) -> None:
+def test_protocol_page_lists_each_kind(kind: Kind) -> None:
     """A kind stands beside its number."""
     assert f"\n| {kind.value} | {kind.name} |" in PAGE
 
 
 @pytest.mark.parametrize("flag", Flag)
-def test_every_flag_is_in_the_table(flag: Flag) -> None:
+def test_protocol_page_lists_each_flag(flag: Flag) -> None:
     """A flag stands beside its value."""
     assert f"{flag.value} {flag.name}" in PAGE
 
 
-def test_the_codes_of_the_page_are_the_codes() -> None:
+def test_protocol_page_lists_exactly_the_error_codes() -> None:
     """The page explains every code of an ERROR and no other."""
     tables = [
         PAGE.partition(head)[2].partition("\n\n")[0]
@@ -189,6 +190,6 @@ def test_the_codes_of_the_page_are_the_codes() -> None:
     ]
 
 
-def test_the_digests_of_the_page_are_the_digests() -> None:
+def test_protocol_page_lists_each_digest() -> None:
     """The page names every digest that a challenge may ask for."""
     assert all(f"`{digest}`" in PAGE for digest in handshake.DIGESTS)

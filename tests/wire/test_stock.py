@@ -1,4 +1,4 @@
-"""The handshake beside the running interpreter's own, byte for byte.
+"""The handshake, compared with that of the running interpreter byte for byte.
 
 Python 3.12 and later challenge with a digest's name; 3.11 knows only HMAC-MD5 and
 challenges with 20 bare bytes.
@@ -52,8 +52,9 @@ class Recording(multiprocessing.connection.Connection):
 
 
 class Stock(threading.Thread):
-    """The standard library's side of a handshake, in a thread; its outcome is what it
-    raised, or None.
+    """The standard library's side of a handshake, in a thread.
+
+    Its outcome is the exception that it raised, or None.
 
     mark: follows the nonce in a challenge.
     """
@@ -84,7 +85,7 @@ class Stock(threading.Thread):
             self.connection.close()
 
     def finish(self) -> bytes:
-        """Return what it wrote, when it is done."""
+        """Wait for the end, and return the bytes written."""
         self.join(TIMEOUT_S)
         assert not self.is_alive(), "the standard library's side did not finish"
         self.connection.close()
@@ -97,9 +98,7 @@ ANSWER = multiprocessing.connection.answer_challenge
 
 @pytest.fixture
 def known_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The standard library draws the nonce that its thread was given, instead of a
-    random one.
-    """
+    """Give the standard library the nonce of its thread instead of a random one."""
     draw = os.urandom
 
     def urandom(size: int) -> bytes:
@@ -113,7 +112,7 @@ def known_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def stream() -> Iterator[tuple[int, socket.socket]]:
-    """A stream: the handle of one end, which the taker closes, and the other end."""
+    """Yield the two ends of a stream: a handle, which the caller closes, and a socket."""
     ours, theirs = socket.socketpair()
     ours.settimeout(TIMEOUT_S)
     with ours:
@@ -121,9 +120,7 @@ def stream() -> Iterator[tuple[int, socket.socket]]:
 
 
 def play(conversation: Handshake, sock: socket.socket, key: bytes = KEY) -> bytes:
-    """Return every byte that our side wrote to the socket, when the conversation is
-    over.
-    """
+    """Run our side of a handshake on the socket, and return every byte that it wrote."""
     reader = FrameReader()
     written = bytearray()
     value: bytes | None = None
@@ -148,9 +145,7 @@ def play(conversation: Handshake, sock: socket.socket, key: bytes = KEY) -> byte
 def both_stock(
     listener_key: bytes = KEY, dialer_key: bytes = KEY, mark: bytes = b""
 ) -> tuple[Stock, Stock]:
-    """Return the two sides of the standard library's handshake with itself, when both
-    are done.
-    """
+    """Run the standard library's handshake with itself, and return both sides."""
     ours, theirs = socket.socketpair()
     listener = Stock(ours.detach(), NONCE, [DELIVER, ANSWER], listener_key)
     dialer = Stock(theirs.detach(), OTHER_NONCE, [ANSWER, DELIVER], dialer_key, mark)
@@ -161,9 +156,9 @@ def both_stock(
 
 @pytest.mark.usefixtures("known_nonces")
 @pytest.mark.skipif(ONLY_MD5, reason="the interpreter knows HMAC-MD5 only")
-def test_our_handshake_is_the_interpreters_byte_for_byte() -> None:
-    """With the same key and nonces, each of our roles writes exactly the bytes of the
-    standard library's, but for the mark of a client's challenge.
+def test_handshake_equals_that_of_standard_library() -> None:
+    """With the same key and nonces, each role writes exactly the bytes of the standard
+    library's. Only the mark of a client's challenge differs.
     """
     stock_listener, _ = both_stock()
     _, stock_dialer = both_stock(mark=CLIENT_MARK)
@@ -182,7 +177,7 @@ def test_our_handshake_is_the_interpreters_byte_for_byte() -> None:
 
 
 @pytest.mark.usefixtures("known_nonces")
-def test_our_answer_is_the_interpreters_byte_for_byte() -> None:
+def test_handshake_answer_equals_that_of_standard_library() -> None:
     """Challenged by the standard library, we write what its own answer_challenge
     writes: on 3.11, bare MD5.
     """
@@ -202,7 +197,7 @@ def test_our_answer_is_the_interpreters_byte_for_byte() -> None:
 
 
 @pytest.mark.usefixtures("known_nonces")
-def test_our_verdict_is_the_interpreters_byte_for_byte() -> None:
+def test_handshake_verdict_equals_that_of_standard_library() -> None:
     """Answered by the standard library, we write what its own deliver_challenge writes
     after its challenge.
     """
@@ -223,9 +218,9 @@ def test_our_verdict_is_the_interpreters_byte_for_byte() -> None:
 
 
 @pytest.mark.parametrize("ours", ["listener", "dialer"])
-def test_each_role_succeeds_with_the_interpreters_other_role(ours: str) -> None:
-    """With random nonces, as in life, both roles succeed against the standard library
-    of this interpreter.
+def test_handshake_with_standard_library_authenticates(ours: str) -> None:
+    """With random nonces, both roles succeed against the standard library of this
+    interpreter.
     """
     with stream() as (handle, sock):
         if ours == "listener":
@@ -240,9 +235,9 @@ def test_each_role_succeeds_with_the_interpreters_other_role(ours: str) -> None:
 
 
 @pytest.mark.parametrize("ours", ["listener", "dialer"])
-def test_a_wrong_key_is_the_interpreters_authentication_error(ours: str) -> None:
-    """The standard library raises AuthenticationError, and so do we, when the keys
-    differ.
+def test_handshake_wrong_key_raises_standard_authentication_error(ours: str) -> None:
+    """With different keys, both our side and the standard library raise
+    multiprocessing.AuthenticationError.
     """
     with stream() as (handle, sock):
         steps = [ANSWER, DELIVER] if ours == "listener" else [DELIVER, ANSWER]
