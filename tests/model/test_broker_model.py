@@ -643,6 +643,8 @@ class BrokerModel(RuleBasedStateMachine):
         """Time passes."""
         self.net.advance(seconds)
 
+    # A reload is refused while an upgrade is going on.
+    @precondition(lambda self: not self.net.is_copying)
     @rule(name=st.sampled_from(list(NAMES)), drawn=CONFIGS)
     def reconfigure(self, name: str, drawn: dict[str, Any]) -> None:
         """Another entry for one client; its connections stay."""
@@ -662,10 +664,22 @@ class BrokerModel(RuleBasedStateMachine):
         self.net.settle()
 
     @rule()
+    def copy(self) -> None:
+        """Another process, which may replace this one later, gets copies of what is
+        idle.
+        """
+        self.net.copy()
+        STATISTICS["copied"] += 1
+
+    @rule()
     def be_replaced(self) -> None:
         """Another process goes on with everything; nobody can tell."""
         before = {peer.session for peer in self.net.peers}
-        self.net.hand_over()
+        if self.net.is_copying:
+            STATISTICS["replaced after copies"] += 1
+            self.net.take_over()
+        else:
+            self.net.hand_over()
         self.sessions = [session for session in self.sessions if session not in before]
         self.sessions += [peer.session for peer in self.net.peers]
         STATISTICS["replaced"] += 1

@@ -244,6 +244,8 @@ class FakeNet:
         self._settling = False
         #: Peers whose frame is handled again after the others had their turn.
         self._yielded: list[Peer] = []
+        #: The broker that is about to take over, and what copies for it.
+        self._copies: tuple[Broker, Copier, Copies] | None = None
 
     def connect(self, name: str) -> Peer:
         """Let a client in. There has to be room, or somebody to be replaced."""
@@ -379,36 +381,61 @@ class FakeNet:
         self.broker.detach(peer.session, self.now)
         self.settle()
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether ``copy`` was called, and the copies were not used yet."""
+        return self._copies is not None
+
+    def copy(self, *configs: ClientConfig) -> None:
+        """Copy for a new broker what has not been copied yet, while this one goes on.
+
+        configs: the entries of the new broker, if they are others.
+        """
+        old = self.broker
+        if self._copies is None:
+            entries = configs or [client.config for client in old.exchange.clients.values()]
+            new = Broker(entries, limits=old.status.limits, version="test", now_wall=self.now)
+            self._copies = new, Copier(old, few=1), Copies(new)
+            self._copies[1].watch([peer.session for peer in self.peers])
+        new, copier, copies = self._copies
+        for number in copier.take_left():
+            copies.discard(number)
+        for facts, blobs in copier.blocks(self.now):
+            copies.add(json.loads(json.dumps(facts)), memoryview(b"".join(blobs)), self.now)
+        for session in copier.changed_sessions():
+            counters = copier.counted(session)
+            if counters is not None:
+                if counters:
+                    copies.count(session.number, list(counters))
+                copier.note_counted(session)
+            elif (idle := capture_idle(old, session, self.now, copier)) is not None:
+                restore_idle(new, json.loads(json.dumps(idle)), self.now, copies)
+        for facts in capture_clients(old, self.now, copier):
+            restore_clients(new, json.loads(json.dumps(facts)), self.now, copies)
+
     def hand_over(
         self, *configs: ClientConfig, meanwhile: Callable[[], object] = lambda: None
     ) -> None:
-        """Have a new broker go on with all that this one has, as another process would;
-        with other entries if given.
+        """Replace the broker by a new one that continues with all its state, as another
+        process would; with other entries if given.
 
         meanwhile: what happens between the copying and the hand-over.
         """
-        old = self.broker
-        entries = configs or [client.config for client in old.exchange.clients.values()]
-        new = Broker(entries, limits=old.status.limits, version="test", now_wall=self.now)
-        copier, copies = Copier(old, few=1), Copies(new)
-        copier.watch([peer.session for peer in self.peers])
-        for act in (meanwhile, lambda: None):
-            for facts, blobs in copier.blocks(self.now):
-                copies.add(json.loads(json.dumps(facts)), memoryview(b"".join(blobs)), self.now)
-            for session in copier.changed_sessions():
-                if (idle := capture_idle(old, session, self.now, copier)) is not None:
-                    restore_idle(new, json.loads(json.dumps(idle)), self.now, copies)
-            for facts in capture_clients(old, self.now, copier):
-                restore_clients(new, json.loads(json.dumps(facts)), self.now, copies)
-            act()
+        self.copy(*configs)
+        meanwhile()
+        self.copy()
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Replace the broker by the new one of ``copy``, with what has changed since."""
+        assert self._copies is not None
+        new, copier, copies = self._copies
         self._check_changes(copier)
-        taken = capture(old, copier.changed_sessions(), self.now, copier)
+        taken = capture(self.broker, copier.changed_sessions(), self.now, copier)
         copier.end()
-        self.broker = new
+        self.broker, self._copies = new, None
         pieces = Pieces(b"".join(taken.pieces))
-        restored = restore(
-            self.broker, json.loads(json.dumps(taken.facts)), pieces, self.now, copies
-        )
+        restored = restore(new, json.loads(json.dumps(taken.facts)), pieces, self.now, copies)
         assert not len(pieces), "bytes that nobody asked for"
         there = [*new.exchange.sessions(), *restored.sessions, *restored.strangers]
         sessions = {session.number: session for session in there if session.open}
