@@ -265,11 +265,11 @@ class _Demo:
         if not truth:
             raise _Failed(otherwise)
 
-    def _arrive(self, who: str, what: str) -> None:
+    def _arrive(self, name: str, text: str) -> None:
         self._arrived += 1
-        self._say(who, what)
+        self._say(name, text)
 
-    def _say(self, who: str, what: str) -> None:
+    def _say(self, name: str, text: str) -> None:
         self._console.print(
-            Text.assemble((f"{who:>6} ", f"bold {_COLOURS[who]}"), what), soft_wrap=True
+            Text.assemble((f"{name:>6} ", f"bold {_COLOURS[name]}"), text), soft_wrap=True
         )

@@ -75,12 +75,12 @@ def _connected(
             " BROKERD_KEY_FILE, or give a client admin: true)",
         )
     failures = []
-    for where in [address] if address else addresses:
+    for target in [address] if address else addresses:
         for administrator in administrators[:_TRIES]:
             try:
-                context = context_of(where, None, None, None)
+                context = context_of(target, None, None, None)
                 return brokerd_client.connect(
-                    where,
+                    target,
                     administrator.name,
                     administrator.key,
                     timeout=DEFAULT_TIMEOUT_S,
@@ -88,7 +88,7 @@ def _connected(
                     ssl=context,
                 )
             except (BrokerdError, OSError) as error:
-                failures.append(f"{administrator.name} at {where}: {error}")
+                failures.append(f"{administrator.name} at {target}: {error}")
     tried = "\n".join(failures)
     raise Failure(
         Status.UNREACHABLE, f"no broker accepts an administrator of this configuration:\n{tried}"

@@ -25,9 +25,9 @@ def context_of(
     BROKERD_CERT_KEY. The variables are ignored for an address without TLS. Raises
     Failure.
     """
-    given = ca or cert or cert_key
+    options = ca or cert or cert_key
     if not (address or os.environ.get("BROKERD_ADDRESS", "")).startswith("tls://"):
-        if given:
+        if options:
             raise Failure(
                 Status.USAGE,
                 "--ca, --cert and --cert-key are for TLS: give --address tls://HOST:PORT",

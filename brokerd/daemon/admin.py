@@ -96,8 +96,8 @@ class AdminCommands:
         pieces = []
         try:
             async with self._one_long:
-                while some := list(itertools.islice(entries, _ENTRIES)):
-                    pieces.append(json.dumps(some)[1:-1])
+                while chunk := list(itertools.islice(entries, _ENTRIES)):
+                    pieces.append(json.dumps(chunk)[1:-1])
                     await asyncio.sleep(0)
         finally:
             self._long -= 1
@@ -107,15 +107,15 @@ class AdminCommands:
         daemon.server.settle()
 
     def _answer_log_level(self, order: AdminCommand) -> None:
-        daemon, wanted = self._daemon, order.arguments
+        daemon, arguments = self._daemon, order.arguments
         try:
             if daemon.own_log is None:
                 raise LevelRefused("the log of this broker belongs to its program")
-            if wanted:
+            if arguments:
                 daemon.own_log.change_level(
-                    wanted.get("area"),
-                    wanted.get("level"),
-                    wanted.get("for"),
+                    arguments.get("area"),
+                    arguments.get("level"),
+                    arguments.get("for"),
                     by=order.source.client.name,
                 )
         except LevelRefused as error:

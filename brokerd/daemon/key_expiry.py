@@ -114,13 +114,13 @@ class KeyExpiryMonitor:
 
         upcoming: when to check all of them again.
         """
-        some = self._clients[start : start + _SLICE]
-        for client in some:
+        part = self._clients[start : start + _SLICE]
+        for client in part:
             self._look_at(client, before, now)
             for key in client.keys:
                 if key.not_after is not None and now <= key.not_after < upcoming:
                     upcoming = key.not_after
-        start += len(some)
+        start += len(part)
         if start < len(self._clients):
             self._timer = self._call_later(0, lambda: self._look_on(start, before, now, upcoming))
             return

@@ -206,7 +206,7 @@ def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str,
     return {
         **plan.as_fields(),
         "disconnected": [
-            {"address": session.address, "peer": session.peer, "reason": why}
-            for session, why in sorted(leaving, key=lambda each: each[0].address)
+            {"address": session.address, "peer": session.peer, "reason": reason}
+            for session, reason in sorted(leaving, key=lambda each: each[0].address)
         ],
     }
