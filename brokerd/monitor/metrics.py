@@ -90,7 +90,7 @@ def of_the_broker(
         ),
         _counter(
             "dropped",
-            "Messages that nobody was told of: see when_full: drop_oldest.",
+            "Messages dropped without an error to any client: see when_full: drop_oldest.",
             reading.dropped,
         ),
         _gauge("clients", "Clients in the configuration.", len(broker.exchange.clients)),
@@ -109,7 +109,7 @@ def of_the_broker(
         ),
         _gauge(
             "held_senders",
-            "Connections not read from until somebody's full queue has room.",
+            "Connections not read from until a full queue has room.",
             reading.held,
         ),
         _gauge(
@@ -269,7 +269,7 @@ def _lag(lag: Lag) -> Metric:
     bounds = [*map(str, BOUNDS), "+Inf"]
     return HistogramMetricFamily(
         "brokerd_event_loop_lag_seconds",
-        "How late the event loop was, looked at ten times a second: what every message waits for.",
+        "How late the event loop was, measured ten times a second: every message waits that long.",
         buckets=list(zip(bounds, accumulate(lag.counts), strict=True)),
         sum_value=lag.total,
     )

@@ -126,7 +126,7 @@ class PendingHandshakes:
 
     def _make_room(self) -> None:
         least, _ = self._admission.least(self._loop.time())
-        assert least is not None, "a room of no places is full of nothing"
+        assert least is not None, "limits.handshakes is at least 1"
         self._refuse(least, _GIVES_WAY, HandshakeOutcome.REFUSED)
 
     def _add(self, pending: PendingConnection) -> None:

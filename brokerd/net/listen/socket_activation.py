@@ -171,7 +171,7 @@ def _taken(fd: int, name: str) -> ActivatedSocket:
 
 def _no_listener(fd: int, name: str) -> str:
     return (
-        f"descriptor {fd} ({name}), handed over by the service manager, is no listening stream"
+        f"descriptor {fd} ({name}), handed over by the service manager, is not a listening stream"
         " socket (use ListenStream= and Accept=no in the .socket unit)"
     )
 
