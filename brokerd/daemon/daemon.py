@@ -362,8 +362,8 @@ class Daemon:
         problems: as ``foreseen`` returns them.
         """
         leaving: list[tuple[Session, str]] = []
-        for some in self.server.misfits_in_turns(prepared.keyring):
-            leaving += some
+        for batch in self.server.unauthorized_in_batches(prepared.keyring):
+            leaving += batch
             await asyncio.sleep(0)
         plan = plan_fields(prepared.plan, leaving)
         return ReloadOutcome(plan, problems, "listen" if problems else "", prepared.warnings)
@@ -409,8 +409,8 @@ class Daemon:
             if plan.monitor:
                 self._monitor.turn(config.monitor, monitored)
         leaving: list[tuple[Session, str]] = []
-        for some in server.misfits_in_turns():
-            leaving += some
+        for batch in server.unauthorized_in_batches():
+            leaving += batch
             yield
         self.reloads.accept(time.time())
         # The new objects replaced about as many old ones, so the collector has not run:

@@ -201,7 +201,7 @@ def blockers(prepared: Prepared) -> list[str]:
 def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str, Any]:
     """Return the plan, with the sessions that are disconnected and the reasons.
 
-    leaving: as ``Server.unauthorized_connections`` returns it.
+    leaving: as ``Server.unauthorized_in_batches`` yields them.
     """
     return {
         **plan.as_fields(),

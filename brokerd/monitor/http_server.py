@@ -361,9 +361,9 @@ class _Guests(web.Server):
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
         super().connection_lost(handler, exc)
-        there = self._there.pop(handler, None)
-        if there is not None:
-            there[1].cancel()
+        guest = self._there.pop(handler, None)
+        if guest is not None:
+            guest[1].cancel()
 
     def close(self) -> None:
         """Close every connection."""

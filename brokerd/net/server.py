@@ -186,18 +186,6 @@ class Server:
         """Return the credential that each connection proved."""
         return [connection.credential for connection in self.connections]
 
-    def unauthorized_connections(self, keyring: Keyring | None = None) -> list[tuple[Session, str]]:
-        """Return the sessions that a keyring would not accept now, each with the
-        reason.
-
-        By default, the current keyring is used. An expired key accepts no new
-        connections, but its existing connections stay.
-        """
-        found: list[tuple[Session, str]] = []
-        for some in self.misfits_in_turns(keyring):
-            found += some
-        return found
-
     def reasons(
         self, connections: Iterable[Connection], keyring: Keyring | None = None
     ) -> list[tuple[Connection, str]]:
@@ -206,7 +194,7 @@ class Server:
 
         By default, the current keyring is used.
         """
-        there = (
+        open_connections = (
             connection
             for connection in connections
             if not connection.closed and not connection.session.closing
@@ -218,21 +206,22 @@ class Server:
                     connection.credential, _uid(connection), keyring, connection.tls_peer
                 ),
             )
-            for connection in there
+            for connection in open_connections
         )
         return [(connection, why) for connection, why in judged if why]
 
-    def misfits_in_turns(
+    def unauthorized_in_batches(
         self, keyring: Keyring | None = None
     ) -> Iterator[list[tuple[Session, str]]]:
         """Yield the unauthorized connections in batches, so that the caller can pause
         between them.
 
-        Only connections that exist at the beginning are checked.
+        Only connections that exist at the beginning are checked. An expired key accepts
+        no new connections, but its existing connections stay.
         """
         connections = iter(list(self.connections))
-        while some := list(islice(connections, _JUDGED)):
-            yield [(connection.session, why) for connection, why in self.reasons(some, keyring)]
+        while batch := list(islice(connections, _JUDGED)):
+            yield [(connection.session, why) for connection, why in self.reasons(batch, keyring)]
 
     def why_unauthorized(
         self,

@@ -360,16 +360,16 @@ class Connection:
             # when it gets there.
             span = None
         if span is not None and self.session.held_by is None:
-            wanted = sum(span) - position
+            size = sum(span) - position
             # The frame is complete and only waits for its turn.
-            there = wanted <= end - position
+            is_whole = size <= end - position
             # A frame longer than any message is not collected: it is skipped as soon as
             # its header has arrived.
             if (
-                not there
-                and _LARGE < wanted <= self.context.broker.status.limits.max_message + _ENVELOPE
+                not is_whole
+                and _LARGE < size <= self.context.broker.status.limits.max_message + _ENVELOPE
             ):
-                self.large_frame = LargeFrame(view[position:end], wanted)
+                self.large_frame = LargeFrame(view[position:end], size)
                 return
         self.pending_input = bytes(view[position:end])
 

@@ -82,14 +82,14 @@ class LingeringClose:
     def _throw_away(self) -> bool:
         """Read and discard input; return whether the peer is still connected."""
         try:
-            there = self._sock.recv_into(self._buffer) > 0
+            is_connected = self._sock.recv_into(self._buffer) > 0
         except (BlockingIOError, InterruptedError):
-            there = True
+            is_connected = True
         except OSError:
-            there = False
-        if not there:
+            is_connected = False
+        if not is_connected:
             self.close()
-        return there
+        return is_connected
 
     def close(self) -> None:
         """Close the socket, even if bytes are on their way."""

@@ -81,10 +81,10 @@ class TlsConnection(Connection):
         """Route what has arrived; return whether there was input or some is still
         decrypted.
         """
-        there = super().advance()
+        had_input = super().advance()
         # The caller may not call again.
         self._after_reading()
-        return there or (self._stream.buffered and self.may_read())
+        return had_input or (self._stream.buffered and self.may_read())
 
     # Writing
 

@@ -39,25 +39,25 @@ def _seen() -> tuple[range, ...] | None:
         return None
 
 
-def is_seen(uid: int, seen: tuple[range, ...] | None = None) -> bool:
+def is_seen(uid: int, visible: tuple[range, ...] | None = None) -> bool:
     """Return whether this process can tell this user from all others.
 
-    seen: the ranges of visible users, by default those of this process.
+    visible: the ranges of visible users, by default those of this process.
     """
-    seen = _seen() if seen is None else seen
-    return seen is None or any(uid in each for each in seen)
+    visible = _seen() if visible is None else visible
+    return visible is None or any(uid in each for each in visible)
 
 
 def unseen(
-    clients: Mapping[str, ClientConfig], seen: tuple[range, ...] | None = None
+    clients: Mapping[str, ClientConfig], visible: tuple[range, ...] | None = None
 ) -> dict[str, list[int]]:
     """Return the clients whose peer_uid has users that can't be seen, and those users.
 
-    seen: as for ``is_seen``.
+    visible: as for ``is_seen``.
     """
     found: dict[str, list[int]] = {}
     for name, client in clients.items():
-        missing = [uid for uid in client.peer_uid or () if not is_seen(uid, seen)]
+        missing = [uid for uid in client.peer_uid or () if not is_seen(uid, visible)]
         if missing:
             found[name] = missing
     return found

@@ -219,10 +219,10 @@ def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
 
 def _hint(address: Address, error: OSError) -> str:
     if address.family == "AF_PIPE":
-        there = error.errno == errno.EACCES
+        is_in_use = error.errno == errno.EACCES
         return (
             " (another program listens there, or connections of an earlier listener are left)"
-            if there
+            if is_in_use
             else ""
         )
     return _HINTS.get(error.errno or 0, "")

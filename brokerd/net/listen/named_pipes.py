@@ -54,7 +54,7 @@ class PipeListener:
     def __init__(self, pipe_server: _PipeServer, name: str) -> None:
         self._pipe_server = pipe_server
         self._name = name
-        self._come: deque[BridgedSocket | OSError] = deque()
+        self._accepted: deque[BridgedSocket | OSError] = deque()
         self._room = threading.Condition()
         self._closing = threading.Event()
         self._waker_out, self._waker_in = socket.socketpair()
@@ -79,11 +79,11 @@ class PipeListener:
         """
         self._waker_out.recv(1)
         with self._room:
-            come = self._come.popleft()
+            connection = self._accepted.popleft()
             self._room.notify()
-        if isinstance(come, OSError):
-            raise come
-        return come, self._name
+        if isinstance(connection, OSError):
+            raise connection
+        return connection, self._name
 
     def close(self) -> None:
         """Stop listening: connections that were not accepted are closed, the others
@@ -96,10 +96,10 @@ class PipeListener:
             self._room.notify()
         self._pipe_server.wake()
         self._thread.join()
-        for come in self._come:
-            if isinstance(come, BridgedSocket):
-                come.close()
-        self._come.clear()
+        for connection in self._accepted:
+            if isinstance(connection, BridgedSocket):
+                connection.close()
+        self._accepted.clear()
         self._waker_out.close()
         self._waker_in.close()
 
@@ -107,12 +107,14 @@ class PipeListener:
         with contextlib.closing(self._pipe_server):
             while not self._closing.is_set():
                 try:
-                    come, _ = self._pipe_server.wait((), None)
-                    taken = (
-                        self._pipe_server.accept() if come and not self._closing.is_set() else None
+                    has_peer, _ = self._pipe_server.wait((), None)
+                    peer = (
+                        self._pipe_server.accept()
+                        if has_peer and not self._closing.is_set()
+                        else None
                     )
-                    if taken is not None:
-                        self._announce(bridge(taken[0].into_stream()))
+                    if peer is not None:
+                        self._announce(bridge(peer[0].into_stream()))
                 except OSError as error:
                     # Whatever the system's own code, ENOBUFS makes the server pause for
                     # a moment.
@@ -121,10 +123,10 @@ class PipeListener:
                     )
                     self._closing.wait(_PAUSE_S)
 
-    def _announce(self, come: BridgedSocket | OSError) -> None:
+    def _announce(self, connection: BridgedSocket | OSError) -> None:
         with self._room:
-            self._room.wait_for(lambda: len(self._come) < _WAITING or self._closing.is_set())
-            self._come.append(come)
+            self._room.wait_for(lambda: len(self._accepted) < _WAITING or self._closing.is_set())
+            self._accepted.append(connection)
         self._waker_in.send(b"\0")
 
 

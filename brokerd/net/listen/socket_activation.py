@@ -69,17 +69,17 @@ class ActivatedSockets:
         Child processes must not see them. Raises SocketActivationError for a descriptor
         that is not a listening stream socket.
         """
-        given = {variable: environ.pop(variable, "") for variable in _VARIABLES}
-        if given["LISTEN_PID"] != str(pid):
+        variables = {variable: environ.pop(variable, "") for variable in _VARIABLES}
+        if variables["LISTEN_PID"] != str(pid):
             return cls()
         try:
-            count = int(given["LISTEN_FDS"])
+            count = int(variables["LISTEN_FDS"])
         except ValueError:
             raise SocketActivationError(
-                f"LISTEN_FDS={given['LISTEN_FDS']!r} is not a number"
+                f"LISTEN_FDS={variables['LISTEN_FDS']!r} is not a number"
                 " (start brokerd by a .socket unit)"
             ) from None
-        names = given["LISTEN_FDNAMES"].split(":") if given["LISTEN_FDNAMES"] else []
+        names = variables["LISTEN_FDNAMES"].split(":") if variables["LISTEN_FDNAMES"] else []
         names += ["unknown"] * (count - len(names))
         return cls(_taken(_FIRST + number, names[number]) for number in range(count))
 

@@ -118,12 +118,12 @@ class TlsStream:
         """Read into a buffer as a socket does; 0 is the end. Raises OSError."""
         self._begin()
         try:
-            got = self._receive_into(view, size)
+            payload = self._receive_into(view, size)
         except OSError as error:
             self._torn = not _by_system(error)
             raise
         self._torn = False
-        return got
+        return payload
 
     def _begin(self) -> None:
         if self._torn:
@@ -136,33 +136,33 @@ class TlsStream:
         if size:
             view = view[:size]
         engine = self.engine
-        got, fed = engine.read_into(view), 0
+        payload, received = engine.read_into(view), 0
         piece = self.budget.read_size(len(view), _PIECE)
         self._left = False
         try:
             while not engine.more and not engine.ended:
-                if fed - got >= piece * 3 // 4:
+                if received - payload >= piece * 3 // 4:
                     self._left = True
                     break
-                came = self._feed(piece)
-                fed += came
-                got += engine.read_into(view[got:])
-                if got and came < piece:
+                size_read = self._feed(piece)
+                received += size_read
+                payload += engine.read_into(view[payload:])
+                if payload and size_read < piece:
                     break
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
             # The bytes before the error are read first; the next read fails again.
-            if not got:
+            if not payload:
                 raise
         finally:
             # If TLS's answer can't be written any more, the input is still returned.
             with contextlib.suppress(OSError):
                 self.flush()
-        self.budget.charge(got, fed)
-        if not got and not engine.ended:
+        self.budget.charge(payload, received)
+        if not payload and not engine.ended:
             raise BlockingIOError
-        return got
+        return payload
 
     def recv(self, size: int) -> bytes:
         """Read as a socket does; b"" is the end. Raises OSError."""
