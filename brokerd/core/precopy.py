@@ -350,12 +350,15 @@ class Copier:
             yield _block(session, first, frames, now)
 
 
+def _number(sender: Session | None) -> int:
+    # A sender that left during an earlier upgrade may have no number: see Copies.session.
+    return _NOBODY if sender is None or not sender.open else sender.number
+
+
 def _block(session: Session, first: int, frames: list[Queued], now: float) -> Block:
     sizes = array("Q", [len(queued.frame) for queued in frames])
     flags = bytes([flags_of(queued) for queued in frames])
-    senders = array(
-        "q", [_NOBODY if queued.sender is None else queued.sender.number for queued in frames]
-    )
+    senders = array("q", [_number(queued.sender) for queued in frames])
     deadlines = array(
         "d", [math.inf if queued.deadline is None else queued.deadline - now for queued in frames]
     )

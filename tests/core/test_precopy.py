@@ -125,6 +125,17 @@ def test_member_that_left_meanwhile_leaves_its_frames_to_another() -> None:
     assert sorted(second.payloads()) == [b"0", b"1", b"2", b"3"]
 
 
+def test_frame_whose_sender_left_during_an_upgrade_is_copied_in_the_next_one() -> None:
+    net = pool()
+    alice, worker = net.connect("alice"), net.connect("pool")
+    worker.block()
+    alice.message("pool", b"x", 7)
+    net.hand_over(meanwhile=alice.leave)
+    net.hand_over()
+    worker.read()
+    assert worker.payloads() == [b"x"]
+
+
 def test_ttl_of_a_copied_frame_goes_on() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
