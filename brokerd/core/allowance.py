@@ -31,7 +31,7 @@ class Allowance:
         self.at = at
         self.holding = holding
 
-    def begin(self, now: float, most: float, *, holds: bool) -> float:
+    def begin(self, now: float, limit: float, *, holds: bool) -> float:
         """Return the seconds a sender may be held.
 
         holds: other senders are held already.
@@ -43,7 +43,7 @@ class Allowance:
             self.used = max(0.0, self.used - (now - self.at) * _SHARE)
         self.at = now
         self.holding = True
-        return most - self.used
+        return limit - self.used
 
     def end(self, now: float) -> None:
         """Add the time until now to ``used``: no sender is held any more."""
@@ -52,6 +52,6 @@ class Allowance:
             self.at = now
             self.holding = False
 
-    def earn(self, most: float) -> None:
+    def earn(self, limit: float) -> None:
         """Credit the recipient for half a queue that it has read."""
-        self.used = max(0.0, self.used - most * _SHARE)
+        self.used = max(0.0, self.used - limit * _SHARE)

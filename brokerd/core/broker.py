@@ -284,44 +284,44 @@ class Broker:
         clients: Mapping[str, ClientConfig],
         limits: CoreLimits,
         now_wall: float,
-        differing: Iterable[str] | None = None,
+        changed_names: Iterable[str] | None = None,
     ) -> list[Session]:
         """Apply a new configuration; return the sessions of removed clients.
 
         The caller closes those sessions. A subscription that its client's new rules
         forbid receives nothing from now on; run_deferred ends it.
 
-        differing: the names in ``clients`` that are new or whose entry changed, if
+        changed_names: the names in ``clients`` that are new or whose entry changed, if
         known.
             Comparing a hundred thousand entries takes half a second.
         """
-        turns = self.reconfiguring(clients, limits, now_wall, differing)
+        turns = self.reconfiguring(clients, limits, now_wall, changed_names)
         while True:
             try:
                 next(turns)
             except StopIteration as end:
-                gone: list[Session] = end.value
-                return gone
+                closed: list[Session] = end.value
+                return closed
 
     def reconfiguring(
         self,
         clients: Mapping[str, ClientConfig],
         limits: CoreLimits,
         now_wall: float,
-        differing: Iterable[str] | None = None,
+        changed_names: Iterable[str] | None = None,
     ) -> Generator[None, None, list[Session]]:
         """Apply a new configuration in turns; return the sessions of removed clients.
 
         It yields after each group of clients, whose new entries are in force by then.
         """
         self.status.limits = limits
-        known = self.exchange.clients
-        gone = [
+        current = self.exchange.clients
+        removed = [
             session
-            for name in known.keys() - clients.keys()
-            for session in known.pop(name).sessions.values()
+            for name in current.keys() - clients.keys()
+            for session in current.pop(name).sessions.values()
         ]
-        names = iter(clients if differing is None else differing)
+        names = iter(clients if changed_names is None else changed_names)
         while group := list(itertools.islice(names, _RECONFIGURED)):
             self.status.generation += 1
             # A remembered outbox may be replaced by one of another kind.
@@ -332,7 +332,7 @@ class Broker:
         self.status.generation += 1
         self.topics.forget()
         self.events.announce("$broker.reloaded", "{}")
-        return gone
+        return removed
 
     def _reconfigure_client(self, config: ClientConfig, now_wall: float) -> None:
         client = self.exchange.clients.get(config.name)
@@ -355,8 +355,8 @@ class Broker:
     def _on_forbidden(self, session: Session, pattern: str, group: str | None) -> None:
         if self.status.changes is not None:
             self.status.changes.note(session)
-        why = "the new rules of the client do not allow the subscription"
-        self.replies.log_events.note("client.unsubscribed", session, pattern, group or "", why)
+        reason = "the new rules of the client do not allow the subscription"
+        self.replies.log_events.note("client.unsubscribed", session, pattern, group or "", reason)
 
     # One frame
 

@@ -61,13 +61,13 @@ class Deadlines(Generic[Key]):
             heapq.heappop(self._heap)
         return self._heap[0] / _SLOTS if self._heap else None
 
-    def due(self, now: float, most: int) -> list[Key]:
-        """Remove and return up to ``most`` keys whose slot is over."""
+    def due(self, now: float, limit: int) -> list[Key]:
+        """Remove and return up to ``limit`` keys whose slot is over."""
         keys: list[Key] = []
-        while len(keys) < most and (earliest := self.next) is not None and earliest <= now:
+        while len(keys) < limit and (earliest := self.next) is not None and earliest <= now:
             number = self._heap[0]
             slot = self._slots[number]
-            while slot and len(keys) < most:
+            while slot and len(keys) < limit:
                 keys.append(slot.popitem()[0])
             if not slot:
                 del self._slots[number]

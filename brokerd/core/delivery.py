@@ -88,8 +88,8 @@ class Delivery:
             return refuse_frame(
                 source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected"
             )
-        rest = frame[HEADER.size + len(envelope.name) :]
-        size = 4 + HEADER.size + len(source.sender_header) + len(rest)
+        remainder = frame[HEADER.size + len(envelope.name) :]
+        size = 4 + HEADER.size + len(source.sender_header) + len(remainder)
         deadline = deadline_of(source, envelope)
         room = self.find_room(source, target, size, now, deadline)
         if room is Room.NONE:
@@ -99,7 +99,7 @@ class Delivery:
             return refuse_frame(source, envelope, ErrorCode.FULL, message, target.address)
         if room is not Room.OK:
             return room.result
-        self._deliver(source, target, envelope, rest, size, deadline)
+        self._deliver(source, target, envelope, remainder, size, deadline)
         if requester is not None:
             self._requests.end(requester, message_id, source)
         if (
@@ -123,40 +123,42 @@ class Delivery:
         source: Session,
         target: Session,
         envelope: Envelope,
-        rest: memoryview,
+        remainder: memoryview,
         size: int,
         deadline: float | None,
     ) -> None:
         """Put a frame into the target's outbox, which has room for its ``size`` bytes.
 
-        rest: the frame behind its header and its recipient's name.
+        remainder: the frame behind its header and its recipient's name.
         """
         outbox = target.outbox
         wants_receipt = bool(envelope.flags & RECEIPT_FLAG)
         head = frame_head(source, envelope, size)
         if isinstance(outbox, FrameOutbox):
             pinned = "/" in envelope.name
-            kept = envelope.kind in (Kind.REPLY, Kind.ERROR)
-            whole = joined(head, rest)
+            is_answer = envelope.kind in (Kind.REPLY, Kind.ERROR)
+            outgoing_frame = joined(head, remainder)
             outbox.put(
                 Queued(
-                    whole,
+                    outgoing_frame,
                     receipt=wants_receipt,
                     pinned=pinned,
                     sender=source,
-                    kept=kept,
+                    kept=is_answer,
                     deadline=deadline,
                 )
             )
         elif deadline is not None:
             outbox.append_timed(
-                Queued(joined(head, rest), receipt=wants_receipt, sender=source, deadline=deadline)
+                Queued(
+                    joined(head, remainder), receipt=wants_receipt, sender=source, deadline=deadline
+                )
             )
-        elif isinstance(rest.obj, LargeFrame):
-            outbox.append(joined(head, rest))
+        elif isinstance(remainder.obj, LargeFrame):
+            outbox.append(joined(head, remainder))
         else:
             outbox.content += head
-            outbox.content += rest
+            outbox.content += remainder
             outbox.frames += 1
             outbox.size += size
         self._replies.touch(target)
@@ -205,8 +207,8 @@ class Delivery:
         outbox = target.outbox
         if not target.slow:
             target.slow = True
-            why = f"its queue of {outbox.limit} bytes is full: {outbox.waiting} bytes wait"
-            self._replies.log_events.note("client.slow", target, source.address, when_full, why)
+            reason = f"its queue of {outbox.limit} bytes is full: {outbox.waiting} bytes wait"
+            self._replies.log_events.note("client.slow", target, source.address, when_full, reason)
         if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
             if source.hold_deadline is None:
                 source.hold_deadline = now + self._held.hold_at_most(target, now)

@@ -61,28 +61,27 @@ _LOOKED_AT: Final = 256
 class Spread:
     """An event on its way to its subscribers.
 
-    matches: all subscribers. rest: the subscribers still to be served; None for a step
-    that
-        serves none of them.
-    done: the subscribers that have been chosen. waiting: the subscriber to try again.
-    deadline: when its ttl is over, or None. whole: the frame, once it is built.
+    matches: all subscribers. remaining: the subscribers still to be served; None for a
+        step that serves none of them.
+    served: the subscribers that have been chosen. waiting: the subscriber to try again.
+    deadline: when its ttl is over, or None. frame: the whole frame, once it is built.
     """
 
-    __slots__ = ("deadline", "done", "matches", "rest", "waiting", "whole")
+    __slots__ = ("deadline", "frame", "matches", "remaining", "served", "waiting")
 
     def __init__(
         self,
         matches: Matches[Session],
-        rest: Iterator[Session | None],
-        done: dict[Session, None],
+        remaining: Iterator[Session | None],
+        served: dict[Session, None],
         deadline: float | None,
     ) -> None:
         self.matches = matches
-        self.rest = rest
-        self.done = done
+        self.remaining = remaining
+        self.served = served
         self.deadline = deadline
         self.waiting: Session | None = None
-        self.whole: bytes | memoryview | None = None
+        self.frame: bytes | memoryview | None = None
 
 
 class Announcement:
@@ -90,10 +89,10 @@ class Announcement:
 
     about: a client name, or None; subscribers that may not send to that client are
     skipped. client, online, since: the presence that is visible once the event is
-    published. done: the subscribers that have received it.
+    published. served: the subscribers that have received it.
     """
 
-    __slots__ = ("_events", "about", "client", "done", "online", "payload", "since", "topic")
+    __slots__ = ("_events", "about", "client", "online", "payload", "served", "since", "topic")
 
     def __init__(self, events: Events, topic: str, payload: str, about: str | None = None) -> None:
         self._events = events
@@ -103,7 +102,7 @@ class Announcement:
         self.client: Client | None = None
         self.online = False
         self.since = 0.0
-        self.done: dict[Session, None] = {}
+        self.served: dict[Session, None] = {}
 
     def begin(self) -> Iterator[None]:
         """Send the event to its subscribers, to some of them in each step."""
@@ -152,9 +151,9 @@ class Events:
         if matches is None:
             return RoutingResult.YIELD
         size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
-        done = source.reached_by_event if source.reached_by_event is not None else {}
+        served = source.reached_by_event if source.reached_by_event is not None else {}
         source.spread = Spread(
-            matches, choose(matches, size, None, done), done, deadline_of(source, envelope)
+            matches, choose(matches, size, None, served), served, deadline_of(source, envelope)
         )
         return self.go_on_publishing(source, envelope, frame, now)
 
@@ -164,26 +163,26 @@ class Events:
         """Deliver an event to its next subscribers. YIELD, FLUSH: some remain."""
         spread = source.spread
         assert spread is not None
-        if spread.whole is None:
-            rest = frame[HEADER.size :]
+        if spread.frame is None:
+            body = frame[HEADER.size :]
             head = frame_head(
-                source, envelope, 4 + HEADER.size + len(source.sender_header) + len(rest)
+                source, envelope, 4 + HEADER.size + len(source.sender_header) + len(body)
             )
             # ``joined`` may write into the received frame. A frame that may be handed over
             # again must not change.
-            at_once = len(spread.matches) <= _MATCHES
-            spread.whole = joined(head, rest) if at_once else b"".join((head, rest))
-        for count, target in enumerate(itertools.chain((spread.waiting,), spread.rest), 1):
+            is_small = len(spread.matches) <= _MATCHES
+            spread.frame = joined(head, body) if is_small else b"".join((head, body))
+        for count, target in enumerate(itertools.chain((spread.waiting,), spread.remaining), 1):
             if target is not None and target.open and not target.retired:
                 room = self._give(source, target, spread, now)
                 if room is not Room.OK and room is not Room.NONE:
                     spread.waiting = target
-                    source.reached_by_event = spread.done
+                    source.reached_by_event = spread.served
                     return room.result
             spread.waiting = None
             if count % _MATCHES == 0 and self._turn.budget >= 0:
                 if self._turn.budget == 0:
-                    source.reached_by_event = spread.done
+                    source.reached_by_event = spread.served
                     return RoutingResult.YIELD
                 self._turn.charge(1)
         source.spread = source.reached_by_event = None
@@ -197,20 +196,20 @@ class Events:
         """Put an event into a subscriber's outbox if there is room; drop it if there is
         none.
         """
-        whole, outbox = spread.whole, target.outbox
-        assert whole is not None
-        room = self._delivery.find_room(source, target, len(whole), now, may_hold=False)
+        frame, outbox = spread.frame, target.outbox
+        assert frame is not None
+        room = self._delivery.find_room(source, target, len(frame), now, may_hold=False)
         if room is Room.NONE:
-            why = "the queue of the subscriber is full"
-            self._replies.drop(target, source.address, "full", why)
+            reason = "the queue of the subscriber is full"
+            self._replies.drop(target, source.address, "full", reason)
         if room is not Room.OK:
             return room
         if isinstance(outbox, FrameOutbox):
-            outbox.put(Queued(whole, deadline=spread.deadline))
+            outbox.put(Queued(frame, deadline=spread.deadline))
         elif spread.deadline is not None:
-            outbox.append_timed(Queued(whole, deadline=spread.deadline))
+            outbox.append_timed(Queued(frame, deadline=spread.deadline))
         else:
-            outbox.append(whole)
+            outbox.append(frame)
         self._replies.touch(target)
         return Room.OK
 
@@ -218,8 +217,8 @@ class Events:
         """Return the subscribers to ``topic``; None if the turn ends before that."""
         if self._turn.budget < 0:
             return self._topics.find(topic)
-        matches, looked_at = self._topics.search(topic, source, (self._turn.budget + 1) * _NODES)
-        self._turn.charge(looked_at // _NODES)
+        matches, visited = self._topics.search(topic, source, (self._turn.budget + 1) * _NODES)
+        self._turn.charge(visited // _NODES)
         return matches
 
     def _remember_fanout(self, source: Session, topic: str, matches: Matches[Session]) -> None:
@@ -264,22 +263,22 @@ class Events:
         envelope = Envelope(
             Kind.EVENT, 0, BROKER, event.payload.encode(), codec=CodecId.JSON, topic=event.topic
         )
-        whole = make_frame(encode(envelope))
-        for target in recipients(self._topics, event.topic, len(whole), event.about, event.done):
+        frame = make_frame(encode(envelope))
+        for target in recipients(self._topics, event.topic, len(frame), event.about, event.served):
             if target is None:
                 yield
             elif target.open and not target.retired:
-                self._send_own(target, whole)
+                self._send_own(target, frame)
 
-    def _send_own(self, target: Session, whole: bytes) -> None:
-        if target.outbox.blocked and not target.outbox.reserve(len(whole), self._replies.reserve):
+    def _send_own(self, target: Session, frame: bytes) -> None:
+        if target.outbox.blocked and not target.outbox.reserve(len(frame), self._replies.reserve):
             # The subscriber must not miss an event, and does not read. A closed connection,
             # which it notices, is better than a gap, which it does not.
             self._replies.close(
                 target, "it subscribed to events of the broker and does not read them", cut=True
             )
         else:
-            self._replies.pass_on(target, whole)
+            self._replies.pass_on(target, frame)
 
 
 def recipients(
@@ -287,14 +286,14 @@ def recipients(
     topic: str,
     size: int,
     about: str | None = None,
-    done: dict[Session, None] | None = None,
+    served: dict[Session, None] | None = None,
 ) -> Iterator[Session | None]:
     """Yield the sessions that get an event of the broker's own on ``topic``.
 
     It yields None after each portion of work.
 
     about: a client name, or None; sessions that may not send to that client are
-    skipped. done: the sessions that have the event; the sessions yielded are added.
+    skipped. served: the sessions that have the event; the sessions yielded are added.
     """
     # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
@@ -303,7 +302,9 @@ def recipients(
         if matches is not None:
             break
         yield None
-    for count, target in enumerate(choose(matches, size, about, {} if done is None else done), 1):
+    for count, target in enumerate(
+        choose(matches, size, about, {} if served is None else served), 1
+    ):
         if target is not None:
             yield target
         if count % _STEP == 0:
@@ -311,19 +312,19 @@ def recipients(
 
 
 def choose(
-    matches: Matches[Session], size: int, about: str | None, done: dict[Session, None]
+    matches: Matches[Session], size: int, about: str | None, served: dict[Session, None]
 ) -> Iterator[Session | None]:
     """Yield the sessions that get an event of ``size`` bytes.
 
     These are all subscribers without a group, and one member of each group. The member
     is one that gets the event anyway, else one with room for it, else the least loaded.
-    None stands for work that found no session. about, done: as for ``recipients``.
+    None stands for work that found no session. about, served: as for ``recipients``.
     """
     for target in matches.everyone:
-        if target not in done and (
+        if target not in served and (
             about is None or target.client.policy.sending(about) is not None
         ):
-            done[target] = None
+            served[target] = None
             yield target
         else:
             yield None
@@ -334,14 +335,14 @@ def choose(
     matches.turn += 1
     turn = matches.turn
     for group, members in matches.groups.items():
-        if not done.keys().isdisjoint(members):
+        if not served.keys().isdisjoint(members):
             yield None
             continue
-        chosen, looked_at = _member(matches, group, turn, size, about)
-        for _ in range(looked_at // _STEP):
+        chosen, examined = _member(matches, group, turn, size, about)
+        for _ in range(examined // _STEP):
             yield None
         if chosen is not None:
-            done[chosen] = None
+            served[chosen] = None
         yield chosen
 
 
@@ -351,12 +352,12 @@ def _member(
     """Return (the member of a group that gets the event, or None; members examined)."""
     ordered = matches.members_of(group)
     start = turn % len(ordered)
-    best, least = None, (True, True, 0)
-    looked_at = 0
+    lightest, least_load = None, (True, True, 0)
+    examined = 0
     for member in itertools.chain(
         itertools.islice(ordered, start, None), itertools.islice(ordered, start)
     ):
-        looked_at += 1
+        examined += 1
         if member in matches.left or not member.open:
             continue
         if about is not None and member.client.policy.sending(about) is None:
@@ -364,11 +365,11 @@ def _member(
         outbox = member.outbox
         waiting = outbox.waiting
         load = (outbox.blocked and waiting + size > outbox.limit, outbox.blocked, waiting)
-        if best is None or load < least:
-            best, least = member, load
+        if lightest is None or load < least_load:
+            lightest, least_load = member, load
             if not waiting:
                 break
-        if looked_at >= _LOOKED_AT and not least[0]:
+        if examined >= _LOOKED_AT and not least_load[0]:
             # In a large group, a member that has room is good enough.
             break
-    return best, looked_at
+    return lightest, examined

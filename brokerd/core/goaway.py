@@ -169,19 +169,19 @@ class Goaway:
         return True
 
 
-def add_reason(session: Session, code: ErrorCode, why: str) -> None:
+def add_reason(session: Session, code: ErrorCode, reason: str) -> None:
     """Append the ERROR with the id 0 that says why the broker closes the connection."""
     # Nothing is delivered after the reply to ``finished``.
     if session.open and not (session.mute or session.finished):
-        session.outbox.append(reason_frame(code, why))
+        session.outbox.append(reason_frame(code, reason))
 
 
 @lru_cache(maxsize=64)
-def reason_frame(code: ErrorCode, why: str) -> bytes:
+def reason_frame(code: ErrorCode, reason: str) -> bytes:
     """Return the ERROR frame that says why a client's connection ends."""
     # The ERROR names the broker itself: if the client does not read it, no message is
     # lost.
-    payload = error_payload(code, why, BROKER)
+    payload = error_payload(code, reason, BROKER)
     return make_frame(encode(Envelope(Kind.ERROR, 0, BROKER, payload, codec=CodecId.JSON)))
 
 

@@ -57,17 +57,17 @@ class HeldSenders:
         """Return the seconds for which a full recipient may hold one more sender."""
         if target.allowance is None:
             target.allowance = Allowance(at=now)
-        most = self._status.limits.wait_timeout
-        return target.allowance.begin(now, most, holds=bool(target.waiters))
+        limit = self._status.limits.wait_timeout
+        return target.allowance.begin(now, limit, holds=bool(target.waiters))
 
     def hold(self, source: Session, target: Session, deadline: float) -> None:
         """Hold a sender until the target has room, at most until ``deadline``."""
-        why = (
+        reason = (
             "it does not read the broker's answers"
             if target is source
             else "the queue it sends to is full"
         )
-        self._replies.log_events.note("client.held", source, target.address, reason=why)
+        self._replies.log_events.note("client.held", source, target.address, reason=reason)
         self.add(source, target, deadline)
 
     def add(self, source: Session, target: Session, deadline: float) -> None:

@@ -29,10 +29,10 @@ class LargeFrame(bytearray):
 
     __slots__ = ("end", "filled")
 
-    def __init__(self, begun: bytes | memoryview, size: int) -> None:
+    def __init__(self, received: bytes | memoryview, size: int) -> None:
         """Begin with the bytes received. size: the frame's bytes, length included."""
         super().__init__(SLACK)
-        self += begun
+        self += received
         self.filled = len(self)
         self.end = SLACK + size
 
@@ -41,8 +41,8 @@ class LargeFrame(bytearray):
         """Whether all of the frame has been received."""
         return self.filled == self.end
 
-    def space(self, most: int) -> memoryview:
-        """Return a view of where the next bytes go, at most ``most`` of them.
+    def space(self, limit: int) -> memoryview:
+        """Return a view of where the next bytes go, at most ``limit`` of them.
 
         The view must be released before the next call. The buffer grows with the bytes
         received, not with the length announced. A peer that sends little therefore
@@ -54,18 +54,18 @@ class LargeFrame(bytearray):
             while missing > 0:
                 self += _ZEROS[:missing]
                 missing -= len(_ZEROS)
-        return memoryview(self)[self.filled : self.filled + most]
+        return memoryview(self)[self.filled : self.filled + limit]
 
 
-def joined(head: bytes, rest: memoryview) -> bytes | memoryview:
+def joined(head: bytes, remainder: memoryview) -> bytes | memoryview:
     """Return a whole frame: a new head before the untouched rest of a frame.
 
     The rest of a LargeFrame is not copied: the head is written in front of it.
     """
-    large_frame = rest.obj
+    large_frame = remainder.obj
     if not isinstance(large_frame, LargeFrame):
-        return b"".join((head, rest))
-    start = len(large_frame) - len(rest) - len(head)
-    whole = memoryview(large_frame)[start:]
-    whole[: len(head)] = head
-    return whole
+        return b"".join((head, remainder))
+    start = len(large_frame) - len(remainder) - len(head)
+    view = memoryview(large_frame)[start:]
+    view[: len(head)] = head
+    return view

@@ -55,17 +55,17 @@ class LogEvents:
         self, event: str, session: Session, other: str = "", code: str = "", reason: str = ""
     ) -> None:
         """Note an event, or count it if it is noted already."""
-        noted = self._noted
+        counts = self._noted
         key = (event, session, other, code)
-        if key not in noted and len(noted) >= MOST:
+        if key not in counts and len(counts) >= MOST:
             key = (event, session, "", code)
-        first, count = noted.get(key, (reason, 0))
-        noted[key] = (first, count + 1)
+        first, count = counts.get(key, (reason, 0))
+        counts[key] = (first, count + 1)
 
     def take(self) -> list[LogEvent]:
         """Remove and return all noted events."""
-        noted, self._noted = self._noted, {}
+        counts, self._noted = self._noted, {}
         return [
             LogEvent(event, session, other, code, reason, count)
-            for (event, session, other, code), (reason, count) in noted.items()
+            for (event, session, other, code), (reason, count) in counts.items()
         ]

@@ -148,15 +148,18 @@ class Operations:
                         BROKER,
                     )
                 operation = _ADMIN[op]
-                whom = arguments.get("address")
+                address = arguments.get("address")
                 self._replies.log_events.note(
-                    "admin.asked", source, whom[:_LONGEST] if isinstance(whom, str) else "", op
+                    "admin.asked",
+                    source,
+                    address[:_LONGEST] if isinstance(address, str) else "",
+                    op,
                 )
             if operation is None:
-                known = ", ".join(sorted((*_OPEN, *_ADMIN)))
+                names = ", ".join(sorted((*_OPEN, *_ADMIN)))
                 raise _Refusal(
                     ErrorCode.UNSUPPORTED,
-                    f"unknown operation {op[:64]!r}: use one of {known}",
+                    f"unknown operation {op[:64]!r}: use one of {names}",
                     BROKER,
                 )
             reply = operation(self, source, request.id, arguments)
@@ -381,8 +384,8 @@ class Operations:
                 "why": "every client may send requests to the broker",
             }
         if verb == "publish" and target.startswith("$"):
-            why = "only the broker publishes on topics that begin with $"
-            return {"allowed": False, "rule": None, "where": None, "why": why}
+            reason = "only the broker publishes on topics that begin with $"
+            return {"allowed": False, "rule": None, "where": None, "why": reason}
         if verb == "send":
             rule, rules = policy.sending(target.partition("/")[0]), client.config.send_to
             if rule is not None and self._exchange.resolve(target.partition("/")[0]) is None:
@@ -408,11 +411,11 @@ class Operations:
                 "why": f"{rule.pattern} allows it",
             }
         patterns = ", ".join(rule.pattern for rule in rules) or "nothing"
-        where = _where(rules[0]) if rules else None
+        location = _where(rules[0]) if rules else None
         return {
             "allowed": False,
             "rule": None,
-            "where": where,
+            "where": location,
             "why": f"none of its rules matches: {patterns}",
         }
 

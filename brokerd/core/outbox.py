@@ -161,15 +161,15 @@ class StreamOutbox(WriteBuffer):
                 return [self.content] if self.content else []
             return [memoryview(self.content)[self._head :]]
         pieces: list[bytearray | memoryview] = [memoryview(self._older[0])[self._head :]]
-        most = min(_PIECES, self._before_expired()) if self.timed else _PIECES
-        if not most:
+        piece_limit = min(_PIECES, self._before_expired()) if self.timed else _PIECES
+        if not piece_limit:
             return []
         for chunk in self._older:
-            if len(pieces) == most:
+            if len(pieces) == piece_limit:
                 return pieces
             if chunk is not self._older[0]:
                 pieces.append(chunk)
-        if self.content and len(pieces) < most:
+        if self.content and len(pieces) < piece_limit:
             pieces.append(self.content)
         return pieces
 
@@ -190,11 +190,11 @@ class StreamOutbox(WriteBuffer):
                 return number - first
         return _PIECES
 
-    def take_expired(self, now: float, most: int) -> list[Queued]:
-        """Remove and return up to ``most`` expired frames from the front."""
+    def take_expired(self, now: float, limit: int) -> list[Queued]:
+        """Remove and return up to ``limit`` expired frames from the front."""
         self._as_of = now
         expired: list[Queued] = []
-        while self._timed and not self._head and len(expired) < most:
+        while self._timed and not self._head and len(expired) < limit:
             number, queued = self._timed[0]
             if (
                 number != self._closed - len(self._older)
@@ -452,11 +452,11 @@ class FrameOutbox(WriteBuffer):
     def _may_be_written(self, queued: Queued) -> bool:
         return queued.deadline is None or queued.deadline > self._as_of or queued is self._begun
 
-    def take_expired(self, now: float, most: int) -> list[Queued]:
-        """Remove and return up to ``most`` expired frames from the front."""
+    def take_expired(self, now: float, limit: int) -> list[Queued]:
+        """Remove and return up to ``limit`` expired frames from the front."""
         self._as_of = now
         expired: list[Queued] = []
-        while self._begun is None and len(expired) < most:
+        while self._begun is None and len(expired) < limit:
             first = self._first()
             if first is None or self._may_be_written(first):
                 break
@@ -466,10 +466,10 @@ class FrameOutbox(WriteBuffer):
             self._tell_eased()
         return expired
 
-    def drop_oldest(self, size: int, most: int = sys.maxsize) -> list[Queued] | None:
+    def drop_oldest(self, size: int, limit: int = sys.maxsize) -> list[Queued] | None:
         """Drop the oldest frames until ``size`` more bytes fit the quota; return them.
 
-        At most ``most`` frames are dropped per call. A partly written frame stays,
+        At most ``limit`` frames are dropped per call. A partly written frame stays,
         since its end must follow. If nothing else is left, any frame may be appended.
         None: the droppable frames are not enough, and none has been dropped.
         """
@@ -477,7 +477,7 @@ class FrameOutbox(WriteBuffer):
         if excess > self._plain_bytes and self._kept:
             return None
         dropped: list[Queued] = []
-        while self._plain and excess > 0 and len(dropped) < most:
+        while self._plain and excess > 0 and len(dropped) < limit:
             oldest = self._next_plain()
             excess -= len(oldest.frame)
             self._waiting -= len(oldest.frame)

@@ -187,17 +187,17 @@ class Copier:
         clients = self._broker.exchange.clients
         if self._changes is None:
             return list(clients.values())
-        return [each for each in self._changes.clients if clients.get(each.name) is each]
+        return [client for client in self._changes.clients if clients.get(client.name) is client]
 
     def take_left(self) -> list[int]:
         """Return the numbers of the copied sessions that have left since the last
         call.
         """
         if self._changes is None:
-            left = [session for session in self._idle if not session.open]
+            sessions = [session for session in self._idle if not session.open]
         else:
-            left, self._changes.left = self._changes.left, []
-        return [session.number for session in left if self._idle.pop(session, None) is not None]
+            sessions, self._changes.left = self._changes.left, []
+        return [session.number for session in sessions if self._idle.pop(session, None) is not None]
 
     def is_idle(self, session: Session) -> bool:
         """Return whether the session has nothing queued and nothing in progress."""
@@ -315,17 +315,17 @@ class Copier:
 
     def _subscriptions_of(self, session: Session) -> Iterator[Block]:
         copied = self.subscriptions.get(session, set())
-        many = len(session.subscriptions) - len(copied) >= self._few
-        if many and not copied:
+        is_large = len(session.subscriptions) - len(copied) >= self._few
+        if is_large and not copied:
             self._unchanged[session] = session.messages_in
         # The difference of two sets with 250,000 elements takes as long as a frame may
         # take.
-        rest = iter(
+        missing = iter(
             list(session.subscriptions - copied if copied else session.subscriptions)
-            if many
+            if is_large
             else []
         )
-        while session.open and (block := list(islice(rest, _SUBSCRIPTIONS))):
+        while session.open and (block := list(islice(missing, _SUBSCRIPTIONS))):
             self.subscriptions.setdefault(session, copied).update(block)
             yield (
                 {"session": session.number, "name": session.client.name, "subscriptions": block},
@@ -390,9 +390,9 @@ class CopiedQueue:
         """Remove the first ``count`` frames."""
         self.first += count
         for _ in range(count):
-            gone = self.plain.popleft()
-            self.size -= len(gone.frame)
-            self.timed -= gone.deadline is not None
+            queued = self.plain.popleft()
+            self.size -= len(queued.frame)
+            self.timed -= queued.deadline is not None
 
 
 class Copies:
@@ -434,11 +434,11 @@ class Copies:
 
     def session(self, number: int) -> Session:
         """Return the session with that number, which may still be empty."""
-        found = self._sessions.get(number)
-        if found is None:
-            found = self._sessions[number] = Session.__new__(Session)
-            found.open = False
-        return found
+        session = self._sessions.get(number)
+        if session is None:
+            session = self._sessions[number] = Session.__new__(Session)
+            session.open = False
+        return session
 
     def numbers(self) -> set[int]:
         """Return the numbers of the copied sessions."""
@@ -454,8 +454,8 @@ class Copies:
     def seat(self, session: Session) -> None:
         """Add a restored session to its client. Raises BadSnapshot."""
         client = session.client
-        there = client.sessions.get(session.address)
-        if there is not None and there is not session:
+        occupant = client.sessions.get(session.address)
+        if occupant is not None and occupant is not session:
             raise BadSnapshot("two open sessions have one address")
         if client.sessions and next(reversed(client.sessions.values())).number > session.number:
             self._unordered.add(client)
@@ -482,11 +482,11 @@ class Copies:
     def reopen(self, facts: dict[str, Any]) -> Session:
         """Return the session that these facts are about, to be filled (again)."""
         number = facts["number"]
-        made = self.made.pop(number, None)
-        if made is not None:
-            self._subscriptions[number] = made.subscriptions
-            if made.address != facts["address"] or not facts["configured"]:
-                made.client.remove(made)
+        session = self.made.pop(number, None)
+        if session is not None:
+            self._subscriptions[number] = session.subscriptions
+            if session.address != facts["address"] or not facts["configured"]:
+                session.client.remove(session)
         self.strangers.pop(number, None)
         self.unknown_recipients.pop(number, None)
         return self.session(number)
@@ -541,9 +541,9 @@ class Copies:
 
     def discard_at(self, client: Client, address: str, number: int) -> None:
         """Remove the copied session that had an address before session ``number``."""
-        there = client.sessions.get(address)
-        if there is not None and there.number != number:
-            self.discard(there.number)
+        occupant = client.sessions.get(address)
+        if occupant is not None and occupant.number != number:
+            self.discard(occupant.number)
 
     def take_queue(self, number: int, first: int, count: int) -> CopiedQueue:
         """Remove and return the ``count`` copied frames from ``first`` on.
@@ -564,12 +564,12 @@ class Copies:
         """End the copied subscriptions in ``ended``; remove and return the rest, in
         force.
         """
-        kept = self._subscriptions.pop(number, set())
+        subscriptions = self._subscriptions.pop(number, set())
         for pattern, group in ended:
-            if (pattern, group) in kept:
-                kept.discard((pattern, group))
+            if (pattern, group) in subscriptions:
+                subscriptions.discard((pattern, group))
                 self._broker.topics.discard(pattern, session, group)
-        return kept
+        return subscriptions
 
     def drop_rest(self) -> None:
         """Discard the copies of sessions that are gone by now."""
@@ -597,18 +597,20 @@ class Copies:
     def _add_subscriptions(self, facts: dict[str, Any]) -> None:
         number = facts["session"]
         client = self._broker.exchange.resolve(facts["name"])
-        made = self.made.get(number)
-        there = (
-            self._subscriptions.setdefault(number, set()) if made is None else made.subscriptions
+        session = self.made.get(number)
+        subscriptions = (
+            self._subscriptions.setdefault(number, set())
+            if session is None
+            else session.subscriptions
         )
         for pattern, group in facts["subscriptions"]:
             if (
                 client is not None
-                and (pattern, group) not in there
+                and (pattern, group) not in subscriptions
                 and client.policy.subscribing(pattern) is not None
             ):
                 self._broker.topics.add(pattern, self.session(number), group)
-                there.add((pattern, group))
+                subscriptions.add((pattern, group))
 
     def _add_frames(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
         count, first = facts["frames"], facts["first"]
@@ -616,32 +618,32 @@ class Copies:
             raise BadSnapshot("a block of frames has no room for what is remembered of them")
         sizes, flags = array("Q", bytes(body[: 8 * count])), bytes(body[8 * count : 9 * count])
         senders = array("q", bytes(body[9 * count : 17 * count]))
-        lefts = array("d", bytes(body[17 * count : 25 * count]))
-        rest = bytes(body[25 * count :])
-        if sum(sizes) != len(rest):
+        times = array("d", bytes(body[17 * count : 25 * count]))
+        content = bytes(body[25 * count :])
+        if sum(sizes) != len(content):
             raise BadSnapshot("the frames of a block are not as long as it says")
         queue = self._queues.get(facts["session"])
         if queue is None or queue.end != first:
             queue = self._queues[facts["session"]] = CopiedQueue(first)
         frames: list[Queued] = []
         timed = position = 0
-        view = memoryview(rest)
-        for size, flag, sender, left in zip(sizes, flags, senders, lefts, strict=True):
+        view = memoryview(content)
+        for size, flag, sender, time_left in zip(sizes, flags, senders, times, strict=True):
             end = position + size
             check_frames(view[position:end], one=True)
-            if flag & ~FLAGS or flag & KEPT or math.isnan(left):
+            if flag & ~FLAGS or flag & KEPT or math.isnan(time_left):
                 raise BadSnapshot("a frame of a block has flags or a time that it can't have")
-            timed += left != math.inf
+            timed += time_left != math.inf
             frames.append(
                 Queued(
-                    rest[position:end],
+                    content[position:end],
                     bool(flag & RECEIPT),
                     bool(flag & PINNED),
                     None if sender == _NOBODY or flag & ORPHANED else self.session(sender),
                     bool(flag & ORPHANED),
                     False,
-                    None if left == math.inf else now + left,
+                    None if time_left == math.inf else now + time_left,
                 )
             )
             position = end
-        queue.add(frames, len(rest), timed)
+        queue.add(frames, len(content), timed)

@@ -63,7 +63,7 @@ class Replies:
             self.touched.append(session)
 
     def close(
-        self, session: Session, why: str, *, cut: bool = False, code: ErrorCode | None = None
+        self, session: Session, reason: str, *, cut: bool = False, code: ErrorCode | None = None
     ) -> None:
         """Mark the session to be closed once its outbox is written.
 
@@ -72,13 +72,13 @@ class Replies:
         """
         if not session.closing:
             session.closing_code = code
-        session.closing = session.closing or why
+        session.closing = session.closing or reason
         session.cut = session.cut or cut
         self.touch(session)
 
-    def pass_on(self, target: Session, whole: bytes) -> None:
+    def pass_on(self, target: Session, frame: bytes) -> None:
         """Queue a whole frame for a session, whatever its quota is."""
-        target.outbox.append(whole)
+        target.outbox.append(frame)
         self.touch(target)
 
     def answer(self, source: Session, envelope: Envelope) -> None:
@@ -158,18 +158,18 @@ class Replies:
         session = answerer.incoming_requests.get((requester, message_id))
         if session is not None:
             self._requests.end(session, message_id, answerer)
-            why = f"the answer of {answerer.address} was refused: {message}"
-            self.refuse(session, message_id, code, why, answerer.address)
+            reason = f"the answer of {answerer.address} was refused: {message}"
+            self.refuse(session, message_id, code, reason, answerer.address)
 
-    def drop(self, session: Session, other: str, code: str, why: str) -> None:
+    def drop(self, session: Session, other: str, code: str, reason: str) -> None:
         """Count a message that is dropped without a report, and log it."""
         self.dropped += 1
-        self.log_events.note("message.dropped", session, other, code, why)
+        self.log_events.note("message.dropped", session, other, code, reason)
 
-    def lose(self, session: Session, other: str, code: str, why: str) -> None:
+    def lose(self, session: Session, other: str, code: str, reason: str) -> None:
         """Drop a message that was to be returned to its sender."""
         self.returned["lost"] += 1
-        self.drop(session, other, code, why)
+        self.drop(session, other, code, reason)
 
     @property
     def reserve(self) -> int:

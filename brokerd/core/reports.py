@@ -101,14 +101,14 @@ class Reports:
         if _is_over(queued, envelope, sender, session):
             return
         other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
-        moves = (
+        has_room = (
             other is not None
             and isinstance(other.outbox, FrameOutbox)
             and other.outbox.reserve(len(queued.frame))
         )
         if envelope.kind is Kind.REQUEST and sender is not None:
             self._requests.end(sender, envelope.id, session)
-        if moves:
+        if has_room:
             assert other is not None
             assert isinstance(other.outbox, FrameOutbox)
             other.outbox.put(queued)
@@ -117,13 +117,13 @@ class Reports:
             if envelope.kind is Kind.REQUEST and sender is not None:
                 self._requests.expect(sender, other, envelope.id, queued.deadline)
         elif sender is not None:
-            to = session.address if queued.pinned else session.client.name
+            name = session.address if queued.pinned else session.client.name
             returned["reported"] += 1
-            message = f"{to} disconnected before it took the message"
-            self._replies.refuse(sender, envelope.id, ErrorCode.OFFLINE, message, to)
+            message = f"{name} disconnected before it took the message"
+            self._replies.refuse(sender, envelope.id, ErrorCode.OFFLINE, message, name)
         else:
-            why = "its recipient and its sender have disconnected"
-            self._replies.lose(session, envelope.name, "offline", why)
+            reason = "its recipient and its sender have disconnected"
+            self._replies.lose(session, envelope.name, "offline", reason)
 
     def _count_unheard(self, payload: bytes) -> None:
         """Count a refusal that was not received. payload: the payload of the ERROR."""
@@ -170,13 +170,13 @@ class Reports:
             self._replies.refuse(sender, envelope.id, ErrorCode.EXPIRED, message, target.address)
 
     def expire_request(
-        self, requester: Session, message_id: int, address: str, why: str = ""
+        self, requester: Session, message_id: int, address: str, reason: str = ""
     ) -> None:
         """End a request whose ttl is over, and send its requester an ERROR."""
         responder = requester.outgoing_requests.get((message_id, address))
         if responder is not None:
             self._requests.end(requester, message_id, responder)
-            message = why or f"its ttl was over before {address} answered"
+            message = reason or f"its ttl was over before {address} answered"
             self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
 
     def _sender_of(self, queued: Queued, name: str) -> Session | None:

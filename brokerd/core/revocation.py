@@ -59,10 +59,10 @@ class Revocation:
         """Check up to ``count`` subscriptions."""
         while self._rest and count > 0:
             session = next(iter(self._rest))
-            looked_at = self._go_on(session, count)
-            if looked_at < count:
+            checked = self._go_on(session, count)
+            if checked < count:
                 self._end(session)
-            count -= looked_at + 1
+            count -= checked + 1
 
     def _end(self, session: Session) -> None:
         del self._rest[session]
@@ -72,11 +72,11 @@ class Revocation:
         """Check up to ``count`` subscriptions of a session; return how many were
         checked.
         """
-        rest = self._rest[session]
-        if rest is None:
-            rest = self._rest[session] = list(session.subscriptions)
-        batch = rest[-count:]
-        del rest[-count:]
+        remaining = self._rest[session]
+        if remaining is None:
+            remaining = self._rest[session] = list(session.subscriptions)
+        batch = remaining[-count:]
+        del remaining[-count:]
         for pattern, group in batch:
             # The subscription may have ended since then, and the whole session with it.
             if (pattern, group) in session.subscriptions and session.client.policy.subscribing(

@@ -50,10 +50,10 @@ def handle_slow_path(
     kind, _, _, name_size, message_id = HEADER.unpack_from(buffer, first)
     payload = size - _HEADER_SIZE - name_size
     if payload - (_TOPIC_ALLOWANCE if kind == Kind.EVENT else 0) > broker.status.limits.max_message:
-        named = first + _HEADER_SIZE + name_size
-        if end < named:
+        name_end = first + _HEADER_SIZE + name_size
+        if end < name_end:
             return position, RoutingResult.CONSUMED
-        name = str(buffer[first + _HEADER_SIZE : named], "ascii", "replace")
+        name = str(buffer[first + _HEADER_SIZE : name_end], "ascii", "replace")
         result = broker.too_large(
             source, kind, message_id, name if is_address(name) else "", payload
         )
@@ -65,5 +65,5 @@ def handle_slow_path(
     if stop > end:
         return position, RoutingResult.CONSUMED
     result = broker.handle(source, buffer[first:stop], now)
-    done = result is RoutingResult.CONSUMED or result is RoutingResult.CLOSE
-    return (stop if done else position), result
+    is_over = result is RoutingResult.CONSUMED or result is RoutingResult.CLOSE
+    return (stop if is_over else position), result

@@ -94,8 +94,8 @@ class Pieces:
         """Return the next ``size`` bytes. Raises BadSnapshot if fewer are left."""
         if not 0 <= size <= len(self._rest):
             raise BadSnapshot(f"{size} bytes are wanted where {len(self._rest)} are left")
-        taken, self._rest = self._rest[:size], self._rest[size:]
-        return taken
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        return piece
 
     def __len__(self) -> int:
         return len(self._rest)
@@ -161,7 +161,7 @@ def capture(
         elif counters:
             counts.append([session.number, *counters])
     index = _Index([*fresh, *(session for session, _ in leaving)], copier)
-    whole = list(index)
+    indexed_sessions = list(index)
     facts: Facts = {
         "started_at": broker.status.started_at,
         "upgrades": broker.status.upgrades,
@@ -176,7 +176,7 @@ def capture(
             for client in copier.changed_clients()
             if not copier.is_client_as_copied(client)
         },
-        "sessions": [_session(broker, session, index, now, copier) for session in whole],
+        "sessions": [_session(broker, session, index, now, copier) for session in indexed_sessions],
         "outboxes": [_outbox(session, index, snapshot, now, copier) for session in fresh],
         "counts": counts,
         "gone": copier.take_left(),
@@ -222,13 +222,13 @@ def capture_idle(broker: Broker, session: Session, now: float, copier: Copier) -
 def capture_clients(broker: Broker, now: float, copier: Copier) -> Iterator[Facts]:
     """Yield the facts of changed clients in blocks; they may change between two blocks."""
     changed = iter(copier.changed_clients())
-    while some := list(itertools.islice(changed, _CLIENTS)):
+    while clients := list(itertools.islice(changed, _CLIENTS)):
         facts = {
             client.name: _client(client, now)
-            for client in some
+            for client in clients
             if not copier.is_client_as_copied(client)
         }
-        for client in some:
+        for client in clients:
             copier.note_client_copied(client)
         if facts or not copier.has_told_start:
             copier.has_told_start = True
@@ -243,9 +243,9 @@ def _job(job: Job, index: Mapping[Session, int]) -> Facts:
     if isinstance(job, Question):
         return {"question": [index[job.source], job.id, job.op], "news": None}
     assert isinstance(job, Announcement)
-    shown = None if job.client is None else [job.client.name, job.online, job.since]
-    done = [index[session] for session in job.done if session.open]
-    return {"question": None, "news": [job.topic, job.payload, job.about, shown, done]}
+    presence = None if job.client is None else [job.client.name, job.online, job.since]
+    recipients = [index[session] for session in job.served if session.open]
+    return {"question": None, "news": [job.topic, job.payload, job.about, presence, recipients]}
 
 
 def _holder(session: Session) -> Session:
@@ -299,13 +299,13 @@ def _session(
             if asker in index
         ],
         "asked": [
-            [message_id, address, index[each]]
-            for (message_id, address), each in session.outgoing_requests.items()
-            if each in index
+            [message_id, address, index[responder]]
+            for (message_id, address), responder in session.outgoing_requests.items()
+            if responder in index
         ],
         "reached_by_event": None
         if session.reached_by_event is None
-        else [index[each] for each in session.reached_by_event if each.open],
+        else [index[recipient] for recipient in session.reached_by_event if recipient.open],
         "expiring": [
             [message_id, address, deadline - now]
             for (message_id, address), deadline in session.expiring.items()
@@ -402,9 +402,11 @@ def restore(
     check(facts, copies.facts_of)
     if copies.latest >= facts["next_number"]:
         raise BadSnapshot("a copied session came after all that have come")
-    sessions, fresh = _take_sessions(facts, copies)
+    sessions, to_fill = _take_sessions(facts, copies)
     strangers = [copies.session(number) for number in copies.strangers]
-    fresh += [(copies.session(number), *told) for number, told in copies.strangers.items()]
+    to_fill += [
+        (copies.session(number), *stranger) for number, stranger in copies.strangers.items()
+    ]
     broker.status.upgrades = facts["upgrades"] + 1
     broker.continue_order(facts["next_number"])
     broker.replies.dropped = facts["dropped"]
@@ -415,18 +417,24 @@ def restore(
     for name, client_facts in facts["clients"].items():
         _restore_client(broker.exchange.resolve(name), client_facts, now)
     # Clients whose names are not configured, any more or for this connection.
-    unknown = _Unknown()
-    for session, each, outbox in fresh:
-        known = broker.exchange.resolve(each["name"]) if each["configured"] else None
-        client = unknown.client(each) if known is None else known
-        _restore_session(session, client, each, now).open = outbox is not None
+    unconfigured = _Unknown()
+    for session, session_facts, outbox in to_fill:
+        configured = (
+            broker.exchange.resolve(session_facts["name"]) if session_facts["configured"] else None
+        )
+        client = unconfigured.client(session_facts) if configured is None else configured
+        _restore_session(session, client, session_facts, now).open = outbox is not None
     for number, names in copies.unknown_recipients.items():
-        copies.made[number].recipients.update(unknown.named(names))
-    for session, each, _ in fresh:
-        _restore_dialogs(broker, session, each, sessions, now)
-        session.recipients = _reached(broker, each)
-        session.recipients.update(unknown.named(each["reached"]))
-    opened = [(session, each, outbox) for session, each, outbox in fresh if outbox is not None]
+        copies.made[number].recipients.update(unconfigured.named(names))
+    for session, session_facts, _ in to_fill:
+        _restore_dialogs(broker, session, session_facts, sessions, now)
+        session.recipients = _reached(broker, session_facts)
+        session.recipients.update(unconfigured.named(session_facts["reached"]))
+    opened = [
+        (session, session_facts, outbox)
+        for session, session_facts, outbox in to_fill
+        if outbox is not None
+    ]
     for session, _, outbox in opened:
         _restore_outbox(session, outbox, sessions, pieces, now, copies)
         if (
@@ -434,16 +442,16 @@ def restore(
             and broker.exchange.resolve(session.client.name) is session.client
         ):
             session.renew_outbox()
-    for session, each, _ in opened:
+    for session, session_facts, _ in opened:
         copies.seat(session)
-        _restore_subscriptions(broker, session, each, copies)
+        _restore_subscriptions(broker, session, session_facts, copies)
     copies.put_in_order()
-    for each in facts["deferred"]:
-        _restore_job(broker, each, sessions)
-    for source, target, left in facts["held"]:
+    for job_facts in facts["deferred"]:
+        _restore_job(broker, job_facts, sessions)
+    for source, target, time_left in facts["held"]:
         # The sender may have been about to be released together with other senders.
         broker.held.release_first(sessions[source], sessions[target])
-        until = float("inf") if left is None else now + left
+        until = float("inf") if time_left is None else now + time_left
         broker.held.add(sessions[source], sessions[target], until)
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)
@@ -458,22 +466,24 @@ def _take_sessions(
     """Return the sessions in the facts, by position; and those that are to be filled,
     each with its facts and those of its outbox, if it is open.
     """
-    told, first_left = facts["sessions"], len(facts["outboxes"])
-    left = [each["number"] for each in told[first_left : first_left + len(facts["leaving"])]]
-    for number in (*facts["gone"], *left):
+    entries, first_left = facts["sessions"], len(facts["outboxes"])
+    leaving = [
+        entry["number"] for entry in entries[first_left : first_left + len(facts["leaving"])]
+    ]
+    for number in (*facts["gone"], *leaving):
         copies.discard(number)
     for number, *counters in facts["counts"]:
         copies.count(number, counters)
     sessions: list[Session] = []
-    fresh: list[tuple[Session, Facts, Facts | None]] = []
-    for position, each in enumerate(told):
-        if type(each) is int:
-            sessions.append(copies.copied(each))
+    to_fill: list[tuple[Session, Facts, Facts | None]] = []
+    for position, entry in enumerate(entries):
+        if type(entry) is int:
+            sessions.append(copies.copied(entry))
         else:
-            sessions.append(copies.reopen(each))
+            sessions.append(copies.reopen(entry))
             outbox = facts["outboxes"][position] if position < first_left else None
-            fresh.append((sessions[-1], each, outbox))
-    return sessions, fresh
+            to_fill.append((sessions[-1], entry, outbox))
+    return sessions, to_fill
 
 
 def adapt(facts: Facts, copies: Copies) -> None:
@@ -481,13 +491,13 @@ def adapt(facts: Facts, copies: Copies) -> None:
 
     There, the facts list every session that is open.
     """
-    listed = facts.get("sessions")
+    entries = facts.get("sessions")
     numbers = [
-        each.get("number") if type(each) is dict else each
-        for each in (listed if type(listed) is list else ())
+        entry.get("number") if type(entry) is dict else entry
+        for entry in (entries if type(entries) is list else ())
     ]
-    there = {each for each in numbers if type(each) is int}
-    facts["gone"] = sorted(copies.numbers() - there)
+    present = {entry for entry in numbers if type(entry) is int}
+    facts["gone"] = sorted(copies.numbers() - present)
     facts["counts"] = []
 
 
@@ -534,9 +544,9 @@ def restore_clients(broker: Broker, facts: Facts, now: float, copies: Copies) ->
     """Restore the clients in a block of ``capture_clients``. Raises BadSnapshot."""
     check_clients(facts)
     _start_clients(broker, facts["started_at"], copies)
-    for name, each in facts["clients"].items():
+    for name, client_facts in facts["clients"].items():
         copies.clients.add(name)
-        _restore_client(broker.exchange.resolve(name), each, now)
+        _restore_client(broker.exchange.resolve(name), client_facts, now)
 
 
 def _restore_dialogs(
@@ -579,32 +589,36 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
     Returns the session, or None if its name is unknown here. Raises BadSnapshot.
     """
     check_idle(facts)
-    each, outbox = facts["session"], facts["outbox"]
-    number, name = each["number"], each["name"]
+    session_facts, outbox = facts["session"], facts["outbox"]
+    number, name = session_facts["number"], session_facts["name"]
     client = broker.exchange.resolve(name)
-    copies.latest = max(copies.latest, number, each["left_at"])
+    copies.latest = max(copies.latest, number, session_facts["left_at"])
     if facts["client"] is not None:
         copies.clients.add(name)
         _restore_client(client, facts["client"], now)
     if client is None:
-        copies.strangers[number] = each, outbox
+        copies.strangers[number] = session_facts, outbox
         return None
-    copies.discard_at(client, each["address"], number)
-    session = _restore_session(copies.reopen(each), client, each, now)
+    copies.discard_at(client, session_facts["address"], number)
+    session = _restore_session(copies.reopen(session_facts), client, session_facts, now)
     _restore_outbox(session, outbox, [], Pieces(b""), now, copies)
     session.renew_outbox()
-    session.recipients = _reached(broker, each)
+    session.recipients = _reached(broker, session_facts)
     session.subscriptions = copies.change_subscriptions(
         {
             "session": number,
             "name": name,
-            "subscriptions": [(pattern, group) for pattern, group in each["subscriptions"]],
-            "unsubscribed": each["unsubscribed"],
+            "subscriptions": [
+                (pattern, group) for pattern, group in session_facts["subscriptions"]
+            ],
+            "unsubscribed": session_facts["unsubscribed"],
         }
     )
     copies.seat(session)
-    unknown = [name for name in each["reached"] if broker.exchange.resolve(name) is None]
-    copies.keep(session, unknown)
+    unknown_names = [
+        name for name in session_facts["reached"] if broker.exchange.resolve(name) is None
+    ]
+    copies.keep(session, unknown_names)
     return session
 
 
@@ -632,12 +646,16 @@ def _restore_job(broker: Broker, facts: Facts, sessions: list[Session]) -> None:
         broker.operations.asking.add(sessions[source])
         broker.deferred.jobs.append(Question(broker.operations, sessions[source], message_id, op))
         return
-    topic, payload, about, shown, done = facts["news"]
-    news = Announcement(broker.events, topic, payload, about)
-    news.done = dict.fromkeys(sessions[other] for other in done)
-    if shown is not None:
-        news.client, news.online, news.since = broker.exchange.resolve(shown[0]), shown[1], shown[2]
-    broker.deferred.jobs.append(news)
+    topic, payload, about, presence, recipients = facts["news"]
+    announcement = Announcement(broker.events, topic, payload, about)
+    announcement.served = dict.fromkeys(sessions[other] for other in recipients)
+    if presence is not None:
+        announcement.client, announcement.online, announcement.since = (
+            broker.exchange.resolve(presence[0]),
+            presence[1],
+            presence[2],
+        )
+    broker.deferred.jobs.append(announcement)
 
 
 def _restore_session(session: Session, client: Client, facts: Facts, now: float) -> Session:

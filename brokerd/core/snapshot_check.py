@@ -50,8 +50,8 @@ class BadSnapshot(ValueError):
     """
 
 
-def _refuse(path: str, wanted: str, value: object) -> None:
-    raise BadSnapshot(f"{path} is {value!r:.60}, and has to be {wanted}")
+def _refuse(path: str, expected: str, value: object) -> None:
+    raise BadSnapshot(f"{path} is {value!r:.60}, and has to be {expected}")
 
 
 def _number(value: Any, path: str) -> None:
@@ -301,7 +301,7 @@ def check(facts: Any, copied: Callable[[int], dict[str, Any]]) -> None:
     except BadSnapshot:
         # The second run fails again, and names the place.
         _FACTS(facts, "facts")
-    sessions = [copied(each) if type(each) is int else each for each in facts["sessions"]]
+    sessions = [copied(entry) if type(entry) is int else entry for entry in facts["sessions"]]
     outboxes, leaving = facts["outboxes"], facts["leaving"]
     _hold(len(outboxes) <= len(sessions), "there are more outboxes than sessions")
     # First those with an outbox, then those that have left, then the numbers of copied
@@ -310,7 +310,7 @@ def check(facts: Any, copied: Callable[[int], dict[str, Any]]) -> None:
     _hold(
         first_copied <= len(sessions)
         and [position for position, _, _ in leaving] == list(range(len(outboxes), first_copied))
-        and all(type(each) is int for each in facts["sessions"][first_copied:]),
+        and all(type(entry) is int for entry in facts["sessions"][first_copied:]),
         "leaving are not those sessions that have no outbox",
     )
     opened = {*range(len(outboxes)), *range(first_copied, len(sessions))}
@@ -456,9 +456,9 @@ def _long(chunk: memoryview, position: int) -> int:
     return len(chunk) if span is None else sum(span) - position - _PREFIX
 
 
-def _hold(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise BadSnapshot(otherwise)
+def _hold(condition: bool, fault: str) -> None:
+    if not condition:
+        raise BadSnapshot(fault)
 
 
 def _check_levels(rate: list[float | None], levels: list[float | None] | None, name: str) -> None:
@@ -466,8 +466,8 @@ def _check_levels(rate: list[float | None], levels: list[float | None] | None, n
         (levels is None) == (rate == [None, None]),
         f"what is left of the rate of {name} does not fit the rate",
     )
-    present = [None, None] if levels is None else levels
-    for limit, level in zip(rate, present, strict=True):
+    remaining = [None, None] if levels is None else levels
+    for limit, level in zip(rate, remaining, strict=True):
         _hold(
             (limit is None) == (level is None),
             f"what is left of the rate of {name} does not fit the rate",
@@ -483,9 +483,9 @@ def _check_session(
 ) -> None:
     name, _, _ = session["address"].partition("/")
     _hold(name == session["name"], f"{path} has an address that is not below its name")
-    told = session["reached_by_event"] or []
+    recipients = session["reached_by_event"] or []
     _hold(
-        all(each < len(sessions) for each in told),
+        all(recipient < len(sessions) for recipient in recipients),
         f"{path}.reached_by_event names a session that is not there",
     )
     outgoing_requests = {(message_id, address) for message_id, address, _ in session["asked"]}
@@ -498,28 +498,28 @@ def _check_session(
     )
     subscriptions = [(pattern, group) for pattern, group in session["subscriptions"]]
     _hold(len(set(subscriptions)) == len(subscriptions), f"{path} has a subscription twice")
-    for what, rows in (
+    for key, rows in (
         ("owed", [(row[0], row[2]) for row in session["owed"]]),
         ("asked", [row[1:] for row in session["asked"]]),
     ):
         for address, other in rows:
-            _hold(other < len(sessions), f"{path}.{what} names a session that is not there")
+            _hold(other < len(sessions), f"{path}.{key} names a session that is not there")
             # An answer is looked up, and removed, by the address.
             _hold(
                 sessions[other]["address"] == address,
-                f"{path}.{what} has another address than the session",
+                f"{path}.{key} has another address than the session",
             )
         _hold(
-            len({(row[0], row[1]) for row in session[what]}) == len(rows),
-            f"{path}.{what} has one entry twice",
+            len({(row[0], row[1]) for row in session[key]}) == len(rows),
+            f"{path}.{key} has one entry twice",
         )
 
 
 def _check_job(job: dict[str, Any], opened: set[int], path: str) -> None:
     question, news = job["question"], job["news"]
     _hold((question is None) != (news is None), f"{path} is not one job")
-    named = [question[0]] if question is not None else news[4]
-    _hold(opened.issuperset(named), f"{path} names a session that is not open")
+    positions = [question[0]] if question is not None else news[4]
+    _hold(opened.issuperset(positions), f"{path} names a session that is not open")
 
 
 def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
@@ -546,8 +546,8 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
         )
         _check_senders([[0, *row[2:]] for row in outbox["timed"]], count, path)
     _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
-    begun = outbox["begun"]
-    _hold(begun == 0 or begun < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
+    written = outbox["begun"]
+    _hold(written == 0 or written < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
 
 
 def _check_copied(outbox: dict[str, Any], path: str) -> None:

@@ -151,14 +151,14 @@ class TopicSearch(Generic[Member]):
     members: the members at that node that have not been started.
     member: the member at that node that is being looked up.
     groups: the groups that it joined there and that have not been looked up.
-    found: the matches so far, kept correct while subscriptions change.
+    matches: the matches so far, kept correct while subscriptions change.
     asked_at: see Topics._has_turn.
     """
 
     __slots__ = (
         "asked_at",
-        "found",
         "groups",
+        "matches",
         "member",
         "members",
         "node",
@@ -177,7 +177,7 @@ class TopicSearch(Generic[Member]):
         self.members: dict[Member, None] = {}
         self.member: Member | None = None
         self.groups: dict[str | None, None] = {}
-        self.found: Matches[Member] = Matches()
+        self.matches: Matches[Member] = Matches()
         self.asked_at = 0
 
     def has_passed(self, node: Node[Member], member: Member, group: str | None) -> bool:
@@ -188,50 +188,50 @@ class TopicSearch(Generic[Member]):
 
     def leave(self, member: Member) -> None:
         """Exclude a member from now on."""
-        self.found.leave(member)
+        self.matches.leave(member)
         if member == self.member:
             self.groups.clear()
 
     def look_up(
         self,
         count: int,
-        gone: Container[Member],
+        departed: Container[Member],
         restricted: Mapping[Member, Callable[[str], bool]],
     ) -> int:
         """Look up about ``count`` subscriptions; return about how many were looked up.
 
-        The result is less than ``count`` only if no more are left. gone: members that
-        are skipped. restricted: members that are skipped where their pattern is not
+        The result is less than ``count`` only if no more are left. departed: members
+        that are skipped. restricted: members that are skipped where their pattern is not
         allowed.
         """
-        looked_at = 0
-        while looked_at < count:
+        visited = 0
+        while visited < count:
             if self.groups:
                 assert self.node is not None
                 assert self.node.members is not None
                 assert self.member is not None
-                joined = self.node.members.get(self.member) or ()
-                while self.groups and looked_at < count:
+                member_groups = self.node.members.get(self.member) or ()
+                while self.groups and visited < count:
                     group, _ = self.groups.popitem()
-                    looked_at += 1
-                    if group in joined:
-                        self.found.add(self.member, group)
+                    visited += 1
+                    if group in member_groups:
+                        self.matches.add(self.member, group)
             elif self.members:
                 self.member, _ = self.members.popitem()
-                looked_at += 1
+                visited += 1
                 assert self.node is not None
                 assert self.node.members is not None
                 ends = self.node.members
-                if self.member in ends and self.member not in gone:
+                if self.member in ends and self.member not in departed:
                     allowed = restricted.get(self.member)
-                    looked_at += 0 if allowed is None else _JUDGED
+                    visited += 0 if allowed is None else _JUDGED
                     if allowed is None or allowed(ends.pattern):
                         self.groups = dict.fromkeys(ends[self.member])
             elif self.nodes:
                 self.node, _ = self.nodes.popitem()
-                looked_at += 1
+                visited += 1
                 self.seen.add(self.node)
                 self.members = dict.fromkeys(reversed(self.node.members or {}))
             else:
                 break
-        return looked_at
+        return visited

@@ -43,12 +43,12 @@ def covers(rule_pattern: str, pattern: str) -> bool:
     rule, tokens = rule_pattern.split("."), pattern.split(".")
     if rule[0] in ("*", ">") and tokens[0].startswith("$"):
         return False
-    for position, wanted in enumerate(rule):
-        if wanted == ">":
+    for position, expected in enumerate(rule):
+        if expected == ">":
             return position < len(tokens)
         if position >= len(tokens) or tokens[position] == ">":
             return False
-        if wanted not in ("*", tokens[position]):
+        if expected not in ("*", tokens[position]):
             return False
     return len(rule) == len(tokens)
 
@@ -92,15 +92,15 @@ class Topics(Generic[Member]):
             node = node.grow(token)
         if node.members is None:
             node.members = Ends(pattern)
-        joined = node.members.setdefault(member, set())
-        if group in joined:
+        groups = node.members.setdefault(member, set())
+        if group in groups:
             return False
-        joined.add(group)
+        groups.add(group)
         for search in self._searches.values():
             # The search may have passed this node already.
             if matches(pattern, search.topic):
                 if search.has_passed(node, member, group):
-                    search.found.add(member, group)
+                    search.matches.add(member, group)
                 elif node not in search.seen:
                     search.nodes[node] = None
         self._count += 1
@@ -116,7 +116,7 @@ class Topics(Generic[Member]):
         if allowed is None or allowed(pattern):
             for search in self._searches.values():
                 if search.has_passed(node, member, group):
-                    search.found.drop(member, group)
+                    search.matches.drop(member, group)
         self._count -= 1
         self._changed()
         return True
@@ -146,14 +146,14 @@ class Topics(Generic[Member]):
         subscriptions: all subscriptions of the member; ``tidy`` removes them from the
         tree.
         """
-        rest = list(subscriptions)
+        remaining = list(subscriptions)
         self.free(member)
-        if rest:
+        if remaining:
             self._gone.add(member)
-            self._remains.append((member, rest))
+            self._remains.append((member, remaining))
             for search in self._searches.values():
                 search.leave(member)
-            self._count -= len(rest)
+            self._count -= len(remaining)
             self._changed()
 
     @property
@@ -164,10 +164,10 @@ class Topics(Generic[Member]):
     def tidy(self, count: int) -> None:
         """Remove up to ``count`` subscriptions of members that have left from the tree."""
         while self._remains and count > 0:
-            member, rest = self._remains[0]
-            pattern, group = rest.pop()
+            member, remaining = self._remains[0]
+            pattern, group = remaining.pop()
             self._cut(pattern, member, group)
-            if not rest:
+            if not remaining:
                 self._remains.popleft()
                 self._gone.discard(member)
             count -= 1
@@ -210,14 +210,14 @@ class Topics(Generic[Member]):
 
     def find(self, topic: str) -> Matches[Member]:
         """Return the members that receive an event on ``topic``, as a cached object."""
-        found = self._remembered.get(topic)
-        if found is None:
+        matches = self._remembered.get(topic)
+        if matches is None:
             search = TopicSearch(topic, self._walk(topic.split(".")))
             for _, matching in search.walk:
                 search.nodes.update(dict.fromkeys(matching))
             search.look_up(sys.maxsize, self._gone, self._restricted)
-            found = self._remember(topic, search.found)
-        return found
+            matches = self._remember(topic, search.matches)
+        return matches
 
     def known(self, topic: str) -> Matches[Member] | None:
         """Return the cached matches of a topic, or None if they are not cached."""
@@ -235,28 +235,28 @@ class Topics(Generic[Member]):
             The matches as from ``find``, or None if the search is not over; and the
             number of nodes visited.
         """
-        found = self._remembered.get(topic)
-        if found is not None:
+        matches = self._remembered.get(topic)
+        if matches is not None:
             self.abandon(owner)
-            return found, 0
+            return matches, 0
         search = self._searches.get(owner)
         if search is None or search.topic != topic:
             search = self._searches[owner] = TopicSearch(topic, self._walk(topic.split(".")))
-        looked_at = 0
+        visited = 0
         for count, matching in search.walk:
             search.nodes.update(dict.fromkeys(matching))
-            looked_at += count
-            if looked_at >= nodes:
-                return None, looked_at
-        if len(search.found) >= _FEW and not self._has_turn(owner, search):
-            return None, looked_at
-        wanted = (nodes - looked_at) // _EACH + 1
-        looked_up = search.look_up(wanted, self._gone, self._restricted)
-        looked_at += looked_up * _EACH
-        if looked_up >= wanted:
-            return None, looked_at
+            visited += count
+            if visited >= nodes:
+                return None, visited
+        if len(search.matches) >= _FEW and not self._has_turn(owner, search):
+            return None, visited
+        quota = (nodes - visited) // _EACH + 1
+        examined = search.look_up(quota, self._gone, self._restricted)
+        visited += examined * _EACH
+        if examined >= quota:
+            return None, visited
         self.abandon(owner)
-        return self._remember(topic, search.found), looked_at
+        return self._remember(topic, search.matches), visited
 
     @property
     def searches(self) -> int:
@@ -288,17 +288,17 @@ class Topics(Generic[Member]):
             self.abandon(first)
         return False
 
-    def _remember(self, topic: str, found: Matches[Member]) -> Matches[Member]:
+    def _remember(self, topic: str, matches: Matches[Member]) -> Matches[Member]:
         """Cache the matches for the next event on ``topic``, and return them."""
-        size = len(found)
+        size = len(matches)
         if (
             len(self._remembered) >= _REMEMBERED
             or self._remembered_matches + size > _REMEMBERED_MATCHES
         ):
             self.forget()
-        self._remembered[topic] = found
+        self._remembered[topic] = matches
         self._remembered_matches += size
-        return found
+        return matches
 
     def _walk(self, tokens: list[str]) -> Iterator[tuple[int, list[Node[Member]]]]:
         """Yield, piece by piece, the number of nodes visited and the nodes that match.
@@ -307,18 +307,18 @@ class Topics(Generic[Member]):
         """
         recipients = [self._root]
         for depth, token in enumerate(tokens):
-            wild = depth > 0 or not token.startswith("$")
-            further: list[Node[Member]] = []
+            wildcards_match = depth > 0 or not token.startswith("$")
+            next_nodes: list[Node[Member]] = []
             for start in range(0, len(recipients), _PIECE):
                 piece = recipients[start : start + _PIECE]
                 matching: list[Node[Member]] = []
                 for node in piece:
-                    if wild and (rest := node.follow(">")) is not None:
-                        matching.append(rest)
+                    if wildcards_match and (remainder := node.follow(">")) is not None:
+                        matching.append(remainder)
                     if (exact := node.follow(token)) is not None:
-                        further.append(exact)
-                    if wild and (star := node.follow("*")) is not None:
-                        further.append(star)
+                        next_nodes.append(exact)
+                    if wildcards_match and (star := node.follow("*")) is not None:
+                        next_nodes.append(star)
                 yield len(piece), matching
-            recipients = further
+            recipients = next_nodes
         yield len(recipients), recipients

@@ -80,9 +80,9 @@ def cut(
     at: where in the stream the first chunk begins. left: see StreamOutbox.
     """
     while chunks:
-        chunk, known = chunks.popleft()
-        if known is not None:
-            yield known
+        chunk, timed_frame = chunks.popleft()
+        if timed_frame is not None:
+            yield timed_frame
             at += len(chunk)
             head = 0
             continue

@@ -396,9 +396,9 @@ class Daemon:
         self._assigned = prepared.assigned
         if self._own_log is not None:
             self._own_log.take_over(config.log, prepared.audit)
-        differing = (*plan.added, *plan.changed)
+        changed_names = (*plan.added, *plan.changed)
         yield from self.broker.reconfiguring(
-            config.clients, _core_limits(config), time.time(), differing
+            config.clients, _core_limits(config), time.time(), changed_names
         )
         server.reconfigure(prepared.keyring, config.limits)
         if self.stopping:

@@ -1003,9 +1003,9 @@ def test_a_draining_broker_takes_nothing_new() -> None:
     assert net.try_connect("bob") is None
 
 
-@pytest.mark.parametrize("differing", [None, ["bob", "ann"]])
+@pytest.mark.parametrize("changed_names", [None, ["bob", "ann"]])
 def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
-    differing: list[str] | None,
+    changed_names: list[str] | None,
 ) -> None:
     """The others stay; a client that is gone from the configuration is returned to be
     closed; a rate starts.
@@ -1018,7 +1018,7 @@ def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
         "ann": client("ann", rate=RateConfig(2, None)),
         "bob": client("bob", subscribe=["a.*"]),
     }
-    assert net.broker.reconfigure(changed, net.broker.status.limits, net.now, differing) == [
+    assert net.broker.reconfigure(changed, net.broker.status.limits, net.now, changed_names) == [
         cid.session
     ]
     net.broker.replies.close(cid.session, "gone from the configuration")

@@ -83,7 +83,8 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic="a"))))
     net.broker.turn.budget = 1
     while (
-        not net.broker.topics._searches or not net.broker.topics._searches[ann.session].found.groups
+        not net.broker.topics._searches
+        or not net.broker.topics._searches[ann.session].matches.groups
     ):
         assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (
             0,
@@ -113,7 +114,7 @@ def test_what_is_under_review_can_be_ended_by_its_client_while_somebody_searches
         topics.forget()
         topics.search("a", ann.session, 1)
         search = topics._searches[ann.session]
-        while len(search.found) < 1 + (ends[0] == ">"):
+        while len(search.matches) < 1 + (ends[0] == ">"):
             topics.search("a", ann.session, 1)
         topics.discard(ends[0], bob.session, ends[1])
         bob.session.subscriptions.discard(ends)

@@ -358,7 +358,7 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
         position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
         turns += verdict is RoutingResult.YIELD
         search = net.broker.topics._searches.get(ann.session)
-        if pool[0].session.open and search is not None and "mine" in search.found.groups:
+        if pool[0].session.open and search is not None and "mine" in search.matches.groups:
             # Nothing is given to who has left, though he was found already.
             pool[0].leave()
     net.settle()

@@ -260,7 +260,7 @@ def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() ->
             topics.add("a.b", member, group)
             topics.add("a.*", member, group)
     search = None
-    while search is None or len(search.found) < 2:
+    while search is None or len(search.matches) < 2:
         assert topics.search("a.b", "owner", 1)[0] is None
         search = topics._searches["owner"]
     behind, before = (search.member, next(iter(search.members)))
@@ -296,7 +296,7 @@ def test_a_group_that_was_found_and_has_ended_is_none() -> None:
         topics.add("*", "ann", group)
     topics.add("a", "bob", "h")
     search = None
-    while search is None or len(search.found) < 4:
+    while search is None or len(search.matches) < 4:
         assert topics.search("a", "owner", 1)[0] is None
         search = topics._searches["owner"]
     topics.discard("a", "ann", "g")
@@ -314,7 +314,7 @@ def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
     for member in ("ann", "bob", "cid"):
         topics.add("a", member)
     while topics.search("a", "owner", 1)[0] is None:
-        if topics._searches["owner"].found.everyone and not topics._gone:
+        if topics._searches["owner"].matches.everyone and not topics._gone:
             topics.leave("cid", [("a", None)])
     assert set(topics.find("a").everyone) == {"ann", "bob"}
 
@@ -346,7 +346,7 @@ def test_a_group_that_is_left_before_a_search_comes_to_it_is_not_found() -> None
     left = []
     while (found := topics.search("a", "owner", 1)[0]) is None:
         search = topics._searches["owner"]
-        if search.found.groups and not left:
+        if search.matches.groups and not left:
             left += search.groups
             assert topics.discard("a", "ann", left[0])
     assert len(left) == 2
@@ -391,7 +391,7 @@ def test_of_searches_that_have_found_many_one_goes_on_at_a_time(
     turns = 0
     while len(done) < 19:
         turns += 1
-        assert sum(len(search.found) for search in topics._searches.values()) <= 100 + 20 * 13
+        assert sum(len(search.matches) for search in topics._searches.values()) <= 100 + 20 * 13
         for owner in owners:
             if owner != held and owner not in done:
                 found, _ = topics.search(f"a.{owner}", owner, 8)
