@@ -39,7 +39,7 @@ def program(*signals: str, command: list[str] | None = None) -> str:
     return SIGNALLED.replace("SIGNALS", repr(signals)).replace("COMMAND", repr(command))
 
 
-def test_entry_signals_before_the_start_are_acted_on_after_it(socket_dir: Path) -> None:
+def test_entry_signals_before_start_take_effect_after_it(socket_dir: Path) -> None:
     """SIGHUP becomes a reload, and SIGUSR1 does no harm, then or later."""
     with (
         BrokerProcess(socket_dir, program=program("SIGHUP", "SIGUSR1")) as broker,
@@ -57,10 +57,8 @@ def test_entry_signals_before_the_start_are_acted_on_after_it(socket_dir: Path) 
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
 )
-def test_entry_sigusr2_before_the_start_upgrades_after_it(socket_dir: Path) -> None:
-    """The process that serves then has heard of none of the signals, which were not for
-    it.
-    """
+def test_entry_sigusr2_before_start_upgrades_after_it(socket_dir: Path) -> None:
+    """The new process, which serves then, got none of the signals for the old one."""
     with BrokerProcess(socket_dir, program=program("SIGUSR2")) as broker:
         (upgraded,) = broker.wait("daemon.upgraded")
         assert upgraded["pid"] != broker.events("daemon.started")[0].get("pid")
@@ -70,8 +68,8 @@ def test_entry_sigusr2_before_the_start_upgrades_after_it(socket_dir: Path) -> N
         assert broker.exit_status() == 0
 
 
-def test_entry_signals_of_another_command_end_it() -> None:
-    """A terminal that is closed ends what runs in it, as ever."""
+def test_entry_signals_of_other_command_end_it() -> None:
+    """A closed terminal ends the commands that run in it, as usual."""
     code = program("SIGHUP", command=["key"])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
@@ -79,9 +77,9 @@ def test_entry_signals_of_another_command_end_it() -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGHUP, "")
 
 
-def test_entry_import_loads_no_other_module_before_signals_are_held() -> None:
-    """The time in which a signal still ends the process is that of the interpreter's
-    own start. Without ``site``, no editable installation imports modules of its own.
+def test_entry_import_before_signals_are_held_loads_no_module() -> None:
+    """So a signal ends the process only during the interpreter's own start. Without
+    ``site``, no editable installation imports modules of its own.
     """
     code = (
         "import os, sys\n"
@@ -145,8 +143,8 @@ def check_start_under_fire(directory: Path) -> None:
         assert broker.exit_status() == 0
 
 
-def test_entry_signals_ignored_at_the_start_serve_reloads(socket_dir: Path) -> None:
-    """A parent can ignore the signals for the interpreter's own start: none ends the
+def test_entry_signals_ignored_at_start_serve_reloads(socket_dir: Path) -> None:
+    """A parent can ignore the signals for the interpreter's own start. None ends the
     process, and the broker installs its handlers all the same.
     """
     check_start_under_fire(socket_dir)
@@ -154,7 +152,7 @@ def test_entry_signals_ignored_at_the_start_serve_reloads(socket_dir: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_entry_signals_ignored_at_the_start_never_end_it(socket_dir: Path) -> None:
+def test_entry_signals_ignored_at_start_never_end_it(socket_dir: Path) -> None:
     """The same, 200 times."""
     for _ in range(200):
         check_start_under_fire(socket_dir)
@@ -163,8 +161,8 @@ def test_entry_signals_ignored_at_the_start_never_end_it(socket_dir: Path) -> No
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="sockets are handed over on Linux only"
 )
-def test_entry_sigusr2_ignored_at_the_start_upgrades_later(socket_dir: Path) -> None:
-    """The broker that was started with SIGUSR2 ignored upgrades when it serves."""
+def test_entry_sigusr2_ignored_at_start_upgrades_later(socket_dir: Path) -> None:
+    """A broker that was started with SIGUSR2 ignored upgrades once it serves."""
     with start_under_fire(socket_dir) as broker:
         broker.signal(signal.SIGUSR2)
         broker.wait("daemon.upgraded")
@@ -193,8 +191,8 @@ def without(descriptors: tuple[int, ...], *command: str) -> list[str]:
 def test_entry_broker_with_closed_standard_descriptors_starts_and_ends(
     socket_dir: Path, closed: tuple[int, ...]
 ) -> None:
-    """It has the null device in their place, serves, and its exit status is that of a
-    drain.
+    """The broker opens the null device in their place and serves. Its exit status is
+    that of a drain.
     """
     config = socket_dir / "b.yaml"
     config.touch(mode=0o600)
@@ -255,7 +253,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_entry_command_with_closed_standard_descriptors_ends_as_with_open_ones(
+def test_entry_command_with_closed_descriptors_keeps_exit_status(
     tmp_path: Path, command: str
 ) -> None:
     """Each command, with all three closed, has the exit status that it has with the
@@ -284,7 +282,7 @@ def test_entry_command_with_closed_standard_descriptors_ends_as_with_open_ones(
     assert statuses[0].returncode == statuses[1].returncode
 
 
-def test_entry_brokerctl_with_closed_standard_output_writes_into_no_socket(
+def test_entry_brokerctl_with_closed_stdout_writes_to_no_socket(
     socket_dir: Path,
 ) -> None:
     """The printed text does not reach the broker in the place of a frame."""

@@ -137,15 +137,15 @@ def tell(member: subprocess.Popen[str], line: str) -> None:
     member.stdin.flush()
 
 
-def test_every_message_of_a_small_crowd_is_accounted_for(socket_dir: Path) -> None:
+def test_messages_of_20_clients_are_all_accounted_for(socket_dir: Path) -> None:
     """20 clients in two processes, 200 messages each, over TCP and a Unix socket."""
     print(everyone(socket_dir, clients=20, count=200, processes=2))
 
 
 @pytest.mark.slow
-def test_every_message_of_a_crowd_is_accounted_for(socket_dir: Path) -> None:
-    """200 clients in four processes, 1,000 messages each (BROKERD_TEST_CROWD: as many
-    for each).
+def test_messages_of_200_clients_are_all_accounted_for(socket_dir: Path) -> None:
+    """200 clients in four processes, 1,000 messages each. BROKERD_TEST_CROWD sets
+    another number of messages for each.
     """
     count = int(os.environ.get("BROKERD_TEST_CROWD", "1000"))
     print(everyone(socket_dir, clients=200, count=count, processes=4))

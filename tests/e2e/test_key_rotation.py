@@ -78,8 +78,8 @@ async def rotate_under_load(directory: Path, times: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.slow)])
-def test_every_key_is_rotated_under_load_without_a_refusal(socket_dir: Path, times: int) -> None:
-    """Clients that connect without a pause are let in each time, with each key in its
+def test_key_file_rotation_under_load_refuses_no_client(socket_dir: Path, times: int) -> None:
+    """Clients that connect all the time are accepted each time, with each key in its
     turn.
     """
     account = asyncio.run(rotate_under_load(socket_dir, times))

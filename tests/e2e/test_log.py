@@ -48,9 +48,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timing
-def test_a_log_that_nobody_empties_holds_nobody_up(socket_dir: Path) -> None:
-    """Standard error is a pipe that is full: clients come, talk and go, and the end
-    comes when it should.
+def test_log_full_pipe_blocks_no_client(socket_dir: Path) -> None:
+    """Standard error is a full pipe: clients connect, send and leave, and the broker
+    stops in time.
     """
     reading, writing = os.pipe()
     with contextlib.suppress(BlockingIOError):
@@ -83,8 +83,8 @@ def connect_in_time(broker: BrokerProcess, name: str) -> Raw:
             assert monotonic() < deadline
 
 
-def test_every_line_is_out_before_the_process_is(socket_dir: Path) -> None:
-    """What happened just before the end is all there, in order."""
+def test_log_is_written_completely_before_exit(socket_dir: Path) -> None:
+    """The last events before the exit are all there, in order."""
     with BrokerProcess(socket_dir, ["alice"]) as broker:
         for _ in range(20):
             broker.login("alice").close()
@@ -98,9 +98,9 @@ def test_every_line_is_out_before_the_process_is(socket_dir: Path) -> None:
     assert stamps == sorted(stamps)
 
 
-def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
-    """By an administrator, for a time or until the next reload; the answer shows it,
-    and the audit who it was.
+def test_log_level_changed_at_runtime_applies_until_reload(socket_dir: Path) -> None:
+    """An administrator changes it for a time, or until the next reload. The answer
+    shows the change, and the audit shows the administrator.
     """
     clients = {"alice": None, "root": {"admin": True}}
     with (
@@ -150,9 +150,9 @@ def test_a_level_is_changed_while_it_runs(socket_dir: Path) -> None:
         ]
 
 
-def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
-    """Moved away, a SIGHUP begins it anew, even one that refuses the configuration; a
-    bad place refuses the reload.
+def test_audit_file_moved_away_is_reopened_at_reload(socket_dir: Path) -> None:
+    """A SIGHUP opens a new file, even if the configuration is refused. A path that
+    can't be opened refuses the reload.
     """
     with BrokerProcess(
         socket_dir, {"alice": None, "root": {"admin": True}}, log={"audit": "audit.log"}
@@ -190,16 +190,16 @@ def test_the_audit_follows_a_reload(socket_dir: Path) -> None:
         assert lines_of(audit)[-1]["event"] == "daemon.stopped"
 
 
-def test_an_audit_that_cannot_be_opened_is_no_start(socket_dir: Path) -> None:
-    """Nothing is served without the record that was asked for."""
+def test_audit_file_not_openable_prevents_start(socket_dir: Path) -> None:
+    """The broker serves nothing without the audit that its configuration asks for."""
     with BrokerProcess(socket_dir, log={"audit": "none/audit.log"}) as broker:
         assert broker.exit_status() == 1
         assert "none/audit.log can't be opened: No such file or directory" in "".join(broker.lines)
         assert not broker.socket.exists()
 
 
-def test_a_full_disk_under_the_audit_stops_nothing(socket_dir: Path) -> None:
-    """The broker goes on without the record that it can't write."""
+def test_audit_on_full_disk_stops_no_client(socket_dir: Path) -> None:
+    """The broker goes on without the lines that it can't write."""
     with BrokerProcess(socket_dir, log={"audit": "/dev/full"}) as broker:
         for _ in range(3):
             with broker.login("alice") as alice:
@@ -256,9 +256,9 @@ def attack(broker: BrokerProcess) -> None:
 
 
 @pytest.mark.parametrize("format", ["json", "console"])
-def test_no_line_is_forged_by_a_clients_bytes(socket_dir: Path, format: str) -> None:
-    """Wherever a client's hostile bytes reach the log, each event is one harmless line,
-    and there is no key in any.
+def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, format: str) -> None:
+    """Wherever a client's hostile bytes reach the log, each event is one printable
+    line. No line holds a key.
     """
     clients = {
         "alice": {"publish": ["ok"], "subscribe": ["ok"], "send_to": ["root"]},

@@ -60,9 +60,9 @@ class Shell:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="chown --reference is GNU's")
-def test_the_commands_of_the_page_work_in_their_order(socket_dir: Path) -> None:
-    """A look, a reload, a new client, and its key changed while it is connected: no
-    connection is lost.
+def test_operations_page_commands_work_in_order(socket_dir: Path) -> None:
+    """A dry run, a reload, a new client, a key rotation while it is connected, and an
+    upgrade: no connection is lost.
     """
     clients = {"ops": {"admin": True, "connections": 4}}
     (socket_dir / "clients.d").mkdir()

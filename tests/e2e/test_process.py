@@ -26,9 +26,9 @@ def queue_for(sender: Raw, to: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(socket_dir: Path, number: int) -> None:
-    """What is queued reaches a client that reads late; exit status 0; no socket file is
-    left.
+def test_drain_by_signal_delivers_queue(socket_dir: Path, number: int) -> None:
+    """Queued messages reach a client that reads late. The exit status is 0, and no
+    socket file is left.
     """
     with (
         BrokerProcess(socket_dir) as broker,
@@ -52,8 +52,8 @@ def test_a_signal_drains(socket_dir: Path, number: int) -> None:
 
 
 @pytest.mark.timing
-def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
-    """Clients that wait for nothing hold up nothing."""
+def test_drain_with_idle_clients_ends_at_once(socket_dir: Path) -> None:
+    """Clients without queued messages do not delay the stop."""
     with (
         BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -66,8 +66,8 @@ def test_an_idle_broker_stops_at_once(socket_dir: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
-def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path) -> None:
-    """A signal that arrives while the interpreter ends does not turn a drain into a
+def test_stop_signals_after_drain_keep_exit_status(socket_dir: Path) -> None:
+    """A signal that arrives while the interpreter exits does not turn a drain into a
     failure.
     """
     with BrokerProcess(socket_dir) as broker:
@@ -89,9 +89,9 @@ def test_stop_with_signals_after_its_end_keeps_its_exit_status(socket_dir: Path)
 
 @pytest.mark.timing
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
-    """The second one does not wait for a client that does not read, and the exit status
-    tells the difference.
+def test_drain_second_signal_ends_broker_at_once(socket_dir: Path, second: int) -> None:
+    """The broker no longer waits for a client that does not read, and the exit status
+    is 1.
     """
     with (
         BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
@@ -111,7 +111,7 @@ def test_a_second_signal_ends_it_at_once(socket_dir: Path, second: int) -> None:
 
 @pytest.mark.timing
 @pytest.mark.slow
-def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir: Path) -> None:
+def test_drain_default_with_stuck_consumer_ends_before_10_s(socket_dir: Path) -> None:
     """The default leaves room before the SIGKILL that container runtimes send 10
     seconds after SIGTERM.
     """
@@ -125,8 +125,8 @@ def test_default_drain_with_a_stuck_consumer_ends_before_ten_seconds(socket_dir:
 
 
 @pytest.mark.timing
-def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
-    """A client that never reads is cut off; that is counted, and still a clean end."""
+def test_drain_timeout_cuts_off_client_that_does_not_read(socket_dir: Path) -> None:
+    """A client that never reads is cut off and counted; the exit status is still 0."""
     with (
         BrokerProcess(socket_dir, limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
@@ -142,7 +142,7 @@ def test_the_drain_timeout_ends_it(socket_dir: Path) -> None:
         assert alice.recv().code == "offline"
 
 
-def test_a_daemon_killed_hard_is_replaced(socket_dir: Path) -> None:
+def test_daemon_start_after_sigkill_replaces_socket_file(socket_dir: Path) -> None:
     """After SIGKILL the socket file stays; the next daemon takes it over."""
     with BrokerProcess(socket_dir) as first:
         first.wait("daemon.started")
@@ -153,8 +153,10 @@ def test_a_daemon_killed_hard_is_replaced(socket_dir: Path) -> None:
         alice.ping()
 
 
-def test_a_second_daemon_at_the_same_path_fails(socket_dir: Path) -> None:
-    """It says what is in its way and exits with status 1; the first one serves on."""
+def test_daemon_second_at_same_path_fails(socket_dir: Path) -> None:
+    """The error names the socket and the program that listens there. The exit status is
+    1, and the first daemon goes on.
+    """
     with BrokerProcess(socket_dir) as first, first.login("alice") as alice:
         with BrokerProcess(socket_dir) as second:
             assert second.exit_status() == 1
@@ -165,9 +167,9 @@ def test_a_second_daemon_at_the_same_path_fails(socket_dir: Path) -> None:
         assert first.socket.is_socket()
 
 
-def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
-    """Start, connect, refuse, disconnect and stop: an event with fields each; never a
-    key or what was sent.
+def test_log_is_one_json_object_per_line(socket_dir: Path) -> None:
+    """Start, connect, refuse, disconnect and stop are events with fields. No line holds
+    a key or a payload.
     """
     with BrokerProcess(socket_dir, listen=["127.0.0.1:0"]) as broker:
         unix, tcp = broker.addresses()
@@ -220,8 +222,8 @@ def test_the_log_is_one_json_object_a_line(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
-def test_the_log_level_is_kept(socket_dir: Path, level: str) -> None:
-    """Nothing less important than log.level is written; no key at any level."""
+def test_log_level_hides_less_important_events(socket_dir: Path, level: str) -> None:
+    """No event below log.level is written, and no key at any level."""
     with BrokerProcess(socket_dir, log={"level": level}) as broker:
         while not broker.socket.exists():
             assert broker.popen.poll() is None
@@ -242,8 +244,10 @@ def test_the_log_level_is_kept(socket_dir: Path, level: str) -> None:
         assert "canary" not in "".join(broker.lines)
 
 
-def test_a_log_that_nobody_reads_stops_nothing(socket_dir: Path) -> None:
-    """When the other end of standard error is gone, clients still come, talk and go."""
+def test_log_closed_pipe_stops_no_client(socket_dir: Path) -> None:
+    """When the other end of standard error is closed, clients still connect, send and
+    leave.
+    """
     reading, writing = os.pipe()
     with BrokerProcess(socket_dir, listen=[], stderr=writing) as broker:
         os.close(writing)
@@ -260,7 +264,7 @@ def test_a_log_that_nobody_reads_stops_nothing(socket_dir: Path) -> None:
         assert broker.exit_status() == 0
 
 
-def test_a_full_disk_under_the_log_stops_nothing(socket_dir: Path) -> None:
+def test_log_on_full_disk_stops_no_client(socket_dir: Path) -> None:
     """When a line of the log can't be written, the broker goes on."""
     full = os.open("/dev/full", os.O_WRONLY)
     with BrokerProcess(socket_dir, stderr=full) as broker:
@@ -280,8 +284,8 @@ def test_a_full_disk_under_the_log_stops_nothing(socket_dir: Path) -> None:
         assert broker.exit_status() == 0
 
 
-def test_a_bad_configuration_exits_with_78(socket_dir: Path) -> None:
-    """It listens nowhere and says where the mistake is."""
+def test_daemon_invalid_configuration_exits_with_78(socket_dir: Path) -> None:
+    """It listens nowhere, and the error names the file."""
     with BrokerProcess(socket_dir, limits={"max_mesage": 1}) as broker:
         assert broker.exit_status() == 78
         assert str(broker.config) in "".join(broker.lines)
@@ -293,7 +297,7 @@ def soft_limit_of_files(number: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
-def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
+def test_daemon_soft_limit_of_open_files_is_raised(socket_dir: Path) -> None:
     """A shell's low soft limit is raised to the hard one: connections above it are
     served.
     """
@@ -305,9 +309,9 @@ def test_the_soft_limit_of_open_files_is_no_limit(socket_dir: Path) -> None:
         assert not broker.events("listener.paused")
 
 
-def test_without_descriptors_it_waits_for_some(socket_dir: Path) -> None:
-    """Above the hard limit connections wait in the system's queue; when others go they
-    get in.
+def test_listener_without_free_descriptors_pauses_and_resumes(socket_dir: Path) -> None:
+    """Above the hard limit connections wait in the kernel's queue, until other
+    connections close.
     """
 
     def few() -> None:

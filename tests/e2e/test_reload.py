@@ -20,8 +20,8 @@ from support.raw_client import Raw
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
 
 
-def test_sighup_with_a_bad_file_is_in_the_log(socket_dir: Path) -> None:
-    """The mistakes stand there with their lines, and whoever is connected goes on."""
+def test_reload_invalid_file_is_logged_and_keeps_clients(socket_dir: Path) -> None:
+    """The log names each mistake, and connected clients stay."""
     with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         text = broker.config.read_text()
         write_whole(broker.config, text + "nonsense: 1\n")
@@ -56,9 +56,9 @@ def descriptors(pid: int) -> set[str]:
 
 @pytest.mark.timing
 @linux
-def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: Path) -> None:
-    """A disk that never answers holds up neither messages nor SIGTERM; signals that
-    come meanwhile do not pile up.
+def test_reload_hanging_blocks_neither_messages_nor_stop(socket_dir: Path) -> None:
+    """A disk that never answers delays neither messages nor SIGTERM. Signals that
+    arrive meanwhile do not pile up.
     """
     with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "hangs.yaml"
@@ -81,9 +81,9 @@ def test_a_reload_that_hangs_does_not_keep_the_process_from_ending(socket_dir: P
 
 
 @linux
-def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> None:
-    """While a reload reads, however many signals make one more, which reads what there
-    is then.
+def test_reload_signals_during_reload_cause_one_more(socket_dir: Path) -> None:
+    """Any number of signals during a reload cause one more reload, which reads the
+    files as they are then.
     """
     with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         fifo = socket_dir / "slow.yaml"
@@ -105,8 +105,8 @@ def test_signals_that_come_while_one_waits_are_one_reload(socket_dir: Path) -> N
         assert [event["added"] for event in broker.events("daemon.reloaded")] == [["carol"], []]
 
 
-def test_a_key_pasted_for_a_file_is_not_logged(socket_dir: Path) -> None:
-    """A reload that is refused because of it tells the place and not the key."""
+def test_reload_key_in_place_of_path_is_not_logged(socket_dir: Path) -> None:
+    """The refusal names the place in the configuration, but not the key."""
     key = "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA"
     with BrokerProcess(socket_dir) as broker:
         broker.wait("daemon.started")

@@ -140,14 +140,14 @@ def check(directory: Path, times: int, seed: int) -> None:
     assert account["stayers who lost a connection"] == 0
 
 
-def test_reloading_under_load_loses_nothing(socket_dir: Path) -> None:
-    """Thirty reloads that add, change and remove others: every message arrives once, in
+def test_reload_30_times_under_load_loses_nothing(socket_dir: Path) -> None:
+    """The reloads add, change and remove clients. Every message arrives once and in
     order, or is reported.
     """
     check(socket_dir, 30, random.randrange(2**32))
 
 
 @pytest.mark.slow
-def test_reloading_under_load_for_longer_loses_nothing(socket_dir: Path) -> None:
+def test_reload_500_times_under_load_loses_nothing(socket_dir: Path) -> None:
     """The same five hundred times."""
     check(socket_dir, 500, random.randrange(2**32))

@@ -70,9 +70,9 @@ def ends_soon(broker: BrokerProcess, began: float) -> int:
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: bool) -> None:
-    """Also with an upgrade that waits for the reload: SIGTERM drains, and the exit
-    status is 0.
+def test_stop_during_hanging_reload_drains(socket_dir: Path, upgrade: bool) -> None:
+    """SIGTERM drains, and the exit status is 0, also with an upgrade that waits for the
+    reload.
     """
     with held_fifo(socket_dir / "fifo"), BrokerProcess(socket_dir) as broker:
         hang_a_reload(broker)
@@ -87,10 +87,12 @@ def test_a_stop_during_a_hung_reload_ends_the_broker(socket_dir: Path, upgrade: 
 
 
 @pytest.mark.parametrize("upgrade", [False, True])
-def test_a_second_signal_during_a_hung_reload_ends_the_broker_at_once(
+def test_stop_second_signal_during_hanging_reload_ends_at_once(
     socket_dir: Path, upgrade: bool
 ) -> None:
-    """A drain that would take a minute is cut short, whatever else is waited for."""
+    """A drain that would take a minute is cut short, whatever else the broker waits
+    for.
+    """
     with (
         held_fifo(socket_dir / "fifo"),
         BrokerProcess(socket_dir, limits={"drain_timeout": "60s"}) as broker,
@@ -126,10 +128,12 @@ SLOW = {
 
 
 @pytest.mark.parametrize("what", SLOW)
-def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(
+def test_stop_during_reload_waiting_for_any_resource_ends_broker(
     socket_dir: Path, what: str
 ) -> None:
-    """Clients are served while it does not answer, and SIGTERM does not wait for it."""
+    """Clients are served while the resource does not answer, and SIGTERM does not wait
+    for it.
+    """
     module, function, listen = SLOW[what]
     program = (
         f"{module}\nimport os, sys, time\nreal = {function}\n"
@@ -165,7 +169,7 @@ def test_a_stop_during_a_reload_that_waits_for_anything_ends_the_broker(
 
 @pytest.mark.timing
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals: int) -> None:
+def test_stop_during_upgrade_with_hanging_process_ends_both(socket_dir: Path, signals: int) -> None:
     """The new process reads a file that does not answer: it is killed, and leaves
     nothing behind.
     """
@@ -186,9 +190,9 @@ def test_a_stop_while_the_new_process_hangs_ends_both(socket_dir: Path, signals:
             time.sleep(0.01)
 
 
-def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -> None:
-    """The new process has the state and says nothing: SIGTERM does not wait for its
-    time to be over.
+def test_stop_during_handover_ends_upgrade_at_once(socket_dir: Path) -> None:
+    """The new process has the state and does not answer. SIGTERM does not wait for its
+    timeout.
     """
     first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
     with Upgradable(socket_dir, first=first) as broker:
@@ -210,9 +214,11 @@ def test_a_stop_during_the_handover_ends_the_upgrade_at_once(socket_dir: Path) -
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path, loop: str) -> None:
-    """The first one is not acted on, whatever it is that the loop waits for; the second
-    one ends the process.
+def test_stop_second_signal_ends_broker_with_blocked_event_loop(
+    socket_dir: Path, loop: str
+) -> None:
+    """The first signal has no effect while the event loop is blocked; the second one
+    ends the process.
     """
     program = (
         'import time\nfrom brokerd import daemon\ndef stands_still(*_):\n    print(\'{"event":'
@@ -233,8 +239,8 @@ def test_a_second_signal_ends_a_broker_whose_loop_stands_still(socket_dir: Path,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, number: int) -> None:
-    """A name service that does not answer holds up the start and not the end."""
+def test_stop_during_hanging_start_ends_broker(socket_dir: Path, number: int) -> None:
+    """A name service that does not answer delays the start, but not the end."""
     program = (
         'import socket, time\ndef hangs(*_, **__):\n    print(\'{"event": "asked"}\','
         f" flush=True)\n    time.sleep(60)\nsocket.getaddrinfo = hangs\n{PROGRAM}"
@@ -248,11 +254,11 @@ def test_a_stop_during_a_start_that_hangs_ends_the_broker(socket_dir: Path, numb
 
 
 @pytest.mark.parametrize("change", ["the same file", "another file"])
-def test_an_audit_file_that_hangs_at_a_reload_holds_up_nothing(
+def test_audit_file_hanging_at_reload_blocks_no_client_or_stop(
     socket_dir: Path, change: str
 ) -> None:
-    """Clients are served while its file system does not answer, and the broker ends
-    when it is told to.
+    """Clients are served while the file system does not answer, and SIGTERM ends the
+    broker.
     """
     program = (
         "import time\nfrom brokerd.log import logger as logs\nopened = []\nopen_for_append ="

@@ -74,9 +74,9 @@ def measure(broker: BrokerProcess, name: bytes) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again and again"])
-def test_a_good_client_gets_in_among_strangers(socket_dir: Path, again: bool) -> None:
-    """500 silent ones, 500 that send random bytes and 500 with a wrong key keep nobody
-    out, insist as they may.
+def test_handshake_among_1500_unauthorized_peers_succeeds(socket_dir: Path, again: bool) -> None:
+    """500 silent peers, 500 that send random bytes and 500 with a wrong key keep no
+    client out, even if they reconnect all the time.
     """
     names = ["alice", *(f"c{number}" for number in range(1000))]
     with BrokerProcess(socket_dir, names) as broker:

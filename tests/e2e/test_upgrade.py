@@ -63,10 +63,10 @@ def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[s
 
 
 @pytest.mark.slow
-def test_ten_upgrades_in_a_row_with_a_thousand_connections(
+def test_upgrade_ten_times_with_1000_connections_loses_nothing(
     socket_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same with a thousand more connections; how long nobody was served is printed."""
+    """The same load with 1,000 more connections; the pauses are printed."""
     account = upgraded_under_load(socket_dir, 10, idle=1000)
     with capsys.disabled():
         print("", *account, sep="\n")
@@ -74,10 +74,10 @@ def test_ten_upgrades_in_a_row_with_a_thousand_connections(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("connections", [1000, 10_000])
-def test_how_long_the_pause_is(
+def test_upgrade_pause_without_load_is_short(
     socket_dir: Path, connections: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing else going on: each connection costs some microseconds."""
+    """Without other load, each connection costs some microseconds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < connections + 100:
         pytest.skip(f"only {hard} files may be open")
@@ -101,12 +101,10 @@ def test_how_long_the_pause_is(
     assert max(pauses) < 5000
 
 
-def test_five_upgrades_in_a_row_under_full_load(
+def test_upgrade_five_times_under_full_load_loses_nothing(
     socket_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every message is accounted for, no connection ends, and nobody who comes is
-    turned away.
-    """
+    """Every message is accounted for, no connection ends, and no new client is refused."""
     account = upgraded_under_load(socket_dir, UPGRADES)
     with capsys.disabled():
         print("", *account, sep="\n")

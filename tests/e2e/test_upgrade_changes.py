@@ -38,9 +38,9 @@ pytestmark = pytest.mark.skipif(
 CLIENTS = {"ops": {"admin": True}, "alice": None, "bob": None, "crowd": {"connections": 9}}
 
 
-def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
-    """Nothing said, half an answer, welcomed, half a challenge, all but done: what was
-    begun is finished after it.
+def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> None:
+    """Nothing sent, half an answer, welcomed, half a challenge, nearly done: each
+    handshake is finished after the upgrade.
     """
     key = key_of("crowd")
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
@@ -77,8 +77,10 @@ def test_a_handshake_goes_on_from_every_point(socket_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_handshake_with_a_key_that_is_gone_ends(socket_dir: Path) -> None:
-    """Welcomed under the old configuration; the new one does not know the key."""
+def test_upgrade_during_handshake_with_removed_key_ends_it(socket_dir: Path) -> None:
+    """The client was welcomed under the old configuration; the new one does not have
+    its key.
+    """
     with (
         Upgradable(socket_dir, CLIENTS) as broker,
         broker.login("ops") as ops,
@@ -110,10 +112,8 @@ def counters(page: str) -> dict[str, float]:
     }
 
 
-def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Path) -> None:
-    """Whoever watches the broker sees no counter fall, and no key that was in use look
-    as if it never was.
-    """
+def test_upgrade_keeps_counters_and_last_use_of_keys(socket_dir: Path) -> None:
+    """In the metrics no counter falls, and no used key appears unused."""
     with (
         Upgradable(socket_dir, CLIENTS, monitor="127.0.0.1:0") as broker,
         broker.login("ops") as ops,
@@ -144,10 +144,8 @@ def test_what_was_counted_and_when_keys_were_used_is_still_known(socket_dir: Pat
         ] == [1, 1]
 
 
-def test_an_upgrade_listens_again_where_a_socket_file_is_gone(socket_dir: Path) -> None:
-    """The new process can be reached at the path that a cleaner had removed;
-    connections made before stay.
-    """
+def test_upgrade_listener_with_removed_socket_file_is_bound_again(socket_dir: Path) -> None:
+    """The new process can be reached at the removed path; connections made before stay."""
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
         broker.socket.unlink()
         assert broker.upgrade(ops)["upgraded"]
@@ -160,9 +158,9 @@ def test_an_upgrade_listens_again_where_a_socket_file_is_gone(socket_dir: Path) 
         assert not broker.socket.exists()
 
 
-def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
-    """As after a reload: names and keys that are gone are disconnected with the reason,
-    what is new can be used.
+def test_upgrade_applies_new_configuration(socket_dir: Path) -> None:
+    """As after a reload, clients whose name or key was removed are disconnected with
+    the reason. New entries can be used.
     """
     old = socket_dir / "old.sock"
     with (
@@ -208,8 +206,8 @@ def test_the_new_configuration_is_in_force(socket_dir: Path) -> None:
             third.ping()
 
 
-def test_who_comes_during_the_pause_is_let_in_after_it(socket_dir: Path) -> None:
-    """Where the new configuration listens, and where it listens no more."""
+def test_upgrade_connection_made_during_pause_is_accepted(socket_dir: Path) -> None:
+    """Both at an address of the new configuration and at one that it no longer has."""
     old = socket_dir / "old.sock"
     with Upgradable(socket_dir, CLIENTS, listen=[str(old)]) as broker, broker.login("ops") as ops:
         broker.config.write_text(broker.config.read_text().replace(f"- {old}\n", ""))
@@ -235,8 +233,10 @@ def test_who_comes_during_the_pause_is_let_in_after_it(socket_dir: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
-    """The file is never gone while the broker is replaced, and is removed at the end."""
+def test_upgrade_keeps_socket_file_until_stop(socket_dir: Path) -> None:
+    """The file is never missing while the process is replaced, and is removed at the
+    end.
+    """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
         inode = broker.socket.stat().st_ino
         assert broker.upgrade(ops)["upgraded"]
@@ -247,8 +247,10 @@ def test_the_socket_files_stay_the_brokers(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["0", pytest.param("1", marks=pytest.mark.slow)])
-def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: str) -> None:
-    """With a queue in place; and the version on disk may be another one."""
+def test_upgrade_between_routing_loops_keeps_queue(socket_dir: Path, first: str) -> None:
+    """Compiled to pure Python and back, with a full queue; the version on disk may
+    differ too.
+    """
     second = "1" if first == "0" else "0"
     with (
         Upgradable(socket_dir, CLIENTS, first=f"os.environ['BROKERD_PURE'] = '{first}'") as broker,
@@ -276,11 +278,11 @@ def test_either_routing_loop_takes_over_from_the_other(socket_dir: Path, first: 
 
 
 @pytest.mark.parametrize("kib", [300, 4000])
-def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(
+def test_upgrade_during_lingering_close_delivers_queue_and_error(
     socket_dir: Path, kib: int
 ) -> None:
-    """Written and not received yet, or not even written: it broke the rules, and hears
-    of it after the upgrade.
+    """The peer broke the protocol. After the upgrade it still gets all queued frames
+    and the error, whether they were in the socket or in the outbox.
     """
     with (
         Upgradable(socket_dir, CLIENTS, listen=["127.0.0.1:0"]) as broker,
@@ -305,9 +307,9 @@ def test_a_connection_that_is_being_closed_gets_all_that_was_for_it(
 
 
 @pytest.mark.slow
-def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
-    """A part of it came before the upgrade, the rest after it; and one that waits whole
-    for room goes on.
+def test_upgrade_during_large_frame_delivers_it_whole(socket_dir: Path) -> None:
+    """One part arrived before the upgrade, the rest after it. A complete large frame
+    that waits for room is delivered too.
     """
     with (
         Upgradable(socket_dir, {**CLIENTS, "bob": {"queue": "1MiB"}}) as broker,
@@ -331,8 +333,10 @@ def test_a_long_frame_is_passed_on_in_one_piece(socket_dir: Path) -> None:
         rest.join()
 
 
-def test_the_first_process_stays_for_whoever_started_it(socket_dir: Path) -> None:
-    """It passes signals on, costs little, and ends as the one that serves ends."""
+def test_upgrade_first_process_stays_as_pid_holder(socket_dir: Path) -> None:
+    """It passes signals on, uses little memory, and ends with the exit status of the
+    serving process.
+    """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
         for _ in range(2):
             assert broker.upgrade(ops)["upgraded"]
@@ -353,9 +357,9 @@ def test_the_first_process_stays_for_whoever_started_it(socket_dir: Path) -> Non
     os.name != "posix" or os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="a process 1 of one's own takes root and unshare",
 )
-def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
-    """Where it ends, everything ends: so it passes signals on, reaps orphans, and ends
-    as the broker does.
+def test_upgrade_of_process_1_keeps_process_1(socket_dir: Path) -> None:
+    """If process 1 ends, the container ends. So it passes signals on, reaps orphans,
+    and ends as the broker does.
     """
     alone = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     with Upgradable(socket_dir, CLIENTS, prefix=alone) as broker, broker.login("ops") as ops:
@@ -373,9 +377,9 @@ def test_process_1_of_a_container_stays_process_1(socket_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
-    """Told twice to stop, the broker ends with 1, and so does the process that was
-    started.
+def test_upgrade_pid_holder_passes_exit_status_on(socket_dir: Path) -> None:
+    """After a second stop signal the broker exits with 1, and so does the process that
+    was started.
     """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops, broker.login("bob"):
         assert broker.upgrade(ops)["upgraded"]
@@ -386,9 +390,9 @@ def test_an_exit_status_is_passed_on(socket_dir: Path) -> None:
         assert broker.exit_status() == 1
 
 
-def test_a_service_manager_hears_of_the_new_process(socket_dir: Path) -> None:
-    """MAINPID and a barrier from the old process, which then ends; the new one speaks
-    after that.
+def test_upgrade_notifies_service_manager_of_new_process(socket_dir: Path) -> None:
+    """The old process sends MAINPID and a barrier, and then ends. The new process sends
+    its notifications after that.
     """
     with Manager(socket_dir / "notify") as manager, socket.socket(socket.AF_UNIX) as given:
         given.bind(str(socket_dir / "brokerd.sock"))

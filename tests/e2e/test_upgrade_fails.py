@@ -188,8 +188,10 @@ SELDOM = {
         for which in FAILURES
     ],
 )
-def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
-    """The answer and the log say why, and everything is as it was, descriptors too."""
+def test_upgrade_new_process_fails_old_process_goes_on(scene: Scene, which: str) -> None:
+    """The answer and the log give the reason. Clients, queues and open descriptors are
+    as before.
+    """
     broker = scene.broker
     code, problem = FAILURES[which]
     broker.before_new_process(code)
@@ -206,8 +208,10 @@ def test_the_old_process_goes_on_after(scene: Scene, which: str) -> None:
     scene.all_goes_on()
 
 
-def test_a_bad_configuration_is_told_with_every_mistake(scene: Scene) -> None:
-    """As a reload tells it; nothing on the standard error but the log."""
+def test_upgrade_invalid_configuration_reports_every_mistake(scene: Scene) -> None:
+    """The answer lists the mistakes as a reload's answer does; standard error holds
+    only the log.
+    """
     config = scene.broker.config
     config.write_text(config.read_text() + "limits: {connections: none}\nmonitors: 1\n")
 
@@ -220,9 +224,9 @@ def test_a_bad_configuration_is_told_with_every_mistake(scene: Scene) -> None:
     scene.all_goes_on()
 
 
-def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
-    """A new address in the configuration that somebody else has: told, and no file of
-    the new process is left.
+def test_upgrade_address_in_use_is_refused(scene: Scene) -> None:
+    """The new configuration has an address that is taken. The answer says so, and no
+    socket file of the new process is left.
     """
     config = scene.broker.config
     blocked = scene.broker.directory / "blocked.sock"
@@ -239,8 +243,8 @@ def test_an_address_that_can_not_be_listened_at(scene: Scene) -> None:
     scene.all_goes_on()
 
 
-def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
-    """And so is a reload; what goes on is not disturbed."""
+def test_upgrade_during_upgrade_is_refused(scene: Scene) -> None:
+    """A reload is refused too, and the first upgrade is not disturbed."""
     broker = scene.broker
     broker.before_new_process("import time; time.sleep(1); raise ImportError('planted')")
     with broker.login("late") as second:
@@ -259,8 +263,8 @@ def test_a_second_one_while_one_is_going_on_is_refused(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_asks_for_it_too(scene: Scene) -> None:
-    """The log says why it failed."""
+def test_upgrade_by_signal_fails_with_reason_in_log(scene: Scene) -> None:
+    """SIGUSR2 starts an upgrade too; the log says why it failed."""
     scene.broker.before_new_process("sys.exit(3)")
     failed = len(scene.broker.events("daemon.upgrade_failed"))
     scene.broker.signal(signal.SIGUSR2)
@@ -271,7 +275,7 @@ def test_a_signal_asks_for_it_too(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
+def test_upgrade_without_free_descriptor_is_refused(socket_dir: Path) -> None:
     """The old process has as many connections as it may have open files."""
 
     def few() -> None:
@@ -295,8 +299,8 @@ def test_no_descriptor_is_left_for_it(socket_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
-    """Its time is over; the old process has served all the while."""
+def test_upgrade_silent_new_process_times_out(socket_dir: Path) -> None:
+    """The new process is killed after its timeout."""
     impatient = IMPATIENT.replace("_HELLO_S = 5.0", "_HELLO_S = 0.5")
     with Upgradable(socket_dir, CLIENTS, first=impatient) as broker, broker.login("ops") as ops:
         broker.before_new_process("import time; time.sleep(60)")
@@ -313,8 +317,10 @@ def test_one_that_says_nothing_is_given_up(socket_dir: Path) -> None:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Signals) -> None:
-    """The new process is not waited for and leaves nothing behind."""
+def test_upgrade_stop_signal_during_start_of_new_process_stops(
+    socket_dir: Path, number: signal.Signals
+) -> None:
+    """The broker does not wait for the new process, which leaves nothing behind."""
     with Upgradable(socket_dir, CLIENTS, first=IMPATIENT) as broker, broker.login("ops"):
         broker.before_new_process("import time; time.sleep(60)")
         broker.signal(signal.SIGUSR2)
@@ -326,10 +332,10 @@ def test_who_is_told_to_stop_meanwhile_stops(socket_dir: Path, number: signal.Si
 
 
 @pytest.mark.parametrize(("word", "upgraded"), [("ready", 0), ("serving", 1)])
-def test_a_stop_in_the_very_moment_of_the_handover_is_heard(
+def test_upgrade_stop_signal_during_handover_drains(
     socket_dir: Path, word: str, upgraded: int
 ) -> None:
-    """While the new process sets everything up, the old one drains; once it may begin,
+    """While the new process restores the state, the old one drains; after the commit,
     the new one does.
     """
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops"):
@@ -347,8 +353,8 @@ def test_a_stop_in_the_very_moment_of_the_handover_is_heard(
 
 
 @pytest.mark.slow
-def test_it_is_refused_while_the_broker_drains(socket_dir: Path) -> None:
-    """It would have nothing to take over."""
+def test_upgrade_during_drain_is_refused(socket_dir: Path) -> None:
+    """A new process would have nothing to take over."""
     with (
         Upgradable(socket_dir, CLIENTS) as broker,
         broker.login("alice") as alice,
