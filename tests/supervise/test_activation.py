@@ -66,8 +66,8 @@ def abstract() -> str:
     return f"@brokerd-test-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
-    """Started by hand, the same configuration listens by itself and nobody is warned."""
+def test_socket_activation_name_without_sockets_is_not_missed() -> None:
+    """Started by hand, the same configuration listens by itself, without a warning."""
     (entry,) = build_config([{"address": "127.0.0.1:0", "name": "main"}], {"alice": "k"}).listen
     with bound(("127.0.0.1", 0)) as sockets:
         other = ActivatedSockets(
@@ -77,9 +77,9 @@ def test_a_name_is_missed_only_where_sockets_are_handed_over() -> None:
     assert ActivatedSockets().unmatched([entry], []) == []
 
 
-def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> None:
-    """A path, an abstract name, IPv4 and a host name each get the socket bound there,
-    whatever it is called.
+def test_socket_activation_matches_sockets_by_address(socket_dir: Path, manager: Manager) -> None:
+    """A path, an abstract name, IPv4 and a host name each get the socket that is bound
+    there, whatever the socket's name is.
     """
     name = abstract()
     with bound(socket_dir / "brokerd.sock", name, ("127.0.0.1", 0), ("127.0.0.1", 0)) as sockets:
@@ -94,8 +94,10 @@ def test_sockets_are_matched_by_address(socket_dir: Path, manager: Manager) -> N
             assert sorted(map(str, broker.addresses())) == sorted(map(str, there))
 
 
-def test_a_socket_bound_elsewhere_is_matched_by_name(socket_dir: Path, manager: Manager) -> None:
-    """An entry with a name listens at the manager's socket of that name, and its own
+def test_socket_activation_matches_socket_bound_elsewhere_by_name(
+    socket_dir: Path, manager: Manager
+) -> None:
+    """An entry with a name listens at the manager's socket of that name; its own
     address stays unused.
     """
     entry = {"address": str(socket_dir / "unused.sock"), "name": "team"}
@@ -111,10 +113,8 @@ def test_a_socket_bound_elsewhere_is_matched_by_name(socket_dir: Path, manager: 
             bob.ping()
 
 
-def test_ipv6_is_matched(socket_dir: Path, manager: Manager) -> None:
-    """[::1] is written with brackets in the configuration and without them by the
-    system.
-    """
+def test_socket_activation_matches_ipv6_address(socket_dir: Path, manager: Manager) -> None:
+    """The configuration writes [::1] with brackets, the system without them."""
     try:
         sockets_of = bound(("::1", 0))
         sockets = sockets_of.__enter__()
@@ -131,9 +131,11 @@ def test_ipv6_is_matched(socket_dir: Path, manager: Manager) -> None:
         sockets_of.__exit__(None, None, None)
 
 
-def test_a_socket_that_is_no_entrys_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """Nobody would answer there: the error says what to add and where, and the status
-    tells it too.
+def test_socket_activation_socket_without_entry_is_refused(
+    socket_dir: Path, manager: Manager
+) -> None:
+    """The broker would not answer there. The error and the status say which entry to
+    add.
     """
     with (
         bound(socket_dir / "stray.sock", ("127.0.0.1", 0)) as sockets,
@@ -147,7 +149,9 @@ def test_a_socket_that_is_no_entrys_is_refused(socket_dir: Path, manager: Manage
         assert "stray.sock" in manager.next()["STATUS"]
 
 
-def test_a_name_that_is_not_handed_over_is_warned_of(socket_dir: Path, manager: Manager) -> None:
+def test_socket_activation_missing_named_socket_is_warned_of(
+    socket_dir: Path, manager: Manager
+) -> None:
     """The entry listens by itself, and the log says what the .socket unit lacks."""
     entry = {"address": str(socket_dir / "own.sock"), "name": "team"}
     with (
@@ -161,9 +165,9 @@ def test_a_name_that_is_not_handed_over_is_warned_of(socket_dir: Path, manager: 
         assert "FileDescriptorName=team" in warning["reason"]
 
 
-def test_the_sockets_outlive_the_broker(socket_dir: Path, manager: Manager) -> None:
-    """Its file stays when the broker stops, a connection made meanwhile waits, and the
-    next broker answers it.
+def test_socket_activation_sockets_outlive_broker(socket_dir: Path, manager: Manager) -> None:
+    """The socket file stays when the broker stops. A connection made meanwhile waits,
+    and the next broker answers it.
     """
     path = socket_dir / "brokerd.sock"
     with bound(path) as sockets:
@@ -179,9 +183,9 @@ def test_the_sockets_outlive_the_broker(socket_dir: Path, manager: Manager) -> N
             waiting.ping()
 
 
-def test_a_reload_keeps_them(socket_dir: Path, manager: Manager) -> None:
-    """An entry whose socket was handed over stays through a reload, and its connections
-    with it.
+def test_socket_activation_reload_keeps_sockets(socket_dir: Path, manager: Manager) -> None:
+    """An entry whose socket was handed over stays through a reload, with its
+    connections.
     """
     with (
         bound(socket_dir / "brokerd.sock") as sockets,
@@ -195,9 +199,11 @@ def test_a_reload_keeps_them(socket_dir: Path, manager: Manager) -> None:
             bob.ping()
 
 
-def test_a_reload_that_leaves_one_to_nobody_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """Taking an entry out does not close the manager's socket: the reload is refused,
-    and all stays as it was.
+def test_socket_activation_reload_that_removes_entry_is_refused(
+    socket_dir: Path, manager: Manager
+) -> None:
+    """Removing an entry does not close the manager's socket, so the reload is refused
+    and nothing changes.
     """
     with (
         bound(socket_dir / "team.sock") as sockets,
@@ -217,7 +223,9 @@ def test_a_reload_that_leaves_one_to_nobody_is_refused(socket_dir: Path, manager
             alice.ping()
 
 
-def test_a_reload_that_would_swap_sockets_is_refused(socket_dir: Path, manager: Manager) -> None:
+def test_socket_activation_reload_that_swaps_sockets_is_refused(
+    socket_dir: Path, manager: Manager
+) -> None:
     """An address that stays can't get another of the manager's sockets while it is in
     use.
     """
@@ -241,8 +249,10 @@ def test_a_reload_that_would_swap_sockets_is_refused(socket_dir: Path, manager: 
         assert "restart the broker" in refused["problems"][0]
 
 
-def test_what_is_no_listener_is_refused(socket_dir: Path, manager: Manager) -> None:
-    """A connection or a datagram socket handed over is an error that names the setting."""
+def test_socket_activation_socket_that_does_not_listen_is_refused(
+    socket_dir: Path, manager: Manager
+) -> None:
+    """The error for a datagram socket names the setting of the .socket unit."""
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
         manager.start(socket_dir, sockets=[datagrams], names="odd") as broker,
@@ -251,24 +261,24 @@ def test_what_is_no_listener_is_refused(socket_dir: Path, manager: Manager) -> N
         assert any("descriptor 3 (odd)" in line and "Accept=no" in line for line in broker.lines)
 
 
-def test_sockets_for_another_process_are_left_alone() -> None:
-    """LISTEN_PID says whom they are for; the variables are gone afterwards, so that no
-    child takes them for its own.
+def test_socket_activation_for_other_process_is_ignored() -> None:
+    """LISTEN_PID names the process. The variables are removed afterwards, so that no
+    child takes the sockets for its own.
     """
     environ = {"LISTEN_PID": "8", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
     assert ActivatedSockets.take(environ, 7).sockets == ()
     assert environ == {"HOME": "/"}
 
 
-def test_a_count_that_is_none_is_an_error() -> None:
-    """LISTEN_FDS that is not a number is an error."""
+def test_socket_activation_invalid_count_is_refused() -> None:
+    """A LISTEN_FDS that is not a number is an error."""
     with pytest.raises(SocketActivationError, match="LISTEN_FDS='many' is not a number"):
         ActivatedSockets.take({"LISTEN_PID": "7", "LISTEN_FDS": "many"}, 7)
 
 
-def test_the_address_comes_before_the_name(socket_dir: Path) -> None:
-    """A socket bound to one entry's address and called as another entry belongs to the
-    first.
+def test_socket_activation_address_takes_precedence_over_name(socket_dir: Path) -> None:
+    """A socket bound to one entry's address, with the name of another entry, belongs to
+    the first.
     """
     config = build_config(
         [str(socket_dir / "a"), {"address": str(socket_dir / "b"), "name": "both"}],

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_it_is_ready_when_it_can_be_connected_to(socket_dir: Path) -> None:
+def test_systemd_ready_is_sent_when_broker_accepts_connections(socket_dir: Path) -> None:
     """READY=1 comes when connecting works, with a line of counts."""
     with Manager(socket_dir / "notify") as manager, manager.start(socket_dir) as broker:
         ready = manager.next()
@@ -37,7 +37,7 @@ def test_it_is_ready_when_it_can_be_connected_to(socket_dir: Path) -> None:
             alice.ping()
 
 
-def test_an_abstract_address_is_told_too() -> None:
+def test_systemd_abstract_notify_socket_is_used() -> None:
     """NOTIFY_SOCKET may begin with @."""
     with Manager(f"@brokerd-test-{os.getpid()}-{time.monotonic_ns()}") as manager:
         supervisor = Supervisor.from_environ({"NOTIFY_SOCKET": manager.address}, 1)
@@ -45,9 +45,9 @@ def test_an_abstract_address_is_told_too() -> None:
         assert manager.next() == {"MAINPID": "4711", "STATUS": "two lines"}
 
 
-def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
-    """The status follows the connections and messages, and says nothing while they
-    stay.
+def test_systemd_status_follows_counts(socket_dir: Path) -> None:
+    """The status follows the connections and messages; it is not sent again while they
+    stay the same.
     """
     often = "import brokerd.daemon.systemd\nbrokerd.daemon.systemd._STATUS_EVERY = 0.05\n"
     with (
@@ -67,10 +67,8 @@ def test_the_counts_are_kept_up_to_date(socket_dir: Path) -> None:
         assert all(before != after for before, after in pairwise(texts)), texts
 
 
-def test_a_reload_is_told_with_its_time(socket_dir: Path) -> None:
-    """RELOADING=1 with the monotonic clock, then READY=1: what Type=notify-reload waits
-    for.
-    """
+def test_systemd_reload_sends_reloading_with_time_and_ready(socket_dir: Path) -> None:
+    """Type=notify-reload waits for RELOADING=1 with the monotonic clock, then READY=1."""
     with Manager(socket_dir / "notify") as manager, manager.start(socket_dir) as broker:
         manager.wait("READY")
         began = time.monotonic_ns() // 1000
@@ -81,9 +79,9 @@ def test_a_reload_is_told_with_its_time(socket_dir: Path) -> None:
         assert broker.events("daemon.reloaded") or broker.wait("daemon.reloaded")
 
 
-def test_a_refused_reload_is_ready_again_and_says_why(socket_dir: Path) -> None:
-    """A manager must not wait for ever: the old configuration serves on, and the status
-    says what is wrong.
+def test_systemd_refused_reload_sends_ready_with_reason(socket_dir: Path) -> None:
+    """Otherwise the manager would wait without end. The old configuration stays in
+    force, and the status gives the mistake.
     """
     with Manager(socket_dir / "notify") as manager, manager.start(socket_dir) as broker:
         manager.wait("READY")
@@ -96,10 +94,8 @@ def test_a_refused_reload_is_ready_again_and_says_why(socket_dir: Path) -> None:
         assert "is an empty list" in ready["STATUS"]
 
 
-def test_a_stop_is_told_with_the_time_it_may_take(socket_dir: Path) -> None:
-    """STOPPING=1 comes with more time than the drain may take, and nothing is said to
-    be ready after it.
-    """
+def test_systemd_stop_sends_stopping_with_extended_timeout(socket_dir: Path) -> None:
+    """STOPPING=1 comes with more time than the drain may take."""
     with (
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, limits={"drain_timeout": "100s"}) as broker,
@@ -112,9 +108,9 @@ def test_a_stop_is_told_with_the_time_it_may_take(socket_dir: Path) -> None:
         assert broker.exit_status() == 0
 
 
-def test_the_watchdog_is_fed_until_the_loop_stands_still(socket_dir: Path) -> None:
-    """Signs of life come one after the other, none from a process that is stopped, and
-    again when it goes on.
+def test_watchdog_is_fed_unless_process_is_stopped(socket_dir: Path) -> None:
+    """Keep-alive messages arrive regularly, stop while the process is stopped, and
+    resume when it continues.
     """
     with (
         Manager(socket_dir / "notify") as manager,
@@ -132,10 +128,12 @@ def test_the_watchdog_is_fed_until_the_loop_stands_still(socket_dir: Path) -> No
         manager.wait("WATCHDOG")
 
 
-def test_signs_of_life_come_twice_in_the_time_that_is_watched(
+def test_watchdog_is_fed_every_half_of_its_period(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As sd_watchdog_enabled(3) advises: half of WATCHDOG_USEC, from the first one on."""
+    """As sd_watchdog_enabled(3) advises: every half of WATCHDOG_USEC, from the first
+    message on.
+    """
     periods: list[float] = []
 
     async def feed() -> None:
@@ -161,9 +159,9 @@ def test_signs_of_life_come_twice_in_the_time_that_is_watched(
     assert periods[:4] == [1.5] * 4
 
 
-def test_a_handler_that_never_returns_starves_the_watchdog(socket_dir: Path) -> None:
-    """It is the loop that feeds: a process that runs but whose loop stands still is not
-    alive.
+def test_watchdog_with_blocked_event_loop_is_not_fed(socket_dir: Path) -> None:
+    """The event loop feeds the watchdog: a process whose loop is blocked does not count
+    as alive.
     """
     stuck = """
 import signal
@@ -195,26 +193,26 @@ Daemon.reload_soon = forever
         ({}, None),
     ],
 )
-def test_a_watchdog_for_another_process_is_left_alone(
+def test_watchdog_for_other_process_is_ignored(
     environ: dict[str, str], watched: float | None
 ) -> None:
-    """WATCHDOG_PID, where it is given, says whom WATCHDOG_USEC is for."""
+    """WATCHDOG_PID, if it is set, names the process that WATCHDOG_USEC is for."""
     assert Supervisor.from_environ({"NOTIFY_SOCKET": "/there", **environ}, 7)._watchdog_s == watched
 
 
 @pytest.mark.parametrize(
     "address", ["", "vsock:2:1234", "no/absolute/path", "/nobody/there", "@nobody-there"]
 )
-def test_nobody_to_tell_is_no_error(address: str) -> None:
-    """Without a manager, or with one that is gone, telling returns False and that is
-    all.
+def test_systemd_without_manager_notify_returns_false(address: str) -> None:
+    """Without a manager, or with one that has ended, notify() returns False and raises
+    nothing.
     """
     assert not Supervisor.from_environ({"NOTIFY_SOCKET": address}, 7).notify(READY=1)
 
 
 @pytest.mark.timing
-def test_a_manager_that_does_not_read_holds_up_nobody(socket_dir: Path) -> None:
-    """Its queue is full: what is said waits a second at most, and is given up."""
+def test_systemd_manager_that_does_not_read_blocks_briefly(socket_dir: Path) -> None:
+    """Its queue is full: the message waits a second at most, and is then discarded."""
     with Manager(socket_dir / "notify") as manager:
         supervisor = Supervisor(manager.address)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler, suppress(BlockingIOError):
@@ -226,10 +224,12 @@ def test_a_manager_that_does_not_read_holds_up_nobody(socket_dir: Path) -> None:
         assert time.monotonic() - began < 10
 
 
-def test_counts_do_not_take_the_place_of_draining(
+def test_systemd_status_during_drain_stays_draining(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once it drains, the status says so until the end; signs of life go on."""
+    """During a drain the status stays "draining" until the end; the watchdog is still
+    fed.
+    """
     monkeypatch.setattr(supervise, "_STATUS_EVERY", 0.01)
     counts = map(str, itertools.count())
 
@@ -248,8 +248,8 @@ def test_counts_do_not_take_the_place_of_draining(
         asyncio.run(drain(manager))
 
 
-def test_what_keeps_it_from_starting_is_told(socket_dir: Path) -> None:
-    """The manager's status says why, and the errno where the system gave one."""
+def test_systemd_failed_start_sends_status_and_errno(socket_dir: Path) -> None:
+    """The manager's status gives the reason, and the errno if the system gave one."""
     with (
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, listen=["/nobody/has/this/directory/s"]) as broker,
@@ -260,7 +260,7 @@ def test_what_keeps_it_from_starting_is_told(socket_dir: Path) -> None:
         assert broker.exit_status() == 1
 
 
-def test_a_bad_configuration_is_told(socket_dir: Path) -> None:
+def test_systemd_invalid_configuration_sends_status(socket_dir: Path) -> None:
     """The first mistake is the status; the others are on standard error."""
     with (
         Manager(socket_dir / "notify") as manager,
