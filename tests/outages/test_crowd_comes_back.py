@@ -20,7 +20,7 @@ OUTSTANDING = 3
 
 
 @pytest.mark.parametrize("crowd", [100, pytest.param(2000, marks=pytest.mark.slow)])
-def test_everybody_is_back_and_knows_what_is_in_doubt(
+def test_broker_killed_and_restarted_clients_reconnect(
     socket_dir: Path, crowd: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exactly the requests without an answer are in doubt, and every client works

@@ -16,9 +16,9 @@ from brokerd_client.errors import BrokerdError, Offline
 TIMEOUT_S = 30.0
 
 
-def test_a_blocking_client_hears_of_a_drain_and_comes_back() -> None:
-    """The event is its last; then calls fail until there is a broker again, and the
-    subscription is there again.
+def test_drain_event_reaches_blocking_client_which_reconnects() -> None:
+    """The event is its last message. Then calls fail until a broker is there again, and
+    the subscription is made again.
     """
     with RunningBroker({"alice": {}, "bob": {}}) as broker:
         alice, bob = broker.connect("alice"), broker.connect("bob")
@@ -34,7 +34,7 @@ def test_a_blocking_client_hears_of_a_drain_and_comes_back() -> None:
         assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
 
 
-def test_an_asyncio_client_hears_of_a_drain_and_comes_back() -> None:
+def test_drain_event_reaches_asyncio_client_which_reconnects() -> None:
     """The same with asyncio."""
 
     async def run(broker: RunningBroker) -> None:
@@ -53,8 +53,8 @@ def test_an_asyncio_client_hears_of_a_drain_and_comes_back() -> None:
         asyncio.run(run(broker))
 
 
-def test_a_sender_of_the_library_is_told_what_was_not_delivered() -> None:
-    """Whose recipient does not read hears of each message through on_undelivered,
+def test_drain_reports_undelivered_messages_to_sender() -> None:
+    """If the recipient does not read, the sender's on_undelivered gets each message
     before the connection ends.
     """
     told: list[BrokerdError] = []

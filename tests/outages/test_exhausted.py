@@ -26,9 +26,9 @@ NAMES = (*SENDERS, *RECIPIENTS, "late")
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
-def test_no_descriptors_are_left(socket_dir: Path) -> None:
-    """Accepting pauses, those who are there are served all the time, and it resumes
-    when descriptors are free.
+def test_listener_without_descriptors_pauses_and_serves_connected(socket_dir: Path) -> None:
+    """Accepting pauses while no descriptor is free, and then resumes. Connected clients
+    are served all the time.
     """
 
     def few() -> None:
@@ -56,8 +56,10 @@ def test_no_descriptors_are_left(socket_dir: Path) -> None:
     account.record("accepting paused and resumed; no connection ended")
 
 
-def test_no_space_is_left_for_log_and_audit(socket_dir: Path) -> None:
-    """ENOSPC with every line: nobody waits for the log, nothing stops."""
+def test_log_and_audit_on_full_disk_delay_no_client(socket_dir: Path) -> None:
+    """Every line fails with ENOSPC: no client waits for the log, and the broker goes
+    on.
+    """
     full = os.open("/dev/full", os.O_WRONLY)
     try:
         with BrokerProcess(socket_dir, NAMES, stderr=full, log={"audit": "/dev/full"}) as broker:
@@ -76,9 +78,9 @@ def test_no_space_is_left_for_log_and_audit(socket_dir: Path) -> None:
 
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (apt-get install libfaketime)")
-def test_the_clock_is_set(socket_dir: Path) -> None:
-    """A year forward, two years back: deadlines do not move, nobody is disconnected,
-    newcomers are let in.
+def test_clock_set_forward_and_back_disconnects_no_client(socket_dir: Path) -> None:
+    """A year forward, two years back: deadlines do not move, no client is disconnected,
+    new clients are accepted.
     """
     clock = socket_dir / "clock"
     clock.write_text("+0")
@@ -114,8 +116,8 @@ def test_the_clock_is_set(socket_dir: Path) -> None:
     account.record("no connection ended; new clients were accepted each time")
 
 
-def test_the_disk_is_slow_during_a_reload(socket_dir: Path) -> None:
-    """The reload waits for a file that does not come; nobody else does."""
+def test_reload_with_slow_disk_delays_no_client(socket_dir: Path) -> None:
+    """The reload waits for a file that does not come; the clients do not."""
     with BrokerProcess(socket_dir, NAMES) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:

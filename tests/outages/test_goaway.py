@@ -98,11 +98,11 @@ def place(
         yield Place(broker, {"ssl": context})
 
 
-def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
+def test_goaway_unread_by_blocking_client_reports_each_send(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The broker has said that it ends, and the client has not read it yet: it hears
-    what becomes of each send.
+    """The broker has sent its goaway, and the client has not read it yet. The client
+    gets the outcome of each send.
     """
     broker, account = place.broker, StopAccount()
     alice = broker.connect("alice", **place.options)
@@ -127,9 +127,9 @@ def test_sends_before_a_stop_is_noticed_by_blocking_client_are_reported(
     assert account.reported == dict.fromkeys(account.sent, 1)
 
 
-def test_sends_before_a_stop_is_noticed_by_asyncio_client_are_reported(place: Place) -> None:
-    """The broker has said that it ends, and the client has not read it yet: it hears
-    what becomes of each send.
+def test_goaway_unread_by_asyncio_client_reports_each_send(place: Place) -> None:
+    """The broker has sent its goaway, and the client has not read it yet. The client
+    gets the outcome of each send.
     """
     broker, account = place.broker, StopAccount()
 
@@ -151,19 +151,19 @@ def test_sends_before_a_stop_is_noticed_by_asyncio_client_are_reported(place: Pl
     assert account.reported == dict.fromkeys(account.sent, 1)
 
 
-def test_stops_under_load_of_blocking_client_lose_nothing(place: Place) -> None:
+def test_drain_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
     run_blocking(place, 2)
 
 
-def test_stops_under_load_of_asyncio_client_lose_nothing(place: Place) -> None:
+def test_drain_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
     asyncio.run(run_asyncio(place, 2))
 
 
 @pytest.mark.slow
-def test_many_stops_under_load_of_blocking_client_lose_nothing(place: Place) -> None:
+def test_drain_300_times_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
     run_blocking(place, 300)
 
 
 @pytest.mark.slow
-def test_many_stops_under_load_of_asyncio_client_lose_nothing(place: Place) -> None:
+def test_drain_300_times_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
     asyncio.run(run_asyncio(place, 300))

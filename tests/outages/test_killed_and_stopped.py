@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(
 NAMES = (*SENDERS, *RECIPIENTS)
 
 
-def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
-    """What was under way is in doubt; everybody is back; only what was in its memory is
-    gone with it.
+def test_broker_killed_loses_only_messages_in_its_memory(socket_dir: Path, way: Way) -> None:
+    """Messages under way are in doubt, and all clients reconnect. Only the messages in
+    the broker's memory are lost.
     """
     with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
@@ -51,9 +51,9 @@ def test_the_broker_is_killed(socket_dir: Path, way: Way) -> None:
 @pytest.mark.parametrize(
     "way", ["plain", pytest.param("tls", marks=pytest.mark.slow)], indirect=True
 )
-def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
-    """Requests it had not answered fail, messages come back as offline; another one
-    takes its place.
+def test_recipient_killed_is_reported_to_its_senders(socket_dir: Path, way: Way) -> None:
+    """Its unanswered requests fail, and its messages come back as offline. Another
+    process takes its place.
     """
     with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
@@ -70,8 +70,10 @@ def test_a_recipient_is_killed(socket_dir: Path, way: Way) -> None:
 
 
 @pytest.mark.slow
-def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
-    """What it sent arrives once and in order, or not at all; nobody else notices."""
+def test_sender_killed_messages_arrive_once_and_in_order(socket_dir: Path, way: Way) -> None:
+    """A message of the killed sender arrives once and in order, or not at all; no other
+    client notices.
+    """
     with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:
@@ -93,9 +95,9 @@ def test_a_sender_is_killed(socket_dir: Path, way: Way) -> None:
     account.record("all messages with a receipt arrived")
 
 
-def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
-    """Messages wait for it, others are served; when it goes on it gets all of them, or
-    their senders were told.
+def test_recipient_stopped_and_continued_gets_queued_messages(socket_dir: Path, way: Way) -> None:
+    """Its messages wait, and other clients are served. Afterwards it gets all of them,
+    unless their senders got an error.
     """
     with BrokerProcess(
         socket_dir, NAMES, listen=way.listen(), limits={"wait_timeout": "1s"}
@@ -113,8 +115,8 @@ def test_a_recipient_is_stopped(socket_dir: Path, way: Way) -> None:
 
 
 @pytest.mark.slow
-def test_the_broker_is_stopped(socket_dir: Path, way: Way) -> None:
-    """Everybody waits; when it goes on so does everything, on the same connections."""
+def test_broker_stopped_and_continued_keeps_connections(socket_dir: Path, way: Way) -> None:
+    """All clients wait. When the broker continues, so do they, on the same connections."""
     with BrokerProcess(socket_dir, NAMES, listen=way.listen()) as broker:
         broker.wait("daemon.started")
         with way.traffic(socket_dir, broker) as traffic:

@@ -37,9 +37,11 @@ def reset(raw: Raw) -> None:
 
 
 @pytest.mark.parametrize("family", ["unix", "tcp"])
-def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
-    """The message is delivered, and its sender is seen to be gone though nobody writes
-    to it.
+def test_message_with_reset_is_delivered_and_sender_disconnected(
+    socket_dir: Path, family: str
+) -> None:
+    """The message is delivered. The broker notices that its sender is gone, though
+    nothing is written to it.
     """
     with (
         BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
@@ -58,8 +60,8 @@ def test_a_message_and_a_reset_together(socket_dir: Path, family: str) -> None:
         until(lambda: bool(broker.events("client.disconnected")), "it stays online", SOON_S)
 
 
-def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
-    """The peer is let go of at once, and not when its time is over."""
+def test_handshake_half_done_with_reset_ends_at_once(socket_dir: Path) -> None:
+    """The pending connection ends at once, and not at its timeout."""
     with BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker:
         raw = Raw(broker.addresses()[1])
         answer = prefixed(raw.answer(key_of("alice"), b"alice"))
@@ -70,8 +72,8 @@ def test_half_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
         until(lambda: bool(broker.events("client.refused")), "it stays at the door", SOON_S)
 
 
-def test_the_end_of_a_handshake_and_a_reset_together(socket_dir: Path) -> None:
-    """Who is let in and gone at once does not stay online."""
+def test_handshake_done_with_reset_disconnects_client(socket_dir: Path) -> None:
+    """A client that is accepted and gone at once does not stay online."""
     with (
         BrokerProcess(socket_dir, listen=["127.0.0.1:0"], limits=LIMITS) as broker,
         broker.login("bob") as bob,

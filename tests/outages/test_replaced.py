@@ -32,9 +32,9 @@ everyday_tls = pytest.mark.parametrize(
 
 @everyday_tls
 @pytest.mark.parametrize("upgrades", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -> None:
-    """Plain connections go on; those over TLS are closed in order and made again, and
-    nothing is lost on the way.
+def test_upgrade_under_traffic_loses_nothing(socket_dir: Path, way: Way, upgrades: int) -> None:
+    """Plain connections go on; connections over TLS are closed in order and made again.
+    No message is lost.
     """
     clients = {**dict.fromkeys(NAMES), "ops": {"admin": True}}
     with (
@@ -56,9 +56,9 @@ def test_the_broker_replaces_itself(socket_dir: Path, way: Way, upgrades: int) -
 
 
 @pytest.mark.slow
-def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
-    """A broker that is told to stop delivers or reports what it has; everybody comes
-    back to the next one.
+def test_broker_restarted_three_times_loses_nothing(socket_dir: Path, way: Way) -> None:
+    """A broker that gets SIGTERM delivers or reports its messages; all clients connect
+    to the next one.
     """
     with contextlib.ExitStack() as brokers:
         broker = brokers.enter_context(BrokerProcess(socket_dir, NAMES, listen=way.listen()))
@@ -75,8 +75,10 @@ def test_another_broker_takes_its_place(socket_dir: Path, way: Way) -> None:
 
 
 @pytest.mark.slow
-def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
-    """Those who are connected go on, whoever comes gets the new one, and nobody waits."""
+def test_certificate_renewed_five_times_keeps_connections(socket_dir: Path, over_tls: Way) -> None:
+    """Connected clients go on, a new client gets the new certificate, and no client
+    waits.
+    """
     way, renewals = over_tls, 5
     assert way.shown is not None
     assert way.authority is not None
@@ -107,9 +109,11 @@ def test_certificates_are_renewed(socket_dir: Path, over_tls: Way) -> None:
 
 @everyday_tls
 @pytest.mark.parametrize("when_full", ["refuse", "wait"])
-def test_a_recipient_reads_slowly(socket_dir: Path, way: Way, when_full: str) -> None:
-    """It gets what was accepted, in order; the sender hears of all else; others are
-    served.
+def test_recipient_reading_slowly_gets_accepted_messages(
+    socket_dir: Path, way: Way, when_full: str
+) -> None:
+    """It gets the accepted messages in order. The sender gets an error for each of the
+    others, and other clients are served.
     """
     clients = {
         "alice": {"queue": "8MiB"},

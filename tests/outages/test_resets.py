@@ -82,9 +82,11 @@ def connect(address: str, name: str, way: Way = PLAIN) -> brokerd_client.Client:
 
 
 @every_byte
-def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step: int) -> None:
-    """The client gets in at its next try or is told at once, the broker keeps nothing,
-    and other clients are served.
+def test_handshake_reset_at_each_byte_leaves_nothing_behind(
+    socket_dir: Path, way: Way, cut: str, step: int
+) -> None:
+    """The client connects at its next try or gets an error at once. The broker keeps
+    nothing, and other clients are served.
     """
     with (
         broker_and_cutter(socket_dir, way, cut) as (broker, cutter),
@@ -123,11 +125,11 @@ def test_at_every_byte_of_a_handshake(socket_dir: Path, way: Way, cut: str, step
 
 
 @every_byte
-def test_at_every_byte_of_a_message_and_its_receipt(
+def test_message_reset_at_each_byte_is_delivered_at_most_once(
     socket_dir: Path, way: Way, cut: str, step: int
 ) -> None:
-    """A message cut short is not delivered; one whose receipt was cut is in doubt, and
-    was delivered once.
+    """A message cut short is not delivered. A message whose receipt was cut is in
+    doubt, and was delivered once.
     """
     account = Account(
         way.title(f"connections {cut} at every byte of a message, and of its receipt")
@@ -187,11 +189,11 @@ def frame_sizes(cutter: Cutter, bob: brokerd_client.Client, way: Way) -> tuple[i
 
 
 @every_byte
-def test_at_every_byte_of_a_request_and_its_reply(
+def test_request_reset_at_each_byte_fails_at_once(
     socket_dir: Path, way: Way, cut: str, step: int
 ) -> None:
-    """The recipient is cut off: the requester hears of it at once, unless the whole
-    reply was through.
+    """The recipient's connection is cut: the requester gets an error at once, unless
+    the whole reply was through.
     """
     account = Account(
         way.title(f"connections {cut} at every byte of a request to a client, and of its reply")

@@ -25,11 +25,11 @@ WINDOW = 400
 
 
 @pytest.mark.parametrize("requests", [4_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_every_request_has_a_reply_or_an_error(
+def test_pool_worker_killed_each_request_has_reply_or_error(
     socket_dir: Path, requests: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the killed worker had comes back as abandoned, what waited for it as
-    offline; nothing else fails.
+    """The requests that the killed worker had end as abandoned or offline; no other
+    request fails.
     """
     with (
         restartable_broker(socket_dir, ["asker", "work"], f"connections: {WORKERS + 1}") as broker,
