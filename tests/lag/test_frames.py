@@ -80,8 +80,8 @@ def unread(
         yield session
 
 
-def test_every_kind_of_frame_has_a_case() -> None:
-    """One that is new is to be measured too."""
+def test_frame_kinds_all_have_a_case() -> None:
+    """A new kind of frame must be measured too."""
     assert set(FRAMES) == set(Kind)
 
 
@@ -108,10 +108,10 @@ def test_every_kind_of_frame_has_a_case() -> None:
         if not kept or pool or when_full is WhenFull.DROP_OLDEST
     ],
 )
-def test_frames_to_a_full_queue_hold_nothing_up(
+def test_event_loop_with_frames_to_full_queue_stays_responsive(
     broker: Crowded, when_full: WhenFull, pool: bool, kept: bool, most: int
 ) -> None:
-    """Of every kind; and neither does the end of a recipient for which so much waits."""
+    """Frames of every kind, and then the end of the recipient with its full queue."""
     name = queue_of(when_full, pool)
     for kind, make in FRAMES.items():
         if most > SENT * 10 and kind not in (Kind.MESSAGE, Kind.REPLY, Kind.EVENT):

@@ -36,14 +36,14 @@ ELSEWHERE = {"drain": "test_turns.py"}
 REFUSED = {"upgrade", "log_level", "reload", "finished"}
 
 
-def test_every_operation_has_a_case() -> None:
-    """One that is new is to be measured too."""
+def test_operations_all_have_a_case() -> None:
+    """A new operation must be measured too."""
     known = {*service._OPEN, *service._ADMIN}
     assert known <= {*ARGUMENTS, *ELSEWHERE}, known - {*ARGUMENTS, *ELSEWHERE}
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_operation_of_a_crowded_broker_holds_nothing_up(broker: Crowded, op: str) -> None:
+def test_event_loop_with_each_operation_stays_responsive(broker: Crowded, op: str) -> None:
     """With 10,000 clients configured and 8,000 connected."""
     if op == "disconnect":
         broker.call(lambda: [broker.seat("crowd") for _ in range(1500)])

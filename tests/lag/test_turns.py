@@ -26,8 +26,8 @@ from brokerd.net.connection.connection import Connection
 # Connections
 
 
-def test_connect_and_disconnect_hold_nothing_up(broker: Crowded) -> None:
-    """With a name, and without one, where a thousand keys are tried."""
+def test_event_loop_with_connect_and_disconnect_stays_responsive(broker: Crowded) -> None:
+    """With a name, and without one, so that 1,000 keys are tried."""
     broker.login("sender").close()
     login(broker.address, key_of("one-wait")).close()
     for _ in range(50):
@@ -37,8 +37,8 @@ def test_connect_and_disconnect_hold_nothing_up(broker: Crowded) -> None:
     broker.meter.check()
 
 
-def test_disconnect_with_ten_thousand_subscriptions_holds_nothing_up(broker: Crowded) -> None:
-    """However many it has, and in however many groups."""
+def test_event_loop_with_10000_subscriptions_removed_stays_responsive(broker: Crowded) -> None:
+    """However many subscriptions and groups the client has."""
     session = broker.call(lambda: broker.seat("subscriber"))
 
     def subscribe() -> None:
@@ -54,8 +54,8 @@ def test_disconnect_with_ten_thousand_subscriptions_holds_nothing_up(broker: Cro
     broker.meter.check()
 
 
-def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded) -> None:
-    """All of them go on when it reads, and when it leaves."""
+def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> None:
+    """All of them are released when the recipient leaves."""
     recipient = broker.call(lambda: broker.seat("one-wait", takes=False))
     senders = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
     frame = memoryview(packed(MESSAGE, "one-wait", bytes(1000), id=7))[4:]
@@ -78,8 +78,10 @@ def test_recipient_with_a_thousand_held_senders_holds_nothing_up(broker: Crowded
     broker.empty(senders)
 
 
-def test_presence_with_a_thousand_subscribers_holds_nothing_up(broker: Crowded) -> None:
-    """A client comes and goes while a thousand connections want to know of everyone."""
+def test_event_loop_with_1000_presence_subscribers_stays_responsive(broker: Crowded) -> None:
+    """A client connects and disconnects while 1,000 connections subscribe to its
+    presence.
+    """
     watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
 
     def watch() -> None:
@@ -100,9 +102,9 @@ def test_presence_with_a_thousand_subscribers_holds_nothing_up(broker: Crowded) 
 
 
 @pytest.mark.parametrize("groups", [3000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_presence_with_very_many_groups_holds_nothing_up(groups: int) -> None:
-    """A client comes and goes while 30 connections have thousands of groups each on all
-    of the broker's topics.
+def test_event_loop_with_many_presence_groups_stays_responsive(groups: int) -> None:
+    """A client connects and disconnects while 30 connections have thousands of groups
+    each on all of the broker's topics.
     """
     with crowded(large_config(OWN)) as broker:
         watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(30)])
@@ -125,8 +127,8 @@ def test_presence_with_very_many_groups_holds_nothing_up(groups: int) -> None:
         broker.meter.check()
 
 
-def test_message_to_a_pool_of_two_thousand_holds_nothing_up(broker: Crowded) -> None:
-    """For each message one of them is picked."""
+def test_event_loop_with_pool_of_2000_stays_responsive(broker: Crowded) -> None:
+    """For each message one member is picked."""
     members = broker.call(lambda: [broker.seat("crowd") for _ in range(1900)])
     with broker.login("sender") as sender:
         sender.ping()
@@ -164,11 +166,11 @@ FEW = f'clients:\n  ops: {{key: "{key_of("ops").decode()}", admin: true}}\n'
         pytest.param(large_text(OWN).partition("clients:")[0] + FEW, id="all removed"),
     ],
 )
-def test_reload_of_ten_thousand_clients_holds_nothing_up(
+def test_event_loop_with_reload_of_10000_clients_stays_responsive(
     from_file: tuple[Crowded, Path], text: str
 ) -> None:
-    """The thread that reads the file aside: see test_wall.py for what it costs the
-    others.
+    """This leaves out the thread that reads the file: test_wall.py measures what it
+    costs the event loop.
     """
     broker, file = from_file
     file.write_text(text)
@@ -185,9 +187,9 @@ def test_reload_of_ten_thousand_clients_holds_nothing_up(
 
 
 @pytest.mark.timing
-def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
-    """8,000 connections end, what waits for some of them comes back, and a client asks
-    for long lists all the time.
+def test_event_loop_with_drain_of_8000_connections_stays_responsive() -> None:
+    """Undelivered messages come back to their senders, and a client asks for long lists
+    all the time.
     """
     config = load_text(large_text(OWN, limits="drain_timeout: 500ms"))
     with crowded(config) as broker:
@@ -223,9 +225,9 @@ def test_drain_of_a_crowded_broker_holds_nothing_up() -> None:
         broker.meter.check()
 
 
-def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> None:
-    """What an upgrade takes down at once of a broker with few connections, however many
-    clients it knows.
+def test_event_loop_with_upgrade_capture_stays_responsive() -> None:
+    """The last part of the capture, of a broker with few connections, does not depend
+    on the number of configured clients.
     """
     with crowded(large_config(OWN)) as broker:
         broker.fill(200)
@@ -241,12 +243,10 @@ def test_capture_for_an_upgrade_with_ten_thousand_clients_holds_nothing_up() -> 
         broker.meter.check()
 
 
-def test_capture_for_an_upgrade_looks_at_what_has_changed_only(
+def test_upgrade_capture_skips_unchanged_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of thousands of connections that were copied while they were idle, nothing is
-    looked at again.
-    """
+    """Of thousands of connections that were copied while idle, none is inspected again."""
     with crowded(large_config(OWN)) as broker, broker.login("ops") as ops:
         sessions = broker.fill(CONNECTED)
         broker.idle()
@@ -282,8 +282,8 @@ def test_capture_for_an_upgrade_looks_at_what_has_changed_only(
 # What time brings
 
 
-def test_key_expiry_of_ten_thousand_clients_holds_nothing_up() -> None:
-    """All keys end soon, and all clients are connected: each is counted, fifty are
+def test_event_loop_with_key_expiry_of_10000_clients_stays_responsive() -> None:
+    """All keys expire soon, and all clients are connected: each is counted, fifty are
     named.
     """
     soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
@@ -300,7 +300,7 @@ def test_key_expiry_of_ten_thousand_clients_holds_nothing_up() -> None:
 
 
 @pytest.mark.parametrize("per_client", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_monitor_of_a_crowded_broker_holds_nothing_up(per_client: bool) -> None:
+def test_event_loop_with_monitor_pages_stays_responsive(per_client: bool) -> None:
     """All pages, with the metrics of each client or without."""
     extra = f"monitor: {{address: '127.0.0.1:0', per_client: {str(per_client).lower()}}}"
     with crowded(load_text(large_text(OWN, extra=extra))) as broker:
@@ -318,7 +318,7 @@ def test_monitor_of_a_crowded_broker_holds_nothing_up(per_client: bool) -> None:
         broker.meter.check()
 
 
-def test_snapshot_has_every_connection() -> None:
+def test_snapshot_of_stand_ins_has_each_connection() -> None:
     """The stand-ins of these tests are captured as connections are."""
     with crowded(large_config(OWN)) as broker:
         sessions = broker.fill(3)

@@ -86,7 +86,7 @@ class _Large(BrokerProcess):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no signal asks for a reload here")
 @pytest.mark.parametrize("changed", [False, True])
-def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, changed: bool) -> None:
+def test_reload_of_10000_clients_delays_no_answer(socket_dir: Path, changed: bool) -> None:
     """The configuration is read in a thread, which may neither keep the interpreter's
     lock nor collect all garbage.
     """
@@ -119,9 +119,9 @@ def test_reload_of_ten_thousand_clients_delays_no_answer(socket_dir: Path, chang
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no process replaces itself here")
 @pytest.mark.parametrize("connected", [50, 1000, 9900])
 @pytest.mark.usefixtures("many_descriptors")
-def test_upgrade_with_ten_thousand_clients_pauses_shortly(socket_dir: Path, connected: int) -> None:
-    """However many clients are configured, and whether they are connected or not; what
-    waits is another matter.
+def test_upgrade_of_10000_clients_pauses_shortly(socket_dir: Path, connected: int) -> None:
+    """The pause depends neither on the number of configured clients nor on how many are
+    connected. Queued messages are not part of this test.
     """
     large = socket_dir / "large.yaml"
     large.write_text(large_text(str(socket_dir / "brokerd.sock")))
