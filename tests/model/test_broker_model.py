@@ -909,9 +909,9 @@ if EXAMPLES:
 
 
 @pytest.mark.skipif(not EXAMPLES, reason="only a long run has statistics worth a look")
-def test_statistics(capsys: pytest.CaptureFixture[str]) -> None:
-    """A long run says what it met: a model that never meets a full queue proves nothing
-    about one.
+def test_model_run_meets_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """A long run prints its statistics: a model that never meets a full queue proves
+    nothing about one.
     """
     with capsys.disabled():
         print("", *(f"{count:9,} {what}" for what, count in sorted(STATISTICS.items())), sep="\n")

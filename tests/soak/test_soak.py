@@ -41,15 +41,17 @@ def memory(chance: random.Random, samples: int, lost_mib: float = 0.0) -> list[f
 
 
 @pytest.mark.parametrize("samples", [60, 1200])
-def test_noise_peaks_and_a_beginning_are_flat(samples: int) -> None:
-    """What goes up and down again, or only at the beginning, is no rise."""
+def test_soak_verdict_of_noise_and_peaks_is_flat(samples: int) -> None:
+    """Memory that rises and falls again, or rises only at the beginning, does not count
+    as a rise.
+    """
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     assert judge(memory(random.Random(seed), samples), BOUNDS["rss"]).flat
 
 
 @pytest.mark.parametrize("samples", [60, 1200])
-def test_a_leak_is_seen_under_noise(samples: int) -> None:
+def test_soak_verdict_of_leak_under_noise_is_not_flat(samples: int) -> None:
     """Four MiB lost in the whole time are found, whatever the noise."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -58,14 +60,14 @@ def test_a_leak_is_seen_under_noise(samples: int) -> None:
     assert 2 < found.rise < 4
 
 
-def test_lost_descriptors_and_growing_delays_are_seen() -> None:
-    """Four descriptors in the whole time; a median that doubles."""
+def test_soak_verdict_of_lost_descriptors_and_delays_is_not_flat() -> None:
+    """Four descriptors in the whole time, or a median that doubles."""
     assert not judge([30 + number // 150 for number in range(600)], BOUNDS["fds"]).flat
     assert not judge([5 + number / 120 for number in range(600)], BOUNDS["median_ratio"]).flat
     assert judge([30 + number % 7 for number in range(600)], BOUNDS["fds"]).flat
 
 
-def test_the_slope_is_that_of_most_pairs() -> None:
+def test_soak_slope_is_median_of_pairs() -> None:
     """A straight line has its own slope, however many samples; outliers do not move it."""
     assert theil_sen([2.0 * number for number in range(10)]) == pytest.approx(2)
     assert theil_sen([2.0 * number for number in range(5000)]) == pytest.approx(2)
@@ -75,9 +77,9 @@ def test_the_slope_is_that_of_most_pairs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-def test_a_short_soak_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A minute and a half of mixed work, an upgrade in it: nothing is lost, memory and
-    descriptors do not rise.
+def test_soak_of_90_seconds_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mixed work with one upgrade: no message is lost, and memory and descriptors do
+    not rise.
     """
     seed = random.randrange(2**32)
     seen = soak(socket_dir, 90, seed)
@@ -91,7 +93,7 @@ def test_a_short_soak_is_flat(socket_dir: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
-def test_a_daemon_that_loses_memory_is_found_out(socket_dir: Path) -> None:
+def test_soak_of_leaking_daemon_is_not_flat(socket_dir: Path) -> None:
     """The same soak, shorter, of a daemon that keeps a megabyte a second."""
     seen = soak(socket_dir, 20, random.randrange(2**32), program=LEAKING, upgrade=False)
     verdicts = seen.verdicts()
