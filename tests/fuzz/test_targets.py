@@ -35,8 +35,8 @@ def needs(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_corpus_is_clean(target: str) -> None:
-    """Nothing that is known to be interesting makes a target fail."""
+def test_fuzz_corpus_raises_no_error(target: str) -> None:
+    """No input of the corpus makes a target fail."""
     needs(target)
     run = importlib.import_module(f"fuzz.targets.{target}").target
 
@@ -50,7 +50,7 @@ def test_the_corpus_is_clean(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("seed", [random.randrange(2**32)])
-def test_what_chance_makes_of_the_corpus_is_clean(target: str, seed: int) -> None:
+def test_fuzz_corpus_mutated_raises_no_error(target: str, seed: int) -> None:
     """Inputs changed in a few places; the seed is in the name."""
     needs(target)
     module = importlib.import_module(f"fuzz.targets.{target}")
@@ -67,9 +67,9 @@ def test_what_chance_makes_of_the_corpus_is_clean(target: str, seed: int) -> Non
             raise
 
 
-def test_the_corpus_is_what_the_targets_describe() -> None:
-    """Every seed that is the same in every run stands in the corpus, so that a changed
-    one is written again.
+def test_fuzz_corpus_equals_seeds_of_targets() -> None:
+    """Every seed that is the same in every run is in the corpus. A changed seed must be
+    written again.
     """
     for target in sorted(set(TARGETS) - {"certificate", "configuration"}):
         there = dict(inputs(target))

@@ -37,11 +37,11 @@ def receiving(channel: UpgradeChannel, within_s: float = 10.0) -> Future[Upgrade
     return future
 
 
-def test_facts_bytes_and_descriptors_arrive_together(
+def test_upgrade_channel_facts_bytes_and_descriptors_arrive(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
-    """More of each than goes at once; and the descriptors are those of the same files,
-    in order.
+    """There are more of each than one call sends. The descriptors are those of the same
+    files, in order.
     """
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -64,11 +64,11 @@ def test_facts_bytes_and_descriptors_arrive_together(
             os.close(each)
 
 
-def test_descriptors_that_the_system_will_not_take_yet_are_sent_again(
+def test_upgrade_channel_descriptors_over_limit_are_sent_again(
     ends: tuple[UpgradeChannel, UpgradeChannel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts those that are on their way, and whoever is not root may not have more
-    than may be open.
+    """The kernel counts descriptors in transit. Without root, they may not exceed the
+    limit of open files.
     """
     send_fds = socket.send_fds
     refusals = [OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")] * 3
@@ -84,33 +84,37 @@ def test_descriptors_that_the_system_will_not_take_yet_are_sent_again(
     os.close(descriptor)
 
 
-def test_a_descriptor_that_can_not_be_sent_is_an_error(
+def test_upgrade_channel_descriptor_not_sendable_raises(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
-    """Whatever else the system says is the end of it."""
+    """Any other error of the system ends the upgrade."""
     with pytest.raises(UpgradeChannelError, match="Bad file descriptor"):
         ends[0].send("state", {}, (), [987_654], within_s=10)
 
 
-def test_messages_keep_their_order(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """One behind the other, nothing of one in the next."""
+def test_upgrade_channel_messages_keep_their_order(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
+    """One message follows the other, and their parts do not mix."""
     ends[0].send("hello", {"n": 1}, [b"abc"], within_s=5)
     ends[0].send("ready", within_s=5)
     assert ends[1].expect("hello", within_s=5).body == b"abc"
     assert ends[1].expect("ready", within_s=5).facts == {}
 
 
-def test_a_reason_ends_what_was_expected(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """The other one says why it failed."""
+def test_upgrade_channel_failure_of_peer_raises_its_reason(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
+    """The other process says why it failed."""
     ends[0].send("failed", {"reason": "because"}, within_s=5)
     with pytest.raises(UpgradeChannelError, match=r"^because$"):
         ends[1].expect("hello", within_s=5)
 
 
-def test_another_word_than_expected_is_an_error(
+def test_upgrade_channel_unexpected_message_raises(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
-    """It is not taken for the one."""
+    """It is not taken for the expected message."""
     ends[0].send("commit", within_s=5)
     with pytest.raises(
         UpgradeChannelError, match="the other process sent 'commit' where 'ready' was expected"
@@ -118,7 +122,7 @@ def test_another_word_than_expected_is_an_error(
         ends[1].expect("ready", within_s=5)
 
 
-def test_silence_ends_in_time(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+def test_upgrade_channel_silent_peer_times_out(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
     """In both directions."""
     with pytest.raises(UpgradeChannelError, match=r"the other process sent nothing for 0\.05 s"):
         ends[1].receive(within_s=0.05)
@@ -128,8 +132,8 @@ def test_silence_ends_in_time(ends: tuple[UpgradeChannel, UpgradeChannel]) -> No
         ends[0].send("state", {}, [bytes(10_000_000)], within_s=0.05)
 
 
-def test_an_end_is_seen(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """Whether it is waited for, or said something to."""
+def test_upgrade_channel_closed_by_peer_raises(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+    """Both while receiving and while sending."""
     ends[0].close()
     with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
         ends[1].receive(within_s=5)
@@ -137,8 +141,8 @@ def test_an_end_is_seen(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
         ends[1].send("hello", within_s=5)
 
 
-def test_who_waits_can_be_woken(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """From another thread, when the daemon is to stop; waking twice does no harm."""
+def test_upgrade_channel_wake_ends_receive(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
+    """Another thread wakes it when the daemon is to stop; waking it twice does no harm."""
     future = receiving(ends[1], 30)
     ends[1].wake()
     with pytest.raises(UpgradeChannelError):
@@ -161,10 +165,10 @@ def test_who_waits_can_be_woken(ends: tuple[UpgradeChannel, UpgradeChannel]) -> 
         b'bkUP\x00\x00\x00\x2b{"say": "x", "bytes": 0, "descriptors": -1}',
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_upgrade_channel_malformed_message_is_refused(
     ends: tuple[UpgradeChannel, UpgradeChannel], data: bytes
 ) -> None:
-    """Another language, a length that can't be, no object, an object that lacks
+    """Another language, an impossible length, not an object, or an object that lacks
     something.
     """
     sock = ends[0]._sock
@@ -174,8 +178,12 @@ def test_what_makes_no_sense_is_refused(
         ends[1].receive(within_s=5)
 
 
-def test_missing_descriptors_are_an_error(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
-    """Announced, and a byte without them comes: what belongs together is not guessed."""
+def test_upgrade_channel_missing_descriptors_raise(
+    ends: tuple[UpgradeChannel, UpgradeChannel],
+) -> None:
+    """The message announces descriptors, and a byte without them arrives. The channel
+    does not guess what belongs together.
+    """
     sock: Any = ends[0]._sock
     text = b'{"say": "state", "bytes": 0, "descriptors": 2}'
     sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"D")
@@ -196,11 +204,11 @@ def pipe_that_goes_over(sender: UpgradeChannel, text: bytes) -> int:
     return waker_out
 
 
-def test_descriptors_of_a_message_that_breaks_off_are_closed(
+def test_upgrade_channel_incomplete_message_closes_descriptors(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
-    """Nobody else knows of those that had come: the pipe ends, because nobody holds its
-    other end any more.
+    """Only the channel knows the descriptors that arrived. The pipe ends, because no
+    process holds its other end any more.
     """
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
     try:
@@ -212,10 +220,10 @@ def test_descriptors_of_a_message_that_breaks_off_are_closed(
         os.close(waker_out)
 
 
-def test_descriptors_beside_another_word_are_closed(
+def test_upgrade_channel_unexpected_message_closes_descriptors(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
-    """What comes with a message that nobody wants belongs to nobody."""
+    """The descriptors of a message that was not expected are closed."""
     waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
     try:
         with pytest.raises(
@@ -228,11 +236,11 @@ def test_descriptors_beside_another_word_are_closed(
 
 
 @pytest.mark.parametrize("length", [1 << 50, 1 << 80])
-def test_room_is_made_for_what_comes_not_for_what_is_announced(
+def test_upgrade_channel_huge_announced_length_allocates_nothing(
     ends: tuple[UpgradeChannel, UpgradeChannel], length: int
 ) -> None:
-    """More bytes than any machine has: those that came take their room, and the end is
-    seen as any other.
+    """The message announces more bytes than any machine has. Only the bytes that
+    arrived take room, and the end raises as usual.
     """
     text = b'{"say": "state", "bytes": %d, "descriptors": 0}' % length
     ends[0]._sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"few")
@@ -246,7 +254,7 @@ def test_room_is_made_for_what_comes_not_for_what_is_announced(
         tracemalloc.stop()
 
 
-def test_a_message_cut_anywhere_is_no_message() -> None:
+def test_upgrade_channel_message_cut_at_each_byte_raises() -> None:
     """Whatever the byte after which the other process dies."""
     text = b'{"say": "state", "bytes": 4, "descriptors": 0}'
     whole = b"bkUP" + len(text).to_bytes(4) + text + b"body"

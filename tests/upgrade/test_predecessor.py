@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log has its trace, and what went wrong in words; the text that an error is
-    about may be somebody's.
+def test_upgrade_bug_is_logged_without_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has the traceback and the kind of the error, but not its text, which may
+    hold a client's message.
     """
     log = Recorder()
 
@@ -46,8 +46,8 @@ def test_a_bug_is_loud_and_shows_nobody_s_message(monkeypatch: pytest.MonkeyPatc
     assert "of a message" not in str(log.events)
 
 
-def test_what_the_other_says_is_not_in_the_error() -> None:
-    """What makes no sense may be anything, a message among it."""
+def test_upgrade_unexpected_data_is_not_shown_in_error() -> None:
+    """Unexpected data may be anything, even a client's message."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         text = b'"\xff of a message"'
