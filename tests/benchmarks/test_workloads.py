@@ -77,22 +77,24 @@ def measure(key: str, entrant: Entrant, directory: Path) -> float:
 
 
 @pytest.mark.parametrize(("key", "entrant"), entrants(*OURS))
-def test_workload_yields_a_figure(key: str, entrant: Entrant, stage_dir: Path) -> None:
+def test_workload_yields_figure_for_brokerd(key: str, entrant: Entrant, stage_dir: Path) -> None:
     """Each workload measures brokerd, and the relay where it can, without losing a
-    message; nothing is left running.
+    message. No process is left running.
     """
     assert measure(key, entrant, stage_dir) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "entrant"), entrants(*(set(SYSTEMS) - set(OURS))))
-def test_workload_yields_a_figure_for_a_peer(key: str, entrant: Entrant, stage_dir: Path) -> None:
+def test_workload_yields_figure_for_peer(key: str, entrant: Entrant, stage_dir: Path) -> None:
     """Each workload measures every other system that is installed, and Unix sockets."""
     assert measure(key, entrant, stage_dir) > 0
 
 
-def test_a_lost_message_spoils_a_measurement(stage_dir: Path) -> None:
-    """Where fewer bytes arrive than were sent for, there is no figure."""
+def test_workload_with_wrong_byte_count_gives_no_figure(stage_dir: Path) -> None:
+    """If the number of received bytes is not the number of sent bytes, there is no
+    figure.
+    """
     workload = WORKLOADS["1to1-16"]
     entrant = Entrant("direct")
     with Stage(entrant, [], stage_dir) as stage:
@@ -103,8 +105,8 @@ def test_a_lost_message_spoils_a_measurement(stage_dir: Path) -> None:
             workload.measure(stage, SHORT)
 
 
-def test_a_server_that_ends_spoils_a_measurement(stage_dir: Path) -> None:
-    """A broker that goes away while it is measured has no figure."""
+def test_workload_server_that_ends_gives_no_figure(stage_dir: Path) -> None:
+    """If a broker ends while it is measured, there is no figure."""
     workload = WORKLOADS["1to1-16"]
     entrant = Entrant("brokerd")
     with Stage(entrant, workload.names(entrant, SHORT), stage_dir) as stage:
@@ -114,7 +116,7 @@ def test_a_server_that_ends_spoils_a_measurement(stage_dir: Path) -> None:
             workload.measure(stage, SHORT)
 
 
-def test_what_a_server_adds_unasked_holds_nobody_up(stage_dir: Path) -> None:
+def test_workload_with_server_greeting_yields_figure(stage_dir: Path) -> None:
     """A greeting that arrives before the first message neither stops the sender nor
     spoils the measurement.
     """
@@ -129,7 +131,7 @@ def test_what_a_server_adds_unasked_holds_nobody_up(stage_dir: Path) -> None:
         assert workload.measure(stage, SHORT).value > 1000
 
 
-def test_compiler_is_named_where_there_is_none(
+def test_workload_without_c_compiler_names_package_to_install(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a C compiler the error says what to install."""
@@ -138,7 +140,7 @@ def test_compiler_is_named_where_there_is_none(
         Stage(Entrant("direct"), [], socket_dir / "stage")
 
 
-def test_every_remark_is_about_a_goal() -> None:
-    """What is said of a missed goal is not lost because a workload got another name."""
+def test_workload_remarks_all_belong_to_a_goal() -> None:
+    """A remark on a missed goal is not lost because a workload got another name."""
     assert REMARKS.keys() <= {(goal.workload, goal.theirs) for goal in GOALS}
     assert all(goal.workload in WORKLOADS for goal in GOALS)
