@@ -1,22 +1,25 @@
 """Log levels by area, which an administrator can change while the broker runs.
 
-The first word of an event is its area.
+The first word of an event is its area. The levels filter events before structlog's
+processors: a method of the logger returns early, as those of structlog's filtering
+bound loggers do.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import FilteringBoundLogger
 
 from brokerd.config import units
 from brokerd.config.model import Log as Settings
 from brokerd.config.model import LogAreas
 from brokerd.config.values import LogLevel
 
-__all__ = ["AreaLevels", "LevelRefused"]
+__all__ = ["AreaLevels", "LevelRefused", "make_area_bound_logger"]
 
 _AREAS: Final = tuple(LogAreas.model_fields)
 #: The levels in order; structlog's method of that name logs at a level.
@@ -30,7 +33,7 @@ class LevelRefused(Exception):
 
 
 class AreaLevels:
-    """The level of each area, and the structlog processor that drops events below it.
+    """The level of each area, and the filter of events below it.
 
     settings: the section ``log``.
     """
@@ -43,15 +46,17 @@ class AreaLevels:
         areas = {area: getattr(settings.areas, area) or settings.level for area in _AREAS}
         self._configured: dict[str, LogLevel] = areas
         self._default = settings.level
+        #: By area: the place of the configured level in _ORDER.
+        self._least = {area: _ORDER[level] for area, level in areas.items()}
         #: By area: the level set at run time, and until when on the monotonic clock.
         self._changed: dict[str, tuple[LogLevel, float | None]] = {}
 
-    def __call__(self, logger: WrappedLogger, method_name: str, event_dict: EventDict) -> EventDict:
-        """Return the event; raise DropEvent if the level of its area is higher."""
-        area = event_dict["event"].partition(".")[0]
-        if _ORDER[method_name] < _ORDER[self._level_of(area)]:
-            raise structlog.DropEvent
-        return event_dict
+    def admit(self, method_name: str, event: str) -> bool:
+        """Return whether an event is at or above the level of its area."""
+        area = event.partition(".")[0]
+        if self._changed or area not in self._least:
+            return _ORDER[method_name] >= _ORDER[self._level_of(area)]
+        return _ORDER[method_name] >= self._least[area]
 
     def _level_of(self, area: str) -> LogLevel:
         changed = self._changed.get(area)
@@ -111,3 +116,22 @@ class AreaLevels:
                 self._changed[each] = (LogLevel(str(level)), until)
         time_s = {} if seconds is None else {"for_s": seconds}
         return {"area": area, "to": str(level), **time_s}
+
+
+def make_area_bound_logger(admit: Callable[[str, str], bool]) -> type[FilteringBoundLogger]:
+    """Return a structlog wrapper class whose level methods return early.
+
+    admit: returns whether a method's event is logged; the arguments are the name of the
+    method and the event.
+    """
+    base = structlog.make_filtering_bound_logger("debug")
+    methods: dict[str, Any] = {name: _method(name, admit) for name in _ORDER}
+    return type("AreaBoundLogger", (base,), methods)
+
+
+def _method(name: str, admit: Callable[[str, str], bool]) -> Callable[..., Any]:
+    def method(self: Any, event: str, **fields: Any) -> Any:
+        return self._proxy_to_logger(name, event, **fields) if admit(name, event) else None
+
+    method.__name__ = name
+    return method

@@ -35,8 +35,8 @@ from structlog.typing import FilteringBoundLogger, Processor, WrappedLogger
 from brokerd.config.model import Log as Settings
 from brokerd.config.values import LogFormat
 from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, encode
-from brokerd.log.levels import AreaLevels
-from brokerd.log.processors import HEADER, AuditBranch
+from brokerd.log.levels import AreaLevels, make_area_bound_logger
+from brokerd.log.processors import AuditBranch, add_header, may_be_audited
 from brokerd.log.sinks import Descriptor, Journal, Sink, Target, of_stream, open_for_append
 
 __all__ = [
@@ -73,8 +73,8 @@ class DaemonLog:
 
     Attributes:
         logger: Logs events; connections, reloads and other parts bind fields to it.
-        processors: The processors that each event passes through. Bound loggers share
-            this list, so a reload changes it in place.
+        processors: The processors of each event that is at or above its level or may
+            be audited. Bound loggers share this list, so a reload changes it in place.
     """
 
     def __init__(
@@ -104,16 +104,22 @@ class DaemonLog:
         self.processors: list[Processor] = []
         self._begin_audit(None if self._settings.audit is None else _opened(self._settings.audit))
         self._set_processors()
-        self.logger = _logger(self._output, self.processors)
+        self.logger = _logger(self._output, self.processors, make_area_bound_logger(self._admit))
         atexit.register(self.close)
 
     def _set_processors(self) -> None:
         if self._audit is None:
-            self.processors[:] = [self._levels, *HEADER, *self._format]
+            self.processors[:] = [add_header, *self._format]
         else:
             (render,) = JSON
-            branch = AuditBranch(self._levels, render, self._audit[0].msg)
-            self.processors[:] = [branch.admit, *HEADER, branch.copy, *self._format]
+            branch = AuditBranch(self._levels.admit, render, self._audit[0].msg)
+            self.processors[:] = [add_header, branch, *self._format]
+
+    def _admit(self, method_name: str, event: str) -> bool:
+        """Return whether the processors see an event."""
+        return self._levels.admit(method_name, event) or (
+            self._audit is not None and may_be_audited(event)
+        )
 
     # Levels
 
@@ -257,16 +263,15 @@ class DaemonLog:
 
 
 def _logger(
-    wrapped: WrappedLogger, processors: Iterable[Processor], level: str = "debug"
+    wrapped: WrappedLogger,
+    processors: Iterable[Processor],
+    wrapper_class: type[FilteringBoundLogger],
 ) -> FilteringBoundLogger:
-    """Return a structlog logger that uses nothing of structlog's global configuration.
-
-    level: its methods below this level do nothing.
-    """
+    """Return a structlog logger that uses nothing of structlog's global configuration."""
     logger: FilteringBoundLogger = structlog.wrap_logger(
         wrapped,
         processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=wrapper_class,
         context_class=dict,
         cache_logger_on_first_use=False,
     ).bind()
@@ -275,7 +280,11 @@ def _logger(
 
 def _sink(target: Target, form: Format) -> Sink:
     """Return the sink of a target; it reports lost lines in the same format."""
-    logger = _logger(structlog.ReturnLogger(), [*HEADER, *form])
+    logger = _logger(
+        structlog.ReturnLogger(),
+        [add_header, *form],
+        structlog.make_filtering_bound_logger("debug"),
+    )
     return Sink(target, lambda count: encode(logger.warning("log.lost", count=count)))
 
 
@@ -326,4 +335,4 @@ def in_words(error: BaseException) -> str:
 def quiet_log() -> FilteringBoundLogger:
     """Return a logger that discards every event, for brokers inside a program."""
     # No event of a broker is critical.
-    return _logger(structlog.ReturnLogger(), (), "critical")
+    return _logger(structlog.ReturnLogger(), (), structlog.make_filtering_bound_logger("critical"))

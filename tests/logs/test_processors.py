@@ -14,6 +14,7 @@ from support.keys import key_of
 from support.running_daemon import configuration
 
 from brokerd.config.model import Log
+from brokerd.config.values import LogLevel
 from brokerd.daemon import Daemon
 from brokerd.log.logger import DaemonLog, quiet_log
 from brokerd_client import aio
@@ -119,3 +120,26 @@ def test_quiet_log_of_a_library_accepts_every_call(method: str) -> None:
     log = quiet_log().bind(name="alice")
 
     assert getattr(log, method)("client.connected", peer="unix") is None
+
+
+def test_logger_event_below_its_level_reaches_no_processor(tmp_path: Path) -> None:
+    """A filtered-out event costs no more than its call; with an audit file, only events
+    for that file pass.
+    """
+    seen: list[str] = []
+
+    def plant(logger: object, method_name: str, event_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append(event_dict["event"])
+        return event_dict
+
+    log = DaemonLog(Log.model_validate({"level": "warning"}), io.StringIO())
+    bound = log.logger.bind(name="alice")
+    for settings in (Log(level=LogLevel.WARNING), Log(level=LogLevel.ERROR, audit=f"{tmp_path}/a")):
+        log.take_over(settings, log.opened_audit(settings))
+        log.processors.insert(0, plant)
+        bound.debug("message.dropped")
+        bound.info("client.connected")
+        bound.warning("client.slow")
+    log.close(TIMEOUT_S)
+
+    assert seen == ["client.slow", "client.connected"]
