@@ -61,7 +61,7 @@ def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
     later gets it.
     """
     loaded = loaded_by(
-        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import"
+        "from brokerd.cli import main as cli; cli._import_structlog_without_rich(); import"
         " brokerd.daemon.process"
     )
     assert "structlog" in loaded
@@ -72,12 +72,13 @@ def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
         "brokerd_client.aio.client",
     }
     assert "rich.console" in loaded_by(
-        "from brokerd.cli import main as cli; cli._import_structlog_alone(); import rich.console"
+        "from brokerd.cli import main as cli; cli._import_structlog_without_rich(); import"
+        " rich.console"
     )
 
 
 def test_rich_that_is_there_already_stays() -> None:
     """A program that has loaded it keeps it."""
     assert "rich" in loaded_by(
-        "import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_alone()"
+        "import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_without_rich()"
     )

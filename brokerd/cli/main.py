@@ -100,7 +100,7 @@ def _run(config: Path) -> int:
         # handler. A stop during the start would then need a forced kill. Once the event
         # loop runs, the daemon handles the signal itself.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _import_structlog_alone()
+    _import_structlog_without_rich()
     from brokerd.config.problems import ConfigError
     from brokerd.daemon import process
 
@@ -111,11 +111,12 @@ def _run(config: Path) -> int:
         return EX_CONFIG
 
 
-def _import_structlog_alone() -> None:
+def _import_structlog_without_rich() -> None:
     """Import structlog without rich.
 
-    structlog would load rich for a form of traceback that is never printed here. That
-    takes a sixth of the time until the daemon accepts connections.
+    structlog imports rich, whatever the renderer, for a form of traceback that is never
+    printed here. That takes a sixth of the time until the daemon accepts connections.
+    It also takes 5 MiB of memory for as long as the daemon runs.
     """
     modules = cast("dict[str, object]", sys.modules)
     if "rich" not in modules:
