@@ -440,9 +440,7 @@ class Broker:
         if not is_ttl(ttl):
             return ErrorCode.UNSUPPORTED, f"ttl is not a number of seconds up to {MAX_TTL}"
         return (
-            (ErrorCode.EXPIRED, f"its ttl of {ttl} s is over")
-            if now - source.arrived >= ttl
-            else None
+            (ErrorCode.EXPIRED, f"ttl of {ttl} s is over") if now - source.arrived >= ttl else None
         )
 
     def _to_broker(self, source: Session, envelope: Envelope, frame: memoryview) -> RoutingResult:

@@ -207,7 +207,7 @@ class Delivery:
         outbox = target.outbox
         if not target.slow:
             target.slow = True
-            reason = f"its queue of {outbox.limit} bytes is full: {outbox.waiting} bytes wait"
+            reason = f"queue of {outbox.limit} bytes is full: {outbox.waiting} bytes wait"
             self._replies.log_events.note("client.slow", target, source.address, when_full, reason)
         if when_full is WhenFull.WAIT and may_hold and not outbox.stalled and not target.closing:
             if source.hold_deadline is None:
@@ -229,7 +229,7 @@ class Delivery:
                 self._turn.charge(len(dropped) // _DROPS)
                 return Room.OK if outbox.has_made_room(size) else Room.LATER
         elif when_full is WhenFull.DISCONNECT:
-            self._replies.close(target, "its queue is full and it does not read", cut=True)
+            self._replies.close(target, "queue is full and the client does not read", cut=True)
         return Room.NONE
 
     def _give_up_oldest(self, requester: Session) -> None:

@@ -124,7 +124,7 @@ class HeldSenders:
         if session.slow and not session.outbox.waiting:
             session.slow = False
             self._replies.log_events.note(
-                "client.recovered", session, reason="its queue is empty again"
+                "client.recovered", session, reason="queue is empty again"
             )
         if session.outbox.waiting <= session.outbox.limit // 2:
             allowance = session.allowance

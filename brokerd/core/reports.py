@@ -122,7 +122,7 @@ class Reports:
             message = f"{name} disconnected before it took the message"
             self._replies.refuse(sender, envelope.id, ErrorCode.OFFLINE, message, name)
         else:
-            reason = "its recipient and its sender have disconnected"
+            reason = "recipient and sender have disconnected"
             self._replies.lose(session, envelope.name, "offline", reason)
 
     def _count_unheard(self, payload: bytes) -> None:
@@ -134,9 +134,7 @@ class Reports:
     def report_dropped(self, target: Session, queued: Queued) -> None:
         """Report a frame that was dropped for a newer one."""
         envelope = head(memoryview(queued.frame)[4:])
-        self._replies.drop(
-            target, envelope.name, "drop_oldest", "it was dropped for a newer message"
-        )
+        self._replies.drop(target, envelope.name, "drop_oldest", "message dropped for a newer one")
         sender = self._sender_of(queued, envelope.name)
         if _is_over(queued, envelope, sender, target):
             return
@@ -150,7 +148,7 @@ class Reports:
         """Report a frame whose ttl was over before it was written to its recipient."""
         envelope = head(memoryview(queued.frame)[4:])
         sender = self._sender_of(queued, envelope.name)
-        message = f"its ttl was over before {target.address} had read the messages before it"
+        message = f"ttl was over before {target.address} had read the messages before this one"
         if envelope.kind is Kind.REQUEST and sender is not None:
             if not _is_over(queued, envelope, sender, target):
                 self.expire_request(sender, envelope.id, target.address, message)
@@ -176,7 +174,7 @@ class Reports:
         responder = requester.outgoing_requests.get((message_id, address))
         if responder is not None:
             self._requests.end(requester, message_id, responder)
-            message = reason or f"its ttl was over before {address} answered"
+            message = reason or f"ttl was over before {address} answered"
             self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
 
     def _sender_of(self, queued: Queued, name: str) -> Session | None:

@@ -649,7 +649,7 @@ def test_disconnect_ends_who_does_not_read() -> None:
     """The recipient is cut off; the message comes back as full, what waited as offline."""
     _, ann, bob = full(WhenFull.DISCONNECT)
     ann.message("bob", b"x" * 21, 3)
-    assert bob.gone == "its queue is full and it does not read"
+    assert bob.gone == "queue is full and the client does not read"
     assert sorted((each.id, error_of(each)) for each in ann.take()) == [
         (1, "offline"),
         (2, "offline"),
