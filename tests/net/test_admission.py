@@ -48,7 +48,9 @@ def peer(origin: str, admission: Admission, now: float = 0.0) -> Any:
 
 
 def test_admission_origin_with_most_handshakes_gives_way() -> None:
-    """The oldest of the crowd goes, however old the only peer of another origin is."""
+    """The oldest handshake of the busiest origin is dropped, even if another origin's
+    only handshake is older.
+    """
     admission = Admission()
     peer("lonely", admission)
     crowd = [peer("crowd", admission, 1.0 + number) for number in range(3)]
@@ -57,9 +59,9 @@ def test_admission_origin_with_most_handshakes_gives_way() -> None:
     assert admission.least(now=100.0) == (crowd[1], 0.0)
 
 
-def test_admission_peer_that_got_further_gives_way_later() -> None:
-    """Of one origin: first a peer that has failed, then a silent one, one whose answer
-    is judged, one with a key.
+def test_admission_peer_further_in_handshake_is_dropped_later() -> None:
+    """Among peers of one origin, a failed peer is dropped first. Then come a silent
+    peer, a peer whose answer is being judged, and a peer with a proved key.
     """
     admission = Admission()
     peers = {rank: peer("a", admission) for rank in reversed(Rank)}
@@ -72,9 +74,9 @@ def test_admission_peer_that_got_further_gives_way_later() -> None:
     assert gone == [Rank.FAILED, Rank.SILENT, Rank.JUDGED, Rank.PROVED]
 
 
-def test_admission_wrong_answers_leave_half_of_the_room_to_silent_peers() -> None:
-    """Else a client had no time to answer: each newcomer would push out the oldest of a
-    few silent peers.
+def test_admission_judged_peers_leave_half_of_places_to_silent_peers() -> None:
+    """Otherwise a client would have no time to answer: each new peer would push out the
+    oldest of a few silent peers.
     """
     admission = Admission()
     judged = [peer("a", admission) for _ in range(200)]
@@ -92,16 +94,18 @@ def test_admission_wrong_answers_leave_half_of_the_room_to_silent_peers() -> Non
     assert gone[90:110] == silent
 
 
-def test_admission_proved_peer_gives_way_after_a_silent_one_of_another_origin() -> None:
-    """One against one, the peer with a key stays."""
+def test_admission_proved_peer_outranks_silent_peer_of_another_origin() -> None:
+    """With one handshake from each of two origins, the peer with a proved key stays."""
     admission = Admission()
     proved, silent = peer("a", admission), peer("b", admission, 5.0)
     admission.advance(proved, Rank.PROVED, 0.0)
     assert admission.least(now=100.0)[0] is silent
 
 
-def test_admission_within_the_grace_nobody_gives_way() -> None:
-    """A step forward begins the grace again; a peer that has failed has none."""
+def test_admission_peer_within_grace_is_not_dropped() -> None:
+    """Each step of the handshake starts the grace again. A peer that has failed has no
+    grace.
+    """
     admission = Admission()
     first = peer("a", admission)
     assert admission.least(0.25) == (first, GRACE_S - 0.25)
@@ -111,9 +115,9 @@ def test_admission_within_the_grace_nobody_gives_way() -> None:
     assert admission.least(0.5) == (first, 0.0)
 
 
-def test_admission_grace_shrinks_with_silence_and_grows_with_success() -> None:
-    """Each peer that gives way halves its origin's grace, each that gets in doubles it;
-    after a minute all is new.
+def test_admission_grace_halves_on_drop_and_doubles_on_login() -> None:
+    """Each dropped peer halves the grace of its origin, and each login doubles it.
+    After a minute the origin has the full grace again.
     """
     admission = Admission()
     admission.got_in("b", 0.0)
@@ -126,9 +130,9 @@ def test_admission_grace_shrinks_with_silence_and_grows_with_success() -> None:
     assert admission.grace("a", 61.0) == GRACE_S
 
 
-def test_admission_flood_from_many_origins_shortens_the_grace_of_strangers() -> None:
-    """A thousand addresses do not have a thousand graces; an origin whose clients got
-    in keeps its own.
+def test_admission_flood_from_many_origins_shortens_grace_of_unknown_ones() -> None:
+    """A thousand addresses do not get a thousand graces. An origin whose clients have
+    logged in keeps its own grace.
     """
     admission = Admission()
     admission.got_in("home", 0.0)
@@ -139,8 +143,8 @@ def test_admission_flood_from_many_origins_shortens_the_grace_of_strangers() -> 
     assert admission.grace("home", 0.0) == GRACE_S
 
 
-def test_admission_remembers_a_bounded_number_of_origins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The latest are kept, and an origin without handshakes takes no room at all."""
+def test_admission_remembered_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest origins are kept, and an origin without handshakes takes no memory."""
     monkeypatch.setattr(admission_module, "_REMEMBERED", 3)
     admission = Admission()
     for number in range(10):
@@ -153,8 +157,8 @@ def test_admission_remembers_a_bounded_number_of_origins(monkeypatch: pytest.Mon
 # A crowd
 
 
-def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
-    """Five times as many clients as places connect at once: nobody is turned away."""
+def test_admission_more_clients_than_places_all_log_in(socket_dir: Path) -> None:
+    """Five times as many clients as places connect at once, and none is refused."""
     names = [f"c{number}" for number in range(40)]
     listen = str(socket_dir / "sock")
     with running_daemon(
@@ -168,9 +172,9 @@ def test_herd_larger_than_the_room_gets_in(socket_dir: Path) -> None:
         assert here.log.named("client.refused") == []
 
 
-def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
-    """Else a flood whose connections end before their grace could keep clients out
-    for ever.
+def test_admission_peer_disconnected_while_full_shortens_grace() -> None:
+    """Otherwise a flood whose connections end within their grace could lock clients out
+    permanently.
     """
     with running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
         handshakes = here.daemon.server.pending_handshakes
@@ -192,7 +196,7 @@ def test_peer_that_leaves_a_full_room_by_itself_shortens_the_grace() -> None:
         assert here.call(grace) < GRACE_S
 
 
-def test_listeners_with_newcomers_take_turns() -> None:
+def test_admission_listeners_with_pending_connections_take_turns() -> None:
     """With one place, a crowd at one listener leaves every second place to the other
     listener.
     """
@@ -270,8 +274,10 @@ def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -
         ("tcp", "aio", 3000),
     ],
 )
-def test_herd_of_first_connects_gets_in(socket_dir: Path, kind: str, face: str, crowd: int) -> None:
-    """All connect within the default timeout, whatever they come by."""
+def test_admission_thousands_of_clients_at_once_all_log_in(
+    socket_dir: Path, kind: str, face: str, crowd: int
+) -> None:
+    """All clients log in within the default timeout, over every transport."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < crowd + 1000:
         pytest.skip(f"needs {crowd + 1000} file descriptors, and {hard} are allowed")
@@ -374,8 +380,8 @@ def _succeed(
     return outcomes
 
 
-def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
-    """A client 50 ms away gets in while another address fills every place 30 times a
+def test_admission_silent_flood_does_not_lock_out_another_address() -> None:
+    """A client 50 ms away logs in while another address fills every place 30 times a
     second.
     """
     names = ["alice", "bob", "carol"]
@@ -391,11 +397,11 @@ def test_flood_of_silent_connections_locks_no_other_address_out() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nothing", "half", "wrong", "hello"])
 @pytest.mark.parametrize("source", ["127.0.0.2", "127.0.0.1"], ids=["elsewhere", "same address"])
-def test_flood_of_2500_connections_a_second_locks_no_client_out(
+def test_admission_flood_of_2500_connections_per_second_locks_out_no_client(
     socket_dir: Path, kind: str, source: str
 ) -> None:
-    """Of ten clients 50 ms away all get in; from the address of the flood with some
-    more tries, as the library has.
+    """All of ten clients 50 ms away log in. From the flood's own address they need a
+    few more tries, which the library makes.
     """
     names = [f"c{number}" for number in range(10)]
     with BrokerProcess(socket_dir, names, listen=["127.0.0.1:0"]) as broker:

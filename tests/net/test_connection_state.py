@@ -36,19 +36,19 @@ def test_connection_state_table_has_every_state_and_event() -> None:
 
 
 @pytest.mark.parametrize("state", set(State) - {State.CLOSED})
-def test_connection_state_lose_always_closes(state: State) -> None:
+def test_connection_state_lose_event_always_closes(state: State) -> None:
     """A connection can be lost in every state, and CLOSED is the last one."""
     assert NEXT[state][Event.LOSE] is State.CLOSED
     assert NEXT[State.CLOSED] == {}
 
 
-def test_connection_state_closing_never_reads_again() -> None:
+def test_connection_state_closing_is_never_read_again() -> None:
     """A session that is closing is not read from again."""
     assert reached(State.CLOSING) == {State.CLOSING, State.CLOSED}
 
 
 def test_connection_state_is_assigned_in_one_place() -> None:
-    """Only the first state and the table's transitions are assigned."""
+    """Only the first state and the transitions of the table are assigned."""
     assigned = [
         (path.name, function.name)
         for path in Path(brokerd.net.__path__[0]).rglob("*.py")
@@ -63,8 +63,8 @@ def test_connection_state_is_assigned_in_one_place() -> None:
     assert assigned == [("connection.py", "__init__"), ("connection.py", "_change")]
 
 
-def test_connection_state_event_outside_the_table_is_a_bug() -> None:
-    """An event that can't happen names itself and the state."""
+def test_connection_state_event_outside_table_is_assertion_error() -> None:
+    """The error for an event that can't happen names the event and the state."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         context: Any = SimpleNamespace()
@@ -76,8 +76,8 @@ def test_connection_state_event_outside_the_table_is_a_bug() -> None:
             connection._change(Event.HOLD)
 
 
-def test_connection_state_of_held_sender_follows_the_table() -> None:
-    """A sender is read, held while the queue is full, and read again."""
+def test_connection_state_held_sender_follows_table() -> None:
+    """A sender is read from, held while the queue is full, and read from again."""
     clients = {"alice": None, "bob": {"queue": "128KiB", "when_full": "wait"}}
     with (
         running_daemon(configuration("127.0.0.1:0", clients)) as here,

@@ -74,9 +74,9 @@ def fill(sender: Raw, to: str, size: int = 50_000) -> list[int]:
 # Second connections
 
 
-def test_a_second_connection_of_a_name_is_refused(listen: str) -> None:
-    """It is told behind its handshake, the log says why, and the first connection
-    notices nothing.
+def test_connection_second_of_same_name_is_refused(listen: str) -> None:
+    """The second connection gets the error after its handshake and the log gives the
+    reason. The first connection is not disturbed.
     """
     with served(listen=listen) as broker, broker.login("alice") as alice:
         with broker.login("alice") as second:
@@ -87,9 +87,9 @@ def test_a_second_connection_of_a_name_is_refused(listen: str) -> None:
         alice.ping()
 
 
-def test_a_second_connection_may_replace_the_first(listen: str) -> None:
-    """With when_connected: replace the first one is closed and messages go to the
-    second.
+def test_connection_second_with_when_connected_replace_closes_first(listen: str) -> None:
+    """With `when_connected: replace` the first connection is closed, and messages go to
+    the second.
     """
     clients = {"alice": {"when_connected": "replace"}, "bob": None}
     with (
@@ -107,8 +107,8 @@ def test_a_second_connection_may_replace_the_first(listen: str) -> None:
         first.close()
 
 
-def test_a_pool_takes_as_many_as_configured() -> None:
-    """connections: 3 lets three in and refuses the fourth."""
+def test_pool_connections_beyond_configured_number_are_refused() -> None:
+    """With `connections: 3` three connections are accepted and the fourth is refused."""
     with served({"pool": {"connections": 3}}) as broker:
         members = [broker.login("pool") for _ in range(3)]
         assert len({each.ask("whoami").json["address"] for each in members}) == 3
@@ -118,8 +118,10 @@ def test_a_pool_takes_as_many_as_configured() -> None:
             each.close()
 
 
-def test_connections_are_bounded() -> None:
-    """limits.connections is for all clients together; room is made when one goes."""
+def test_limits_connections_bounds_all_clients_together() -> None:
+    """limits.connections counts the connections of all clients. One that ends makes
+    room for another.
+    """
     with served("alice bob carol", limits={"connections": 2}) as broker:
         alice, bob = broker.login("alice"), broker.login("bob")
         assert rejection(broker, "carol") == prefixed(FAILURE)
@@ -130,17 +132,19 @@ def test_connections_are_bounded() -> None:
         alice.close()
 
 
-def test_a_client_may_come_back_at_once(listen: str) -> None:
-    """Close and connect without a pause, two hundred times: never refused."""
+def test_reconnect_immediate_is_accepted(listen: str) -> None:
+    """A client closes and connects two hundred times without a pause, and is never
+    refused.
+    """
     with served(listen=listen) as broker:
         for _ in range(200):
             broker.login("alice").close()
         assert not broker.log.named("client.refused")
 
 
-def test_a_client_may_come_back_at_once_after_sending(listen: str) -> None:
-    """What it sent before it went arrives, all of it, though it came back before that
-    was read.
+def test_reconnect_immediate_after_sending_loses_no_message(listen: str) -> None:
+    """All messages sent before the disconnect arrive, although the client reconnected
+    before the broker read them.
     """
     with served(listen=listen) as broker, broker.login("bob") as bob:
         got: list[int] = []
@@ -158,8 +162,8 @@ def test_a_client_may_come_back_at_once_after_sending(listen: str) -> None:
         assert not broker.log.named("client.refused")
 
 
-def test_a_reset_client_may_come_back_at_once() -> None:
-    """A connection that ended with a reset leaves its place too."""
+def test_reconnect_immediate_after_reset_is_accepted() -> None:
+    """A connection that ended with a reset frees its place too."""
     with served() as broker:
         for _ in range(50):
             alice = broker.login("alice")
@@ -168,9 +172,9 @@ def test_a_reset_client_may_come_back_at_once() -> None:
         assert not broker.log.named("client.refused")
 
 
-def test_a_held_client_may_come_back_at_once(listen: str) -> None:
-    """A sender held because its recipient does not read is not kept out of its own name
-    by that.
+def test_reconnect_of_held_sender_is_accepted(listen: str) -> None:
+    """A sender held because its recipient does not read can disconnect and use its name
+    again.
     """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
     with served(clients, listen, limits={"wait_timeout": "60s"}) as broker, broker.login("bob"):
@@ -188,11 +192,11 @@ def test_a_held_client_may_come_back_at_once(listen: str) -> None:
         assert not broker.log.named("client.refused")
 
 
-def test_who_comes_back_waits_while_what_it_left_behind_is_routed_in_turns(
+def test_reconnect_waits_while_earlier_frames_are_routed_in_turns(
     socket_dir: Path,
 ) -> None:
-    """Nobody else is held up by that, nothing of it is lost, and what it says now comes
-    behind it.
+    """Meanwhile other clients are served. No earlier frame is lost, and the new
+    connection's frames follow them.
     """
     with served(listen=str(socket_dir / "s")) as broker, broker.login("bob") as bob:
         bob.ask("subscribe", topic="t.*")
@@ -221,11 +225,11 @@ def sessions_of(broker: RunningDaemon, name: str) -> list[Session]:
     return broker.call(lambda: list(broker.daemon.broker.exchange.clients[name].sessions.values()))
 
 
-def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
+def test_pool_member_reconnects_while_another_sends_to_closed_member(
     socket_dir: Path,
 ) -> None:
-    """What is read of one, to find out whether it is there, is written to another,
-    which ends by that.
+    """The broker reads from a member to find out whether it is still connected. The
+    frames read go to another member, whose connection ends at that write.
     """
     config = configuration(str(socket_dir / "s"), {"pool": {"connections": 2}})
     with running_daemon(config) as broker, broker.login("pool") as first:
@@ -244,8 +248,10 @@ def test_a_member_may_come_back_while_another_writes_to_the_one_that_is_gone(
             assert first.recv().code == "offline"
 
 
-def test_all_connections_are_cut_though_one_ends_by_the_end_of_another(socket_dir: Path) -> None:
-    """Whoever is told of the first end may find that it is gone itself."""
+def test_pool_cut_off_closes_all_members_when_one_end_causes_another(socket_dir: Path) -> None:
+    """A callback for the end of the first connection may end another connection of the
+    list.
+    """
     with running_daemon(
         configuration(str(socket_dir / "s"), {"pool": {"connections": 3}})
     ) as broker:
@@ -263,8 +269,8 @@ def test_all_connections_are_cut_though_one_ends_by_the_end_of_another(socket_di
             member.close()
 
 
-def test_a_client_half_closed_is_closed() -> None:
-    """A client that will send no more is let go; its name is free."""
+def test_connection_half_closed_by_client_is_closed() -> None:
+    """A client that will send no more is disconnected, and its name is free."""
     with served() as broker, broker.login("alice") as alice:
         alice.sock.shutdown(socket.SHUT_WR)
         assert alice.is_closed()
@@ -274,8 +280,10 @@ def test_a_client_half_closed_is_closed() -> None:
         )
 
 
-def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:
-    """Half a message is delivered to nobody; the name is free at once; others go on."""
+def test_connection_of_client_killed_within_frame_frees_name(listen: str) -> None:
+    """The incomplete message is not delivered. The name is free at once, and other
+    clients are served.
+    """
     script = (
         "import sys, os, pickle\n"
         "sys.path[:0] = pickle.loads(sys.stdin.buffer.read())\n"
@@ -308,9 +316,9 @@ def test_a_client_killed_in_the_middle_of_a_frame(listen: str) -> None:
 # Slow readers
 
 
-def test_a_client_that_does_not_read_costs_its_queue_only(listen: str) -> None:
-    """The broker keeps what the queue allows; meanwhile two others talk as if nothing
-    were.
+def test_slow_consumer_uses_no_more_than_its_queue(listen: str) -> None:
+    """The broker keeps as much as the queue allows. Meanwhile two other clients
+    exchange messages undisturbed.
     """
     clients = {
         "slow": {"queue": "1MiB", "when_full": "refuse"},
@@ -338,9 +346,9 @@ def test_a_client_that_does_not_read_costs_its_queue_only(listen: str) -> None:
         slow.ping()
 
 
-def test_a_held_sender_goes_on_when_there_is_room() -> None:
-    """when_full: wait loses nothing and reorders nothing, though thousands of messages
-    exceed the queue.
+def test_sender_held_is_resumed_when_queue_has_room() -> None:
+    """`when_full: wait` keeps every message and their order, although thousands of
+    messages exceed the queue.
     """
     count = 2000
     with (
@@ -356,8 +364,10 @@ def test_a_held_sender_goes_on_when_there_is_room() -> None:
         alice.ping()
 
 
-def test_a_held_sender_holds_up_nobody_else() -> None:
-    """While one waits for a recipient that does not read, others are served."""
+def test_sender_held_does_not_delay_other_clients() -> None:
+    """While a sender waits for a recipient that does not read, other clients are
+    served.
+    """
     with (
         served({"alice": None, "bob": {"queue": "64KiB"}, "carol": None}) as broker,
         broker.login("alice") as alice,
@@ -374,9 +384,9 @@ def test_a_held_sender_holds_up_nobody_else() -> None:
             carol.ping()
 
 
-def test_a_client_may_be_disconnected_for_not_reading() -> None:
-    """when_full: disconnect ends its connection; the sender hears what became of each
-    message.
+def test_queue_full_with_when_full_disconnect_closes_recipient() -> None:
+    """`when_full: disconnect` ends the recipient's connection. The sender learns the
+    outcome of each message.
     """
     with (
         served({"alice": None, "bob": {"queue": "64KiB", "when_full": "disconnect"}}) as broker,
@@ -402,8 +412,10 @@ def test_a_client_may_be_disconnected_for_not_reading() -> None:
         assert {each[-1] for each in outcomes.values()} <= {"taken", "full", "offline"}
 
 
-def test_what_a_gone_recipient_did_not_take_comes_back() -> None:
-    """Messages that waited for a connection that ends come back as ``offline``."""
+def test_recipient_disconnected_queued_messages_are_returned_offline() -> None:
+    """The sender gets the error ``offline`` for each message that waited for the closed
+    connection.
+    """
     with (
         served({"alice": None, "bob": {"queue": "1MiB", "when_full": "refuse"}}) as broker,
         broker.login("alice") as alice,
@@ -425,8 +437,10 @@ def test_what_a_gone_recipient_did_not_take_comes_back() -> None:
         assert back == taken[-len(back) :]
 
 
-def test_who_does_not_read_outcomes_is_not_read_from() -> None:
-    """A client that sends and never reads its errors costs the broker a bounded amount."""
+def test_sender_that_does_not_read_errors_is_held() -> None:
+    """A client that sends and never reads its errors costs the broker a bounded amount
+    of memory.
+    """
     with (
         served({"alice": {"queue": "64KiB"}, "carol": None}) as broker,
         broker.login("alice") as alice,
@@ -451,8 +465,10 @@ def test_who_does_not_read_outcomes_is_not_read_from() -> None:
         broker.log.wait("client.disconnected")
 
 
-def test_a_crowd_of_connections_comes_and_goes() -> None:
-    """A hundred clients at once, twice: nobody is refused, nothing is left over."""
+def test_connections_hundred_at_once_leave_nothing_behind() -> None:
+    """A hundred clients connect at once, twice. None is refused, and no connection is
+    left over.
+    """
     names = [f"c{number}" for number in range(100)]
     with served(dict.fromkeys(names)) as broker:
         for _ in range(2):
@@ -471,8 +487,8 @@ def test_a_crowd_of_connections_comes_and_goes() -> None:
         ) == (0, 0)
 
 
-def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_dir: Path) -> None:
-    """Others' messages pass in between, and in the end the sender has every error."""
+def test_recipient_disconnected_full_queue_is_returned_in_turns(socket_dir: Path) -> None:
+    """Messages of other clients pass in between. In the end the sender has every error."""
     clients = {"alice": {}, "bob": {"queue": "4MiB", "when_full": "refuse"}, "carol": {}}
     with running_daemon(configuration(str(socket_dir / "sock"), clients)) as here:
         alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
@@ -497,9 +513,9 @@ def test_what_a_full_queue_held_is_given_back_without_holding_up_others(socket_d
             each.close()
 
 
-def test_what_a_leaving_client_still_sends_spoils_no_other_frames(socket_dir: Path) -> None:
-    """The rest of it is thrown away in the middle of routing somebody else's, who must
-    not notice.
+def test_input_of_disconnected_client_does_not_corrupt_other_frames(socket_dir: Path) -> None:
+    """The broker discards the rest of its input while it routes another sender's
+    frames. Those frames must stay intact.
     """
     clients = {
         "alice": {"admin": True},

@@ -14,7 +14,9 @@ from brokerd.net.counters import Counters, HandshakeOutcome
 
 
 def test_counters_of_another_process_are_added() -> None:
-    """As plain values that JSON carries; what the other one counted meanwhile stays."""
+    """The counters arrive as plain values that JSON carries. What the new process has
+    counted meanwhile stays.
+    """
     one, other = Counters(pauses=2, bugs=1), Counters(pauses=3)
     one.handshakes[HandshakeOutcome.REJECTED] = 7
     other.handshakes[HandshakeOutcome.REJECTED] = 1
@@ -22,8 +24,8 @@ def test_counters_of_another_process_are_added() -> None:
     assert (other.handshakes[HandshakeOutcome.REJECTED], other.pauses, other.bugs) == (8, 5, 1)
 
 
-def test_counters_of_another_version_may_lack_or_add_outcomes() -> None:
-    """What is not known here is passed over, and what is not told is 0."""
+def test_counters_of_another_version_with_other_outcomes_are_accepted() -> None:
+    """Unknown outcomes are ignored, and missing ones count as 0."""
     counters = Counters()
     counters.go_on_from({})
     counters.go_on_from(
@@ -48,7 +50,7 @@ def test_counters_of_another_version_may_lack_or_add_outcomes() -> None:
     ],
 )
 def test_counters_invalid_values_are_refused(values: Any) -> None:
-    """The other process serves on then."""
+    """The old process then continues to serve."""
     counters = Counters()
     with pytest.raises(BadSnapshot, match="tally"):
         counters.go_on_from(values)

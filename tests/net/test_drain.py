@@ -67,9 +67,9 @@ def wait_until_arrived(broker: RunningDaemon, name: str) -> None:
     assert select.select([connection.sock], [], [], 30)[0]
 
 
-def test_idle_clients_are_let_go_at_once(listen: str) -> None:
-    """Nobody waits for anything: the broker is gone long before the timeout, whether
-    clients read or not.
+def test_drain_idle_clients_are_disconnected_at_once(listen: str) -> None:
+    """With nothing queued the broker stops long before the timeout, whether clients
+    read or not.
     """
     with served(listen=listen, limits={"drain_timeout": "60s"}) as broker:
         idle = [broker.login(name) for name in ("alice", "bob")]
@@ -82,9 +82,9 @@ def test_idle_clients_are_let_go_at_once(listen: str) -> None:
 
 
 @pytest.mark.parametrize("chatty", [False, True], ids=["silent", "chatty"])
-def test_what_is_queued_arrives(listen: str, chatty: bool) -> None:
-    """A slow reader gets every byte that was taken for it, also when it has sent what
-    nobody will read.
+def test_drain_queued_messages_are_delivered(listen: str, chatty: bool) -> None:
+    """A slow reader gets every accepted byte, even if it has sent frames itself that
+    the broker will not read.
     """
     with (
         served(listen=listen) as broker,
@@ -112,10 +112,8 @@ def test_what_is_queued_arrives(listen: str, chatty: bool) -> None:
         assert broker.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
-def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time for a connection that is being closed for other reasons does not shorten
-    it.
-    """
+def test_drain_slow_reader_has_whole_drain_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shorter time limit of a connection closed for other reasons does not apply."""
     monkeypatch.setattr(connection, "GRACE", 0.0)
     monkeypatch.setattr(connections, "GRACE", 0.0)
     limits = {"drain_timeout": "60s"}
@@ -134,8 +132,8 @@ def test_a_slow_reader_has_the_whole_drain_timeout(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.timing
-def test_the_drain_timeout_cuts_off() -> None:
-    """Who reads nothing is cut off when the time is over, and counted."""
+def test_drain_timeout_cuts_off_client_that_does_not_read() -> None:
+    """A client that reads nothing is disconnected when the time is over, and counted."""
     with (
         served(limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
@@ -149,9 +147,9 @@ def test_the_drain_timeout_cuts_off() -> None:
         assert 0.3 <= monotonic() - began < 10
 
 
-def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
-    """Whose recipient does not read stays until that one is cut off, and is told of
-    every message it did not take.
+def test_drain_sender_gets_error_for_each_undelivered_message(socket_dir: Path) -> None:
+    """A sender stays until its recipient, which does not read, is cut off. It then gets
+    an error for every message that the recipient did not take.
     """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
@@ -173,10 +171,8 @@ def test_a_sender_hears_what_did_not_arrive(socket_dir: Path) -> None:
 
 
 @pytest.mark.timing
-def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
-    """It need not wait for the end of the time: when its recipient has read everything,
-    both are let go.
-    """
+def test_drain_sender_is_closed_when_recipient_has_read_everything(socket_dir: Path) -> None:
+    """The sender need not wait for the timeout: both connections are then closed."""
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -196,8 +192,8 @@ def test_a_sender_leaves_when_everything_has_arrived(socket_dir: Path) -> None:
         assert (stopped["cut_off"], stopped["reported"], stopped["lost"]) == (0, 0, 0)
 
 
-def test_two_who_wait_for_each_other_are_let_go(socket_dir: Path) -> None:
-    """Each sent to the other, both read late: that is no circle."""
+def test_drain_clients_with_messages_for_each_other_do_not_deadlock(socket_dir: Path) -> None:
+    """Both clients have sent to the other and read late. Both are closed in the end."""
     # Not TCP, whose buffers may grow until they take all of it.
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
@@ -219,8 +215,10 @@ def test_two_who_wait_for_each_other_are_let_go(socket_dir: Path) -> None:
         assert broker.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
-def test_what_nobody_can_be_told_of_is_counted(socket_dir: Path) -> None:
-    """Events are lost when their subscriber does not read: the log has a number."""
+def test_drain_lost_events_are_counted(socket_dir: Path) -> None:
+    """Events are lost when their subscriber does not read, and the log gives their
+    number.
+    """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
         broker.login("alice") as alice,
@@ -297,8 +295,8 @@ def drained(
         return stopped, took
 
 
-def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many senders' messages as time allows are answered for and no more; the others
+def test_drain_many_short_messages_do_not_exceed_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broker reports as many messages to their senders as time allows. The others
     are counted.
     """
     clocks: list[Clock] = []
@@ -327,8 +325,8 @@ def test_many_short_messages_do_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) 
     assert stopped["reported"] + stopped["lost"] > 5 * 50_000
 
 
-def test_nobody_waits_for_subscriptions_to_be_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is to be told anything of those; the broker ends without them."""
+def test_drain_does_not_wait_for_removal_of_subscriptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client is to be told of those, so the broker ends without removing them."""
     monkeypatch.setattr(Topics, "tidy", lambda self, count: None)
     monkeypatch.setattr(draining, "_TELL", 3600.0)
     with served() as broker:
@@ -340,10 +338,8 @@ def test_nobody_waits_for_subscriptions_to_be_put_away(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_fifty_full_queues_do_not_hold_it_up() -> None:
-    """Eleven million messages wait for fifty clients that do not read: the end is less
-    than a second late.
-    """
+def test_drain_fifty_full_queues_end_less_than_a_second_late() -> None:
+    """Eleven million messages wait for fifty clients that do not read."""
     stopped, took = drained(50, 8 * 2**20, 1.0, lambda broker: None)
     assert 1.0 <= took < 2.0, f"{took:.3f} s"
     assert stopped["cut_off"] == 50
@@ -351,8 +347,8 @@ def test_fifty_full_queues_do_not_hold_it_up() -> None:
     assert stopped["reported"] + stopped["lost"] > 11_000_000
 
 
-def test_nobody_is_accepted_any_more(listen: str) -> None:
-    """From the first moment of the drain there is nothing to connect to."""
+def test_drain_new_connection_is_refused(listen: str) -> None:
+    """From the first moment of the drain no address accepts connections."""
     with (
         served(listen=listen) as broker,
         broker.login("alice") as alice,
@@ -368,9 +364,9 @@ def test_nobody_is_accepted_any_more(listen: str) -> None:
         bob.read_to_end()
 
 
-def test_what_was_sent_before_the_end_is_answered() -> None:
+def test_drain_frame_received_before_is_answered_shutting_down() -> None:
     """A message that had arrived when the drain began is refused with
-    ``shutting_down``, not forgotten.
+    ``shutting_down``, and not silently dropped.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         # In the same turn of the loop: sent, arrived, and not yet read when the drain
@@ -393,9 +389,9 @@ def test_what_was_sent_before_the_end_is_answered() -> None:
         assert bob.is_closed("shutting_down")
 
 
-def test_a_held_sender_hears_that_it_is_too_late() -> None:
-    """Who was held for a full queue when the drain begins is told, message by message,
-    what was not taken.
+def test_drain_held_sender_gets_shutting_down_for_each_refused_message() -> None:
+    """A sender held by a full queue when the drain begins gets an error for each
+    message not accepted.
     """
     with (
         served({"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}) as broker,
@@ -419,8 +415,8 @@ def test_a_held_sender_hears_that_it_is_too_late() -> None:
         assert alice.is_closed("shutting_down")
 
 
-def test_a_reply_still_gets_through() -> None:
-    """The answer to a request taken before the drain is delivered if it had arrived."""
+def test_drain_reply_received_before_is_delivered() -> None:
+    """The reply to a request accepted before the drain is delivered if it had arrived."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"?", id=9)
         bob.recv()
@@ -438,8 +434,8 @@ def test_a_reply_still_gets_through() -> None:
         assert (frame.kind, frame.id, frame.body) == (REPLY, 9, b"!")
 
 
-def test_those_who_listen_are_told() -> None:
-    """$broker.draining is the last event a subscriber hears."""
+def test_drain_subscriber_of_draining_gets_event() -> None:
+    """The event $broker.draining is the last one that a subscriber gets."""
     with served() as broker, broker.login("alice") as alice:
         alice.ask("subscribe", topic="$broker.draining")
         broker.stop_soon()
@@ -449,8 +445,10 @@ def test_those_who_listen_are_told() -> None:
         assert alice.is_closed("shutting_down")
 
 
-def test_an_administrator_may_ask_for_it() -> None:
-    """The operation is answered before the connection ends."""
+def test_drain_operation_is_answered_before_connection_ends() -> None:
+    """An administrator may start the drain. The reply is sent before the connection
+    ends.
+    """
     with served({"root": {"admin": True}}) as broker, broker.login("root") as root:
         assert root.ask("drain").json == {"draining": True}
         assert root.is_closed("shutting_down")
@@ -458,7 +456,7 @@ def test_an_administrator_may_ask_for_it() -> None:
         broker.log.wait("daemon.stopped")
 
 
-def test_who_is_at_the_door_is_turned_away() -> None:
+def test_drain_pending_connection_is_closed() -> None:
     """A handshake under way ends when the broker stops."""
     with served() as broker, broker.raw() as peer:
         peer.read_body()

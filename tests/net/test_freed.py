@@ -114,9 +114,11 @@ WAYS = (
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
-def test_connections_that_are_over_are_freed(listen: str, socket_dir: Path) -> None:
-    """However they ended: not one object more than before, without the collector's
-    help.
+def test_connection_closed_is_freed_without_garbage_collector(
+    listen: str, socket_dir: Path
+) -> None:
+    """For every way to end, no more objects exist than before, without the help of the
+    garbage collector.
     """
     address = str(socket_dir / "s") if listen == "unix" else listen
     clients = {
@@ -149,9 +151,11 @@ def written(directory: Path) -> Path:
     return path
 
 
-def test_a_prepared_reload_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To read the configuration again leaves no circles behind, also where a place for
-    modules does not exist.
+def test_reload_prepared_is_freed_without_garbage_collector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the configuration again leaves no reference cycles behind, even if a
+    directory of sys.path does not exist.
     """
     monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path / "not-there.zip")])
     running = load(written(tmp_path))
@@ -163,10 +167,12 @@ def test_a_prepared_reload_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.0.0", True), (reload.__version__, False)])
-def test_a_reload_says_that_another_version_is_installed(
+def test_reload_reports_another_installed_version(
     version: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a new process would run it."""
+    """The plan names it as a reason to restart: only a new process would run that
+    version.
+    """
     monkeypatch.setattr(reload, "__version__", version)
     running = load(written(tmp_path))
     restart = prepare(running, ActivatedSockets(), {}).plan.restart

@@ -66,7 +66,7 @@ def reach(sender: Raw, to: Raw, name: str) -> None:
     assert to.recv().body == b"first"
 
 
-def test_goaway_before_a_drain_gets_one_event_and_closes_by_itself(listen: str) -> None:
+def test_goaway_client_before_drain_gets_one_event_and_closes_itself(listen: str) -> None:
     with (
         served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -82,7 +82,7 @@ def test_goaway_before_a_drain_gets_one_event_and_closes_by_itself(listen: str) 
         assert (stopped["cut_off"], stopped["lost"]) == (0, 0)
 
 
-def test_goaway_during_a_drain_is_told_behind_its_answer() -> None:
+def test_goaway_during_drain_gets_event_after_reply() -> None:
     with (
         served(limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -97,7 +97,7 @@ def test_goaway_during_a_drain_is_told_behind_its_answer() -> None:
         assert [bob.recv().id for _ in range(60)] == list(range(60))
 
 
-def test_message_after_the_event_is_refused() -> None:
+def test_goaway_message_after_event_is_refused() -> None:
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.ask("goaway")
         broker.stop_soon()
@@ -107,7 +107,7 @@ def test_message_after_the_event_is_refused() -> None:
         assert (frame.id, frame.code) == (5, "shutting_down")
 
 
-def test_finished_is_answered_when_the_recipient_has_read(socket_dir: Path) -> None:
+def test_goaway_finished_is_answered_when_recipient_has_read(socket_dir: Path) -> None:
     # Not TCP, whose buffers may grow until they take all of it.
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "60s"}) as broker,
@@ -131,9 +131,9 @@ def test_finished_is_answered_when_the_recipient_has_read(socket_dir: Path) -> N
         assert lost(broker) == 0
 
 
-def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -> None:
-    """The recipient never reads: at the end of the time the sender hears of each
-    message, and then the answer.
+def test_goaway_finished_is_answered_after_errors(socket_dir: Path) -> None:
+    """The recipient never reads. When the time is over the sender gets an error for
+    each message, and then the reply.
     """
     with (
         served(listen=str(socket_dir / "s"), limits={"drain_timeout": "300ms"}) as broker,
@@ -155,7 +155,7 @@ def test_finished_is_answered_when_the_failures_are_reported(socket_dir: Path) -
 
 
 @pytest.mark.parametrize("outgoing_requests", [0, 1])
-def test_finished_before_the_event_or_twice_is_unsupported(
+def test_goaway_finished_before_event_or_twice_is_unsupported(
     outgoing_requests: int, socket_dir: Path
 ) -> None:
     with (
@@ -174,9 +174,9 @@ def test_finished_before_the_event_or_twice_is_unsupported(
         assert alice.ask("finished", id=99).code == "unsupported"
 
 
-def test_request_in_hand_is_answered_during_a_drain(listen: str) -> None:
-    """The one that asks and the one that works both have said goaway; nothing else
-    holds the drain.
+def test_goaway_request_in_flight_is_answered_during_drain(listen: str) -> None:
+    """The requesting client and the responding one have both sent goaway. Nothing else
+    delays the drain.
     """
     with (
         served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
@@ -202,7 +202,7 @@ def test_request_in_hand_is_answered_during_a_drain(listen: str) -> None:
         assert lost(broker) == 0
 
 
-def test_request_in_hand_of_a_stock_client_is_answered_during_a_drain() -> None:
+def test_stock_client_request_in_flight_is_answered_during_drain() -> None:
     with (
         served(limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -221,8 +221,8 @@ def test_request_in_hand_of_a_stock_client_is_answered_during_a_drain() -> None:
         assert lost(broker) == 0
 
 
-def test_frame_behind_the_half_close_of_a_stock_client_is_delivered(listen: str) -> None:
-    """Its recipient has only received, and is half-closed after it."""
+def test_stock_client_frame_after_half_close_is_delivered(listen: str) -> None:
+    """The recipient has only received, and its connection is half-closed afterwards."""
     with (
         served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -239,7 +239,7 @@ def test_frame_behind_the_half_close_of_a_stock_client_is_delivered(listen: str)
         assert lost(broker) == 0
 
 
-def test_frame_behind_the_half_close_that_reaches_nobody_is_counted(listen: str) -> None:
+def test_stock_client_undeliverable_frame_after_half_close_is_counted(listen: str) -> None:
     with (
         served(listen=listen, limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -254,7 +254,7 @@ def test_frame_behind_the_half_close_that_reaches_nobody_is_counted(listen: str)
 
 
 @pytest.mark.timing
-def test_goaway_client_that_never_finishes_does_not_extend_the_drain() -> None:
+def test_goaway_client_that_never_finishes_does_not_extend_drain() -> None:
     with served(limits={"drain_timeout": "300ms"}) as broker, broker.login("alice") as alice:
         alice.ask("goaway")
         began = monotonic()
@@ -265,8 +265,8 @@ def test_goaway_client_that_never_finishes_does_not_extend_the_drain() -> None:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("goaway", [False, True])
-def test_client_that_floods_does_not_extend_the_drain(goaway: bool, listen: str) -> None:
-    """Whatever is taken of its messages is reported, delivered or counted."""
+def test_drain_is_not_extended_by_flooding_client(goaway: bool, listen: str) -> None:
+    """Each message that the broker accepts from it is reported, delivered or counted."""
     with (
         served(listen=listen, limits={"drain_timeout": "700ms"}) as broker,
         broker.login("alice") as alice,
@@ -304,14 +304,16 @@ def test_client_that_floods_does_not_extend_the_drain(goaway: bool, listen: str)
         assert took < 5
 
 
-def test_stock_sender_under_load_is_accounted_for(listen: str) -> None:
-    """Sent is what arrived, what came back, and what the log counts as lost."""
+def test_stock_client_messages_under_load_are_accounted_for(listen: str) -> None:
+    """The number sent equals those delivered, those returned and those that the log
+    counts as lost.
+    """
     for _ in range(3):
         _account(listen)
 
 
 @pytest.mark.slow
-def test_stock_sender_in_many_stops_is_accounted_for(listen: str) -> None:
+def test_stock_client_messages_in_many_drains_are_accounted_for(listen: str) -> None:
     for _ in range(100):
         _account(listen)
 
@@ -363,9 +365,9 @@ def _account(listen: str) -> None:
 
 
 @pytest.mark.timing
-def test_drain_with_long_operations_keeps_turns() -> None:
-    """One client has asked for the list of 3,000 clients 2,000 times: the drain ends in
-    time, others get turns.
+def test_drain_long_operations_run_in_turns() -> None:
+    """One client has asked 2,000 times for the list of 3,000 clients. The drain ends in
+    time, and the other client is served.
     """
     names = {f"c{number}": {"key": f"key {number}"} for number in range(3000)}
     with (

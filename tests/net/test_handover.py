@@ -43,7 +43,7 @@ def closed_at_end(descriptors: list[int]) -> object:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
-def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(
+def test_handover_passed_connection_closed_by_old_process_ends_for_client(
     socket_dir: Path, listen: str
 ) -> None:
     """The other process still has the descriptor."""
@@ -64,7 +64,7 @@ def test_connection_that_was_passed_ends_for_its_client_when_it_is_closed_here(
         assert (facts[0], more) == ({"gone": [number]}, [])
 
 
-def test_connection_that_was_passed_is_captured_without_its_socket(socket_dir: Path) -> None:
+def test_handover_passed_connection_is_captured_without_socket(socket_dir: Path) -> None:
     with running_daemon(configuration(str(socket_dir / "s"))) as broker:
         server = broker.daemon.server
         passing = broker.call(lambda: Passing(server))
@@ -91,7 +91,7 @@ def test_connection_that_was_passed_is_captured_without_its_socket(socket_dir: P
                 assert sockets == [each.sock.fileno() for each in server.listening]
 
 
-def test_connections_are_left_for_later_where_descriptors_are_short(
+def test_handover_without_free_descriptors_captures_connections_later(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_left(descriptor: int) -> int:
@@ -111,7 +111,7 @@ def test_connections_are_left_for_later_where_descriptors_are_short(
             alice.ping()
 
 
-def test_uses_of_keys_are_told_once(socket_dir: Path) -> None:
+def test_handover_key_uses_are_reported_once(socket_dir: Path) -> None:
     with running_daemon(configuration(str(socket_dir / "s"))) as broker:
         passing = broker.call(lambda: Passing(broker.daemon.server))
         for names in (["alice", "bob"], [], ["bob"], ["carol", "alice"]):

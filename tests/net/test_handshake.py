@@ -58,9 +58,9 @@ def last_refusal(broker: RunningDaemon, count: int = 1) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix", "@"])
-def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> None:
-    """multiprocessing.connection.Client with nothing but its key exchanges messages
-    with another.
+def test_handshake_stock_client_is_accepted(listen: str, socket_dir: Any) -> None:
+    """Two clients of multiprocessing.connection.Client that have only their keys
+    exchange messages.
     """
     listen = {"unix": str(socket_dir / "s"), "@": "@brokerd-" + os.urandom(6).hex()}.get(
         listen, listen
@@ -78,7 +78,9 @@ def test_the_standard_librarys_client_gets_in(listen: str, socket_dir: Any) -> N
 @pytest.mark.parametrize("name", [b"", b"bob"], ids=["by key", "by name"])
 @pytest.mark.parametrize("challenge", ["sha256", "sha384", "sha3_256", "sha3_384"])
 @pytest.mark.parametrize("digest", ["sha256", "sha384", "sha3_256", "sha3_384"])
-def test_every_digest_is_spoken(name: bytes, challenge: str, digest: str) -> None:
+def test_handshake_digest_of_standard_library_is_accepted(
+    name: bytes, challenge: str, digest: str
+) -> None:
     """A peer may answer with, and ask for, any digest of the standard library's newer
     handshake.
     """
@@ -91,9 +93,9 @@ def test_every_digest_is_spoken(name: bytes, challenge: str, digest: str) -> Non
         assert bob.ask("whoami").json["name"] == "bob"
 
 
-def test_a_name_and_anothers_key_do_not_match() -> None:
-    """With a name only that client's keys count, though the key is a good one of
-    somebody else.
+def test_handshake_name_with_key_of_another_client_is_rejected() -> None:
+    """With a name only that client's keys count, even if the key is a valid one of
+    another client.
     """
     with served() as broker:
         assert rejection(broker.address, key_of("alice"), b"bob") == REJECTION
@@ -113,7 +115,7 @@ def test_a_name_and_anothers_key_do_not_match() -> None:
         b"alice\0",
     ],
 )
-def test_a_wrong_key_hears_the_same_whatever_the_name(name: bytes) -> None:
+def test_handshake_wrong_key_gets_same_answer_for_every_name(name: bytes) -> None:
     """The bytes are #FAILURE# and the end, for a name that exists and for one that does
     not.
     """
@@ -122,10 +124,10 @@ def test_a_wrong_key_hears_the_same_whatever_the_name(name: bytes) -> None:
         assert broker.log.wait("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
-def test_a_wrong_key_takes_the_same_search_whatever_the_name(
+def test_handshake_wrong_key_tries_same_number_of_keys_for_every_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As many keys are tried for a name nobody has as for the name with the most keys."""
+    """As many keys are tried for an unknown name as for the name with the most keys."""
     tried: list[int] = []
 
     class Watched(KeySearch):
@@ -157,16 +159,16 @@ def test_a_wrong_key_takes_the_same_search_whatever_the_name(
         b"{md5}" + b"x" * 16,
     ],
 )
-def test_what_is_no_answer_is_a_failure(answer: bytes) -> None:
-    """Any frame that is no right answer hears #FAILURE# and no more."""
+def test_handshake_invalid_answer_gets_failure(answer: bytes) -> None:
+    """Any frame that is not a right answer gets #FAILURE# and no more."""
     with served() as broker, broker.raw() as peer:
         assert peer.read_body().startswith(CHALLENGE)
         peer.write(prefixed(answer))
         assert peer.read_to_end() == REJECTION
 
 
-def test_an_answer_cannot_be_replayed() -> None:
-    """The challenge is fresh each time: an answer overheard is worth nothing later."""
+def test_handshake_replayed_answer_is_rejected() -> None:
+    """The challenge is new each time, so that a recorded answer is worthless later."""
     with served() as broker, broker.raw() as first, broker.raw() as second:
         answer = first.answer(key_of("alice"))
         assert answer != second.answer(key_of("alice"))
@@ -174,9 +176,9 @@ def test_an_answer_cannot_be_replayed() -> None:
         assert second.read_to_end() == REJECTION
 
 
-def test_the_brokers_own_challenge_cannot_be_reflected() -> None:
-    """Who sends the broker's challenge back to it learns no answer: the broker answers
-    only who is known.
+def test_handshake_reflected_challenge_is_rejected() -> None:
+    """A peer that sends the broker's challenge back learns no answer. The broker
+    answers authenticated peers only.
     """
     with served() as broker, broker.raw() as peer:
         challenge = peer.read_body()
@@ -184,9 +186,9 @@ def test_the_brokers_own_challenge_cannot_be_reflected() -> None:
         assert peer.read_to_end() == REJECTION
 
 
-def test_a_peer_that_rejects_the_brokers_proof_is_let_go() -> None:
-    """A client may say #FAILURE# to the broker; it is closed and the log says who
-    rejected whom.
+def test_handshake_rejected_by_client_closes_connection() -> None:
+    """A client may send #FAILURE# to the broker. The connection is closed, and the log
+    says which side rejected the other.
     """
     with served() as broker, broker.raw() as peer:
         peer.write(prefixed(peer.answer(key_of("alice"))))
@@ -204,8 +206,10 @@ def test_a_peer_that_rejects_the_brokers_proof_is_let_go() -> None:
 
 
 @pytest.mark.parametrize(("digest", "name"), [(None, b""), ("md5", b""), ("md5", b"alice")])
-def test_md5_is_refused_and_the_log_names_the_option(digest: str | None, name: bytes) -> None:
-    """A right key by HMAC-MD5 hears #FAILURE#, and the operator reads allow_md5."""
+def test_handshake_md5_is_rejected_and_log_names_allow_md5(digest: str | None, name: bytes) -> None:
+    """A right key by HMAC-MD5 gets #FAILURE#, and the log line for the operator names
+    allow_md5.
+    """
     with served() as broker:
         assert rejection(broker.address, key_of("alice"), name, digest=digest) == REJECTION
         refusal = last_refusal(broker)
@@ -214,8 +218,8 @@ def test_md5_is_refused_and_the_log_names_the_option(digest: str | None, name: b
 
 
 @pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
-def test_md5_may_be_allowed_for_a_client(digest: str | None) -> None:
-    """allow_md5 at a client is for that client alone."""
+def test_handshake_md5_allowed_for_client_is_accepted(digest: str | None) -> None:
+    """The option allow_md5 of a client holds for that client only."""
     with served({"old": {"allow_md5": True}, "young": None}) as broker:
         with login(broker.address, key_of("old"), digest=digest, challenge_digest=digest) as old:
             assert old.ask("whoami").json["name"] == "old"
@@ -223,8 +227,10 @@ def test_md5_may_be_allowed_for_a_client(digest: str | None) -> None:
 
 
 @pytest.mark.parametrize("digest", [None, "md5"], ids=["bare", "prefixed"])
-def test_md5_may_be_allowed_at_a_listener(digest: str | None) -> None:
-    """allow_md5 at a listener is for everyone who comes in there, and nowhere else."""
+def test_handshake_md5_allowed_at_listener_is_accepted(digest: str | None) -> None:
+    """The option allow_md5 of a listener holds for all connections there, and at no
+    other listener.
+    """
     with served(listen=[{"address": "127.0.0.1:0", "allow_md5": True}, "127.0.0.1:0"]) as broker:
         inside, outside = broker.addresses
         with login(inside, key_of("alice"), digest=digest, challenge_digest=digest) as alice:
@@ -232,7 +238,7 @@ def test_md5_may_be_allowed_at_a_listener(digest: str | None) -> None:
         assert rejection(outside, key_of("bob"), digest=digest) == REJECTION
 
 
-def test_md5_answers_nobody_who_has_proved_a_better_digest() -> None:
+def test_handshake_md5_challenge_after_better_digest_is_rejected() -> None:
     """Where MD5 is off the broker does not answer an MD5 challenge either."""
     with served() as broker, broker.raw() as peer:
         peer.write(prefixed(peer.answer(key_of("alice"))))
@@ -263,8 +269,8 @@ def test_md5_answers_nobody_who_has_proved_a_better_digest() -> None:
         "impossible length",
     ],
 )
-def test_handshake_whose_second_half_fails_ends_in_failure(said: bytes) -> None:
-    """After the broker's #WELCOME# too, any mistake of the client hears #FAILURE#."""
+def test_handshake_second_half_invalid_gets_failure(said: bytes) -> None:
+    """After the broker's #WELCOME# too, any mistake of the client gets #FAILURE#."""
     with served() as broker, broker.raw() as peer:
         peer.write(prefixed(peer.answer(key_of("alice"))))
         assert peer.read_body() == WELCOME
@@ -306,11 +312,11 @@ HOUR = timedelta(hours=1)
         (None, -HOUR, False),
     ],
 )
-def test_a_key_counts_within_its_window(
+def test_handshake_key_outside_its_time_is_rejected(
     before: timedelta | None, after: timedelta | None, welcome: bool, name: bytes
 ) -> None:
-    """Before and after its time a key is refused like a wrong one; the log says that it
-    is its time.
+    """Before not_before and after not_after a key is refused like a wrong one. The log
+    says that its time is the reason.
     """
     with served({"alice": {"keys": [window(before, after), {"key": "other"}]}}) as broker:
         if welcome:
@@ -321,16 +327,18 @@ def test_a_key_counts_within_its_window(
         login(broker.address, b"other", name).close()
 
 
-def test_the_broker_proves_the_key_that_was_used() -> None:
-    """With several keys the broker answers with the very one the client has."""
+def test_handshake_broker_answers_with_key_of_client() -> None:
+    """If a client has several keys, the broker answers with the key that this peer
+    used.
+    """
     with served({"alice": {"keys": [{"key": "new"}, {"key": "old"}], "connections": 2}}) as broker:
         for key in (b"old", b"new"):
             login(broker.address, key).close()
 
 
-def test_identify_by_key_bounds_the_search() -> None:
-    """Past the limit a key is not found without a name; with its name it always is, and
-    then it is recent.
+def test_keyring_identify_by_key_bounds_search() -> None:
+    """Past the limit a key is not found without a name. With its name the key is always
+    found, and is then recently used.
     """
     names = [f"c{number}" for number in range(45)]
     with served(dict.fromkeys(names), limits={"identify_by_key": 40}) as broker:
@@ -350,9 +358,9 @@ def test_identify_by_key_bounds_the_search() -> None:
         assert sum(gets_in(name, b"") for name in found) == 39
 
 
-def test_keys_are_tried_in_the_order_of_the_file_until_they_are_used() -> None:
-    """With two tries the first two clients are found; the third is once it was here, in
-    place of the second.
+def test_keyring_unused_keys_are_tried_in_order_of_file() -> None:
+    """With two tries the first two clients are found. The third is found after a login
+    with its name, in place of the second.
     """
     with served(limits={"identify_by_key": 2}) as broker:
         broker.login("carol").close()
@@ -363,15 +371,17 @@ def test_keys_are_tried_in_the_order_of_the_file_until_they_are_used() -> None:
         assert rejection(broker.address, key_of("bob")) == REJECTION
 
 
-def test_no_key_is_searched_where_the_limit_is_zero() -> None:
-    """identify_by_key: 0 serves only clients that say who they are."""
+def test_keyring_identify_by_key_zero_requires_name() -> None:
+    """With `identify_by_key: 0` only clients that give their name are accepted."""
     with served(limits={"identify_by_key": 0}) as broker:
         assert rejection(broker.address, key_of("alice")) == REJECTION
         broker.login("alice").close()
 
 
-def test_peer_uid_needs_the_right_user(socket_dir: Any) -> None:
-    """A client with peer_uid gets in as that user only, and by a Unix socket only."""
+def test_handshake_peer_uid_of_another_user_is_rejected(socket_dir: Any) -> None:
+    """A client with peer_uid is accepted for that user only, and over a Unix socket
+    only.
+    """
     clients = {
         "me": {"peer_uid": [os.getuid()]},
         "you": {"peer_uid": [os.getuid() + 1], "key": "k"},
@@ -388,7 +398,7 @@ def test_peer_uid_needs_the_right_user(socket_dir: Any) -> None:
 # Peers that do it wrong
 
 
-def test_a_byte_at_a_time_is_fast_enough() -> None:
+def test_handshake_sent_byte_by_byte_is_accepted() -> None:
     """A handshake and a message in segments of one byte are understood."""
     with served() as broker, broker.raw() as alice, broker.login("bob") as bob:
         alice.write_bytewise(prefixed(alice.answer(key_of("alice"), b"alice")))
@@ -401,10 +411,8 @@ def test_a_byte_at_a_time_is_fast_enough() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 300, 70_000, 1_000_000])
-def test_what_follows_welcome_at_once_is_delivered(size: int) -> None:
-    """A frame in the same segment as the last #WELCOME#, however long, reaches its
-    recipient.
-    """
+def test_handshake_frame_in_same_segment_as_welcome_is_delivered(size: int) -> None:
+    """A frame of any length right behind the last #WELCOME# reaches its recipient."""
     with served() as broker, broker.login("bob") as bob:
         payload = os.urandom(size)
         with login(
@@ -414,9 +422,9 @@ def test_what_follows_welcome_at_once_is_delivered(size: int) -> None:
             assert bob.recv().body == payload
 
 
-def test_a_client_that_does_not_wait_at_all_is_served() -> None:
-    """Answer, challenge, welcome and messages sent without reading once: nothing of it
-    is lost.
+def test_handshake_sent_without_reading_is_accepted() -> None:
+    """A client sends its answer, challenge, welcome and messages before it reads
+    anything. Nothing of that is lost.
     """
     with (
         served({f"c{n}": None for n in range(200)} | {"bob": None}) as broker,
@@ -441,8 +449,10 @@ def test_a_client_that_does_not_wait_at_all_is_served() -> None:
 
 
 @pytest.mark.parametrize("claim", [257, 70_000, 2**31 - 1])
-def test_a_long_frame_before_authentication_closes(claim: int) -> None:
-    """More than 256 bytes announced is the end, before one of them has come."""
+def test_handshake_frame_over_256_bytes_closes_connection(claim: int) -> None:
+    """The connection ends when the length is announced, before the first byte of the
+    frame arrives.
+    """
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(struct.pack("!i", claim))
@@ -463,8 +473,8 @@ def test_a_long_frame_before_authentication_closes(claim: int) -> None:
     ],
     ids=["http", "tls", "ssh", "-2", "2**63", "2**64-1", "ff"],
 )
-def test_garbage_is_closed(garbage: bytes) -> None:
-    """Whoever speaks another language is closed at once and logged."""
+def test_handshake_of_foreign_protocol_is_closed(garbage: bytes) -> None:
+    """A peer that speaks another protocol is disconnected at once and logged."""
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(garbage)
@@ -480,9 +490,9 @@ def test_garbage_is_closed(garbage: bytes) -> None:
 @pytest.mark.parametrize(
     "stage", ["nothing", "half a length", "half an answer", "no challenge", "no welcome"]
 )
-def test_silence_ends_at_the_deadline(stage: str) -> None:
-    """Wherever a peer stops talking, it is closed when limits.handshake_timeout is
-    over.
+def test_handshake_silent_peer_is_closed_after_handshake_timeout(stage: str) -> None:
+    """At whatever step a peer stops sending, it is closed when limits.handshake_timeout
+    is over.
     """
     with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
         answer = prefixed(peer.answer(key_of("alice")))
@@ -499,8 +509,10 @@ def test_silence_ends_at_the_deadline(stage: str) -> None:
         assert "handshake_timeout" in last_refusal(broker)["reason"]
 
 
-def test_talking_does_not_move_the_deadline() -> None:
-    """The deadline is for the whole handshake: a byte now and then does not extend it."""
+def test_handshake_slow_peer_does_not_extend_handshake_timeout() -> None:
+    """The deadline is for the whole handshake: single bytes now and then do not extend
+    it.
+    """
     with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
         answer = prefixed(peer.answer(key_of("alice")))
         peer.sock.settimeout(0.02)
@@ -519,9 +531,9 @@ def test_talking_does_not_move_the_deadline() -> None:
         assert "handshake_timeout" in last_refusal(broker)["reason"]
 
 
-def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than limits.handshakes drops the oldest, once its grace is over; a good
-    client gets in meanwhile.
+def test_handshakes_above_limit_drop_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than limits.handshakes drops the oldest one when its grace is over.
+    Meanwhile a client with a key is accepted.
     """
     monkeypatch.setattr(admission, "GRACE_S", 0.1)
     with served(limits={"handshakes": 5}) as broker:
@@ -541,8 +553,8 @@ def test_unfinished_handshakes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
                 peer.close()
 
 
-def test_a_silent_peer_does_not_hold_up_accept() -> None:
-    """Peers that say nothing are there first; a client gets in behind them."""
+def test_handshake_silent_peers_do_not_delay_accept() -> None:
+    """Silent peers have connected first, and a client after them is accepted."""
     with served() as broker:
         silent = [broker.raw() for _ in range(20)]
         try:
@@ -552,8 +564,10 @@ def test_a_silent_peer_does_not_hold_up_accept() -> None:
                 peer.close()
 
 
-def test_a_peer_that_resets_is_forgotten() -> None:
-    """A reset in the middle of the handshake harms nobody, and nothing is kept of it."""
+def test_handshake_reset_by_peer_leaves_nothing_behind() -> None:
+    """A reset in the middle of the handshake disturbs no other client, and no state of
+    it is kept.
+    """
     with served() as broker:
         for _ in range(20):
             peer = broker.raw()
@@ -569,11 +583,11 @@ def test_a_peer_that_resets_is_forgotten() -> None:
 
 
 @pytest.mark.timing
-def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(
+def test_penalties_failing_address_is_delayed_and_right_key_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After ten failures #FAILURE# comes later; the right key is welcome before that
-    even from there.
+    """After ten failures #FAILURE# is sent later. The right key is accepted before
+    that, even from the same address.
     """
     monkeypatch.setattr(failures, "_DELAY_STEP", 1.0)
     with served() as broker:
@@ -608,17 +622,17 @@ def test_an_address_that_keeps_failing_is_slowed_and_others_are_not(
         ("", None, "unix"),
     ],
 )
-def test_failures_are_counted_by_who_can_be_told_apart(
+def test_penalties_failures_are_counted_by_origin(
     peer: object, uid: int | None, origin: str
 ) -> None:
-    """An IPv4 address by itself, at a socket for both kinds too; IPv6 ones by their
-    /64, a Unix peer by its user.
+    """An IPv4 address counts by itself, also at a socket for both versions. IPv6
+    addresses count by their /64, and Unix peers by their user.
     """
     assert failures.origin_of(peer, uid) == origin
 
 
-def test_pending_handshakes_are_empty_when_all_peers_have_gone() -> None:
-    """Nothing of a handshake is kept when it is over, well or badly."""
+def test_handshakes_pending_are_empty_after_all_peers_left() -> None:
+    """No state of a handshake is kept when it is over, whether it succeeded or failed."""
     with served() as broker:
         broker.login("alice").close()
         rejection(broker.address, b"wrong")

@@ -43,11 +43,11 @@ def options(sock: socket.socket) -> tuple[int, ...]:
 
 @linux
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 30, 60, 3600, 0.5, 29.9, 10**7])
-def test_an_idle_peer_has_about_the_limit_to_answer(
+def test_keepalive_idle_peer_has_about_limit_to_answer(
     connection: socket.socket, limit: float
 ) -> None:
-    """Asked after half of the time, a few times; with whole seconds, and the system's
-    own bounds.
+    """The first probe is sent after half of the time, and a few follow. Times are whole
+    seconds, within the system's own bounds.
     """
     keep_alive(connection, limit)
     idle, every, count = options(connection)
@@ -57,16 +57,16 @@ def test_an_idle_peer_has_about_the_limit_to_answer(
 
 
 @linux
-def test_zero_leaves_it_to_the_system(connection: socket.socket) -> None:
-    """Nothing is set."""
+def test_keepalive_zero_sets_no_socket_option(connection: socket.socket) -> None:
+    """The system's own settings remain."""
     before = options(connection)
     keep_alive(connection, 0)
     assert options(connection) == before
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
 
 
-def test_other_sockets_are_left_alone() -> None:
-    """A Unix socket knows by itself when its other end is gone."""
+def test_keepalive_unix_socket_is_unchanged() -> None:
+    """A Unix socket learns of the end of its peer without probes."""
     near, far = socket.socketpair()
     with near, far:
         keep_alive(near, 30)
@@ -98,11 +98,11 @@ def server_of(broker: RunningDaemon) -> Server:
 
 @linux
 @pytest.mark.parametrize(("before", "after"), [(0, 40), (3600, 40), (40, 0)])
-def test_a_reload_holds_for_who_is_connected_already(
+def test_keepalive_changed_by_reload_applies_to_open_connections(
     socket_dir: Path, before: int, after: int
 ) -> None:
-    """Over TCP each connection is asked as the new limit says, or not at all; a Unix
-    socket has nothing to be told.
+    """Each TCP connection gets the probes of the new limit, or none. A Unix socket has
+    no such option.
     """
 
     def limited(keepalive: int) -> Config:
@@ -126,10 +126,10 @@ def test_a_reload_holds_for_who_is_connected_already(
 
 
 @linux
-def test_a_reload_is_taken_over_a_slice_at_a_time(
+def test_keepalive_changed_by_reload_is_applied_in_slices(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many are connected, each turn of the loop has to do with some; in the end
+    """With any number of connections each turn of the loop handles some. In the end
     none was left out.
     """
     monkeypatch.setattr(liveness, "_SLICE", 1)
@@ -150,9 +150,9 @@ def test_a_reload_is_taken_over_a_slice_at_a_time(
 
 
 @linux
-def test_without_a_limit_what_the_listening_socket_has_holds() -> None:
-    """A service manager that listens for the broker may have the system ask
-    (KeepAlive=yes); 0 leaves it at that.
+def test_keepalive_zero_keeps_setting_of_listening_socket() -> None:
+    """A service manager that listens for the broker may switch the probes on
+    (KeepAlive=yes). A limit of 0 leaves them on.
     """
     with running_daemon(configuration("127.0.0.1:0", limits={"keepalive": 0})) as broker:
         (listening,) = server_of(broker).listening
@@ -163,8 +163,8 @@ def test_without_a_limit_what_the_listening_socket_has_holds() -> None:
 
 
 @linux
-def test_nobody_is_looked_at_without_a_limit() -> None:
-    """An idle broker does not wake up for it; with a limit it does."""
+def test_keepalive_zero_sets_no_timer() -> None:
+    """An idle broker does not wake up for the check. With a limit it does."""
 
     def limited(keepalive: int) -> Config:
         return configuration("127.0.0.1:0", limits={"keepalive": keepalive})
@@ -192,9 +192,9 @@ class Told:
 
 
 @linux
-def test_silence_counts_from_when_it_is_first_seen() -> None:
-    """However long the connection was idle before; an answer ends it, and so does the
-    end of the connection.
+def test_keepalive_silence_counts_from_first_observation() -> None:
+    """The time that the connection was idle before does not count. An answer ends the
+    silence, and so does the end of the connection.
     """
     sock, silence = Told(), Silence()
     sock.quiet_ms = 3_600_000
@@ -214,8 +214,10 @@ def test_silence_counts_from_when_it_is_first_seen() -> None:
 
 
 @linux
-def test_the_system_says_nothing_of_a_peer_that_does_not_read(connection: socket.socket) -> None:
-    """Its buffers are full and it lives: no silence, by the real struct tcp_info."""
+def test_keepalive_peer_that_does_not_read_is_not_silent(connection: socket.socket) -> None:
+    """Its buffers are full and its system answers, so that the real struct tcp_info
+    reports no silence.
+    """
     connection.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:

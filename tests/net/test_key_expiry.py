@@ -70,7 +70,7 @@ class Watched:
 
 
 def test_key_expiry_keys_without_end_cause_no_warning() -> None:
-    """Nothing is said and nothing is listed."""
+    """No event is logged and no key is listed."""
     watched = Watched(config("a: {key: a}", "b: {key: b, not_before: 2001-01-01}"))
     watched.clock.go_on(days=400)
 
@@ -79,8 +79,8 @@ def test_key_expiry_keys_without_end_cause_no_warning() -> None:
 
 
 def test_key_expiry_warning_comes_in_time_and_once_a_day() -> None:
-    """From limits.expiry_warning before the end on; then, at its moment, that it has
-    expired, and so every day.
+    """Warnings begin limits.expiry_warning before the end. At the end, and every day
+    after it, the event says that the key has expired.
     """
     watched = Watched(config("a: {key: a, not_after: 2026-06-11}", warning="7d"))
     assert watched.said() == []
@@ -101,8 +101,8 @@ def test_key_expiry_warning_comes_in_time_and_once_a_day() -> None:
     assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
 
 
-def test_key_expiry_reload_repeats_the_warning() -> None:
-    """Whoever reloads wants to see whether the warning is gone."""
+def test_key_expiry_reload_repeats_warning() -> None:
+    """The operator who reloads wants to see whether the warning is gone."""
     bad, good = (
         config("a: {key: a, not_after: 2026-06-11}"),
         config("a: {key: a, not_after: 2026-06-11}, {key: b}"),
@@ -115,9 +115,9 @@ def test_key_expiry_reload_repeats_the_warning() -> None:
     assert watched.said() == []
 
 
-def test_key_expiry_old_key_beside_a_valid_one_is_logged_as_info() -> None:
-    """Said once, when it happens, with how many connections still use it; not at the
-    next start.
+def test_key_expiry_old_key_beside_valid_one_is_logged_as_info() -> None:
+    """It is logged once, when it happens, with the number of connections that still use
+    it. It is not logged at the next start.
     """
     found = config("a: {key: a, not_after: 2026-06-02}, {key: b}")
     watched = Watched(found)
@@ -139,8 +139,10 @@ def test_key_expiry_old_key_beside_a_valid_one_is_logged_as_info() -> None:
     assert watched.said() == []
 
 
-def test_key_expiry_gap_between_two_keys_causes_a_warning() -> None:
-    """A new key that begins after the old one has ended does not keep the client in."""
+def test_key_expiry_gap_between_two_keys_causes_warning() -> None:
+    """A new key that begins after the old one has ended leaves a time without a valid
+    key.
+    """
     watched = Watched(
         config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}")
     )
@@ -148,8 +150,8 @@ def test_key_expiry_gap_between_two_keys_causes_a_warning() -> None:
     assert watched.said() == [("warning", "key.expiring", "a")]
 
 
-def test_key_expiry_changed_clock_is_seen_within_an_hour() -> None:
-    """The watch does not rely on one timer set days ago."""
+def test_key_expiry_changed_clock_is_noticed_within_an_hour() -> None:
+    """The monitor does not rely on one timer set days ago."""
     watched = Watched(config("a: {key: a, not_after: 2026-12-01}"))
     watched.clock.set_by = timedelta(days=200)
     watched.clock.go_on(hours=1, seconds=1)
@@ -158,7 +160,7 @@ def test_key_expiry_changed_clock_is_seen_within_an_hour() -> None:
 
 
 def test_key_expiry_many_clients_are_counted_in_one_line() -> None:
-    """Fifty have an event each; one event counts the rest."""
+    """Fifty clients get an event each. One event counts the rest."""
     watched = Watched(
         config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200)))
     )
@@ -168,8 +170,8 @@ def test_key_expiry_many_clients_are_counted_in_one_line() -> None:
     assert said[-1] == ("warning", "key.expiring_more", "")
 
 
-def test_key_expiry_warning_time_of_zero_warns_only_at_the_end() -> None:
-    """expiry_warning: 0 says only that it has happened."""
+def test_key_expiry_warning_time_of_zero_warns_only_at_end() -> None:
+    """With `expiry_warning: 0` only the end itself is logged."""
     watched = Watched(config("a: {key: a, not_after: 2026-06-05}", warning="0"))
     watched.clock.go_on(days=3)
     assert watched.said() == []
@@ -187,8 +189,8 @@ def test_key_expiry_closed_monitor_logs_nothing() -> None:
     assert watched.said() == []
 
 
-def test_key_expiry_events_show_no_key() -> None:
-    """Ids, sources and times only."""
+def test_key_expiry_events_contain_no_key() -> None:
+    """Events contain ids, sources and times only."""
     watched = Watched(
         config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}")
     )

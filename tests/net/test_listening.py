@@ -46,9 +46,9 @@ def mode(path: Path) -> int:
     ],
     ids=["ipv4", "ipv6", "pair-localhost", "list", "abstract"],
 )
-def test_listens_at_every_form_of_address(listen: Any) -> None:
-    """Whatever form an address has, a client gets in at every address the daemon says
-    it listens at.
+def test_listener_accepts_clients_at_every_form_of_address(listen: Any) -> None:
+    """A client logs in at every address that the daemon reports, for each form of
+    address.
     """
     if listen == ["::1", 0]:
         listen = [["::1", 0]]
@@ -61,7 +61,7 @@ def test_listens_at_every_form_of_address(listen: Any) -> None:
             broker.log.wait("client.disconnected", broker.addresses.index(address) + 1)
 
 
-def test_a_name_with_two_addresses_gets_one_port() -> None:
+def test_listener_host_name_with_two_addresses_gets_one_port() -> None:
     """localhost with port 0 is the same port on IPv4 and IPv6."""
     found = {family for family, *_ in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
     with running_daemon(configuration([["localhost", 0]])) as broker:
@@ -72,10 +72,12 @@ def test_a_name_with_two_addresses_gets_one_port() -> None:
 
 
 @pytest.mark.parametrize("missing", ["address", "family"])
-def test_a_name_listens_at_those_of_its_addresses_that_exist(
+def test_listener_host_name_skips_addresses_that_do_not_exist(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    """Where localhost is ::1 too but the machine has no IPv6, IPv4 alone is served."""
+    """If localhost is also ::1 and the machine has no IPv6, the broker listens at IPv4
+    only.
+    """
     # A documentation address stands for the ::1 of a machine on which IPv6 is switched
     # off.
     gone = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
@@ -87,7 +89,7 @@ def test_a_name_listens_at_those_of_its_addresses_that_exist(
         assert [address.family for address in broker.addresses] == ["AF_INET"]
 
 
-def test_several_listeners_serve_the_same_clients(socket_dir: Path) -> None:
+def test_listeners_several_serve_same_clients(socket_dir: Path) -> None:
     """A message goes from a client at one address to a client at another."""
     with running_daemon(configuration([str(socket_dir / "a"), "127.0.0.1:0"])) as broker:
         one, other = broker.addresses
@@ -100,8 +102,8 @@ def test_several_listeners_serve_the_same_clients(socket_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("umask_open")
-def test_a_socket_file_is_its_owners_alone() -> None:
-    """The socket file has mode 0600 although the umask would allow everything."""
+def test_listener_socket_file_default_mode_is_0600() -> None:
+    """The mode is 0600 although the umask would allow everything."""
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:
         path = Path(directory) / "s"
         with running_daemon(configuration(str(path))):
@@ -109,9 +111,11 @@ def test_a_socket_file_is_its_owners_alone() -> None:
 
 
 @pytest.mark.parametrize(("written", "wanted"), [("0660", 0o660), ("0666", 0o666), ("0600", 0o600)])
-def test_a_socket_file_has_the_configured_mode(socket_dir: Path, written: str, wanted: int) -> None:
-    """The mode is the one in the configuration, whatever the umask takes away from
-    other files.
+def test_listener_socket_file_has_configured_mode(
+    socket_dir: Path, written: str, wanted: int
+) -> None:
+    """The mode comes from the configuration, whatever the umask takes away from other
+    files.
     """
     path = socket_dir / "s"
     before = os.umask(0o077)
@@ -122,7 +126,7 @@ def test_a_socket_file_has_the_configured_mode(socket_dir: Path, written: str, w
         os.umask(before)
 
 
-def test_the_umask_is_left_as_it_was(socket_dir: Path) -> None:
+def test_listener_socket_file_leaves_umask_unchanged(socket_dir: Path) -> None:
     """Making the socket file changes nothing for the program around the daemon."""
     before = os.umask(0o027)
     try:
@@ -132,7 +136,7 @@ def test_the_umask_is_left_as_it_was(socket_dir: Path) -> None:
         os.umask(before)
 
 
-def test_a_socket_file_gets_its_group(socket_dir: Path) -> None:
+def test_listener_socket_file_gets_configured_group(socket_dir: Path) -> None:
     """The group may be given as a number."""
     path = socket_dir / "s"
     group = os.getgid()
@@ -140,10 +144,8 @@ def test_a_socket_file_gets_its_group(socket_dir: Path) -> None:
         assert path.stat().st_gid == group
 
 
-def test_an_unknown_group_is_named_and_leaves_no_file(socket_dir: Path) -> None:
-    """A group that does not exist is an error that names it; no socket file stays
-    behind.
-    """
+def test_listener_unknown_group_is_error_and_leaves_no_file(socket_dir: Path) -> None:
+    """A group that does not exist is an error that names it. No socket file is left."""
     path = socket_dir / "s"
     with (
         pytest.raises(ListenError, match="no-such-group-here"),
@@ -153,7 +155,7 @@ def test_an_unknown_group_is_named_and_leaves_no_file(socket_dir: Path) -> None:
     assert not path.exists()
 
 
-def test_the_socket_file_goes_with_the_daemon(socket_dir: Path) -> None:
+def test_listener_socket_file_is_removed_at_stop(socket_dir: Path) -> None:
     """When the daemon has stopped its socket file is gone."""
     path = socket_dir / "s"
     with running_daemon(configuration(str(path))):
@@ -161,8 +163,8 @@ def test_the_socket_file_goes_with_the_daemon(socket_dir: Path) -> None:
     assert not path.exists()
 
 
-def test_a_stale_socket_file_is_taken_over(socket_dir: Path) -> None:
-    """A file that a dead daemon left behind is no obstacle."""
+def test_listener_stale_socket_file_is_replaced(socket_dir: Path) -> None:
+    """The file of a daemon that has died does not prevent a start."""
     path = socket_dir / "s"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -171,8 +173,10 @@ def test_a_stale_socket_file_is_taken_over(socket_dir: Path) -> None:
         alice.ping()
 
 
-def test_a_live_socket_file_is_left_to_its_daemon(socket_dir: Path) -> None:
-    """A second daemon at the same path fails and says why; the first one goes on."""
+def test_listener_socket_file_in_use_is_error(socket_dir: Path) -> None:
+    """A second daemon at the same path fails and says why. The first one continues to
+    serve.
+    """
     path = socket_dir / "s"
     with running_daemon(configuration(str(path))) as first:
         with (
@@ -184,7 +188,7 @@ def test_a_live_socket_file_is_left_to_its_daemon(socket_dir: Path) -> None:
             alice.ping()
 
 
-def test_a_full_backlog_is_alive(socket_dir: Path) -> None:
+def test_listener_socket_file_with_full_backlog_is_in_use(socket_dir: Path) -> None:
     """A daemon too busy to accept is not mistaken for a dead one."""
     path = socket_dir / "s"
     with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as queued:
@@ -200,7 +204,7 @@ def test_a_full_backlog_is_alive(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
-def test_what_is_no_socket_is_never_removed(socket_dir: Path, kind: str) -> None:
+def test_listener_file_that_is_not_a_socket_is_not_removed(socket_dir: Path, kind: str) -> None:
     """A file, directory or link at the path is an error that says so, and stays."""
     path = socket_dir / "s"
     if kind == "file":
@@ -217,8 +221,8 @@ def test_what_is_no_socket_is_never_removed(socket_dir: Path, kind: str) -> None
     assert os.path.lexists(path)
 
 
-def test_anothers_socket_file_is_not_removed_at_the_end(socket_dir: Path) -> None:
-    """A socket file that somebody else put in our place survives our stop."""
+def test_listener_socket_file_of_another_process_survives_stop(socket_dir: Path) -> None:
+    """A socket file that another process has put in its place is not removed."""
     path = socket_dir / "s"
     with socket.socket(socket.AF_UNIX) as theirs:
         with running_daemon(configuration(str(path))):
@@ -236,7 +240,9 @@ def test_anothers_socket_file_is_not_removed_at_the_end(socket_dir: Path) -> Non
     ],
     ids=["directory", "foreign", "unknown"],
 )
-def test_says_why_it_cannot_listen(socket_dir: Path, listen: str, what: str) -> None:
+def test_listener_bind_error_names_address_and_remedy(
+    socket_dir: Path, listen: str, what: str
+) -> None:
     """The error names the address and what would help."""
     where = listen.format(dir=socket_dir)
     with pytest.raises(ListenError, match=what) as caught, running_daemon(configuration(where)):
@@ -244,17 +250,19 @@ def test_says_why_it_cannot_listen(socket_dir: Path, listen: str, what: str) -> 
     assert where in str(caught.value)
 
 
-def test_a_path_too_long_for_a_socket_is_called_so(socket_dir: Path) -> None:
-    """The configuration catches this first; whoever listens without one hears it too."""
+def test_listener_socket_path_too_long_is_error(socket_dir: Path) -> None:
+    """The configuration finds this first. A caller that listens without one gets the
+    error too.
+    """
     path = str(socket_dir / ("x" * 120))
     config = ListenConfig(Address("AF_UNIX", path=path), 0o600, None, False, Source("here", 1))
     with pytest.raises(ListenError, match="too long for a socket"):
         listen(config)
 
 
-def test_a_taken_port_is_named(socket_dir: Path) -> None:
-    """Two daemons can't have one port; and what the second one had opened already is
-    closed again.
+def test_listener_port_in_use_is_error(socket_dir: Path) -> None:
+    """Two daemons can't have one port. The socket that the second one had already
+    opened is closed again.
     """
     with running_daemon(configuration("127.0.0.1:0")) as first:
         taken = str(first.address)
@@ -267,7 +275,7 @@ def test_a_taken_port_is_named(socket_dir: Path) -> None:
         assert not path.exists()
 
 
-def test_a_taken_abstract_name_is_an_error() -> None:
+def test_listener_abstract_name_in_use_is_error() -> None:
     """Two daemons can't have one abstract name."""
     name = "@brokerd-test-" + secrets.token_hex(4)
     with (
@@ -279,10 +287,8 @@ def test_a_taken_abstract_name_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
-def test_the_brokers_side_has_no_delay(listen: str) -> None:
-    """TCP_NODELAY is set on pending connections already, and stays when they are
-    let in.
-    """
+def test_listener_sets_nodelay_on_accepted_connections(listen: str) -> None:
+    """TCP_NODELAY is set on pending connections, and stays when they are accepted."""
     with running_daemon(configuration(listen)) as broker, broker.login("alice"):
 
         def options() -> list[int]:
@@ -296,11 +302,11 @@ def test_the_brokers_side_has_no_delay(listen: str) -> None:
         assert broker.call(options) == [1]
 
 
-def test_a_group_it_has_already_is_not_asked_for(
+def test_listener_socket_file_with_right_group_needs_no_chown(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sandbox may forbid chown altogether: a file whose group is right as it is made
-    needs none.
+    """A sandbox may forbid chown altogether. A file that is created with the right
+    group needs none.
     """
     monkeypatch.setattr(
         os, "chown", lambda *_: pytest.fail("the system was asked to change the owner")
