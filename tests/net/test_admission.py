@@ -151,7 +151,7 @@ def test_admission_remembered_origins_are_bounded(monkeypatch: pytest.MonkeyPatc
         admission.gave_way(f"{number}", 0.0)
         admission.remove(peer(f"{number}", admission))
     assert list(admission._halvings) == ["7", "8", "9"]
-    assert (admission._crowds, admission._by_weight, admission._most) == ({}, {}, 0)
+    assert (admission._by_origin, admission._by_weight, admission._most) == ({}, {}, 0)
 
 
 # A crowd

@@ -1,11 +1,12 @@
-"""Decides which pending handshake gives way to a newcomer, and how long newcomers wait.
+"""Decides which pending handshake gives way to a new connection, and after what time.
 
 The room is ``limits.handshakes``. A peer keeps its place for a time, its grace, in
-which it should take the next step. Newcomers wait in the system's queue meanwhile. Then
-a peer gives way: of the origin with the most pending handshakes, the least advanced.
-The grace of its origin is halved each time, and doubled when a peer is accepted. So
-clients are accepted as fast as they answer. Silent connections cost the newcomers one
-grace in all. This module has no clock and no sockets. Source: docs/security.md.
+which it should take the next step. New connections wait in the listen queue meanwhile.
+Then a peer gives way: of the origin with the most pending handshakes, the least
+advanced. The grace of its origin is halved each time, and doubled when a peer is
+accepted. So clients are accepted as fast as they answer. Silent connections cost the
+new ones one grace in all. This module has no clock and no sockets. Source:
+docs/security.md.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Rank(IntEnum):
 _WEIGHTS: Final = {Rank.FAILED: 2, Rank.SILENT: 2, Rank.JUDGED: 2, Rank.PROVED: 1}
 
 
-class _Crowd:
+class _OriginHandshakes:
     """The pending handshakes of one origin by rank, oldest first in each rank."""
 
     __slots__ = ("origin", "ranks", "weight")
@@ -77,53 +78,53 @@ class Admission:
     """All pending handshakes by origin, and the record of the origins."""
 
     def __init__(self) -> None:
-        self._crowds: dict[str, _Crowd] = {}
-        #: The crowds of each weight.
-        self._by_weight: dict[int, dict[str, _Crowd]] = {}
+        self._by_origin: dict[str, _OriginHandshakes] = {}
+        #: The origins of each weight, with their handshakes.
+        self._by_weight: dict[int, dict[str, _OriginHandshakes]] = {}
         self._most = 0
         #: For each origin: the halvings of its grace, and the time of the last change;
         #: latest last.
         self._halvings: OrderedDict[str, tuple[int, float]] = OrderedDict()
         #: The same for all origins without a record.
-        self._strangers = (0, 0.0)
+        self._without_record = (0, 0.0)
 
     def add(self, pending: PendingConnection, now: float) -> None:
         """Add a new handshake."""
-        crowd = self._crowds.get(pending.origin)
-        if crowd is None:
-            crowd = self._crowds[pending.origin] = _Crowd(pending.origin)
+        handshakes = self._by_origin.get(pending.origin)
+        if handshakes is None:
+            handshakes = self._by_origin[pending.origin] = _OriginHandshakes(pending.origin)
         pending.rank, pending.moved_at = Rank.SILENT, now
-        crowd.ranks[Rank.SILENT][pending] = None
-        self._weigh(crowd, _WEIGHTS[Rank.SILENT])
+        handshakes.ranks[Rank.SILENT][pending] = None
+        self._weigh(handshakes, _WEIGHTS[Rank.SILENT])
 
     def advance(self, pending: PendingConnection, rank: Rank, now: float) -> None:
         """Record that a peer has taken a step; the time for its next step begins."""
-        crowd = self._crowds[pending.origin]
-        del crowd.ranks[pending.rank][pending]
-        crowd.ranks[rank][pending] = None
+        handshakes = self._by_origin[pending.origin]
+        del handshakes.ranks[pending.rank][pending]
+        handshakes.ranks[rank][pending] = None
         change = _WEIGHTS[rank] - _WEIGHTS[pending.rank]
         pending.rank, pending.moved_at = rank, now
         if change:
-            self._weigh(crowd, change)
+            self._weigh(handshakes, change)
 
     def remove(self, pending: PendingConnection) -> None:
         """Remove a handshake that is over."""
-        crowd = self._crowds[pending.origin]
-        del crowd.ranks[pending.rank][pending]
-        self._weigh(crowd, -_WEIGHTS[pending.rank])
-        if not crowd.weight:
-            del self._crowds[pending.origin]
+        handshakes = self._by_origin[pending.origin]
+        del handshakes.ranks[pending.rank][pending]
+        self._weigh(handshakes, -_WEIGHTS[pending.rank])
+        if not handshakes.weight:
+            del self._by_origin[pending.origin]
 
-    def _weigh(self, crowd: _Crowd, change: int) -> None:
-        if crowd.weight:
-            peers = self._by_weight[crowd.weight]
-            del peers[crowd.origin]
+    def _weigh(self, handshakes: _OriginHandshakes, change: int) -> None:
+        if handshakes.weight:
+            peers = self._by_weight[handshakes.weight]
+            del peers[handshakes.origin]
             if not peers:
-                del self._by_weight[crowd.weight]
-        crowd.weight += change
-        if crowd.weight:
-            self._by_weight.setdefault(crowd.weight, {})[crowd.origin] = crowd
-            self._most = max(self._most, crowd.weight)
+                del self._by_weight[handshakes.weight]
+        handshakes.weight += change
+        if handshakes.weight:
+            self._by_weight.setdefault(handshakes.weight, {})[handshakes.origin] = handshakes
+            self._most = max(self._most, handshakes.weight)
         while self._most and self._most not in self._by_weight:
             self._most -= 1
 
@@ -133,9 +134,9 @@ class Admission:
         """
         first: PendingConnection | None = None
         first_wait = float("inf")
-        for crowd in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
-            pending = crowd.least()
-            grace = 0.0 if pending.rank is Rank.FAILED else self.grace(crowd.origin, now)
+        for handshakes in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
+            pending = handshakes.least()
+            grace = 0.0 if pending.rank is Rank.FAILED else self.grace(handshakes.origin, now)
             wait = max(0.0, pending.moved_at + grace - now)
             if wait < first_wait:
                 first, first_wait = pending, wait
@@ -149,7 +150,7 @@ class Admission:
         """Return the seconds that a peer of this origin keeps its place after each
         step.
         """
-        halvings, at = self._halvings.get(origin, self._strangers)
+        halvings, at = self._halvings.get(origin, self._without_record)
         return GRACE_S / (1 << halvings) if now - at <= _FORGET_AFTER_S else GRACE_S
 
     def gave_way(self, origin: str, now: float) -> None:
@@ -159,16 +160,16 @@ class Admission:
         If the origin has no record, the grace of all such origins is halved too. A
         flood may come from thousands of origins.
         """
-        known = self._halvings.get(origin)
-        if known is None:
-            known = self._strangers = (_next(self._strangers, 1, now), now)
-        self._note(origin, _next(known, 1, now), now)
+        record = self._halvings.get(origin)
+        if record is None:
+            record = self._without_record = (_next(self._without_record, 1, now), now)
+        self._note(origin, _next(record, 1, now), now)
 
     def got_in(self, origin: str, now: float) -> None:
         """Record a peer that has finished its handshake: double its origin's grace
         again.
         """
-        self._strangers = (_next(self._strangers, -1, now), self._strangers[1])
+        self._without_record = (_next(self._without_record, -1, now), self._without_record[1])
         self._note(origin, _next(self._halvings.get(origin, (0, now)), -1, now), now)
 
     def _note(self, origin: str, halvings: int, now: float) -> None:

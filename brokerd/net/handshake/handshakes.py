@@ -4,7 +4,7 @@ another.
 A connection is pending until it has proved its identity. The search for the key behind
 an answer without a name can take a thousand tries. So searches run in slices, one per
 turn of the event loop. The search with the fewest tries runs first. So a client that
-used its key lately is accepted at once, even during a flood of strangers. Source:
+used its key lately is accepted at once, even during a flood of unknown peers. Source:
 docs/protocol.md, "Handshake".
 """
 
@@ -427,8 +427,8 @@ class PendingHandshakes:
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
         if not got_in and len(self._pending_connections) >= self._context.limits.handshakes:
-            # The peer kept a place from a newcomer, whether it had to give way or left
-            # by itself.
+            # The peer kept a place from a new connection, whether it had to give way or
+            # left by itself.
             self._admission.gave_way(pending.origin, self._loop.time())
         if self._pending_connections.pop(pending, pending) is None:
             self._admission.remove(pending)

@@ -1,7 +1,7 @@
 """Penalties of failed handshakes: each further failure of an origin is answered a
 little later.
 
-No penalty locks a peer out for good. Failures are counted by origin, which a stranger
+No penalty locks a peer out for good. Failures are counted by origin, which a peer
 can't change at will. This module has no clock and no sockets: ``now`` is in seconds, on
 any clock that does not go back. Source: docs/security.md.
 """

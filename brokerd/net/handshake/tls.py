@@ -3,8 +3,8 @@ a peer.
 
 A handshake costs the listener a signature, some hundred microseconds. So the handshakes
 take one step per turn of the event loop, in the order in which bytes arrived. During a
-flood of strangers, established connections wait for one step only. Each stranger waits
-for all others. Deadlines and the number of handshakes are the business of
+flood of unknown peers, established connections wait for one step only. Each peer waits
+for all the other peers. Deadlines and the number of handshakes are the business of
 `PendingHandshakes`. Source: docs/protocol.md, "Over TLS".
 """
 
