@@ -411,7 +411,7 @@ class Copies:
         self.made: dict[int, Session] = {}
         #: The facts of idle sessions and of their outboxes whose names are not known
         #: here, by number.
-        self.strangers: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.unconfigured_sessions: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         #: The unknown names of clients that a session has reached, by its number.
         self.unknown_recipients: dict[int, list[str]] = {}
         #: The names of the copied clients, and the start of the broker, if copied.
@@ -442,16 +442,16 @@ class Copies:
 
     def numbers(self) -> set[int]:
         """Return the numbers of the copied sessions."""
-        return {*self.made, *self.strangers}
+        return {*self.made, *self.unconfigured_sessions}
 
     def copied(self, number: int) -> Session:
         """Return the copied session with that number. Raises BadSnapshot."""
         session = self.made.get(number)
-        if session is None and number not in self.strangers:
+        if session is None and number not in self.unconfigured_sessions:
             raise BadSnapshot(f"the session with the number {number} was not copied")
         return session or self.session(number)
 
-    def seat(self, session: Session) -> None:
+    def add_session(self, session: Session) -> None:
         """Add a restored session to its client. Raises BadSnapshot."""
         client = session.client
         occupant = client.sessions.get(session.address)
@@ -487,7 +487,7 @@ class Copies:
             self._subscriptions[number] = session.subscriptions
             if session.address != facts["address"] or not facts["configured"]:
                 session.client.remove(session)
-        self.strangers.pop(number, None)
+        self.unconfigured_sessions.pop(number, None)
         self.unknown_recipients.pop(number, None)
         return self.session(number)
 
@@ -497,8 +497,8 @@ class Copies:
         if session is not None:
             session.messages_in, session.bytes_in, session.errors_in = counters[:3]
             session.outbox.frames, session.outbox.size = counters[3:]
-        elif number in self.strangers:
-            facts, outbox = self.strangers[number]
+        elif number in self.unconfigured_sessions:
+            facts, outbox = self.unconfigured_sessions[number]
             facts["in"] = counters[:3]
             outbox["frames"], outbox["size"] = counters[3:]
         else:
@@ -517,14 +517,14 @@ class Copies:
                 "address": session.address,
                 "configured": True,
             }
-        if number in self.strangers:
-            return self.strangers[number][0]
+        if number in self.unconfigured_sessions:
+            return self.unconfigured_sessions[number][0]
         raise BadSnapshot(f"the session with the number {number} was not copied")
 
     def discard(self, number: int) -> None:
         """Remove a copied session that has left."""
         self._discarded.append(number)
-        self.strangers.pop(number, None)
+        self.unconfigured_sessions.pop(number, None)
         self.unknown_recipients.pop(number, None)
         session = self.made.pop(number, None)
         if session is not None:
@@ -579,7 +579,7 @@ class Copies:
         self._queues.clear()
         self._sessions.clear()
         self.made.clear()
-        self.strangers.clear()
+        self.unconfigured_sessions.clear()
         self.unknown_recipients.clear()
         self.clients.clear()
 

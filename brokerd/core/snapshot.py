@@ -76,12 +76,12 @@ class Snapshot:
 class Restored(NamedTuple):
     """The restored sessions.
 
-    sessions: those in the facts, by position. strangers: those that were copied, and
-    whose names are not configured.
+    sessions: those in the facts, by position. unconfigured_sessions: those that were
+    copied, and whose names are not configured.
     """
 
     sessions: list[Session]
-    strangers: list[Session]
+    unconfigured_sessions: list[Session]
 
 
 class Pieces:
@@ -403,9 +403,9 @@ def restore(
     if copies.latest >= facts["next_number"]:
         raise BadSnapshot("a copied session came after all that have come")
     sessions, to_fill = _take_sessions(facts, copies)
-    strangers = [copies.session(number) for number in copies.strangers]
+    unconfigured_sessions = [copies.session(number) for number in copies.unconfigured_sessions]
     to_fill += [
-        (copies.session(number), *stranger) for number, stranger in copies.strangers.items()
+        (copies.session(number), *parts) for number, parts in copies.unconfigured_sessions.items()
     ]
     broker.status.upgrades = facts["upgrades"] + 1
     broker.continue_order(facts["next_number"])
@@ -443,7 +443,7 @@ def restore(
         ):
             session.renew_outbox()
     for session, session_facts, _ in opened:
-        copies.seat(session)
+        copies.add_session(session)
         _restore_subscriptions(broker, session, session_facts, copies)
     copies.put_in_order()
     for job_facts in facts["deferred"]:
@@ -457,7 +457,7 @@ def restore(
         queue = _restore_queue(items, sessions, pieces, timed, now)
         broker.reports.add(sessions[position], Unsent(iter(queue), len(items)))
     copies.drop_rest()
-    return Restored(sessions, strangers)
+    return Restored(sessions, unconfigured_sessions)
 
 
 def _take_sessions(
@@ -597,7 +597,7 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
         copies.clients.add(name)
         _restore_client(client, facts["client"], now)
     if client is None:
-        copies.strangers[number] = session_facts, outbox
+        copies.unconfigured_sessions[number] = session_facts, outbox
         return None
     copies.discard_at(client, session_facts["address"], number)
     session = _restore_session(copies.reopen(session_facts), client, session_facts, now)
@@ -614,7 +614,7 @@ def restore_idle(broker: Broker, facts: Facts, now: float, copies: Copies) -> Se
             "unsubscribed": session_facts["unsubscribed"],
         }
     )
-    copies.seat(session)
+    copies.add_session(session)
     unknown_names = [
         name for name in session_facts["reached"] if broker.exchange.resolve(name) is None
     ]

@@ -350,8 +350,8 @@ class Ahead:
         self._server.loop.remove_reader(connection.fd)
         return connection.sock
 
-    def take_stranger(self, session: Session) -> Connection:
-        """Return the connection of a session whose name is not known here."""
+    def take_unconfigured(self, session: Session) -> Connection:
+        """Return the connection of a session whose name is not configured here."""
         connection = Connection(
             self._server.context,
             self._sockets.pop(session.number),
@@ -427,7 +427,7 @@ class RestoredState:
             for each in map(self._waker_out, facts["listening"])
         ]
         core = facts["core"]
-        self.sessions, strangers = snapshot.restore(
+        self.sessions, unconfigured_sessions = snapshot.restore(
             server.broker, core, pieces, self._now, ahead.copies
         )
         ahead.drop_discarded()
@@ -441,7 +441,7 @@ class RestoredState:
                 raise ValueError("a connection was copied in part")
             if each is not None:
                 self.fresh.append(self._connection(session, each, pieces))
-        self.fresh += map(ahead.take_stranger, strangers)
+        self.fresh += map(ahead.take_unconfigured, unconfigured_sessions)
         self._pending_connections = [
             (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
         ]
