@@ -1,5 +1,5 @@
-"""What becomes of a message: every outcome, every quota, every rule of docs/protocol.md
-from "Outcome" on.
+"""The outcome of every message: each quota and each rule of docs/protocol.md from
+"Outcome" on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, e
 from brokerd_client.wire.framing import frame
 
 KINDS = pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
-EVERY_WAY = pytest.mark.parametrize("when_full", list(WhenFull))
+EVERY_WHEN_FULL = pytest.mark.parametrize("when_full", list(WhenFull))
 
 
 def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet, Peer, Peer]:
-    """Return a net with ann, and bob whose queue of 100 bytes holds two messages of 40
-    bytes, ids 1 and 2.
+    """Return a net with ann and bob. bob's queue of 100 bytes holds two messages of 40
+    bytes, with the ids 1 and 2.
     """
     net = FakeNet(client("ann"), client("bob", queue=queue, when_full=when_full, **changes))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -42,9 +42,9 @@ def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY])
-def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
-    """Kind, id, codec and payload are the sender's, the name is the broker's word for
-    the sender.
+def test_message_keeps_kind_id_codec_and_payload(kind: Kind) -> None:
+    """Kind, id, codec and payload are the sender's; the broker fills in the name of the
+    sender.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -71,11 +71,11 @@ def test_a_message_arrives_as_it_was_sent(kind: Kind) -> None:
         ("dent", "denied"),
     ],
 )
-def test_what_can_not_be_delivered_comes_back(
+def test_message_undeliverable_is_answered_by_error(
     kind: Kind, receipt: bool, to: str, code: str
 ) -> None:
-    """The ERROR has the id, the code, what a person wants to read, and the recipient;
-    nothing else comes.
+    """The ERROR has the id, the code, a readable message, and the recipient; nothing
+    else is sent.
     """
     net = FakeNet(
         client("ann", send_to=["nobody", "bob", "cid", "pool"]),
@@ -101,8 +101,10 @@ def test_what_can_not_be_delivered_comes_back(
 
 
 @KINDS
-def test_a_receipt_says_that_the_broker_answers_for_it(kind: Kind) -> None:
-    """With RECEIPT success is told too; the recipient does not see the flag."""
+def test_message_with_receipt_flag_is_confirmed(kind: Kind) -> None:
+    """With the flag RECEIPT the sender is told of success too; the recipient does not
+    see the flag.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.send(Envelope(kind, 9, "bob", b"x", flags=Flag.RECEIPT))
@@ -110,8 +112,10 @@ def test_a_receipt_says_that_the_broker_answers_for_it(kind: Kind) -> None:
     assert bob.take() == [Envelope(kind, 9, "ann", b"x")]
 
 
-def test_a_receipt_is_followed_by_an_error_when_the_recipient_goes_without_reading() -> None:
-    """What was accepted and not taken is answered: the ERROR is the last word."""
+def test_receipt_recipient_leaves_without_reading_is_followed_by_error() -> None:
+    """A message that was accepted and not read is answered: the ERROR is the final
+    outcome.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block(5)
@@ -126,8 +130,10 @@ def test_a_receipt_is_followed_by_an_error_when_the_recipient_goes_without_readi
     ]
 
 
-def test_what_the_system_took_is_delivered() -> None:
-    """A message taken whole has no ERROR when its recipient goes."""
+def test_message_written_whole_has_no_error_at_disconnect() -> None:
+    """A message written whole to the socket gets no ERROR when its recipient
+    disconnects.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"x", 1)
@@ -145,9 +151,9 @@ def test_what_the_system_took_is_delivered() -> None:
         Envelope(Kind.EVENT, 3, "", topic="t", flags=Flag.ACK),
     ],
 )
-def test_what_is_not_served_is_unsupported(envelope: Envelope) -> None:
+def test_frame_of_stored_messages_is_unsupported(envelope: Envelope) -> None:
     """Kinds and flags of stored messages are understood and refused; the connection
-    lives on.
+    stays open.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -157,9 +163,9 @@ def test_what_is_not_served_is_unsupported(envelope: Envelope) -> None:
     assert not ann.gone
 
 
-def test_one_may_send_to_oneself() -> None:
-    """A message to one's own name arrives; it waits in one's own queue, and holds
-    oneself when that is full.
+def test_message_to_own_name_is_delivered_and_may_hold_its_sender() -> None:
+    """A client may send to its own name. The message waits in its own queue, and the
+    client is held when that queue is full.
     """
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
@@ -187,9 +193,9 @@ def test_one_may_send_to_oneself() -> None:
 
 
 @pytest.mark.parametrize("ttl", [1, 0.001, 1e9, 2**31 - 1])
-def test_a_message_within_its_ttl_passes(ttl: float) -> None:
-    """A message that need not wait passes with any time to live; the extension is the
-    sender's.
+def test_message_within_ttl_is_delivered(ttl: float) -> None:
+    """A message that need not wait is delivered with any ttl; its extension is
+    unchanged.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -217,9 +223,9 @@ def test_a_message_within_its_ttl_passes(ttl: float) -> None:
         ({}, "unsupported"),
     ],
 )
-def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
-    """Without time left a message expires; what is no number of seconds is not guessed
-    at.
+def test_message_ttl_over_or_invalid_is_refused(kind: Kind, ttl: Any, code: str) -> None:
+    """A message whose ttl is over expires. A ttl that is not a valid number of seconds
+    is refused, not guessed at.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -231,8 +237,8 @@ def test_a_ttl_that_is_over_or_none(kind: Kind, ttl: Any, code: str) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.EVENT])
 def test_extension_nested_too_deeply_is_unsupported(kind: Kind) -> None:
-    """Neither end is disconnected, nothing is delivered, and what follows passes; an
-    ERROR is not answered by one.
+    """Neither end is disconnected, nothing is delivered, and the next message passes.
+    An ERROR frame is not answered by another ERROR.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -259,8 +265,8 @@ def test_extension_nested_too_deeply_is_unsupported(kind: Kind) -> None:
     assert ann.session.messages_in == 4
 
 
-def test_extension_nested_too_deeply_counts_for_the_rate() -> None:
-    """A client can't send more of these frames than of others."""
+def test_extension_nested_too_deeply_counts_for_rate() -> None:
+    """A client can't send more frames with such an extension than its rate allows."""
     net = FakeNet(client("ann", rate=RateConfig(2, None)), client("bob"))
     ann = net.connect("ann")
     raw = b'{"a":' + b"[" * 40 + b"]" * 40 + b"}"
@@ -269,9 +275,9 @@ def test_extension_nested_too_deeply_counts_for_the_rate() -> None:
     assert [error_of(each) for each in ann.take()] == ["unsupported"] * 2 + ["rate_limited"] * 3
 
 
-def test_a_message_may_expire_while_its_sender_is_held() -> None:
-    """Waiting for room takes from the time to live: a message that has some left
-    passes, one that has not expires.
+def test_message_ttl_over_while_sender_is_held_expires() -> None:
+    """Waiting for room uses up the ttl: a message with time left is delivered, one
+    without expires.
     """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3, extension={"ttl": 5})
@@ -284,16 +290,16 @@ def test_a_message_may_expire_while_its_sender_is_held() -> None:
 
 
 @given(
-    rest=st.dictionaries(
+    extension=st.dictionaries(
         st.text(max_size=5), st.integers() | st.text() | st.booleans() | st.none(), max_size=5
     )
 )
-def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
-    """Byte for byte, whatever they are."""
-    rest.pop("ttl", None)
+def test_extension_without_ttl_is_passed_on_unchanged(extension: dict[str, Any]) -> None:
+    """An extension without a ttl arrives byte for byte as it was sent."""
+    extension.pop("ttl", None)
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
-    text = json.dumps(rest, indent=1).encode()
+    text = json.dumps(extension, indent=1).encode()
     content = struct.pack("!H", len(text)) + text + b"payload"
     ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"bob" + content))
     assert bytes(bob.stream) == frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 1) + b"ann" + content)
@@ -302,9 +308,9 @@ def test_other_extensions_pass_untouched(rest: dict[str, Any]) -> None:
 # Requests
 
 
-def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
-    """Even where send_to forbids; a second REPLY, another id or another client is
-    denied.
+def test_reply_only_to_pending_request_is_delivered_once() -> None:
+    """A REPLY to a pending request is delivered even if send_to forbids it. A second
+    REPLY, another id or another client is denied.
     """
     net = FakeNet(client("ann"), client("bob", send_to=[]), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
@@ -325,8 +331,8 @@ def test_a_reply_is_allowed_to_whom_a_request_is_outstanding_and_once() -> None:
     assert cid.take() == []
 
 
-def test_an_error_may_answer_a_request_too() -> None:
-    """A client's ERROR reaches who asked, in the responder's name, and settles the
+def test_request_answered_by_error_of_client_is_over() -> None:
+    """A client's ERROR reaches the requester in the responder's name, and ends the
     request.
     """
     net = FakeNet(client("ann"), client("bob", send_to=[]))
@@ -338,9 +344,9 @@ def test_an_error_may_answer_a_request_too() -> None:
     assert not bob.session.incoming_requests
 
 
-def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_for() -> None:
-    """Errors about errors would go round in circles: without RECEIPT one ends there,
-    and is counted.
+def test_error_undeliverable_is_answered_only_with_receipt_flag() -> None:
+    """Errors about errors could circulate without end. Without RECEIPT an undeliverable
+    ERROR is only counted.
     """
     net = FakeNet(client("ann", send_to=[]))
     ann = net.connect("ann")
@@ -354,9 +360,9 @@ def test_an_error_that_can_not_be_delivered_is_answered_only_if_that_was_asked_f
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 @pytest.mark.parametrize("to", ["bob", "nobody", "bob/1", "pool"])
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT])
-def test_answer_without_an_outstanding_request_is_denied(kind: Kind, to: str, flags: int) -> None:
-    """The answer is not delivered, whatever send_to allows, and its sender's rate
-    counts it.
+def test_answer_without_pending_request_is_denied(kind: Kind, to: str, flags: int) -> None:
+    """The answer is not delivered, whatever send_to allows, and counts for its sender's
+    rate.
     """
     limited = client("ann", rate=RateConfig(2, None))
     net = FakeNet(limited, client("bob"), client("pool", connections=2))
@@ -369,8 +375,10 @@ def test_answer_without_an_outstanding_request_is_denied(kind: Kind, to: str, fl
     assert bob.take() == pool.take() == []
 
 
-def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
-    """An ERROR for somebody who goes is nobody's business any more."""
+def test_error_waiting_for_disconnected_requester_is_discarded() -> None:
+    """A client's ERROR that waits for a requester is discarded when the requester
+    disconnects; its sender is not told.
+    """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.request("ann", id=5)
@@ -381,9 +389,9 @@ def test_a_waiting_error_of_a_client_ends_with_its_recipient() -> None:
     assert ann.take() == []
 
 
-def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
-    """A requester hears abandoned of what was taken, and offline of what was not; what
-    was answered stays answered.
+def test_responder_disconnected_ends_each_request_with_error() -> None:
+    """A requester receives abandoned for requests that were read, and offline for those
+    that were not. An answered request stays answered.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -402,8 +410,8 @@ def test_a_responder_that_goes_leaves_an_error_for_each_request() -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 2])
-def test_request_of_which_a_part_was_taken_is_not_delivered(connections: int) -> None:
-    """A recipient without the last byte of a request cannot have begun with it."""
+def test_request_written_in_part_counts_as_not_delivered(connections: int) -> None:
+    """A recipient without the last byte of a request cannot have begun to process it."""
     net = FakeNet(client("ann"), client("bob", connections=connections))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"whole", 1)
@@ -416,8 +424,8 @@ def test_request_of_which_a_part_was_taken_is_not_delivered(connections: int) ->
     ]
 
 
-def test_a_requester_that_goes_leaves_nothing_behind() -> None:
-    """A REPLY to a requester that has left answers no outstanding request."""
+def test_requester_disconnected_leaves_no_pending_request() -> None:
+    """A REPLY to a requester that has left answers no pending request."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"", 1)
@@ -433,9 +441,9 @@ def test_a_requester_that_goes_leaves_nothing_behind() -> None:
 # Full queues
 
 
-def test_wait_holds_the_sender_until_there_is_room() -> None:
-    """Nothing more is read from it; when half of the queue is free everything it sent
-    arrives, in order.
+def test_sender_held_goes_on_when_half_of_queue_is_free() -> None:
+    """With when_full: wait, nothing more is read from the sender. When half of the
+    queue is free, everything it sent arrives in order.
     """
     net, ann, bob = full(WhenFull.WAIT)
     for id in (3, 4, 5):
@@ -451,9 +459,9 @@ def test_wait_holds_the_sender_until_there_is_room() -> None:
     assert ann.take() == []
 
 
-def test_wait_refuses_after_the_timeout_and_at_once_until_half_is_free() -> None:
-    """A held message comes back as full; the next ones do at once until half of the
-    recipient's queue is free.
+def test_sender_held_for_wait_timeout_is_refused() -> None:
+    """The held message is refused as full after the timeout. The next ones are refused
+    at once until half of the recipient's queue is free.
     """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
@@ -474,11 +482,11 @@ def test_wait_refuses_after_the_timeout_and_at_once_until_half_is_free() -> None
 
 @pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("taken", [1, 39, 80, 120])
-def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_time(
+def test_recipient_reading_little_holds_sender_for_small_part_of_time(
     taken: int, replaced: bool
 ) -> None:
-    """Whatever it takes every 29 seconds, its sender goes on for most of the time, and
-    hears `full` at once.
+    """However much the recipient reads every 29 seconds, its sender is not held for
+    most of the time, and gets `full` at once.
     """
     net, ann, bob = full(WhenFull.WAIT)
     held = 0.0
@@ -499,9 +507,9 @@ def test_recipient_that_reads_little_holds_its_sender_for_a_small_part_of_the_ti
     assert held < 2000 * 0.25
 
 
-def test_recipient_that_reads_steadily_holds_its_sender_as_often_as_it_likes() -> None:
-    """Where half of the queue is read within a tenth of wait_timeout no message comes
-    back.
+def test_recipient_reading_steadily_holds_sender_without_limit() -> None:
+    """If half of the queue is read within a tenth of wait_timeout, no message is
+    refused.
     """
     net, ann, bob = full(WhenFull.WAIT)
     id = 10
@@ -518,8 +526,10 @@ def test_recipient_that_reads_steadily_holds_its_sender_as_often_as_it_likes() -
     assert [each for each in ann.take() if each.kind is Kind.ERROR] == []
 
 
-def test_recipient_that_held_its_sender_earns_time_by_holding_none() -> None:
-    """After a long while it may hold a sender for as long as at first."""
+def test_recipient_holding_no_sender_earns_hold_time() -> None:
+    """After a long time without holding a sender, a recipient may hold one for the
+    whole timeout again.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.advance(30)
@@ -535,8 +545,8 @@ def test_recipient_that_held_its_sender_earns_time_by_holding_none() -> None:
     assert ann.error() == (6, "full")
 
 
-def test_recipient_without_time_left_holds_no_sender() -> None:
-    """A message for a full queue comes back at once."""
+def test_recipient_without_hold_time_left_refuses_at_once() -> None:
+    """A message for its full queue is refused at once."""
     net, ann, bob = full(WhenFull.WAIT)
     bob.session.allowance = Allowance(30.0, net.now)
     ann.message("bob", b"x" * 21, 3)
@@ -544,8 +554,10 @@ def test_recipient_without_time_left_holds_no_sender() -> None:
     assert bob.session.outbox.stalled
 
 
-def test_senders_held_together_count_once() -> None:
-    """The time of a recipient is used up by the clock, however many senders it holds."""
+def test_recipient_hold_time_counts_senders_held_together_once() -> None:
+    """The hold time of a recipient is used up by the clock, however many senders it
+    holds.
+    """
     net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
     ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
     bob.block()
@@ -561,21 +573,23 @@ def test_senders_held_together_count_once() -> None:
     assert bob.session.allowance.used == 30
 
 
-def test_a_slow_reader_that_takes_a_little_does_not_extend_the_wait() -> None:
-    """The timeout counts from the moment the message was held, though a byte was taken
+def test_recipient_reading_one_byte_does_not_extend_wait() -> None:
+    """The timeout counts from the moment the message was held, even if a byte was read
     meanwhile.
     """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     net.now += 30
     net.broker.tick(net.now)
-    # Between the end of the wait and the next look at the message.
+    # After the end of the wait, and before the message is handled again.
     bob.read(1)
     assert ann.error() == (3, "full")
 
 
-def test_who_is_waited_for_may_go() -> None:
-    """A sender held for somebody who leaves goes on, and hears of each message."""
+def test_sender_held_is_released_when_recipient_disconnects() -> None:
+    """A sender held for a recipient that leaves is released, and receives an ERROR for
+    each message.
+    """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
     bob.leave()
@@ -588,9 +602,9 @@ def test_who_is_waited_for_may_go() -> None:
     assert not net.broker.held.deadlines
 
 
-def test_who_is_held_may_go() -> None:
-    """A held sender that leaves is waited for by nobody; what it had not got through
-    never arrives.
+def test_sender_held_and_disconnected_is_released() -> None:
+    """A held sender that disconnects is no longer listed as waiting; its message that
+    found no room never arrives.
     """
     net, ann, bob = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
@@ -601,8 +615,10 @@ def test_who_is_held_may_go() -> None:
     assert [each.id for each in bob.take()] == [1, 2]
 
 
-def test_refuse_answers_at_once() -> None:
-    """The message that finds no room comes back as full, a smaller one still passes."""
+def test_queue_full_with_refuse_refuses_at_once() -> None:
+    """The message that finds no room is refused as full; a smaller one is still
+    delivered.
+    """
     _, ann, bob = full(WhenFull.REFUSE)
     ann.message("bob", b"x" * 21, 3)
     assert ann.error() == (3, "full")
@@ -612,9 +628,9 @@ def test_refuse_answers_at_once() -> None:
     assert [each.id for each in bob.take()] == [1, 2, 4]
 
 
-def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
-    """The oldest go, the newest stays; whoever was promised a RECEIPT, or an answer,
-    hears which.
+def test_queue_full_with_drop_oldest_reports_receipt_and_request() -> None:
+    """The oldest messages are dropped, the newest stays. A sender that asked for a
+    RECEIPT or an answer is told which were dropped.
     """
     net, ann, bob = full(WhenFull.DROP_OLDEST)
     ann.message("bob", b"x" * 21, 3)
@@ -622,7 +638,7 @@ def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
     ann.request("bob", b"x" * 21, 4)
     assert ann.error() == (2, "full")
     ann.message("bob", b"x" * 21, 5)
-    assert ann.take() == [], "nobody asked after the third"
+    assert ann.take() == [], "no outcome was requested for the message 3"
     ann.message("bob", b"x" * 21, 6)
     assert ann.error() == (4, "full")
     assert not ann.session.outgoing_requests
@@ -632,21 +648,23 @@ def test_drop_oldest_makes_room_and_tells_who_asked_for_a_receipt() -> None:
     assert [each.id for each in bob.take()] == [5, 6]
 
 
-def test_drop_oldest_tells_nobody_who_is_gone() -> None:
-    """A dropped message of somebody who left is counted, and its successor hears
-    nothing.
+def test_drop_oldest_sender_disconnected_gets_no_error() -> None:
+    """A dropped message of a disconnected sender is counted; a new session with its
+    address gets no ERROR.
     """
     net, ann, _ = full(WhenFull.DROP_OLDEST)
     ann.request("bob", b"", 3)
     ann.leave()
-    again = net.connect("ann")
+    successor = net.connect("ann")
     for id in range(1, 5):
-        again.message("bob", b"x" * 50, id)
-    assert again.take() == []
+        successor.message("bob", b"x" * 50, id)
+    assert successor.take() == []
 
 
-def test_disconnect_ends_who_does_not_read() -> None:
-    """The recipient is cut off; the message comes back as full, what waited as offline."""
+def test_queue_full_with_disconnect_closes_recipient() -> None:
+    """The recipient is disconnected. The new message is refused as full, the waiting
+    ones are reported as offline.
+    """
     _, ann, bob = full(WhenFull.DISCONNECT)
     ann.message("bob", b"x" * 21, 3)
     assert bob.gone == "queue is full and the client does not read"
@@ -657,10 +675,10 @@ def test_disconnect_ends_who_does_not_read() -> None:
     ]
 
 
-@EVERY_WAY
-def test_a_client_that_reads_never_meets_its_quota(when_full: WhenFull) -> None:
-    """More than the queue in one go is no reason to hold, drop or refuse while the
-    recipient takes it.
+@EVERY_WHEN_FULL
+def test_queue_of_reading_recipient_is_never_full(when_full: WhenFull) -> None:
+    """More than the queue at once does not hold, drop or refuse anything while the
+    recipient reads.
     """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -670,10 +688,10 @@ def test_a_client_that_reads_never_meets_its_quota(when_full: WhenFull) -> None:
     assert ann.take() == []
 
 
-@EVERY_WAY
-def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
-    """No publisher is held: the subscriber misses the event, or what when_full says;
-    the others get it at once.
+@EVERY_WHEN_FULL
+def test_event_for_full_subscriber_does_not_hold_publisher(when_full: WhenFull) -> None:
+    """The full subscriber misses the event, or is treated as when_full says. Other
+    subscribers get it at once.
     """
     net, ann, bob = full(when_full)
     net.broker.reconfigure(
@@ -687,7 +705,7 @@ def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
     )
     cid = net.connect("cid")
     cid.ask("subscribe", topic="t")
-    # bob can't be answered while it does not read, but it is heard.
+    # bob does not read, so it gets no answer; but its operation is carried out.
     bob.op("subscribe", topic="t")
     ann.publish("t", b"event", 9, receipt=True)
     assert not ann.held
@@ -700,9 +718,9 @@ def test_an_event_for_a_full_subscriber(when_full: WhenFull) -> None:
     assert net.broker.replies.dropped == {WhenFull.DROP_OLDEST: 2}.get(when_full, 1)
 
 
-def test_an_event_for_many_who_read_is_flushed_first() -> None:
-    """Subscribers whose outbox is full of what is about to be written are written to,
-    not judged.
+def test_event_for_reading_subscribers_is_flushed_before_drop() -> None:
+    """Subscribers whose outbox is full of bytes about to be written are written to
+    first; none misses an event.
     """
     net = FakeNet(
         client("ann"),
@@ -715,7 +733,7 @@ def test_an_event_for_many_who_read_is_flushed_first() -> None:
     assert len(bob.take()) == len(cid.take()) == 10
 
 
-def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sender_not_reading_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers may exceed the queue by the reserve; then nothing is read from the sender
     until it reads.
     """
@@ -735,8 +753,8 @@ def test_a_sender_that_does_not_read_its_errors_is_held(monkeypatch: pytest.Monk
     assert not ann.held
 
 
-def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many errors in one go are written in between."""
+def test_sender_reading_errors_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many errors at once are written in between."""
     monkeypatch.setattr(replies_module, "OUTCOME_RESERVE", 500)
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
@@ -744,8 +762,8 @@ def test_a_sender_that_reads_is_not_held_by_its_errors(monkeypatch: pytest.Monke
     assert len(ann.take()) == 100
 
 
-def test_a_closing_client_is_not_waited_for() -> None:
-    """Nobody is held for somebody whose connection is about to end."""
+def test_recipient_closing_holds_no_sender() -> None:
+    """No sender is held for a recipient whose connection is about to be closed."""
     net, ann, bob = full(WhenFull.WAIT)
     bob.send_bytes(b"\xff\xff\xff\x00")
     assert bob.session.closing
@@ -759,9 +777,9 @@ def test_a_closing_client_is_not_waited_for() -> None:
 # Events
 
 
-def test_an_event_goes_once_to_each_connection() -> None:
-    """However many of its subscriptions match, its own publisher included; nobody
-    subscribed is no error.
+def test_event_reaches_each_subscribed_connection_once() -> None:
+    """The event arrives once, however many subscriptions match, at its publisher too.
+    An event without subscribers is not an error.
     """
     net = FakeNet(client("ann"), client("bob"), client("pool", connections=2))
     ann, bob, one, two = (net.connect(name) for name in ("ann", "bob", "pool", "pool"))
@@ -794,9 +812,9 @@ def test_an_event_goes_once_to_each_connection() -> None:
     assert ann.take() == []
 
 
-def test_one_member_of_a_group_gets_each_event() -> None:
-    """Members take turns; who has more waiting is passed over; who gets it anyway
-    counts as the group's.
+def test_event_reaches_one_member_of_group() -> None:
+    """Members take turns; a member with more bytes waiting is skipped. A member that
+    gets the event anyway counts for the group.
     """
     net = FakeNet(client("ann"), client("pool", connections=3))
     ann = net.connect("ann")
@@ -821,8 +839,8 @@ def test_one_member_of_a_group_gets_each_event() -> None:
 
 
 @pytest.mark.parametrize("topic", ["other", "$broker.online.ann", "$x"])
-def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
-    """As is publishing on any topic of the broker's own."""
+def test_publish_outside_rules_or_on_broker_topic_is_denied(topic: str) -> None:
+    """Publishing on a topic of the broker's own is denied too, whatever the rules."""
     net = FakeNet(client("ann", publish=["jobs.>", "$broker.>"]), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic=">")
@@ -832,8 +850,8 @@ def test_publishing_outside_the_rules_is_denied(topic: str) -> None:
     assert len(bob.take()) == 1
 
 
-def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A publisher on ever new topics does not fill the memory."""
+def test_fanout_cache_of_publisher_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publisher that keeps using new topics does not fill the memory."""
     monkeypatch.setattr(events_module, "_REMEMBERED_OUTBOXES", 3)
     monkeypatch.setattr(events_module, "_SMALL_FANOUT", 1)
     net = FakeNet(client("ann"), client("bob"))
@@ -845,8 +863,8 @@ def test_remembered_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(bob.take()) == 10
 
 
-def test_publishers_share_what_is_remembered_of_a_topic() -> None:
-    """However many publish on a topic, its subscribers are kept once."""
+def test_fanout_cache_of_topic_is_shared_by_publishers() -> None:
+    """However many clients publish on a topic, its subscribers are stored once."""
     net = FakeNet(client("ann"), client("bob"), client("carol"))
     ann, bob, carol = net.connect("ann"), net.connect("bob"), net.connect("carol")
     carol.ask("subscribe", topic="a")
@@ -855,9 +873,9 @@ def test_publishers_share_what_is_remembered_of_a_topic() -> None:
     assert ann.session.fanouts[b"a"] is bob.session.fanouts[b"a"]
 
 
-def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None:
-    """After a reload that changes how a subscriber's queue is kept, events still
-    arrive, and in it.
+def test_fanout_cache_after_reload_with_other_queue_kind_is_cleared() -> None:
+    """After a reload that changes the kind of a subscriber's outbox, events still
+    arrive, through the new outbox.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -871,12 +889,12 @@ def test_what_is_remembered_of_a_topic_ends_with_another_kind_of_queue() -> None
     assert ann.session.fanouts == {}
 
 
-# What a client may have the broker keep in mind
+# Limits on what the broker stores for a client
 
 
-def test_subscriptions_are_limited() -> None:
-    """One more than allowed is refused and named; repeating one, or ending one first,
-    is not.
+def test_subscription_beyond_limit_is_refused() -> None:
+    """One subscription more than allowed is refused. Repeating one, or ending another
+    one first, is allowed.
     """
     net = FakeNet(client("ann", subscriptions=2))
     ann = net.connect("ann")
@@ -890,9 +908,9 @@ def test_subscriptions_are_limited() -> None:
     assert len(net.broker.topics) == 2
 
 
-def test_unanswered_requests_are_limited() -> None:
-    """One more than allowed ends the oldest, which is told to its sender; an answer to
-    it is then any message.
+def test_request_beyond_limit_ends_oldest_pending_request() -> None:
+    """One request more than allowed ends the oldest one, and its sender is told. An
+    answer to that one is then denied.
     """
     net = FakeNet(client("ann", requests=2), client("bob", send_to=()))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -913,8 +931,8 @@ def test_unanswered_requests_are_limited() -> None:
 # Presence
 
 
-def test_presence_is_told_and_agrees_with_the_list() -> None:
-    """The first connection of a name and the end of its last one are events, and
+def test_presence_events_agree_with_list_of_clients() -> None:
+    """The first connection of a client and the end of its last one are published, and
     `clients` says the same.
     """
     net = FakeNet(client("ann"), client("pool", connections=2))
@@ -937,8 +955,10 @@ def test_presence_is_told_and_agrees_with_the_list() -> None:
     assert {"name": "pool", "online": False, "since": 1003.0} in ann.ask("clients")["clients"]
 
 
-def test_presence_is_filtered_by_what_one_may_see() -> None:
-    """Who may not send to a client hears nothing of it, in events as in the list."""
+def test_presence_of_forbidden_client_is_hidden() -> None:
+    """A client that may not send to another one does not see its presence, in events or
+    in the list.
+    """
     net = FakeNet(client("ann", send_to=["bob"]), client("bob"), client("cid"))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.>")
@@ -948,11 +968,11 @@ def test_presence_is_filtered_by_what_one_may_see() -> None:
     assert [each["name"] for each in ann.ask("clients")["clients"]] == ["bob"]
 
 
-def test_a_subscriber_to_presence_that_does_not_read_is_ended(
+def test_presence_subscriber_not_reading_is_disconnected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It asked to miss nothing: an end that it can see is better than a gap that it
-    can't.
+    """It subscribed to miss nothing: a disconnect that it can see is better than a gap
+    that it can't see.
     """
     monkeypatch.setattr(replies_module, "OUTCOME_RESERVE", 300)
     net = FakeNet(client("ann", queue=100), client("bob"))
@@ -964,8 +984,8 @@ def test_a_subscriber_to_presence_that_does_not_read_is_ended(
     assert ann.gone == "it subscribed to events of the broker and does not read them"
 
 
-def test_lifecycle_is_told_to_whoever_subscribed() -> None:
-    """A new configuration and a drain are events; a drain is told once."""
+def test_reload_and_drain_are_published_once() -> None:
+    """A new configuration and a drain are events; a drain is published once."""
     net = FakeNet(client("ann", send_to=[]))
     ann = net.connect("ann")
     ann.ask("subscribe", topic="$broker.*")
@@ -979,9 +999,9 @@ def test_lifecycle_is_told_to_whoever_subscribed() -> None:
 # Draining, reloading
 
 
-def test_a_draining_broker_takes_nothing_new() -> None:
-    """Messages and events are refused and nobody is let in; a REPLY somebody waits for,
-    and questions, pass.
+def test_drain_refuses_new_messages_events_and_sessions() -> None:
+    """Messages, events and new sessions are refused. A REPLY to a pending request, and
+    operations, are still served.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -1004,11 +1024,11 @@ def test_a_draining_broker_takes_nothing_new() -> None:
 
 
 @pytest.mark.parametrize("changed_names", [None, ["bob", "ann"]])
-def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
+def test_reload_ends_forbidden_subscriptions(
     changed_names: list[str] | None,
 ) -> None:
-    """The others stay; a client that is gone from the configuration is returned to be
-    closed; a rate starts.
+    """Other subscriptions stay. The session of a removed client is returned to be
+    closed; a new rate is in force.
     """
     net = FakeNet(client("ann"), client("bob"), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
@@ -1030,8 +1050,8 @@ def test_a_reload_ends_subscriptions_that_are_no_longer_allowed(
     assert ann.error() == (5, "rate_limited")
 
 
-def test_a_session_ends_once() -> None:
-    """Ending it again changes nothing, and answers to it go nowhere."""
+def test_session_detached_twice_changes_nothing() -> None:
+    """Detaching a session again changes nothing, and answers to it are discarded."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     session = ann.session
@@ -1044,7 +1064,7 @@ def test_a_session_ends_once() -> None:
     assert not net.leftovers()
 
 
-def test_payload_limits_are_the_configurations() -> None:
+def test_reload_smaller_max_message_applies_to_next_frame() -> None:
     """A smaller max_message of a reload counts from the next frame on."""
     net = FakeNet(client("ann"), client("bob"), limits=CoreLimits(max_message=100))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -1057,9 +1077,9 @@ def test_payload_limits_are_the_configurations() -> None:
     assert [each.id for each in bob.take()] == [1]
 
 
-def test_nobody_of_a_group_hears_of_whom_none_may_see() -> None:
-    """A group none of whose members may send to a client gets no word of its coming and
-    going.
+def test_presence_of_forbidden_client_is_hidden_from_group() -> None:
+    """A group none of whose members may send to a client gets no events of its
+    presence.
     """
     net = FakeNet(client("ann", send_to=[]), client("bob"))
     ann = net.connect("ann")
@@ -1068,9 +1088,9 @@ def test_nobody_of_a_group_hears_of_whom_none_may_see() -> None:
     assert ann.take() == []
 
 
-def test_a_drain_ends_the_waiting_for_room() -> None:
-    """Who is held when the drain begins is not kept until its timeout: its message is
-    refused.
+def test_sender_held_at_drain_is_refused() -> None:
+    """A sender that is held when the drain begins does not wait for its timeout: its
+    message is refused.
     """
     net, ann, _ = full(WhenFull.WAIT)
     ann.message("bob", b"x" * 21, 3)
@@ -1079,8 +1099,8 @@ def test_a_drain_ends_the_waiting_for_room() -> None:
     assert ann.error() == (3, "shutting_down")
 
 
-def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
-    """A long queue and many requests, given back at once, would hold up everybody else."""
+def test_session_closed_with_long_queue_is_reported_in_slices() -> None:
+    """Reporting a long queue and many requests at once would delay all other clients."""
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
     for id in range(20):
@@ -1102,9 +1122,9 @@ def test_what_a_session_leaves_behind_is_answered_for_in_slices() -> None:
     assert [envelope.id for envelope in alice.take()] == [*range(20, 50), *range(20)]
 
 
-def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
-    """Ten thousand of them at once would hold up everybody else; nothing is sent to it
-    meanwhile.
+def test_subscriptions_of_closed_session_are_removed_in_slices() -> None:
+    """Removing ten thousand subscriptions at once would delay all other clients. No
+    event is sent to the closed session meanwhile.
     """
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
@@ -1130,9 +1150,9 @@ def test_the_subscriptions_of_who_is_gone_are_put_away_in_slices() -> None:
     assert alice.payloads() == [b"x"]
 
 
-def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> None:
-    """While what the old connection left is answered for, a request under the same id
-    goes to the new one, and back.
+def test_request_to_new_session_is_not_mixed_up_with_former_one() -> None:
+    """While the former session's requests are being reported, a request with the same
+    id reaches the new session, and its answer comes back.
     """
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
@@ -1140,23 +1160,23 @@ def test_a_request_to_a_successor_is_not_taken_for_one_to_its_predecessor() -> N
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
-    # Nothing is carried out in between: what bob left is still to be answered for.
+    # No deferred work is done in between: bob's frames are still to be reported.
     net._settling = True
-    new_process = net.connect("b")
+    successor = net.connect("b")
     alice.request("b", id=1)
     net._settling = False
     net.settle()
     assert alice.error() == (1, "abandoned")
-    assert alice.session.outgoing_requests == {(1, "b"): new_process.session}
-    new_process.take()
-    new_process.reply("a", b"here", id=1)
+    assert alice.session.outgoing_requests == {(1, "b"): successor.session}
+    successor.take()
+    successor.reply("a", b"here", id=1)
     assert alice.payloads() == [b"here"]
     assert not alice.session.outgoing_requests
-    assert not new_process.session.incoming_requests
+    assert not successor.session.incoming_requests
 
 
-def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
-    """Also when it comes while the frames are being given back."""
+def test_session_with_former_address_gets_no_errors_of_predecessor() -> None:
+    """This also holds if it connects while the frames are being reported."""
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
     bob.block()
@@ -1168,8 +1188,8 @@ def test_a_successor_does_not_hear_what_its_predecessor_sent() -> None:
     broker.run_deferred(3)
     net.peers.remove(alice)
     broker.detach(alice.session, net.now)
-    new_process = broker.attach("a", "i9", peer="test", now_wall=net.now)
+    successor = broker.attach("a", "i9", peer="test", now_wall=net.now)
     while broker.has_deferred_work:
         broker.run_deferred(3)
-    assert new_process.errors_in == 0
+    assert successor.errors_in == 0
     assert broker.replies.dropped == 7

@@ -26,8 +26,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watchers(count: int, *, groups: int = 0) -> tuple[FakeNet, list[Peer]]:
-    """Return a net with connections that watch presence, each with so many groups
-    besides.
+    """Return a net with connections that subscribe to presence, each in ``groups``
+    groups as well.
     """
     names = [f"w{number}" for number in range(count)]
     net = FakeNet(client("ann"), client("bob"), *map(client, names))
@@ -41,26 +41,26 @@ def watchers(count: int, *, groups: int = 0) -> tuple[FakeNet, list[Peer]]:
 
 
 def in_turns(net: FakeNet) -> list[int]:
-    """Do what is deferred; return how many sessions each turn told."""
-    told = []
+    """Do the deferred work; return how many sessions each turn wrote to."""
+    counts = []
     while net.broker.deferred:
         net.broker.run_deferred(0)
-        told.append(len(net.broker.touched))
+        counts.append(len(net.broker.touched))
         net.write_touched()
-    return told
+    return counts
 
 
 @pytest.mark.parametrize("groups", [0, 5])
-def test_presence_with_many_subscribers_is_told_in_turns_and_in_order(groups: int) -> None:
-    """Comings and goings that wait are told one after the other, to every subscriber."""
+def test_presence_with_many_subscribers_is_published_in_turns_and_in_order(groups: int) -> None:
+    """Waiting presence events are published one after the other, to every subscriber."""
     net, peers = watchers(20, groups=groups)
     net._settling = True
     for _ in range(3):
         net.connect("bob").leave()
     assert len(net.broker.deferred) == 6
-    told = in_turns(net)
-    assert max(told) <= 4 * 2
-    assert len(told) > 20
+    counts = in_turns(net)
+    assert max(counts) <= 4 * 2
+    assert len(counts) > 20
     net._settling = False
     net.settle()
     for peer in peers:
@@ -70,9 +70,9 @@ def test_presence_with_many_subscribers_is_told_in_turns_and_in_order(groups: in
         ] * 3
 
 
-def test_presence_told_before_the_list_of_clients_is_in_it_and_news_comes_behind() -> None:
-    """A list that is asked for while presence waits agrees with what its connection has
-    been told.
+def test_presence_list_agrees_with_events_before_and_after() -> None:
+    """A list that is requested while presence events wait agrees with the events its
+    connection has received.
     """
     net, peers = watchers(20)
     net._settling = True
@@ -89,7 +89,9 @@ def test_presence_told_before_the_list_of_clients_is_in_it_and_news_comes_behind
         online: bool | None = None
         for envelope in peer.take():
             if envelope.kind is Kind.EVENT:
-                assert online is not envelope.topic.startswith("$broker.online"), "that is no news"
+                assert online is not envelope.topic.startswith("$broker.online"), (
+                    "an event without a change"
+                )
                 online = envelope.topic.startswith("$broker.online")
             else:
                 listed = {each["name"]: each for each in json.loads(envelope.payload)["clients"]}
@@ -98,8 +100,8 @@ def test_presence_told_before_the_list_of_clients_is_in_it_and_news_comes_behind
         assert online is True
 
 
-def test_presence_that_is_being_told_goes_on_in_another_process() -> None:
-    """Each subscriber hears each event once, whichever process it was told by."""
+def test_presence_being_published_continues_after_upgrade() -> None:
+    """Each subscriber receives each event once, whichever process sent it."""
     net, peers = watchers(20, groups=2)
     net._settling = True
     net.connect("bob").leave()
@@ -115,8 +117,8 @@ def test_presence_that_is_being_told_goes_on_in_another_process() -> None:
     assert not net.broker.exchange.clients["bob"].shown_online
 
 
-def test_presence_is_not_told_to_a_subscriber_that_left_meanwhile() -> None:
-    """The others are told all the same."""
+def test_presence_subscriber_disconnected_meanwhile_is_skipped() -> None:
+    """The remaining subscribers still receive the event."""
     net, peers = watchers(10)
     net._settling = True
     net.connect("bob")
@@ -130,8 +132,8 @@ def test_presence_is_not_told_to_a_subscriber_that_left_meanwhile() -> None:
         assert [each.topic for each in peer.take()] == ["$broker.online.bob"]
 
 
-def test_reload_with_many_subscribers_is_told_in_turns() -> None:
-    """And so is every other event of the broker's own."""
+def test_reload_with_many_subscribers_is_published_in_turns() -> None:
+    """Every other event of the broker's own is published in turns as well."""
     names = [f"w{number}" for number in range(30)]
     net = FakeNet(*map(client, names))
     peers = [net.connect(name) for name in names]
@@ -148,27 +150,27 @@ def test_reload_with_many_subscribers_is_told_in_turns() -> None:
 
 
 def limited(net: FakeNet, turn_budget: int) -> list[int]:
-    """Give each look at a frame so much patience; return where the number of sessions
-    told each time is noted.
+    """Limit the turn budget of each call of ``feed``; return the list to which each call
+    adds the number of sessions it wrote to.
     """
-    feed, told = net.feed, []
+    feed, counts = net.feed, []
 
-    def watched(broker: Any, *rest: Any) -> Any:
+    def counted(broker: Any, *arguments: Any) -> Any:
         broker.turn.budget = turn_budget
         before = len(broker.touched)
-        found = feed(broker, *rest)
-        told.append(len(broker.touched) - before)
-        return found
+        result = feed(broker, *arguments)
+        counts.append(len(broker.touched) - before)
+        return result
 
-    net.feed = watched
-    return told
+    net.feed = counted
+    return counts
 
 
 @pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("size", [10, 200_000])
-def test_publication_to_many_goes_out_in_turns(groups: int, size: int) -> None:
-    """A publisher's event reaches each subscriber once; another client has its turns in
-    between.
+def test_event_to_many_subscribers_is_sent_in_turns(groups: int, size: int) -> None:
+    """A publisher's event reaches each subscriber once; other clients have their turns
+    in between.
     """
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))
@@ -178,11 +180,11 @@ def test_publication_to_many_goes_out_in_turns(groups: int, size: int) -> None:
         peer.ask("subscribe", topic="t")
         for group in range(groups):
             peer.ask("subscribe", topic="t", group=f"g{number}-{group}")
-    told = limited(net, 1)
+    counts = limited(net, 1)
     ann.publish("t", b"x" * size, 1, receipt=True)
     ann.publish("t", b"y" * size, 2)
-    assert max(told) <= 6
-    assert len(told) > 10
+    assert max(counts) <= 6
+    assert len(counts) > 10
     for peer in peers:
         assert [each.id for each in peer.take()] == [1, 2]
     assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, 1)]
@@ -190,8 +192,8 @@ def test_publication_to_many_goes_out_in_turns(groups: int, size: int) -> None:
     assert ann.session.reached_by_event is None
 
 
-def test_publication_to_many_goes_on_in_another_process() -> None:
-    """No subscriber gets it twice, and none is left out."""
+def test_event_to_many_subscribers_continues_after_upgrade() -> None:
+    """No subscriber gets the event twice, and none misses it."""
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))
     ann = net.connect("ann")
@@ -202,18 +204,18 @@ def test_publication_to_many_goes_on_in_another_process() -> None:
     limited(net, 1)
     net._settling = True
     ann.publish("t", b"x", 1)
-    replaced = recipients = 0
+    upgrades = recipients = 0
     while ann.content:
         net.write_touched()
         if len(ann.session.reached_by_event or ()) > recipients:
-            # The search begins again in the other process.
+            # The search begins again in the new process.
             recipients = len(ann.session.reached_by_event or ())
             net.hand_over()
-            replaced += 1
+            upgrades += 1
         net._yielded.clear()
         ann.reading = True
         net._route(ann)
-    assert replaced > 3
+    assert upgrades > 3
     net._settling = False
     net.settle()
     for peer in peers:
@@ -221,9 +223,9 @@ def test_publication_to_many_goes_on_in_another_process() -> None:
 
 
 @pytest.mark.parametrize("when_full", list(WhenFull))
-def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
-    """It misses the event, unless its queue drops older ones; its publisher and the
-    others go on at once.
+def test_event_full_subscriber_does_not_hold_publisher(when_full: WhenFull) -> None:
+    """The full subscriber misses the event, unless its queue drops older ones. The
+    publisher and other subscribers go on at once.
     """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=when_full), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
@@ -243,9 +245,9 @@ def test_full_subscriber_holds_no_publisher(when_full: WhenFull) -> None:
         assert [each.id for each in bob.take()] == expected
 
 
-def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a member has room, the search for the least loaded ends after a number of
-    them.
+def test_event_to_large_group_examines_few_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a member has room, the search for the least loaded ends after a fixed number
+    of members.
     """
     monkeypatch.setattr(events_module, "_LOOKED_AT", 3)
     names = [f"w{number}" for number in range(20)]
@@ -256,17 +258,19 @@ def test_large_group_looks_at_few_members(monkeypatch: pytest.MonkeyPatch) -> No
         peer.ask("subscribe", topic="t", group="g")
         peer.block(1)
         ann.message(peer.name, b"x")
-    found = net.broker.topics.find("t")
-    chosen, looked_at = events_module._member(found, "g", 5, 10, None)
+    matches = net.broker.topics.find("t")
+    chosen, examined = events_module._member(matches, "g", 5, 10, None)
     assert chosen is not None
-    assert looked_at == 3
+    assert examined == 3
     peers[6].read()
-    assert events_module._member(found, "g", 5, 10, None) == (peers[6].session, 2)
+    assert events_module._member(matches, "g", 5, 10, None) == (peers[6].session, 2)
 
 
-def test_publication_that_makes_room_in_turns_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long event that replaces many messages of one subscriber reaches the others
-    too, once each.
+def test_event_dropping_oldest_in_turns_reaches_each_subscriber_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long event that replaces many messages of one subscriber reaches other
+    subscribers too, once each.
     """
     monkeypatch.setattr(delivery_module, "_DROPPED", 3)
     net = FakeNet(
@@ -287,7 +291,7 @@ def test_publication_that_makes_room_in_turns_goes_on(monkeypatch: pytest.Monkey
     assert [each.id for each in cid.take()] == [each.id for each in dan.take()] == [99]
 
 
-def test_busy_members_of_a_large_group_count_as_work() -> None:
+def test_event_to_large_busy_group_takes_several_steps() -> None:
     """Looking for the least loaded of many members takes several steps."""
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))

@@ -1,4 +1,4 @@
-"""Names, pools and presence: who is where."""
+"""Names, addresses and pools."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from brokerd.core.session import Session
 from brokerd_client.wire.envelope import Kind
 
 
-def test_a_name_has_one_connection_and_is_reached_by_it() -> None:
-    """Who is no pool is seen under its name alone."""
+def test_exchange_client_without_pool_has_its_name_as_address() -> None:
+    """A client that is not a pool is addressed by its name alone."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.message("bob", b"hello", 1)
@@ -27,9 +27,9 @@ def test_a_name_has_one_connection_and_is_reached_by_it() -> None:
     assert repr(ann.session) == "<Session ann from test>"
 
 
-def test_a_second_connection_is_refused() -> None:
-    """With when_connected: refuse the first connection stays, in a pool as many as it
-    may have.
+def test_exchange_connection_beyond_limit_is_refused() -> None:
+    """With when_connected: refuse the first connection stays; a pool may have as many
+    as its entry allows.
     """
     net = FakeNet(client("ann"), client("pool", connections=2))
     net.connect("ann")
@@ -40,8 +40,10 @@ def test_a_second_connection_is_refused() -> None:
     assert net.try_connect("nobody") is None
 
 
-def test_a_further_connection_replaces_the_oldest() -> None:
-    """With when_connected: replace the oldest connection goes and the new one is there."""
+def test_exchange_connection_beyond_limit_replaces_oldest() -> None:
+    """With when_connected: replace the oldest connection is closed and the new one is
+    accepted.
+    """
     net = FakeNet(client("pool", connections=2, when_connected=WhenConnected.REPLACE))
     one, two, three = (net.connect("pool") for _ in range(3))
     assert one.gone == "connection replaced by a new one"
@@ -49,8 +51,8 @@ def test_a_further_connection_replaces_the_oldest() -> None:
     assert not three.gone
 
 
-def test_each_connection_of_a_pool_has_an_address() -> None:
-    """The others see the very connection that sent, and reach it, and no other, by that
+def test_pool_each_connection_has_own_address() -> None:
+    """Other clients see the connection that sent, and reach only that one by its
     address.
     """
     net = FakeNet(client("ann"), client("pool", connections=3))
@@ -65,9 +67,9 @@ def test_each_connection_of_a_pool_has_an_address() -> None:
     assert [len(member.take()) for member in members] == [0, 4, 0]
 
 
-def test_a_reply_finds_the_very_connection_that_asked() -> None:
-    """A REPLY to the address of a pool's member goes there, however little the others
-    have to do.
+def test_pool_reply_reaches_connection_that_sent_request() -> None:
+    """A REPLY to the address of a pool member goes to that member, even if other
+    members are idle.
     """
     net = FakeNet(client("ann", send_to=[]), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
@@ -78,10 +80,8 @@ def test_a_reply_finds_the_very_connection_that_asked() -> None:
     assert one.take() == []
 
 
-def test_members_that_read_take_turns() -> None:
-    """With nothing waiting anywhere the members of a pool get one message after the
-    other.
-    """
+def test_pool_members_reading_take_turns() -> None:
+    """If nothing waits for any member, messages go to the members in turn."""
     net = FakeNet(client("ann"), client("pool", connections=3))
     ann = net.connect("ann")
     members = [net.connect("pool") for _ in range(3)]
@@ -90,9 +90,9 @@ def test_members_that_read_take_turns() -> None:
     assert [len(member.take()) for member in members] == [3, 3, 3]
 
 
-def test_the_least_loaded_member_gets_the_message() -> None:
-    """Fewest bytes waiting decides: small messages for one outweigh a large one for the
-    other.
+def test_pool_message_goes_to_member_with_fewest_waiting_bytes() -> None:
+    """The fewest waiting bytes decide: one large message for a member outweighs several
+    small ones for the other.
     """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
@@ -114,20 +114,20 @@ def test_the_least_loaded_member_gets_the_message() -> None:
         ({"connections": 2}, FrameOutbox),
     ],
 )
-def test_only_queues_that_are_edited_keep_frames_apart(
+def test_outbox_of_pool_or_drop_oldest_keeps_frames_apart(
     changes: dict[str, object], kind: type
 ) -> None:
-    """Pools and drop_oldest need single frames; everyone else has a stream, which the
-    routing loop fills.
+    """Pools and drop_oldest need single frames; every other client has a stream, which
+    the routing loop fills.
     """
     peer = FakeNet(client("ann", **changes)).connect("ann")
     assert type(peer.session.outbox) is kind
     assert (peer.session.client.direct is not None) is (kind is StreamOutbox)
 
 
-def test_what_waits_for_a_member_that_goes_is_taken_by_another() -> None:
-    """A message or request to a pool's name is not lost with a member; what was half
-    taken is sent whole.
+def test_pool_frames_of_disconnected_member_move_to_another() -> None:
+    """A message or request to a pool's name is not lost with a member; a partly written
+    frame is sent whole.
     """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
@@ -147,9 +147,9 @@ def test_what_waits_for_a_member_that_goes_is_taken_by_another() -> None:
     assert sorted((each.kind, each.id) for each in ann.take()) == [(Kind.REPLY, 2), (Kind.REPLY, 4)]
 
 
-def test_what_was_sent_to_the_member_itself_goes_back() -> None:
-    """A message to an address is for that connection only: its sender hears that it
-    went.
+def test_pool_message_to_disconnected_member_address_is_reported() -> None:
+    """A message to an address is for that connection only: its sender is told that the
+    member left.
     """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
@@ -160,8 +160,8 @@ def test_what_was_sent_to_the_member_itself_goes_back() -> None:
     assert two.take() == []
 
 
-def test_what_no_other_member_has_room_for_goes_back() -> None:
-    """A message that another member has no room for is answered, not lost."""
+def test_pool_message_without_room_at_other_member_is_reported() -> None:
+    """A message that the other member has no room for is reported, not lost."""
     net = FakeNet(client("ann"), client("pool", connections=2, queue=60))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -175,8 +175,8 @@ def test_what_no_other_member_has_room_for_goes_back() -> None:
     assert [each.id for each in two.take()] == [3 - left]
 
 
-def test_the_last_member_gives_everything_back() -> None:
-    """Without another member every waiting message and request is answered, each once."""
+def test_pool_last_member_disconnected_reports_every_frame() -> None:
+    """Without another member every waiting message and request is reported, each once."""
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one = net.connect("ann"), net.connect("pool")
     one.block()
@@ -187,10 +187,8 @@ def test_the_last_member_gives_everything_back() -> None:
     assert not ann.session.outgoing_requests
 
 
-def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
-    """A member takes over the request of somebody who left meanwhile, and owes nobody
-    an answer.
-    """
+def test_pool_moved_request_of_disconnected_sender_is_delivered() -> None:
+    """A member takes over the request of a sender that has left, and owes no answer."""
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     one.block()
@@ -204,9 +202,9 @@ def test_a_request_that_moved_goes_on_when_its_sender_is_gone() -> None:
     assert not two.session.incoming_requests
 
 
-def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
-    """After a reload an idle connection gets the outbox its entry calls for, a busy one
-    keeps its bytes.
+def test_outbox_after_reload_changes_kind_only_when_empty() -> None:
+    """After a reload an idle connection gets the outbox that its entry requires; a busy
+    one keeps its bytes.
     """
     net = FakeNet(client("ann"), client("bob"), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
@@ -229,9 +227,9 @@ def test_a_changed_entry_keeps_what_waits_and_changes_what_is_empty() -> None:
     assert cid.payloads()[0] == b"waits"
 
 
-def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
-    """However members take and read, the one picked is among those with the least load,
-    and idle ones take turns.
+def test_pool_pick_is_least_loaded_of_all_members() -> None:
+    """Whatever the members receive and read, the picked one has the least load, and
+    idle ones take turns.
     """
     count = 40
     net = FakeNet(client("ann"), client("pool", connections=count, queue=10_000))
@@ -239,19 +237,19 @@ def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
     members = [net.connect("pool") for _ in range(count)]
     pool = net.broker.exchange.clients["pool"]
     assert len({pool.pick() for _ in range(count)}) == count
-    chance = random.Random(4)
+    rng = random.Random(4)
     for step in range(1500):
-        member = chance.choice(net.peers[1:])
-        match chance.randrange(6):
+        member = rng.choice(net.peers[1:])
+        match rng.randrange(6):
             case 0:
-                member.block(chance.choice([0, 0, 10]))
+                member.block(rng.choice([0, 0, 10]))
             case 1:
-                member.read(chance.choice([None, 20, 300]))
+                member.read(rng.choice([None, 20, 300]))
             case 2:
                 ann.message(
                     member.address,
-                    b"x" * chance.randrange(300),
-                    extension={"ttl": chance.choice([1, 50])},
+                    b"x" * rng.randrange(300),
+                    extension={"ttl": rng.choice([1, 50])},
                 )
             case 3 if step % 50 == 0:
                 member.leave()
@@ -259,7 +257,7 @@ def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
             case 4:
                 net.advance(0.1)
             case _:
-                ann.message("pool", b"x" * chance.randrange(300))
+                ann.message("pool", b"x" * rng.randrange(300))
         ann.take()
         if not ann.held:
             picked = pool.pick()
@@ -269,8 +267,8 @@ def test_pool_pick_agrees_with_a_look_at_every_member() -> None:
         assert len(pool._ranks) < 64 + 3 * count
 
 
-def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
-    """A message to a pool looks at a few of its members, whether they read or not."""
+def test_pool_pick_in_large_pool_examines_few_members() -> None:
+    """A message to a pool examines a few of its members, whether they read or not."""
 
     def compared(count: int, *, reading: bool) -> int:
         net = FakeNet(client("ann"), client("pool", connections=count))
@@ -280,7 +278,7 @@ def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
             if not reading:
                 member.block()
                 ann.message(member.address, b"x")
-        # Loads that have grown unnoticed are set right once.
+        # Loads that have grown without an update are corrected once.
         ann.message("pool", b"x")
         loads = 0
         load = exchange_module._load
@@ -302,8 +300,8 @@ def test_pool_pick_costs_the_same_in_a_large_pool() -> None:
         assert compared(500, reading=reading) <= 400
 
 
-def test_pool_pick_after_a_reload_knows_a_queue_of_the_former_kind() -> None:
-    """A client that becomes a pool while messages wait for it keeps that queue, and the
+def test_pool_pick_after_reload_accepts_outbox_of_former_kind() -> None:
+    """A client that becomes a pool while messages wait for it keeps that outbox; the
     idle member is picked.
     """
     net = FakeNet(client("ann"), client("bob"))
@@ -318,8 +316,8 @@ def test_pool_pick_after_a_reload_knows_a_queue_of_the_former_kind() -> None:
     assert [each.id for each in two.take()] == [2, 3, 4, 5]
 
 
-def test_pool_ranks_do_not_pile_up() -> None:
-    """However often members fill and empty, and leave, few ranks are kept."""
+def test_pool_ranks_are_bounded() -> None:
+    """However often members fill, empty and leave, few ranks are kept."""
     net = FakeNet(client("ann"), client("pool", connections=50))
     ann = net.connect("ann")
     members = [net.connect("pool") for _ in range(50)]

@@ -1,4 +1,4 @@
-"""The last steps of a session: notice, ``finished``, retired, mute."""
+"""The last steps of a session: the goaway notice, ``finished``, retired, mute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def topics(peer: Peer) -> list[str]:
     return [each.topic for each in peer.take() if each.kind is Kind.EVENT]
 
 
-def test_drain_in_steps_tells_each_listener_once() -> None:
+def test_goaway_drain_in_steps_notifies_each_requester_once() -> None:
     net, (ann, bob, cid) = net_of("ann", "bob", "cid")
     ann.ask("goaway")
     ann.ask("subscribe", topic="$broker.draining")
@@ -37,14 +37,14 @@ def test_drain_in_steps_tells_each_listener_once() -> None:
     assert (topics(ann), topics(cid)) == (["$broker.draining"], [])
 
 
-def test_goaway_behind_the_begin_of_a_drain_is_told_at_once() -> None:
+def test_goaway_requested_during_drain_is_sent_at_once() -> None:
     net, (ann,) = net_of("ann")
     net.broker.drain()
     ann.op("goaway", 1)
     assert [each.kind for each in ann.take()] == [Kind.REPLY, Kind.EVENT]
 
 
-def test_parting_session_sends_nothing_new_and_others_do() -> None:
+def test_goaway_parting_session_is_refused_and_others_are_not() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     ann.message("bob", b"known")
     ann.ask("goaway")
@@ -60,7 +60,7 @@ def test_parting_session_sends_nothing_new_and_others_do() -> None:
     assert ann.payloads() == [b"goes on"]
 
 
-def test_finished_waits_for_a_recipient_and_for_what_is_reported() -> None:
+def test_goaway_finished_waits_until_messages_are_reported() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     broker = net.broker
     ann.ask("goaway")
@@ -75,12 +75,12 @@ def test_finished_waits_for_a_recipient_and_for_what_is_reported() -> None:
     net.settle()
     assert broker.goaway.answer_finished(ann.session)
     net.settle()
-    told = [each for each in ann.take() if each.kind is not Kind.EVENT]
-    assert [(each.kind, each.id) for each in told] == [(Kind.ERROR, 1), (Kind.REPLY, 9)]
+    outcomes = [each for each in ann.take() if each.kind is not Kind.EVENT]
+    assert [(each.kind, each.id) for each in outcomes] == [(Kind.ERROR, 1), (Kind.REPLY, 9)]
     assert not broker.goaway.finishing
 
 
-def test_finished_waits_while_an_answer_is_owed_to_one_that_waits() -> None:
+def test_goaway_finished_waits_while_requester_awaits_reply() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     broker = net.broker
     for each in (ann, bob):
@@ -94,7 +94,7 @@ def test_finished_waits_while_an_answer_is_owed_to_one_that_waits() -> None:
     assert broker.goaway.answer_finished(ann.session)
 
 
-def test_answer_behind_finished_is_waited_for_too() -> None:
+def test_goaway_finished_waits_for_reply_sent_after_it() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     broker = net.broker
     bob.ask("goaway")
@@ -110,7 +110,7 @@ def test_answer_behind_finished_is_waited_for_too() -> None:
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_finished_out_of_turn_is_unsupported(twice: bool) -> None:
+def test_goaway_finished_without_notice_or_twice_is_unsupported(twice: bool) -> None:
     net, (ann,) = net_of("ann")
     if twice:
         ann.ask("goaway")
@@ -122,7 +122,7 @@ def test_finished_out_of_turn_is_unsupported(twice: bool) -> None:
     assert ann.error() == (2, "unsupported")
 
 
-def test_retired_session_is_found_no_more() -> None:
+def test_goaway_retired_session_receives_nothing() -> None:
     net, (ann, bob, cid) = net_of("ann", "bob", "cid")
     bob.ask("subscribe", topic="t")
     bob.request("cid", b"?", 5)
@@ -140,7 +140,7 @@ def test_retired_session_is_found_no_more() -> None:
     assert not net.broker.topics.find("t").everyone
 
 
-def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
+def test_goaway_mute_session_frames_are_delivered_or_counted() -> None:
     net, (ann, bob) = net_of("ann", "bob")
     net.broker.drain()
     net.broker.goaway.mute(ann.session)
@@ -157,7 +157,7 @@ def test_frames_of_a_mute_session_are_delivered_or_counted() -> None:
     assert net.broker.replies.returned["lost"] == 1
 
 
-def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
+def test_goaway_mute_session_undelivered_frame_is_counted() -> None:
     net = FakeNet(client("ann"), client("bob", when_full=WhenFull.DROP_OLDEST))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -168,7 +168,7 @@ def test_failure_of_a_frame_from_a_mute_session_is_counted() -> None:
     assert (net.broker.replies.returned["lost"], ann.take()) == (1, [])
 
 
-def test_refusals_that_are_not_read_are_counted() -> None:
+def test_reports_refusal_not_read_is_counted() -> None:
     net, (ann,) = net_of("ann")
     ann.block()
     ann.message("nobody", b"", 1)
@@ -179,7 +179,7 @@ def test_refusals_that_are_not_read_are_counted() -> None:
     assert dict(net.broker.reports.unheard) == {"no_such_client": 1}
 
 
-def test_members_of_a_group_and_pools_are_told_too() -> None:
+def test_goaway_every_member_of_pool_and_group_is_notified() -> None:
     net = FakeNet(client("pool", connections=3))
     members = [net.connect("pool") for _ in range(3)]
     for member in members:
@@ -194,21 +194,21 @@ def test_members_of_a_group_and_pools_are_told_too() -> None:
     assert json.loads(members[0].take()[-1].payload) == {}
 
 
-def test_reason_of_an_end_is_about_no_message() -> None:
+def test_goaway_reason_is_error_with_id_0() -> None:
     net, (ann,) = net_of("ann")
     add_reason(ann.session, ErrorCode.REPLACED, "a newer one")
     net.broker.replies.touch(ann.session)
     net.settle()
-    (told,) = ann.take()
-    assert (told.kind, told.id, told.name) == (Kind.ERROR, 0, "$broker")
-    assert json.loads(told.payload) == {
+    (error,) = ann.take()
+    assert (error.kind, error.id, error.name) == (Kind.ERROR, 0, "$broker")
+    assert json.loads(error.payload) == {
         "code": "replaced",
         "message": "a newer one",
         "name": "$broker",
     }
 
 
-def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
+def test_goaway_reason_not_read_is_not_counted_as_lost() -> None:
     net, (ann,) = net_of("ann")
     add_reason(ann.session, ErrorCode.DISCONNECTED, "why")
     net.broker.detach(ann.session, net.now)
@@ -217,7 +217,7 @@ def test_reason_that_is_not_read_counts_as_no_lost_message() -> None:
     assert (net.broker.reports.unheard, net.broker.replies.returned) == ({}, {})
 
 
-def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session() -> None:
+def test_goaway_reason_is_omitted_for_finished_mute_or_closed_session() -> None:
     net, (ann, bob, cid) = net_of("ann", "bob", "cid")
     ann.session.finished = True
     net.broker.goaway.mute(bob.session)
@@ -228,7 +228,7 @@ def test_reason_is_not_put_behind_the_answer_to_finished_or_for_a_mute_session()
         assert not peer.session.outbox.waiting
 
 
-def test_close_keeps_the_code_of_the_first_reason() -> None:
+def test_session_closed_twice_keeps_first_reason_and_code() -> None:
     net, (ann,) = net_of("ann")
     net.broker.replies.close(ann.session, "first", code=ErrorCode.KEY_REMOVED)
     net.broker.replies.close(ann.session, "second", code=ErrorCode.DISCONNECTED)

@@ -32,23 +32,23 @@ def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> LargeFrame:
 
 
 def hand_over(source: Peer, envelope: Envelope) -> tuple[LargeFrame, RoutingResult]:
-    """Route one long frame as the network layer does; return it and what the broker
-    said.
+    """Route one large frame as the network layer does; return it and the routing
+    result.
     """
     large_frame = collected(frame(encode(envelope)))
-    return large_frame, again(source, large_frame)
+    return large_frame, route(source, large_frame)
 
 
-def again(source: Peer, large_frame: LargeFrame) -> RoutingResult:
+def route(source: Peer, large_frame: LargeFrame) -> RoutingResult:
     net = source.net
-    position, verdict = handle_slow_path(
+    position, result = handle_slow_path(
         net.broker, source.session, memoryview(large_frame), SLACK, large_frame.end, net.now
     )
     assert position == (
-        large_frame.end if verdict in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK
+        large_frame.end if result in (RoutingResult.CONSUMED, RoutingResult.CLOSE) else SLACK
     )
     net.settle()
-    return verdict
+    return result
 
 
 def lies_in(piece: Any, large_frame: LargeFrame) -> bool:
@@ -57,17 +57,17 @@ def lies_in(piece: Any, large_frame: LargeFrame) -> bool:
 
 @pytest.mark.parametrize("most", [1000, 16 * 1024, 1 << 20])
 @pytest.mark.parametrize("begun", [4, 200_000])
-def test_a_frame_is_collected_whole(begun: int, most: int) -> None:
-    """In whatever pieces it arrives, the bytes are those that were sent."""
+def test_large_frame_received_in_pieces_is_whole(begun: int, most: int) -> None:
+    """Whatever the size of the pieces, the bytes are those that were sent."""
     whole = frame(BIG)
     large_frame = collected(whole, begun, most)
     assert bytes(large_frame[SLACK:]) == whole
     assert len(large_frame) == large_frame.end
 
 
-def test_memory_grows_with_what_arrives_and_not_with_what_was_announced() -> None:
-    """Whoever announces 16 MiB and sends little has little kept for it; it doubles, so
-    moving costs little.
+def test_large_frame_memory_grows_with_received_bytes() -> None:
+    """A client that announces 16 MiB and sends little takes little memory. The buffer
+    doubles, so that moving it costs little.
     """
     large_frame = LargeFrame(b"1234", 16 << 20)
     sizes = []
@@ -82,9 +82,9 @@ def test_memory_grows_with_what_arrives_and_not_with_what_was_announced() -> Non
     assert len(sizes) < 13
 
 
-def test_the_head_is_written_before_the_rest() -> None:
-    """A rest that lies in a parcel stays where it is; any other is joined with the
-    head.
+def test_large_frame_head_is_written_before_remainder() -> None:
+    """The remainder of a large frame stays where it is; any other one is joined with
+    the head.
     """
     large_frame = collected(frame(b"name" + BIG))
     whole = joined(b"a longer head", memoryview(large_frame)[SLACK + 8 :])
@@ -96,22 +96,18 @@ def test_the_head_is_written_before_the_rest() -> None:
 @pytest.mark.parametrize("sender", ["a", "a" * 64])
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT, Flag.EXTENSION])
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
-def test_a_long_message_goes_out_in_the_buffer_it_came_in(
-    kind: Kind, flags: Flag, sender: str
-) -> None:
-    """Whoever sends to whom, the recipient gets what it would get of a short one, and
-    nothing was copied.
-    """
+def test_large_frame_is_passed_on_without_copy(kind: Kind, flags: Flag, sender: str) -> None:
+    """The recipient gets the same as of a short message, and nothing was copied."""
     net = FakeNet(client(sender), client("recipient"))
     source, target = net.connect(sender), net.connect("recipient")
     target.block()
     target.message("recipient", b"before")
     extension = {"x": 1} if flags is Flag.EXTENSION else None
-    large_frame, verdict = hand_over(
+    large_frame, result = hand_over(
         source, Envelope(kind, 7, "recipient", BIG, 2, flags, extension=extension)
     )
     target.message("recipient", b"behind")
-    assert verdict is RoutingResult.CONSUMED
+    assert result is RoutingResult.CONSUMED
     assert [lies_in(piece, large_frame) for piece in target.session.outbox.pieces()] == [
         False,
         True,
@@ -130,21 +126,21 @@ def test_a_long_message_goes_out_in_the_buffer_it_came_in(
     assert target.session.messages_out == 3
 
 
-def test_a_length_of_the_long_form_is_understood() -> None:
+def test_large_frame_with_12_byte_length_is_understood() -> None:
     """The prefix of 12 bytes is replaced by one of 4."""
     net = FakeNet(client("a"), client("b"))
     source, target = net.connect("a"), net.connect("b")
     body = encode(Envelope(Kind.MESSAGE, 7, "b", BIG))
     large_frame = collected(b"\xff\xff\xff\xff" + len(body).to_bytes(8, "big") + body)
-    assert again(source, large_frame) is RoutingResult.CONSUMED
+    assert route(source, large_frame) is RoutingResult.CONSUMED
     (got,) = target.take()
     assert got.payload == BIG
     assert target.stream.startswith(frame_prefix(len(body)))
 
 
-def test_a_long_event_is_shared_by_all_who_get_it() -> None:
-    """One buffer for every subscriber, of a pool too and with drop_oldest, each of whom
-    reads at its own pace.
+def test_large_frame_event_is_shared_by_subscribers() -> None:
+    """All subscribers share one buffer, also in a pool and with drop_oldest; each reads
+    at its own speed.
     """
     names = ("b", "c", "pool", "drops")
     configs = (client("pool", connections=2), client("drops", when_full=WhenFull.DROP_OLDEST))
@@ -154,8 +150,8 @@ def test_a_long_event_is_shared_by_all_who_get_it() -> None:
         target.op("subscribe", 1, topic="t.>")
         target.take()
         target.block(1000)
-    large_frame, verdict = hand_over(source, Envelope(Kind.EVENT, 7, "", BIG, topic="t.x"))
-    assert verdict is RoutingResult.CONSUMED
+    large_frame, result = hand_over(source, Envelope(Kind.EVENT, 7, "", BIG, topic="t.x"))
+    assert result is RoutingResult.CONSUMED
     for target in targets:
         (piece,) = target.session.outbox.pieces()
         assert lies_in(piece, large_frame)
@@ -168,9 +164,11 @@ def test_a_long_event_is_shared_by_all_who_get_it() -> None:
 
 @pytest.mark.parametrize("taken", [0, 5, 100_000])
 @pytest.mark.parametrize("options", [{}, {"connections": 2}])
-def test_a_long_message_that_is_not_taken_comes_back(options: dict[str, Any], taken: int) -> None:
-    """Its recipient leaves before the system took all of it: the sender hears of it,
-    and what follows goes its way.
+def test_large_frame_recipient_disconnected_is_reported(
+    options: dict[str, Any], taken: int
+) -> None:
+    """Its recipient leaves before all of it was written: the sender is told, of the
+    next message too.
     """
     net = FakeNet(client("a"), client("b", **options))
     source, target = net.connect("a"), net.connect("b")
@@ -184,8 +182,8 @@ def test_a_long_message_that_is_not_taken_comes_back(options: dict[str, Any], ta
     ]
 
 
-def test_a_long_message_moves_to_another_member_of_the_pool() -> None:
-    """It is still the buffer that it came in."""
+def test_large_frame_moves_to_another_pool_member() -> None:
+    """It is still in the buffer that it was received in."""
     net = FakeNet(client("a"), client("pool", connections=2))
     source, first, second = net.connect("a"), net.connect("pool"), net.connect("pool")
     first.block()
@@ -199,25 +197,27 @@ def test_a_long_message_moves_to_another_member_of_the_pool() -> None:
     assert other.payloads() == [BIG]
 
 
-def test_a_long_message_waits_untouched_until_there_is_room() -> None:
-    """Its sender is held; when it is handed over again it is as it came."""
+def test_large_frame_of_held_sender_is_unchanged() -> None:
+    """Its sender is held; when the frame is handed over again, it is as it was
+    received.
+    """
     net = FakeNet(client("a"), client("b", queue=1000))
     source, target = net.connect("a"), net.connect("b")
     target.block()
     target.message("b", b"x" * 500)
     whole = frame(encode(Envelope(Kind.MESSAGE, 7, "b", BIG)))
     large_frame = collected(whole)
-    assert again(source, large_frame) is RoutingResult.BLOCKED
+    assert route(source, large_frame) is RoutingResult.BLOCKED
     assert bytes(large_frame[SLACK:]) == whole
     target.read()
     assert not source.held
-    assert again(source, large_frame) is RoutingResult.CONSUMED
+    assert route(source, large_frame) is RoutingResult.CONSUMED
     assert target.payloads() == [b"x" * 500, BIG]
 
 
-def test_the_quota_counts_a_long_message() -> None:
-    """What follows a long message finds no room, and is dropped or refused like behind
-    any other.
+def test_large_frame_counts_for_queue_quota() -> None:
+    """The next message finds no room behind a large one, and is refused as behind any
+    other.
     """
     net = FakeNet(client("a"), client("b", queue=len(BIG) + 100, when_full=WhenFull.REFUSE))
     source, target = net.connect("a"), net.connect("b")

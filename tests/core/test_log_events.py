@@ -17,10 +17,8 @@ from brokerd_client.wire.envelope import Kind
 BODY = bytes(400)
 
 
-def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
-    """Return what was noted and not taken yet: event, whose, the other side, code, how
-    often.
-    """
+def take(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
+    """Take the noted log events: event, address, other side, code, how often."""
     return [
         (each.event, each.session.address, each.other, str(each.code), each.times)
         for each in net.broker.replies.log_events.take()
@@ -36,8 +34,10 @@ def taken(net: FakeNet) -> list[tuple[str, str, str, str, int]]:
         ("$none", "no_such_client"),
     ],
 )
-def test_a_refusal_is_noted_with_both_names(to: str, code: str) -> None:
-    """Who was refused, what it wanted to reach, and the code it was told."""
+def test_log_event_of_refusal_has_both_names(to: str, code: str) -> None:
+    """The log event names the refused client, the recipient it wanted, and the code it
+    received.
+    """
     net = FakeNet(
         client("alice", send_to=("bob", "nobody", "[$]*")), client("bob"), client("carol")
     )
@@ -45,12 +45,12 @@ def test_a_refusal_is_noted_with_both_names(to: str, code: str) -> None:
 
     alice.message(to, b"x")
 
-    assert taken(net) == [("message.refused", "alice", to, code, 1)]
+    assert take(net) == [("message.refused", "alice", to, code, 1)]
 
 
-def test_a_flood_is_one_happening() -> None:
-    """A thousand refusals of one kind are one entry with their number; taken, they are
-    forgotten.
+def test_log_events_repeated_are_counted_as_one() -> None:
+    """A thousand refusals of one kind are one entry with their number; once taken, they
+    are forgotten.
     """
     net = FakeNet(client("alice"), client("bob"))
     alice = net.connect("alice")
@@ -63,22 +63,24 @@ def test_a_flood_is_one_happening() -> None:
     assert not net.broker.replies.log_events
 
 
-def test_what_is_kept_is_bounded() -> None:
-    """Whoever makes up a new name for each message makes a number grow, not the memory."""
+def test_log_events_with_many_names_are_bounded() -> None:
+    """A client that invents a new name for each message increases a number, not the
+    memory used.
+    """
     session: Any = object()
     log_events = LogEvents()
 
     for number in range(10 * MOST):
         log_events.note("message.refused", session, f"name{number}", "denied", "no")
 
-    found = log_events.take()
-    assert len(found) == MOST + 1
-    assert sum(each.times for each in found) == 10 * MOST
-    assert (found[-1].other, found[-1].times) == ("", 9 * MOST)
+    events = log_events.take()
+    assert len(events) == MOST + 1
+    assert sum(each.times for each in events) == 10 * MOST
+    assert (events[-1].other, events[-1].times) == ("", 9 * MOST)
 
 
 def full_queue(when_full: WhenFull) -> tuple[FakeNet, Any, Any]:
-    """Return a net in which bob reads nothing and his queue is full."""
+    """Return a net in which bob reads nothing and its queue is full."""
     net = FakeNet(
         client("alice"),
         client("bob", queue=1000, when_full=when_full),
@@ -88,60 +90,62 @@ def full_queue(when_full: WhenFull) -> tuple[FakeNet, Any, Any]:
     bob.block()
     for _ in range(2):
         alice.message("bob", BODY)
-    assert taken(net) == []
+    assert take(net) == []
     return net, alice, bob
 
 
-def test_a_slow_client_is_noted_once_until_it_has_read_everything() -> None:
-    """Slow when its queue is full, and who found it so; recovered when nothing waits
-    any more.
+def test_log_event_of_slow_client_is_noted_once_until_recovered() -> None:
+    """The client is slow when its queue is full, and recovered when nothing waits any
+    more. The log event names the sender.
     """
     net, alice, bob = full_queue(WhenFull.REFUSE)
 
     for _ in range(3):
         alice.message("bob", BODY)
-    assert taken(net) == [
+    assert take(net) == [
         ("client.slow", "bob", "alice", "refuse", 1),
         ("message.refused", "alice", "bob", "full", 3),
     ]
     bob.read(600)
-    assert taken(net) == []
+    assert take(net) == []
     bob.read()
-    assert taken(net) == [("client.recovered", "bob", "", "", 1)]
+    assert take(net) == [("client.recovered", "bob", "", "", 1)]
     bob.block()
     for _ in range(3):
         alice.message("bob", BODY)
-    assert taken(net)[0][0] == "client.slow"
+    assert take(net)[0][0] == "client.slow"
 
 
-def test_a_held_sender_is_noted() -> None:
-    """Who is held for whom, and what came of it when the time was over."""
+def test_log_event_of_held_sender_names_recipient() -> None:
+    """The log event names the held sender and its recipient; the refusal at the timeout
+    is noted too.
+    """
     net, alice, _ = full_queue(WhenFull.WAIT)
 
     alice.message("bob", BODY, id=7)
 
-    assert taken(net) == [
+    assert take(net) == [
         ("client.slow", "bob", "alice", "wait", 1),
         ("client.held", "alice", "bob", "", 1),
     ]
     net.advance(6)
-    assert taken(net) == [("message.refused", "alice", "bob", "full", 1)]
+    assert take(net) == [("message.refused", "alice", "bob", "full", 1)]
 
 
-def test_a_dropped_message_is_noted_with_both_names() -> None:
-    """With drop_oldest: whose queue it was in and who sent it."""
+def test_log_event_of_dropped_message_has_both_names() -> None:
+    """With drop_oldest, the log event names the owner of the queue and the sender."""
     net, alice, _ = full_queue(WhenFull.DROP_OLDEST)
 
     alice.message("bob", BODY)
 
-    assert taken(net) == [
+    assert take(net) == [
         ("client.slow", "bob", "alice", "drop_oldest", 1),
         ("message.dropped", "bob", "alice", "drop_oldest", 1),
     ]
 
 
-def test_what_nobody_can_be_told_of_is_noted() -> None:
-    """A message whose recipient and sender are both gone."""
+def test_log_event_of_lost_message_is_noted() -> None:
+    """The recipient and the sender of the message have both disconnected."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
@@ -150,28 +154,28 @@ def test_what_nobody_can_be_told_of_is_noted() -> None:
     alice.leave()
     bob.leave()
 
-    assert taken(net) == [("message.dropped", "bob", "alice", "offline", 1)]
+    assert take(net) == [("message.dropped", "bob", "alice", "offline", 1)]
 
 
-def test_an_event_that_found_no_room_is_noted() -> None:
-    """Which subscriber did not get whose event."""
+def test_log_event_of_dropped_event_names_subscriber_and_publisher() -> None:
+    """The log event names the subscriber that missed the event, and its publisher."""
     net, alice, bob = full_queue(WhenFull.REFUSE)
     bob.op("subscribe", topic="news")
-    taken(net)
+    take(net)
 
     alice.publish("news", BODY)
 
-    assert taken(net)[-1] == ("message.dropped", "bob", "alice", "full", 1)
+    assert take(net)[-1] == ("message.dropped", "bob", "alice", "full", 1)
 
 
-def test_an_error_that_reaches_nobody_is_noted() -> None:
-    """A client's own ERROR that the broker does not serve is dropped, with a note."""
+def test_log_event_of_undeliverable_error_is_noted() -> None:
+    """A client's own ERROR to the broker is dropped, and the drop is noted."""
     net = FakeNet(client("alice"), client("bob"))
     alice = net.connect("alice")
 
     alice.send_bytes(_error_to("$broker"))
 
-    assert taken(net) == [("message.dropped", "alice", "$broker", "unsupported", 1)]
+    assert take(net) == [("message.dropped", "alice", "$broker", "unsupported", 1)]
 
 
 def _error_to(name: str) -> bytes:
@@ -181,8 +185,8 @@ def _error_to(name: str) -> bytes:
     return frame(encode(Envelope(Kind.ERROR, 1, name, b"{}", codec=2)))
 
 
-def test_a_subscription_ended_by_new_rules_is_noted() -> None:
-    """Whose it was, the topic and the group."""
+def test_log_event_of_subscription_ended_by_reload_is_noted() -> None:
+    """The log event names the subscriber, the topic and the group."""
     net = FakeNet(client("alice"))
     alice = net.connect("alice")
     for topic, group in (("a.b", None), ("c", "g"), ("ok", None)):
@@ -193,21 +197,23 @@ def test_a_subscription_ended_by_new_rules_is_noted() -> None:
     )
     net.settle()
 
-    assert sorted(taken(net)) == [
+    assert sorted(take(net)) == [
         ("client.unsubscribed", "alice", "a.b", "", 1),
         ("client.unsubscribed", "alice", "c", "g", 1),
     ]
 
 
-def test_what_an_administrator_asks_is_noted() -> None:
-    """Who asked for what, about whom; somebody who is none is denied."""
+def test_log_event_of_admin_operation_is_noted() -> None:
+    """The log event names the administrator, the operation and the client it is about.
+    A client that is not an administrator is denied.
+    """
     net = FakeNet(client("root", admin=True), client("alice"))
     root, alice = net.connect("root"), net.connect("alice")
 
     root.op("disconnect", address="alice")
     root.op("disconnect", address=["alice"])
     root.op("stats")
-    assert taken(net) == [
+    assert take(net) == [
         ("admin.asked", "root", "alice", "disconnect", 1),
         ("admin.asked", "root", "", "disconnect", 1),
         ("message.refused", "root", "$broker", "unsupported", 1),
@@ -215,4 +221,4 @@ def test_what_an_administrator_asks_is_noted() -> None:
     ]
     assert alice.gone
     net.connect("alice").op("drain")
-    assert taken(net) == [("message.refused", "alice", "$broker", "denied", 1)]
+    assert take(net) == [("message.refused", "alice", "$broker", "denied", 1)]

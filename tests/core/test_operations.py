@@ -22,8 +22,8 @@ def refused(peer: Any, op: str, **arguments: Any) -> tuple[str, str]:
     return error["code"], error["name"]
 
 
-def test_whoami() -> None:
-    """A client learns its name, its address, the versions and its limits."""
+def test_operation_whoami_returns_name_versions_and_limits() -> None:
+    """A client is told its name, its address, the versions and its limits."""
     net = FakeNet(client("pool", connections=2, queue=1234))
     one = net.connect("pool")
     assert one.ask("whoami") == {
@@ -36,8 +36,10 @@ def test_whoami() -> None:
     }
 
 
-def test_an_answer_carries_the_requests_id_and_is_json() -> None:
-    """A REPLY of the broker's says so: its name, codec 2, the id."""
+def test_operation_reply_has_id_of_request_and_is_json() -> None:
+    """A REPLY of the broker has the broker's name, the codec 2 and the id of the
+    request.
+    """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     ann.op("ping", 2**64 - 1)
@@ -61,9 +63,9 @@ def test_an_answer_carries_the_requests_id_and_is_json() -> None:
         b"[" * 99_999,
     ],
 )
-def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
-    """Whatever a client sends as an operation has an answer, and the connection lives
-    on.
+def test_operation_invalid_is_unsupported(payload: bytes) -> None:
+    """Every payload that is not a valid operation is answered, and the connection stays
+    open.
     """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
@@ -72,9 +74,9 @@ def test_what_is_no_operation_is_unsupported(payload: bytes) -> None:
     assert ann.ask("ping") == {}
 
 
-def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
-    """What no operation needs is refused by its size: a message has room for millions
-    of empty lists.
+def test_operation_larger_than_128_kib_is_unsupported() -> None:
+    """A larger payload is refused by its size before it is read: it has room for
+    millions of empty lists.
     """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
@@ -87,9 +89,9 @@ def test_an_operation_that_would_take_seconds_to_read_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("op", ["clients", "connections", "stats"])
-def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps are taken each time, whatever the patience is; the sender's next
-    question waits for the answer.
+def test_operation_long_answer_is_built_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps are taken each time, whatever the turn budget is. The sender's next
+    request waits for the answer.
     """
     monkeypatch.setattr(broker_module, "_STEPS", 2)
     net = FakeNet(*(client(f"c{number}", admin=True) for number in range(1500)))
@@ -117,8 +119,8 @@ def test_long_answer_is_made_in_turns(op: str, monkeypatch: pytest.MonkeyPatch) 
     assert not net.broker.operations.asking
 
 
-def test_long_answer_counts_for_the_senders_turn() -> None:
-    """What is done of it at once takes as long as several frames."""
+def test_operation_long_answer_is_charged_to_turn_budget() -> None:
+    """The part of it that is built at once is charged as several frames."""
     net = FakeNet(*(client(f"c{number}") for number in range(640)))
     peer = net.connect("c0")
     net.broker.turn.budget = 100
@@ -127,7 +129,7 @@ def test_long_answer_counts_for_the_senders_turn() -> None:
     assert [len(json.loads(answer.payload)["clients"]) for answer in peer.take()] == [640]
 
 
-def test_long_answer_for_a_session_that_left_is_forgotten() -> None:
+def test_operation_long_answer_of_closed_session_is_discarded() -> None:
     """Nothing of it stays behind."""
     net = FakeNet(*(client(f"c{number}") for number in range(1500)))
     ann = net.connect("c0")
@@ -141,9 +143,9 @@ def test_long_answer_for_a_session_that_left_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("op", ["clients", "connections", "stats"])
-def test_long_answer_is_given_by_the_process_that_takes_over(op: str) -> None:
-    """A question that is being answered goes over, and what its sender asks next waits
-    for it there.
+def test_operation_long_answer_is_sent_after_upgrade(op: str) -> None:
+    """An operation that is being answered is handed over, and its sender's next request
+    waits for it there.
     """
     net = FakeNet(*(client(f"c{number}", admin=True) for number in range(5000)))
     for number in range(200):
@@ -161,8 +163,8 @@ def test_long_answer_is_given_by_the_process_that_takes_over(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["subscribe", "unsubscribe"])
-def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> None:
-    """For each of them the tree grows, and is cut again."""
+def test_operation_subscribe_is_charged_by_tokens_of_pattern(op: str) -> None:
+    """For each token the tree grows, and is cut again."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     for topic, left in (("a.b.c", 99), (".".join("a" * 128), 92)):
@@ -171,8 +173,8 @@ def test_a_pattern_of_many_tokens_takes_as_long_as_many_questions(op: str) -> No
         assert net.broker.turn.budget == left
 
 
-def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
-    """Each search that is under way is told of it."""
+def test_operation_subscribe_is_charged_by_unfinished_searches() -> None:
+    """Each unfinished search has to check the new subscription."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     net.broker.topics.add("a.b.c", ann.session)
@@ -192,9 +194,11 @@ def test_a_subscription_takes_the_longer_the_more_is_searched_for() -> None:
         ("can", "target", {"sender": "ann", "verb": "send"}),
     ],
 )
-def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str, str]) -> None:
-    """A name of 64 KiB is refused with what would be right; neither answer nor log is
-    as long as it.
+def test_operation_with_too_long_name_is_not_repeated(
+    op: str, key: str, others: dict[str, str]
+) -> None:
+    """A name of 64 KiB is refused with the right form; neither the answer nor the log
+    repeats it.
     """
     net = FakeNet(client("ann", admin=True))
     ann = net.connect("ann")
@@ -209,9 +213,9 @@ def test_what_no_name_can_be_is_not_repeated(op: str, key: str, others: dict[str
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REPLY])
-def test_the_broker_takes_requests_only(kind: Kind) -> None:
-    """A MESSAGE or REPLY to ``$broker`` comes back, and so does what is sent to another
-    name with a dollar.
+def test_operation_as_message_or_reply_is_unsupported(kind: Kind) -> None:
+    """A MESSAGE or REPLY to ``$broker`` is refused, and so is a frame to another name
+    with a dollar.
     """
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
@@ -221,8 +225,10 @@ def test_the_broker_takes_requests_only(kind: Kind) -> None:
     assert ann.error() == (6, "no_such_client")
 
 
-def test_clients_lists_whom_one_may_send_to() -> None:
-    """Each with whether it is there, and since when; nobody else."""
+def test_operation_clients_lists_only_permitted_recipients() -> None:
+    """Each client that the sender may send to is listed, with its presence and since
+    when.
+    """
     net = FakeNet(
         client("ann", send_to=["bob", "cid"]), client("bob"), client("cid"), client("dan")
     )
@@ -237,10 +243,8 @@ def test_clients_lists_whom_one_may_send_to() -> None:
     }
 
 
-def test_subscribe_and_unsubscribe() -> None:
-    """The answer repeats what was asked; afterwards events come, or come no more;
-    ending twice is no error.
-    """
+def test_operation_subscribe_and_unsubscribe_take_effect_at_once() -> None:
+    """The answer repeats the arguments. Unsubscribing twice is not an error."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     assert ann.ask("subscribe", topic="jobs.*") == {"topic": "jobs.*", "group": None}
@@ -271,8 +275,8 @@ def test_subscribe_and_unsubscribe() -> None:
         {"topic": "a", "group": "not a name"},
     ],
 )
-def test_a_bad_subscription_is_unsupported(arguments: dict[str, Any]) -> None:
-    """A pattern or group that can't be is refused and subscribes to nothing."""
+def test_operation_subscribe_invalid_is_unsupported(arguments: dict[str, Any]) -> None:
+    """An invalid pattern or group is refused, and no subscription is added."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     assert refused(ann, "subscribe", **arguments) == ("unsupported", BROKER)
@@ -280,7 +284,7 @@ def test_a_bad_subscription_is_unsupported(arguments: dict[str, Any]) -> None:
     assert len(net.broker.topics) == 0
 
 
-def test_a_subscription_outside_the_rules_is_denied() -> None:
+def test_operation_subscribe_outside_rules_is_denied() -> None:
     """The whole pattern has to be allowed by one rule."""
     net = FakeNet(client("ann", subscribe=["jobs.*"]))
     ann = net.connect("ann")
@@ -290,7 +294,7 @@ def test_a_subscription_outside_the_rules_is_denied() -> None:
 
 
 @pytest.mark.parametrize("op", ["stats", "connections", "disconnect", "reload", "drain", "can"])
-def test_operations_for_administrators_are_denied_to_others(op: str) -> None:
+def test_operation_for_administrators_without_admin_is_denied(op: str) -> None:
     """Without admin: true the answer is denied, whatever the arguments."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
@@ -298,8 +302,8 @@ def test_operations_for_administrators_are_denied_to_others(op: str) -> None:
     assert net.broker.operations.admin_commands == []
 
 
-def test_stats_count_what_passed() -> None:
-    """Counters include connections that are gone, and those there are now."""
+def test_operation_stats_counts_messages_and_bytes() -> None:
+    """The counters include closed connections and open ones."""
     net = FakeNet(client("ops", admin=True), client("ann"), client("bob"))
     ops, ann, bob = net.connect("ops"), net.connect("ann"), net.connect("bob")
     before = ops.ask("stats")
@@ -324,8 +328,8 @@ def test_stats_count_what_passed() -> None:
     assert after["waiting_bytes"] == 0
 
 
-def test_connections_show_each_one() -> None:
-    """An administrator sees who is slow, held, and how much waits."""
+def test_operation_connections_shows_slow_held_and_waiting_bytes() -> None:
+    """An administrator sees which connection is slow or held, and how many bytes wait."""
     net = FakeNet(client("ops", admin=True), client("ann"), client("bob", queue=50))
     ops, ann, bob = net.connect("ops"), net.connect("ann"), net.connect("bob")
     bob.block(1)
@@ -356,9 +360,9 @@ def test_connections_show_each_one() -> None:
     }
 
 
-def test_disconnect() -> None:
-    """A connection is closed by its address, all of a pool by its name; oneself, after
-    the answer.
+def test_operation_disconnect_closes_by_address_or_name() -> None:
+    """A connection is closed by its address, a whole pool by its name. The sender's own
+    connection is closed after the answer.
     """
     net = FakeNet(client("ops", admin=True), client("pool", connections=3), client("ann"))
     ops = net.connect("ops")
@@ -378,8 +382,10 @@ def test_disconnect() -> None:
 
 
 @pytest.mark.parametrize("op", ["reload", "drain", "keys"])
-def test_orders_are_passed_on(op: str) -> None:
-    """What only the daemon can do is handed to it, with who asked; it answers."""
+def test_operation_for_daemon_is_queued_as_admin_command(op: str) -> None:
+    """An operation that only the daemon can do is passed to it with its source; the
+    daemon answers.
+    """
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
     ops.op(op, 9, why="x")
@@ -388,8 +394,8 @@ def test_orders_are_passed_on(op: str) -> None:
     assert ops.take() == []
 
 
-def test_a_dry_run_is_asked_for_by_true_or_false() -> None:
-    """Anything else is refused: it might be meant either way."""
+def test_operation_reload_dry_run_not_boolean_is_unsupported() -> None:
+    """Any value but true or false is refused: it might be meant either way."""
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
     assert refused(ops, "reload", dry_run="no") == ("unsupported", BROKER)
@@ -399,8 +405,8 @@ def test_a_dry_run_is_asked_for_by_true_or_false() -> None:
     ]
 
 
-def test_can_explains_the_answer() -> None:
-    """Each answer says by which rule, where that is written, and why."""
+def test_operation_can_names_rule_and_its_source() -> None:
+    """Each answer says which rule decided, where that is written, and why."""
     rule = Rule("b*", Source("brokerd.yaml", 7))
     net = FakeNet(
         client("ops", admin=True),
@@ -434,9 +440,9 @@ def test_can_explains_the_answer() -> None:
     }
 
 
-def test_can_knows_what_no_rule_decides() -> None:
-    """Everyone may ask the broker, and nobody may publish under ``$``, whatever the
-    rules.
+def test_operation_can_without_rules_decides_for_broker_and_its_topics() -> None:
+    """Every client may send requests to the broker, and no client may publish under
+    ``$``, whatever the rules.
     """
     net = FakeNet(client("ops", admin=True), client("ann", send_to=[]))
     ops = net.connect("ops")
@@ -456,8 +462,8 @@ def test_can_knows_what_no_rule_decides() -> None:
     }
 
 
-def test_can_refuses_what_it_does_not_know() -> None:
-    """An unknown sender or verb is an error, not a no."""
+def test_operation_can_unknown_sender_or_verb_is_refused() -> None:
+    """An unknown sender or verb is an error, not the answer no."""
     net = FakeNet(client("ops", admin=True))
     ops = net.connect("ops")
     assert refused(ops, "can", sender="nobody", verb="send", target="ops") == (

@@ -1,4 +1,4 @@
-"""Bytes that wait for one connection: nothing lost, nothing twice, and the quota kept."""
+"""Bytes that wait for one connection: none lost, none written twice, within the quota."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def message(size: int, id: int = 0, name: str = "ann") -> bytes:
 
 
 def put(outbox: Outbox, whole: bytes) -> bool:
-    """Put a frame where there is room for it, as the broker does."""
+    """Queue a frame if there is room for it, as the broker does."""
     if not outbox.reserve(len(whole)):
         return False
     if isinstance(outbox, StreamOutbox):
@@ -34,9 +34,9 @@ def put(outbox: Outbox, whole: bytes) -> bool:
 
 
 @KINDS
-def test_frames_come_out_in_order_however_they_are_taken(kind: type[Outbox]) -> None:
-    """What is taken in small pieces is what was put in, and the outbox knows to the
-    byte what waits.
+def test_outbox_written_in_pieces_keeps_bytes_in_order(kind: type[Outbox]) -> None:
+    """The bytes written in small pieces are the bytes queued. The outbox counts the
+    waiting ones exactly.
     """
     outbox = kind(1 << 30)
     sizes = [20, 100, CHUNK - 10, 50, 3 * CHUNK, 20, 21, CHUNK]
@@ -55,8 +55,8 @@ def test_frames_come_out_in_order_however_they_are_taken(kind: type[Outbox]) -> 
 
 
 @KINDS
-def test_the_quota_is_kept(kind: type[Outbox]) -> None:
-    """As much as the limit may wait, one byte more may not; what is taken makes room."""
+def test_outbox_beyond_limit_refuses(kind: type[Outbox]) -> None:
+    """As many bytes as the limit may wait, not one more; written bytes make room."""
     outbox = kind(100)
     assert put(outbox, message(60))
     assert not put(outbox, message(41))
@@ -69,8 +69,8 @@ def test_the_quota_is_kept(kind: type[Outbox]) -> None:
 
 
 @KINDS
-def test_a_frame_longer_than_the_quota_passes_when_nothing_waits(kind: type[Outbox]) -> None:
-    """A message larger than the whole queue can be delivered to somebody who reads."""
+def test_outbox_frame_longer_than_limit_is_accepted_when_empty(kind: type[Outbox]) -> None:
+    """A message larger than the whole queue can be delivered to a recipient that reads."""
     outbox = kind(30)
     assert put(outbox, message(500))
     assert not put(outbox, message(20))
@@ -79,8 +79,10 @@ def test_a_frame_longer_than_the_quota_passes_when_nothing_waits(kind: type[Outb
 
 
 @KINDS
-def test_the_brokers_own_frames_are_always_taken(kind: type[Outbox]) -> None:
-    """An answer is not refused for want of room; it counts like everything else."""
+def test_outbox_append_ignores_limit(kind: type[Outbox]) -> None:
+    """The broker's own answer is not refused for want of room; it counts like every
+    other frame.
+    """
     outbox = kind(30)
     for _ in range(5):
         outbox.append(message(30))
@@ -90,24 +92,24 @@ def test_the_brokers_own_frames_are_always_taken(kind: type[Outbox]) -> None:
     assert not outbox.reserve(20)
 
 
-def taken_back(outbox: Outbox) -> list[Queued]:
-    """Return everything that the system did not take whole; how much that is was known
-    before.
+def take_unsent(outbox: Outbox) -> list[Queued]:
+    """Take the frames that were not written whole; check that the outbox knew their
+    number before.
     """
     expected = outbox.unsent
     unsent = outbox.take_unsent()
     assert len(unsent) == expected
-    given = []
+    frames = []
     while (queued := unsent.pop()) is not None:
-        given.append(queued)
-    assert len(given) == expected
+        frames.append(queued)
+    assert len(frames) == expected
     assert len(unsent) == outbox.unsent == 0
-    return given
+    return frames
 
 
 @KINDS
-def test_empty_outbox_is_not_stalled(kind: type[Outbox]) -> None:
-    """A byte more that is taken does not end a stall; the last one does."""
+def test_outbox_stalled_until_empty(kind: type[Outbox]) -> None:
+    """A byte more that is written does not end a stall; the last one does."""
     outbox = kind(100)
     outbox.append(message(30))
     outbox.stalled = True
@@ -119,10 +121,8 @@ def test_empty_outbox_is_not_stalled(kind: type[Outbox]) -> None:
 
 @KINDS
 @pytest.mark.parametrize("taken", [0, 1, 29, 30, 31, 60, CHUNK, CHUNK + 60, 2 * CHUNK])
-def test_what_was_not_taken_whole_is_given_back(kind: type[Outbox], taken: int) -> None:
-    """Every frame of which the system does not have the last byte comes back whole,
-    oldest first.
-    """
+def test_outbox_unsent_frames_are_returned_whole(kind: type[Outbox], taken: int) -> None:
+    """Every frame whose last byte was not written is returned whole, oldest first."""
     outbox = kind(1 << 30)
     frames = [message(size, number) for number, size in enumerate([30, 30, CHUNK, 30, CHUNK, 30])]
     for whole in frames:
@@ -130,17 +130,17 @@ def test_what_was_not_taken_whole_is_given_back(kind: type[Outbox], taken: int) 
     outbox.sent(taken)
     ends = [sum(map(len, frames[: number + 1])) for number in range(len(frames))]
     expected = [whole for whole, end in zip(frames, ends, strict=True) if end > taken]
-    assert [queued.frame for queued in taken_back(outbox)] == expected
+    assert [queued.frame for queued in take_unsent(outbox)] == expected
     assert outbox.waiting == 0
     assert outbox.pieces() == []
-    assert taken_back(outbox) == []
+    assert take_unsent(outbox) == []
 
 
 @KINDS
-def test_one_write_gets_a_bounded_number_of_pieces(
+def test_outbox_pieces_of_one_write_are_bounded(
     kind: type[Outbox], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system takes only so many pieces at once; the others come next."""
+    """The system accepts a limited number of pieces at once; the next write gets more."""
     monkeypatch.setattr(outbox_module, "_PIECES", 3)
     monkeypatch.setattr(outbox_module, "CHUNK", 20)
     outbox = kind(1 << 30)
@@ -161,9 +161,11 @@ def test_one_write_gets_a_bounded_number_of_pieces(
     limit=st.sampled_from([10, 100, 300]),
     kind=st.sampled_from([StreamOutbox, FrameOutbox]),
 )
-def test_any_mix_of_putting_and_taking(steps: list[int], limit: int, kind: type[Outbox]) -> None:
-    """However frames are put and taken, bytes come out in order and the quota is
-    exceeded by a lone frame only.
+def test_outbox_any_mix_of_puts_and_writes_keeps_order_and_limit(
+    steps: list[int], limit: int, kind: type[Outbox]
+) -> None:
+    """However frames are queued and written, bytes stay in order. Only a single frame
+    may exceed the quota.
     """
     outbox = kind(limit)
     accepted = taken = b""
@@ -182,7 +184,7 @@ def test_any_mix_of_putting_and_taking(steps: list[int], limit: int, kind: type[
         assert outbox.waiting == len(accepted) - len(taken)
 
 
-def test_a_stream_grows_without_being_asked_within_its_room() -> None:
+def test_outbox_room_of_stream_never_exceeds_limit() -> None:
     """The routing loop may write up to ``room``: never past the quota."""
     outbox = StreamOutbox(1000)
     assert outbox.room == 1000
@@ -193,9 +195,9 @@ def test_a_stream_grows_without_being_asked_within_its_room() -> None:
     assert not outbox.reserve(701)
 
 
-def test_senders_that_left_are_told_from_those_that_came_after() -> None:
-    """What waited when a sender left is orphaned; what its successor sends is not, nor
-    what others send.
+def test_outbox_frames_of_disconnected_sender_are_orphaned() -> None:
+    """Frames that waited when a sender left are orphaned; those of its successor and of
+    other senders are not.
     """
     outbox = StreamOutbox(1 << 30)
     for name in ("ann", "bob"):
@@ -204,8 +206,8 @@ def test_senders_that_left_are_told_from_those_that_came_after() -> None:
     outbox.sender_left(b"ann")
     outbox.append(message(CHUNK, 2, "ann"))
     outbox.append(message(50, 3, "ann"))
-    given = taken_back(outbox)
-    assert [(queued.frame, queued.orphaned) for queued in given] == [
+    unsent = take_unsent(outbox)
+    assert [(queued.frame, queued.orphaned) for queued in unsent] == [
         (message(50, 1, "ann"), True),
         (message(50, 1, "bob"), False),
         (message(CHUNK, 2, "ann"), False),
@@ -213,9 +215,9 @@ def test_senders_that_left_are_told_from_those_that_came_after() -> None:
     ]
 
 
-def test_nobody_is_remembered_where_nothing_waits() -> None:
-    """A sender that leaves an empty outbox leaves no trace, and one whose bytes were
-    taken none either.
+def test_outbox_empty_forgets_disconnected_sender() -> None:
+    """A sender that leaves an empty outbox leaves no entry. One whose bytes have been
+    written leaves none either.
     """
     outbox = StreamOutbox(1000)
     outbox.sender_left(b"ann")
@@ -226,33 +228,33 @@ def test_nobody_is_remembered_where_nothing_waits() -> None:
     outbox.sent(50)
     assert outbox._left == {}
     outbox.append(message(50))
-    assert not taken_back(outbox)[0].orphaned
+    assert not take_unsent(outbox)[0].orphaned
 
 
-def dropping(*frames: Queued, limit: int = 100) -> FrameOutbox:
-    """Return an outbox in which these wait."""
+def outbox_with(*frames: Queued, limit: int = 100) -> FrameOutbox:
+    """Return an outbox in which these frames wait."""
     outbox = FrameOutbox(limit)
     for queued in frames:
         outbox.put(queued)
     return outbox
 
 
-def test_the_oldest_are_dropped_until_there_is_room() -> None:
-    """No more is dropped than has to be."""
+def test_outbox_drop_oldest_drops_only_until_there_is_room() -> None:
+    """No more frames are dropped than necessary."""
     first, second, third = (Queued(message(30, number)) for number in range(3))
-    outbox = dropping(first, second, third)
+    outbox = outbox_with(first, second, third)
     assert outbox.drop_oldest(40) == [first]
     assert outbox.waiting == 60
     assert outbox.drop_oldest(40) == []
     assert b"".join(outbox.pieces()) == second.frame + third.frame
 
 
-def test_a_frame_that_was_begun_is_not_dropped() -> None:
-    """What the system has a part of goes out whole; when nothing else is left there is
-    room for anything.
+def test_outbox_drop_oldest_keeps_partly_written_frame() -> None:
+    """A partly written frame is sent whole. If no other frame is left, there is room
+    for any frame.
     """
     first, second = Queued(message(30, 1)), Queued(message(30, 2))
-    outbox = dropping(first, second)
+    outbox = outbox_with(first, second)
     outbox.sent(1)
     assert outbox.drop_oldest(100) == [second]
     assert outbox.waiting == 29
@@ -260,22 +262,22 @@ def test_a_frame_that_was_begun_is_not_dropped() -> None:
     assert b"".join(outbox.pieces()) == first.frame[1:]
 
 
-def test_answers_are_passed_over_when_the_oldest_are_dropped() -> None:
+def test_outbox_drop_oldest_skips_answers() -> None:
     """A kept frame stays in its place."""
     answer, first, second = (
         Queued(message(30, 1), kept=True),
         Queued(message(30, 2)),
         Queued(message(30, 3)),
     )
-    outbox = dropping(answer, first, second)
+    outbox = outbox_with(answer, first, second)
     assert outbox.drop_oldest(40) == [first]
     assert b"".join(outbox.pieces()) == answer.frame + second.frame
 
 
-def test_nothing_is_dropped_in_vain() -> None:
-    """Where what may be dropped would not make room, all of it stays, in order."""
+def test_outbox_drop_oldest_without_effect_drops_nothing() -> None:
+    """If dropping could not make enough room, all frames stay, in order."""
     answer, first = Queued(message(90, 1), kept=True), Queued(message(20, 2))
-    outbox = dropping(first, answer, limit=120)
+    outbox = outbox_with(first, answer, limit=120)
     outbox.put(Queued(message(20, 3)))
     before = b"".join(outbox.pieces())
     assert outbox.drop_oldest(50) is None
@@ -284,9 +286,9 @@ def test_nothing_is_dropped_in_vain() -> None:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 30, CHUNK, CHUNK + 30, 2 * CHUNK + 30, 3 * CHUNK])
-def test_what_another_process_filled_is_counted_too(taken: int) -> None:
-    """An outbox that goes on where another one stopped knows how many frames were not
-    taken, and so after more.
+def test_outbox_refilled_after_upgrade_counts_unsent_frames(taken: int) -> None:
+    """An outbox that continues another one knows how many frames are unsent, and so
+    after more are queued.
     """
     first, second = StreamOutbox(1 << 30), StreamOutbox(1 << 30)
     for size in (30, CHUNK, 30, CHUNK, 30):
@@ -299,11 +301,11 @@ def test_what_another_process_filled_is_counted_too(taken: int) -> None:
     for outbox in (first, second):
         outbox.sent(taken)
     assert second.unsent == first.unsent
-    assert len(taken_back(second)) == len(taken_back(first))
+    assert len(take_unsent(second)) == len(take_unsent(first))
 
 
-def test_dropping_the_oldest_costs_the_same_whatever_else_waits() -> None:
-    """However many frames that stay lie before it, the oldest of the others is found at
+def test_outbox_drop_oldest_behind_many_kept_frames_is_fast() -> None:
+    """However many kept frames lie before it, the oldest droppable frame is found at
     once.
     """
 
@@ -320,9 +322,9 @@ def test_dropping_the_oldest_costs_the_same_whatever_else_waits() -> None:
     assert seconds(50_000) < 20 * min(seconds(1) for _ in range(5)) + 0.05
 
 
-def test_frames_that_stay_and_frames_that_may_go_keep_their_order() -> None:
-    """Both kinds come out in the order in which they were put, whatever was dropped in
-    between.
+def test_outbox_kept_and_droppable_frames_stay_in_order() -> None:
+    """Both kinds are written in the order in which they were queued, whatever was
+    dropped in between.
     """
     outbox = FrameOutbox(10_000)
     expected = []
@@ -337,20 +339,20 @@ def test_frames_that_stay_and_frames_that_may_go_keep_their_order() -> None:
     assert outbox.queue() == expected
     outbox.sent(45)
     assert outbox.queue() == expected[1:]
-    again = FrameOutbox(10_000)
-    again.refill(outbox.queue(), outbox.begun)
-    assert b"".join(again.pieces()) == b"".join(outbox.pieces())
-    assert again.waiting == outbox.waiting
-    assert [queued.frame for queued in taken_back(again)] == [
+    copy = FrameOutbox(10_000)
+    copy.refill(outbox.queue(), outbox.begun)
+    assert b"".join(copy.pieces()) == b"".join(outbox.pieces())
+    assert copy.waiting == outbox.waiting
+    assert [queued.frame for queued in take_unsent(copy)] == [
         queued.frame for queued in expected[1:]
     ]
 
 
-def test_dropping_may_be_done_in_turns() -> None:
-    """No more frames are dropped at once than asked for; the outbox says when there is
-    room.
+def test_outbox_drop_oldest_in_turns_is_bounded() -> None:
+    """No more frames are dropped at once than the given limit; the outbox says when
+    there is room.
     """
-    outbox = dropping(*(Queued(message(20, number)) for number in range(5)))
+    outbox = outbox_with(*(Queued(message(20, number)) for number in range(5)))
     assert len(outbox.drop_oldest(60, 2) or ()) == 2
     assert not outbox.has_made_room(60)
     assert len(outbox.drop_oldest(60, 2) or ()) == 1
