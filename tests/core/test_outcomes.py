@@ -16,13 +16,13 @@ from brokerd.core.replies import OUTCOME_RESERVE
 from brokerd_client.wire.envelope import BROKER, Envelope, Kind
 
 
-def test_a_frame_after_a_held_one_begins_anew() -> None:
-    """A frame that was held and then passed leaves nothing behind that the next frame
-    is judged by.
+def test_message_after_held_one_is_judged_afresh() -> None:
+    """A message that was held and then passed has no effect on how the next one is
+    judged.
     """
     net = FakeNet(client("ann"), client("bob", queue=100))
     ann, bob = net.connect("ann"), net.connect("bob")
-    ann.message("bob", b"the route is known from here on")
+    ann.message("bob", b"the route is cached from here on")
     bob.take()
     bob.block()
     for _ in range(3):
@@ -39,11 +39,11 @@ def test_a_frame_after_a_held_one_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("when_full", [WhenFull.WAIT, WhenFull.DROP_OLDEST])
-def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(
+def test_session_reconnected_gets_no_errors_of_its_predecessor(
     when_full: WhenFull,
 ) -> None:
-    """A connection hears of its own messages only, though an earlier one with its name
-    had the same ids.
+    """A connection is told of its own messages only, though an earlier one with its
+    name used the same ids.
     """
     net = FakeNet(client("ann"), client("bob", when_full=when_full))
     first, bob = net.connect("ann"), net.connect("bob")
@@ -61,9 +61,9 @@ def test_a_name_that_came_back_hears_nothing_of_its_predecessors_messages(
     assert net.broker.replies.dropped == 2
 
 
-def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
-    """The bytes of a sender that went are told from its successor's by their place,
-    however many passed since.
+def test_session_reconnected_gets_errors_of_its_own_messages() -> None:
+    """The bytes of a former sender are told from its successor's by their position,
+    however many bytes have been written since.
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -78,8 +78,8 @@ def test_what_a_predecessor_left_is_forgotten_once_it_is_taken() -> None:
     assert [each.id for each in second.take()] == [3, 4]
 
 
-def test_a_client_that_drops_the_oldest_never_loses_an_answer() -> None:
-    """Answers to what a client sent itself are not dropped for newer messages: they are
+def test_drop_oldest_never_drops_answers() -> None:
+    """Answers to a client's own messages are not dropped for newer messages: they are
     its outcomes.
     """
     net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=500), client("bob"))
@@ -103,9 +103,9 @@ def test_a_client_that_drops_the_oldest_never_loses_an_answer() -> None:
     assert got[-1].payload == b"49" * 10
 
 
-def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
-    """A message that finds no room although nothing may be dropped is refused, and
-    nothing was dropped for it.
+def test_drop_oldest_queue_full_of_answers_refuses_message() -> None:
+    """A message that finds no room is refused if nothing may be dropped; then nothing
+    is dropped for it.
     """
     net = FakeNet(client("ann", when_full=WhenFull.DROP_OLDEST, queue=150), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -118,8 +118,10 @@ def test_where_only_answers_wait_there_is_nothing_to_drop() -> None:
     assert [each.id for each in ann.take()] == [1, 2]
 
 
-def test_refused_reply_for_want_of_room_ends_the_request() -> None:
-    """The requester hears of it in its own queue, and another answer comes too late."""
+def test_reply_refused_as_full_ends_request() -> None:
+    """The requester receives the ERROR in its own queue, and another answer comes too
+    late.
+    """
     net = FakeNet(client("ann", when_full=WhenFull.REFUSE, queue=60), client("bob", send_to=[]))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 9)
@@ -141,11 +143,11 @@ def test_refused_reply_for_want_of_room_ends_the_request() -> None:
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 @pytest.mark.parametrize("code", ["too_large", "rate_limited", "expired", "unsupported"])
 @pytest.mark.parametrize("connections", [1, 2])
-def test_refused_answer_is_reported_to_the_requester_at_once(
+def test_answer_refused_is_reported_to_requester_at_once(
     kind: Kind, code: str, connections: int
 ) -> None:
-    """The requester gets the refusal's code with its request's id, and the answerer's
-    name; the request is over.
+    """The requester gets the refusal's code with the id of its request and the
+    responder's name. The request is over.
     """
     rate = RateConfig(1 if code == "rate_limited" else None, None)
     bob_config = client("bob", send_to=[], rate=rate, connections=connections)
@@ -163,21 +165,21 @@ def test_refused_answer_is_reported_to_the_requester_at_once(
 
     (error,) = ann.take()
     assert (error.kind, error.id, error.name, error_of(error)) == (Kind.ERROR, 9, BROKER, code)
-    said = json.loads(error.payload)
-    assert said["name"] == bob.address
-    assert bob.address in said["message"]
+    content = json.loads(error.payload)
+    assert content["name"] == bob.address
+    assert bob.address in content["message"]
     # An ERROR that can't be delivered is not answered by another, but for its size,
     # which is judged before its kind.
-    heard = [] if kind is Kind.ERROR and code != "too_large" else [(9, code)]
-    assert [(each.id, error_of(each)) for each in bob.take()] == heard
+    expected = [] if kind is Kind.ERROR and code != "too_large" else [(9, code)]
+    assert [(each.id, error_of(each)) for each in bob.take()] == expected
     assert not ann.session.outgoing_requests
     assert not bob.session.incoming_requests
 
 
-def test_a_long_message_that_replaces_many_does_so_in_turns(
+def test_drop_oldest_for_long_message_works_in_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A queue of short messages gives way little by little, and other senders have
+    """A queue of short messages is dropped a few at a time, and other senders have
     their turn in between.
     """
     monkeypatch.setattr(delivery, "_DROPPED", 3)
@@ -189,14 +191,14 @@ def test_a_long_message_that_replaces_many_does_so_in_turns(
     dropped, counts = net.broker.replies.dropped, []
     feed = net.feed
 
-    def watched(*arguments: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         before = net.broker.replies.dropped
         try:
             return feed(*arguments)
         finally:
             counts.append(net.broker.replies.dropped - before)
 
-    net.feed = watched
+    net.feed = counted
     ann.message("bob", b"y" * 1900, 99)
     assert max(counts) == 3
     assert net.broker.replies.dropped - dropped > 30
@@ -204,7 +206,7 @@ def test_a_long_message_that_replaces_many_does_so_in_turns(
     assert [each.id for each in bob.take()][-1] == 99
 
 
-def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
+def test_drop_oldest_with_unrequested_replies_still_makes_room() -> None:
     """A REPLY without a request takes no room, so that a newer message still replaces
     an older one.
     """
@@ -219,9 +221,9 @@ def test_new_messages_replace_old_ones_behind_unasked_answers() -> None:
     assert [each.id for each in bob.take()][-1] == 149
 
 
-def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
-    """Errors about oversized frames count like any others: their sender is not read
-    from until it reads.
+def test_sender_of_oversized_frames_not_reading_errors_is_held() -> None:
+    """Errors about oversized frames count like any others: nothing is read from the
+    sender until it reads.
     """
     net = FakeNet(client("ann", queue=1000), limits=CoreLimits(max_message=1))
     ann = net.connect("ann")
@@ -236,9 +238,9 @@ def test_oversized_frames_hold_a_sender_that_does_not_read_its_errors() -> None:
     assert [each.id for each in ann.take()][-3:] == [1, 2, 3]
 
 
-def test_whoever_waited_longest_is_let_in_first() -> None:
-    """When there is room again, it goes to the sender whose message has waited longest,
-    not to the one heard first.
+def test_sender_held_longest_is_released_first() -> None:
+    """New room goes to the sender whose message has waited longest, not to the sender
+    that was held first.
     """
     net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
     ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
@@ -258,8 +260,8 @@ def test_whoever_waited_longest_is_let_in_first() -> None:
     assert [payload[:1] for payload in bob.payloads()] == [b"1", b"2", b"c"]
 
 
-def test_who_waits_for_a_pool_goes_on_with_whichever_member_has_room() -> None:
-    """A sender held because a pool is full goes on as soon as any member reads, though
+def test_sender_held_for_pool_is_released_when_any_member_reads() -> None:
+    """A sender held because a pool is full goes on as soon as one member reads, though
     another still does not.
     """
     net = FakeNet(client("ann"), client("pool", connections=2, queue=100))
@@ -276,8 +278,8 @@ def test_who_waits_for_a_pool_goes_on_with_whichever_member_has_room() -> None:
     assert not dead.got
 
 
-def test_who_waits_for_a_pool_goes_on_with_a_new_member() -> None:
-    """A connection that joins a full pool takes what waits for room."""
+def test_sender_held_for_pool_is_released_when_member_joins() -> None:
+    """A connection that joins a full pool receives the message that waits for room."""
     net = FakeNet(client("ann"), client("pool", connections=2, queue=50))
     ann, one = net.connect("ann"), net.connect("pool")
     one.block()
@@ -289,7 +291,7 @@ def test_who_waits_for_a_pool_goes_on_with_a_new_member() -> None:
     assert len(two.take()) == 1
 
 
-def test_groups_take_turns_however_many_there_are() -> None:
+def test_event_groups_of_equal_size_take_turns() -> None:
     """Members of two groups of equal size each get every other event."""
     net = FakeNet(client("ann"), client("pool", connections=4))
     ann = net.connect("ann")
@@ -301,9 +303,9 @@ def test_groups_take_turns_however_many_there_are() -> None:
     assert [len(member.take()) for member in members] == [2, 2, 2, 2]
 
 
-def test_a_group_is_told_of_presence_through_a_member_that_may_see_it() -> None:
-    """A presence event goes to a member of the group that may know of the client, not
-    to one that may not.
+def test_presence_in_group_goes_to_permitted_member() -> None:
+    """A presence event goes to a member of the group that may see the client, not to
+    one that may not.
     """
     net = FakeNet(client("ann"), client("cid", send_to=["ann"]), client("bob"))
     cid, ann = net.connect("cid"), net.connect("ann")
@@ -315,9 +317,9 @@ def test_a_group_is_told_of_presence_through_a_member_that_may_see_it() -> None:
     assert not cid.take()
 
 
-def test_a_group_member_with_room_is_preferred() -> None:
-    """An event goes to the member that can take it, though one that can't has fewer
-    bytes waiting.
+def test_event_group_member_with_room_is_preferred() -> None:
+    """An event goes to the member that has room for it, though one without room has
+    fewer bytes waiting.
     """
     small, large = client("small", queue=100), client("large")
     net = FakeNet(client("ann"), small, large)
@@ -333,8 +335,8 @@ def test_a_group_member_with_room_is_preferred() -> None:
     assert len(large_peer.take()) == 2
 
 
-def test_a_smaller_queue_holds_at_once() -> None:
-    """A quota made smaller by a reload is the one that the next message meets."""
+def test_queue_made_smaller_by_reload_applies_at_once() -> None:
+    """A quota made smaller by a reload applies to the next message."""
     net = FakeNet(client("ann"), client("bob", queue=100_000, when_full=WhenFull.REFUSE))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
@@ -347,8 +349,8 @@ def test_a_smaller_queue_holds_at_once() -> None:
     assert ann.error() == (4, "full")
 
 
-def test_a_request_to_the_broker_has_its_receipt() -> None:
-    """RECEIPT is promised for everything sent, and an operation is no exception."""
+def test_receipt_of_request_to_broker_is_sent() -> None:
+    """Every frame with the flag RECEIPT gets one, and an operation is no exception."""
     net = FakeNet(client("ann"))
     ann = net.connect("ann")
     ann.request("$broker", b'{"op": "ping"}', 3, receipt=True)
@@ -361,9 +363,9 @@ def test_a_request_to_the_broker_has_its_receipt() -> None:
     ]
 
 
-def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
-    """A client removed and configured again may have two connections for a moment,
-    which count for themselves.
+def test_request_ended_by_limit_keeps_same_id_of_other_session() -> None:
+    """A client removed and configured again may have two connections for a moment; each
+    counts its own requests.
     """
     net = FakeNet(client("ann", requests=1), client("bob"))
     bob, older = net.connect("bob"), net.connect("ann")
@@ -382,33 +384,33 @@ def test_a_request_given_up_leaves_a_namesakes_request_of_the_same_id() -> None:
     assert newer.payloads() == [b"answer"]
 
 
-def test_a_successor_under_one_name_is_not_mixed_up_with_who_is_still_there() -> None:
-    """A client removed and configured again may have two connections for a moment; the
-    older one's end ends its own.
+def test_request_of_former_session_ends_without_effect_on_new_one() -> None:
+    """A client removed and configured again may have two connections for a moment. The
+    end of the older one ends its own requests only.
     """
     net = FakeNet(client("ann"), client("bob"))
-    old, bob = net.connect("ann"), net.connect("bob")
-    old.request("bob", b"?", 1)
+    older, bob = net.connect("ann"), net.connect("bob")
+    older.request("bob", b"?", 1)
     (outgoing_requests,) = bob.take()
     net.broker.reconfigure({"bob": client("bob")}, net.broker.status.limits, net.now)
     net.broker.reconfigure(
         {"ann": client("ann"), "bob": client("bob")}, net.broker.status.limits, net.now
     )
-    new = net.connect("ann")
-    new.request("bob", b"?", 1)
-    old.leave()
+    newer = net.connect("ann")
+    newer.request("bob", b"?", 1)
+    older.leave()
     bob.reply(outgoing_requests.name, b"!", 1)
-    assert new.payloads() == [b"!"]
+    assert newer.payloads() == [b"!"]
     assert not bob.session.incoming_requests
-    assert not new.session.outgoing_requests
+    assert not newer.session.outgoing_requests
 
 
 @pytest.mark.parametrize("end", ["read", "leave", "timeout"])
-def test_very_many_held_senders_are_released_in_turns(
+def test_sender_held_among_many_is_released_in_turns(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each turn releases a few, those that have waited longest first; every message has
-    one outcome.
+    """Each turn releases a few senders, those that have waited longest first; every
+    message has one outcome.
     """
     monkeypatch.setattr(held_senders_module, "_RELEASED", 3)
     names = [f"s{number:02}" for number in range(20)]

@@ -81,7 +81,7 @@ def problems_of(module: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda path: path.stem)
-def test_part_uses_only_parts_below_it(path: Path) -> None:
+def test_core_module_imports_only_lower_modules(path: Path) -> None:
     """Imports for type annotations count too."""
     assert problems_of(path.stem, path.read_text(encoding="utf-8")) == []
 
@@ -99,8 +99,8 @@ def test_part_uses_only_parts_below_it(path: Path) -> None:
         ("exchange", "Operation = 'Callable[[Broker, int], None]'"),
     ],
 )
-def test_part_that_uses_a_part_above_it_is_found(module: str, line: str) -> None:
-    """The check sees each kind of fault."""
+def test_core_module_importing_higher_module_is_reported(module: str, line: str) -> None:
+    """The check detects each kind of fault."""
     assert problems_of(module, line)
 
 
@@ -129,8 +129,8 @@ class Entries:
         return frame.f_code.co_filename == broker_module.__file__
 
 
-def test_broker_that_handles_a_frame_is_not_entered_again() -> None:
-    """Every kind of frame, delivered, held, refused and answered."""
+def test_broker_handling_frame_is_not_entered_again() -> None:
+    """Every kind of frame is tried: delivered, held, refused and answered."""
     net = FakeNet(
         client("ann", admin=True, requests=1),
         client("bob", queue=200),

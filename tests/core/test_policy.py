@@ -1,4 +1,4 @@
-"""Who may do what, and by which rule."""
+"""What the rules of a client allow, and which rule allows it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from brokerd.core.policy import Policy
         ([], "bob", None),
     ],
 )
-def test_send_to_holds_shell_patterns(send_to: list[str], name: str, rule: str | None) -> None:
-    """The rule that allows sending is named, or there is none."""
-    found = Policy(client("ann", send_to=send_to)).sending(name)
-    assert (None if found is None else found.pattern) == rule
+def test_policy_send_to_matches_shell_patterns(
+    send_to: list[str], name: str, rule: str | None
+) -> None:
+    """The rule that allows sending is returned, or None."""
+    allowing_rule = Policy(client("ann", send_to=send_to)).sending(name)
+    assert (None if allowing_rule is None else allowing_rule.pattern) == rule
 
 
-def test_publishing_follows_topic_patterns_and_never_reaches_the_brokers_own() -> None:
+def test_policy_publish_matches_topics_except_those_of_broker() -> None:
     """``>`` allows every topic but those that begin with ``$``, and no rule can allow
     those.
     """
@@ -41,7 +43,7 @@ def test_publishing_follows_topic_patterns_and_never_reaches_the_brokers_own() -
     assert Policy(client("ann")).publishing("$x") is None
 
 
-def test_subscribing_needs_one_rule_for_the_whole_pattern() -> None:
+def test_policy_subscribe_needs_one_rule_for_whole_pattern() -> None:
     """Two rules that only together cover a pattern do not allow it."""
     policy = Policy(client("ann", subscribe=["a.*", "a.*.>"]))
     assert policy.subscribing("a.b") == Rule("a.*")
@@ -49,15 +51,15 @@ def test_subscribing_needs_one_rule_for_the_whole_pattern() -> None:
     assert policy.subscribing("a.>") is None
 
 
-def test_an_answer_says_where_its_rule_stands() -> None:
-    """The rule found is the one of the configuration, with its place in the file."""
+def test_policy_rule_has_its_place_in_configuration() -> None:
+    """The returned rule is the one of the configuration, with its place in the file."""
     rule = Rule("bob", Source("brokerd.yaml", 7))
-    found = Policy(client("ann", send_to=[rule])).sending("bob")
-    assert found is not None
-    assert str(found.source) == "brokerd.yaml:7"
+    allowing_rule = Policy(client("ann", send_to=[rule])).sending("bob")
+    assert allowing_rule is not None
+    assert str(allowing_rule.source) == "brokerd.yaml:7"
 
 
-def test_admin_is_taken_from_the_entry() -> None:
-    """Only who is configured so is an administrator."""
+def test_policy_admin_is_taken_from_entry() -> None:
+    """Only a client configured with admin: true is an administrator."""
     assert Policy(client("ops", admin=True)).admin
     assert not Policy(client("ann")).admin

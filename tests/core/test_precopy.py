@@ -1,5 +1,5 @@
-"""What is copied before the hand-over, and what becomes of it when it changes
-meanwhile.
+"""State copied before the handover, and its changes between the copy and the
+handover.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pool(**changes: Any) -> FakeNet:
     )
 
 
-def test_frames_that_left_and_came_meanwhile_arrive_in_order() -> None:
+def test_precopy_queue_changed_meanwhile_arrives_in_order() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
@@ -52,7 +52,7 @@ def test_frames_that_left_and_came_meanwhile_arrive_in_order() -> None:
     assert worker.payloads() == [b"%d" % number for number in range(9)]
 
 
-def test_queue_that_was_read_to_its_end_meanwhile_begins_anew() -> None:
+def test_precopy_queue_read_to_its_end_meanwhile_is_restored() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
@@ -63,7 +63,7 @@ def test_queue_that_was_read_to_its_end_meanwhile_begins_anew() -> None:
     assert worker.payloads() == [b"0", b"1", b"2"]
 
 
-def test_answers_keep_their_places_among_copied_frames() -> None:
+def test_precopy_answers_keep_their_places_among_copied_frames() -> None:
     net = pool()
     alice, bob, worker = net.connect("alice"), net.connect("bob"), net.connect("pool")
     for number in (1, 2):
@@ -83,7 +83,7 @@ def test_answers_keep_their_places_among_copied_frames() -> None:
     assert worker.payloads() == [b"a", b"first", b"b", b"second", b"c"]
 
 
-def test_oldest_frames_that_were_dropped_meanwhile_stay_dropped() -> None:
+def test_precopy_frames_dropped_meanwhile_stay_dropped() -> None:
     net = FakeNet(client("alice"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=100))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
@@ -97,7 +97,7 @@ def test_oldest_frames_that_were_dropped_meanwhile_stay_dropped() -> None:
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_failure_of_a_copied_frame_is_reported_to_the_same_sender_only(leaves: bool) -> None:
+def test_precopy_frame_undelivered_is_reported_to_same_session_only(leaves: bool) -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
@@ -108,12 +108,12 @@ def test_failure_of_a_copied_frame_is_reported_to_the_same_sender_only(leaves: b
             alice.leave()
 
     net.hand_over(meanwhile=meanwhile)
-    new_process = net.connect("alice") if leaves else alice
+    session = net.connect("alice") if leaves else alice
     worker.leave()
-    assert [each.id for each in new_process.take()] == ([] if leaves else [7])
+    assert [each.id for each in session.take()] == ([] if leaves else [7])
 
 
-def test_member_that_left_meanwhile_leaves_its_frames_to_another() -> None:
+def test_precopy_pool_member_left_meanwhile_passes_on_its_frames() -> None:
     net = pool()
     alice, first, second = net.connect("alice"), net.connect("pool"), net.connect("pool")
     first.block()
@@ -125,7 +125,7 @@ def test_member_that_left_meanwhile_leaves_its_frames_to_another() -> None:
     assert sorted(second.payloads()) == [b"0", b"1", b"2", b"3"]
 
 
-def test_frame_whose_sender_left_during_an_upgrade_is_copied_in_the_next_one() -> None:
+def test_precopy_frame_of_disconnected_sender_is_copied_again() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
@@ -136,7 +136,7 @@ def test_frame_whose_sender_left_during_an_upgrade_is_copied_in_the_next_one() -
     assert worker.payloads() == [b"x"]
 
 
-def test_ttl_of_a_copied_frame_goes_on() -> None:
+def test_precopy_frame_ttl_continues() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
@@ -149,7 +149,7 @@ def test_ttl_of_a_copied_frame_goes_on() -> None:
     assert alice.error() == (1, "expired")
 
 
-def test_subscriptions_that_came_and_ended_meanwhile_are_as_they_were() -> None:
+def test_precopy_subscriptions_changed_meanwhile_are_current() -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     for topic in ("a", "b", "c"):
@@ -170,7 +170,7 @@ def test_subscriptions_that_came_and_ended_meanwhile_are_as_they_were() -> None:
     assert len(net.broker.topics) == 3
 
 
-def test_subscriptions_of_a_session_that_left_meanwhile_are_gone() -> None:
+def test_precopy_subscriptions_of_session_closed_meanwhile_are_gone() -> None:
     net = pool()
     bob = net.connect("bob")
     bob.ask("subscribe", topic="a")
@@ -178,7 +178,7 @@ def test_subscriptions_of_a_session_that_left_meanwhile_are_gone() -> None:
     assert len(net.broker.topics) == 0
 
 
-def test_subscriptions_that_new_rules_forbid_are_not_restored() -> None:
+def test_precopy_subscriptions_forbidden_by_new_rules_are_dropped() -> None:
     net = pool()
     bob = net.connect("bob")
     for topic in ("a", "b"):
@@ -187,7 +187,7 @@ def test_subscriptions_that_new_rules_forbid_are_not_restored() -> None:
     assert (len(net.broker.topics), bob.session.subscriptions) == (1, {("a", None)})
 
 
-def test_subscriptions_of_a_name_that_is_gone_end() -> None:
+def test_precopy_subscriptions_of_removed_client_end() -> None:
     net = pool()
     bob = net.connect("bob")
     bob.ask("subscribe", topic="a")
@@ -215,7 +215,7 @@ def frames_of(net: FakeNet) -> tuple[dict[str, Any], list[bytes]]:
         {"frames": None},
     ],
 )
-def test_block_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
+def test_precopy_block_contradicting_itself_is_refused(change: dict[str, Any]) -> None:
     net = pool()
     facts, blobs = frames_of(net)
     with pytest.raises(BadSnapshot):
@@ -233,7 +233,7 @@ def test_block_that_contradicts_itself_is_refused(change: dict[str, Any]) -> Non
         (4, b"short"),
     ],
 )
-def test_block_whose_bytes_make_no_sense_is_refused(which: int, blob: bytes) -> None:
+def test_precopy_block_with_invalid_bytes_is_refused(which: int, blob: bytes) -> None:
     net = pool()
     facts, blobs = frames_of(net)
     blobs[which] = blob
@@ -241,20 +241,20 @@ def test_block_whose_bytes_make_no_sense_is_refused(which: int, blob: bytes) -> 
         Copies(Broker()).add(facts, memoryview(b"".join(blobs)), net.now)
 
 
-def test_hand_over_without_the_copied_frames_is_refused() -> None:
+def test_precopy_restore_without_copied_frames_is_refused() -> None:
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
     worker.block()
     alice.message("pool", b"x")
     copier = Copier(net.broker, few=1)
     list(copier.blocks(net.now))
-    taken = capture(net.broker, [alice.session, worker.session], net.now, copier)
-    fresh = Broker([each.config for each in net.broker.exchange.clients.values()])
+    snapshot = capture(net.broker, [alice.session, worker.session], net.now, copier)
+    new_broker = Broker([each.config for each in net.broker.exchange.clients.values()])
     with pytest.raises(BadSnapshot, match="other ones were copied"):
-        restore(fresh, taken.facts, Pieces(b"".join(taken.pieces)), net.now)
+        restore(new_broker, snapshot.facts, Pieces(b"".join(snapshot.pieces)), net.now)
 
 
-def test_blocks_of_long_frames_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precopy_blocks_of_long_frames_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precopy, "_BYTES", 100)
     net = pool()
     alice, worker = net.connect("alice"), net.connect("pool")
@@ -266,16 +266,16 @@ def test_blocks_of_long_frames_are_small(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copier.copied(worker.session) == (0, 4)
 
 
-def test_subscription_that_is_copied_twice_counts_once() -> None:
+def test_precopy_subscription_copied_twice_counts_once() -> None:
     net = pool()
     bob = net.connect("bob")
     bob.ask("subscribe", topic="a")
     ((facts, _),) = Copier(net.broker, few=1).blocks(net.now)
-    fresh = Broker([each.config for each in net.broker.exchange.clients.values()])
-    copies = Copies(fresh)
+    new_broker = Broker([each.config for each in net.broker.exchange.clients.values()])
+    copies = Copies(new_broker)
     for _ in range(2):
         copies.add(json.loads(json.dumps(facts)), memoryview(b""), net.now)
-    assert len(fresh.topics) == 1
+    assert len(new_broker.topics) == 1
 
 
 def idle_facts(**changes: Any) -> dict[str, Any]:
@@ -288,16 +288,16 @@ def idle_facts(**changes: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(facts)), **changes}
 
 
-def test_idle_sessions_are_not_captured_again() -> None:
+def test_precopy_idle_session_is_not_captured_again() -> None:
     net = pool()
     peers = [net.connect(name) for name in ("alice", "bob", "pool", "pool")]
     copier = Copier(net.broker)
     for peer in peers:
         assert capture_idle(net.broker, peer.session, net.now, copier) is not None
         assert capture_idle(net.broker, peer.session, net.now, copier) is None
-    taken = capture(net.broker, [peer.session for peer in peers], net.now, copier)
-    for what in ("sessions", "outboxes", "clients", "counts", "gone"):
-        assert not taken.facts[what]
+    snapshot = capture(net.broker, [peer.session for peer in peers], net.now, copier)
+    for key in ("sessions", "outboxes", "clients", "counts", "gone"):
+        assert not snapshot.facts[key]
 
 
 @pytest.mark.parametrize(
@@ -317,9 +317,9 @@ def test_idle_sessions_are_not_captured_again() -> None:
         }
     ),
 )
-def test_session_is_not_as_copied_once_what_is_captured_of_it_changes(attribute: str) -> None:
-    """What the list of captured attributes leaves out never changes, or only with what
-    is in it.
+def test_precopy_session_with_changed_attribute_is_not_as_copied(attribute: str) -> None:
+    """An attribute that is missing in the list of captured ones never changes, or
+    changes only with one in the list.
     """
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -338,7 +338,7 @@ def test_session_is_not_as_copied_once_what_is_captured_of_it_changes(attribute:
     assert not copier.is_as_copied(bob.session)
 
 
-def test_outbox_that_has_something_new_is_not_as_copied() -> None:
+def test_precopy_session_with_new_message_is_not_as_copied() -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     copier = Copier(net.broker)
@@ -349,7 +349,7 @@ def test_outbox_that_has_something_new_is_not_as_copied() -> None:
 
 
 @pytest.mark.parametrize("blocked", [False, True])
-def test_session_that_is_busy_is_not_copied(blocked: bool) -> None:
+def test_precopy_busy_session_is_not_copied(blocked: bool) -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     if blocked:
@@ -361,7 +361,7 @@ def test_session_that_is_busy_is_not_copied(blocked: bool) -> None:
     assert capture_idle(net.broker, bob.session, net.now, Copier(net.broker)) is None
 
 
-def test_message_and_presence_after_an_idle_session_was_copied_arrive_once() -> None:
+def test_precopy_message_and_presence_after_copy_arrive_once() -> None:
     net = pool()
     alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
     carol.ask("subscribe", topic="$broker.>")
@@ -391,7 +391,9 @@ def test_message_and_presence_after_an_idle_session_was_copied_arrive_once() -> 
         ("client", {"levels": [1.0, None]}),
     ],
 )
-def test_idle_session_that_can_not_be_one_is_refused(part: str, changes: dict[str, Any]) -> None:
+def test_precopy_idle_session_with_invalid_facts_is_refused(
+    part: str, changes: dict[str, Any]
+) -> None:
     net = pool()
     facts = idle_facts()
     restore_idle(net.broker, facts, net.now, Copies(net.broker))
@@ -416,9 +418,7 @@ def test_idle_session_that_can_not_be_one_is_refused(part: str, changes: dict[st
         ({"gone": [None]}, "whole number"),
     ],
 )
-def test_number_of_a_session_that_was_not_copied_so_is_refused(
-    change: dict[str, Any], expected: str
-) -> None:
+def test_precopy_wrong_session_number_is_refused(change: dict[str, Any], expected: str) -> None:
     net = pool()
     bob = net.connect("bob")
     assert bob.session.number == 1
@@ -426,19 +426,19 @@ def test_number_of_a_session_that_was_not_copied_so_is_refused(
     idle = capture_idle(net.broker, bob.session, net.now, copier)
     facts = capture(net.broker, [bob.session], net.now, copier).facts
     for changed in ({}, change):
-        fresh = Broker([client("bob")])
-        copies = Copies(fresh)
-        restore_idle(fresh, json.loads(json.dumps(idle)), net.now, copies)
+        new_broker = Broker([client("bob")])
+        copies = Copies(new_broker)
+        restore_idle(new_broker, json.loads(json.dumps(idle)), net.now, copies)
         if changed:
             with pytest.raises(BadSnapshot, match=expected):
-                restore(fresh, {**facts, **changed}, Pieces(b""), net.now, copies)
+                restore(new_broker, {**facts, **changed}, Pieces(b""), net.now, copies)
         else:
-            restore(fresh, facts, Pieces(b""), net.now, copies)
-            assert [session.number for session in fresh.exchange.sessions()] == [1]
+            restore(new_broker, facts, Pieces(b""), net.now, copies)
+            assert [session.number for session in new_broker.exchange.sessions()] == [1]
 
 
-def test_facts_of_the_formats_before_list_every_session() -> None:
-    """Those that they do not list have left; whatever is listed by its number is as
+def test_precopy_facts_of_older_formats_list_every_session() -> None:
+    """Sessions that they do not list have closed; a session listed by its number is as
     copied.
     """
     net = pool()
@@ -448,17 +448,17 @@ def test_facts_of_the_formats_before_list_every_session() -> None:
     facts = capture(net.broker, [], net.now, copier).facts
     facts |= {"sessions": [2], "outboxes": [None]}
     del facts["counts"], facts["gone"]
-    fresh = Broker([client("alice"), client("bob")])
-    copies = Copies(fresh)
+    new_broker = Broker([client("alice"), client("bob")])
+    copies = Copies(new_broker)
     for each in copied:
-        restore_idle(fresh, json.loads(json.dumps(each)), net.now, copies)
+        restore_idle(new_broker, json.loads(json.dumps(each)), net.now, copies)
     adapt(facts, copies)
-    restored = restore(fresh, facts, Pieces(b""), net.now, copies)
-    assert restored.sessions == list(fresh.exchange.sessions())
+    restored = restore(new_broker, facts, Pieces(b""), net.now, copies)
+    assert restored.sessions == list(new_broker.exchange.sessions())
     assert [session.address for session in restored.sessions] == ["bob"]
 
 
-def test_session_whose_counters_alone_have_changed_is_captured_as_its_counters() -> None:
+def test_precopy_session_with_changed_counters_is_captured_by_them() -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"0")
@@ -473,8 +473,8 @@ def test_session_whose_counters_alone_have_changed_is_captured_as_its_counters()
     assert [number for number, *_ in facts["counts"]] == [1, 2]
 
 
-def test_work_of_the_capture_is_proportional_to_what_has_changed() -> None:
-    """However many sessions and clients there are."""
+def test_precopy_capture_examines_only_changed_sessions_and_clients() -> None:
+    """The number of sessions and clients does not matter."""
     net = FakeNet(*(client(f"c{number}") for number in range(300)), client("bob"))
     peers = [net.connect(f"c{number}") for number in range(200)]
     copier = Copier(net.broker)
@@ -490,7 +490,7 @@ def test_work_of_the_capture_is_proportional_to_what_has_changed() -> None:
     assert {each.name for each in copier.changed_clients()} == {"c5", "c6", "c7", "bob"}
 
 
-def test_pool_keeps_its_order_when_its_oldest_member_was_busy() -> None:
+def test_precopy_pool_with_busy_oldest_member_keeps_its_order() -> None:
     net = pool()
     bob, first = net.connect("bob"), net.connect("pool")
     bob.request(first.address, b"?", 1)
@@ -500,22 +500,22 @@ def test_pool_keeps_its_order_when_its_oldest_member_was_busy() -> None:
     assert numbers == [peer.session.number for peer in (first, *others)]
 
 
-def test_client_that_left_and_came_again_meanwhile_is_there_once() -> None:
+def test_precopy_client_reconnected_meanwhile_is_restored_once() -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.ask("subscribe", topic="a")
-    again = []
+    peers = []
 
     def meanwhile() -> None:
         bob.leave()
-        again.append(net.connect("bob"))
-        again[0].ask("subscribe", topic="b")
+        peers.append(net.connect("bob"))
+        peers[0].ask("subscribe", topic="b")
 
     net.hand_over(meanwhile=meanwhile)
     for topic in ("a", "b"):
         alice.publish(topic, topic.encode())
-    assert again[0].payloads() == [b"b"]
-    assert net.broker.exchange.find("bob") is again[0].session
-    again[0].leave()
+    assert peers[0].payloads() == [b"b"]
+    assert net.broker.exchange.find("bob") is peers[0].session
+    peers[0].leave()
     alice.leave()
     assert not net.leftovers()

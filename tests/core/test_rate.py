@@ -1,4 +1,4 @@
-"""How much a client may send in a second."""
+"""Rates: how much a client may send per second."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from brokerd.core.rate import Meter
 
 def meter(messages: float | None = None, size: float | None = None) -> Meter:
     """Return a meter with these rates."""
-    made = Meter.for_rate(RateConfig(messages, size))
-    assert made is not None
-    return made
+    metered = Meter.for_rate(RateConfig(messages, size))
+    assert metered is not None
+    return metered
 
 
-def test_no_rate_needs_no_meter() -> None:
+def test_rate_without_limits_has_no_meter() -> None:
     """A client without a rate is not metered at all."""
     assert Meter.for_rate(RateConfig(None, None)) is None
 
 
-def test_a_seconds_worth_may_come_at_once() -> None:
+def test_rate_allows_messages_of_one_second_at_once() -> None:
     """As many messages as a second allows pass together; then one for each part of a
-    second that went by.
+    second that has passed.
     """
     metered = meter(messages=4)
     assert [metered.allows(1, 10.0) for _ in range(5)] == [True] * 4 + [False]
@@ -31,16 +31,18 @@ def test_a_seconds_worth_may_come_at_once() -> None:
     assert [metered.allows(1, 100.0) for _ in range(5)] == [True] * 4 + [False]
 
 
-def test_time_that_stands_still_or_goes_back_fills_nothing() -> None:
-    """Only time that passed counts."""
+def test_rate_clock_standing_still_or_going_back_allows_nothing() -> None:
+    """Only time that has passed counts."""
     metered = meter(messages=1)
     assert metered.allows(1, 10.0)
     assert not metered.allows(1, 10.0)
     assert not metered.allows(1, 9.0)
 
 
-def test_a_message_larger_than_a_seconds_bytes_passes_when_none_were_sent() -> None:
-    """A large message waits for a full second's bytes and is paid for afterwards."""
+def test_rate_message_larger_than_one_second_passes_when_unused() -> None:
+    """A large message needs a full second's bytes to be left, and the bytes beyond are
+    charged afterwards.
+    """
     metered = meter(size=100)
     assert metered.allows(250, 10.0)
     assert not metered.allows(1, 11.0)
@@ -48,24 +50,24 @@ def test_a_message_larger_than_a_seconds_bytes_passes_when_none_were_sent() -> N
     assert metered.allows(1, 12.0)
 
 
-def test_a_message_refused_by_one_rate_is_not_charged_to_the_other() -> None:
-    """What does not pass costs nothing."""
+def test_rate_message_refused_is_not_charged_to_other_rate() -> None:
+    """A refused message costs nothing."""
     metered = meter(messages=1, size=100)
     assert metered.allows(60, 10.0)
     assert not metered.allows(10, 10.5)
     assert metered.allows(90, 11.0)
 
 
-def test_less_than_one_message_a_second() -> None:
-    """A rate below one lets a message through when enough time went by."""
+def test_rate_below_one_message_per_second_is_possible() -> None:
+    """A rate below one allows a message when enough time has passed."""
     metered = meter(messages=0.5)
     assert metered.allows(1, 10.0)
     assert not metered.allows(1, 11.0)
     assert metered.allows(1, 12.0)
 
 
-def test_too_fast_a_sender_is_told_for_each_message() -> None:
-    """Each message above the rate has its ERROR, and none of them arrives; a pool
+def test_rate_exceeded_is_reported_for_each_message() -> None:
+    """Each message above the rate gets an ERROR, and none of them arrives; a pool
     shares its client's rate.
     """
     net = FakeNet(client("bob"), client("pool", connections=2, rate=RateConfig(2, None)))
@@ -82,9 +84,9 @@ def test_too_fast_a_sender_is_told_for_each_message() -> None:
     assert one.take() == []
 
 
-def test_a_held_message_is_charged_once() -> None:
-    """A message that was held has been charged for when it came, and is not again when
-    it passes.
+def test_rate_held_message_is_charged_once() -> None:
+    """A held message was charged when it arrived, and is not charged again when it
+    passes.
     """
     net = FakeNet(client("ann", rate=RateConfig(3, None)), client("bob", queue=50))
     ann, bob = net.connect("ann"), net.connect("bob")

@@ -1,4 +1,4 @@
-"""Reports of messages whose recipient is gone, counted: returned to their senders,
+"""Reports of messages whose recipient has disconnected: reported to their senders,
 passed on to another pool member, or lost.
 """
 
@@ -13,9 +13,9 @@ from brokerd_client.wire import envelope
 BODY = bytes(400)
 
 
-def test_what_is_given_back_is_counted() -> None:
-    """A message comes back to its sender; one whose sender is gone is lost, and so is
-    an event.
+def test_reports_count_reported_and_lost_messages() -> None:
+    """A message is reported to its sender. A message whose sender has disconnected is
+    lost, and so is an event.
     """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice, bob, carol = (net.connect(name) for name in ("alice", "bob", "carol"))
@@ -39,7 +39,7 @@ def test_what_is_given_back_is_counted() -> None:
     assert [envelope.id for envelope in alice.take()] == [0, 2]
 
 
-def test_what_another_member_takes_is_passed_on() -> None:
+def test_reports_count_message_passed_on_to_pool_member() -> None:
     """In a pool a waiting message goes to another connection."""
     net = FakeNet(client("alice"), client("pool", connections=2))
     alice, first = net.connect("alice"), net.connect("pool")
@@ -54,11 +54,9 @@ def test_what_another_member_takes_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("way", ["leave", "drop", "expire"])
-def test_frame_that_is_answered_for_is_not_decoded_again(
-    way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its extension was read when it came: thousands of them, read again in one turn,
-    would hold the loop.
+def test_reports_do_not_decode_frame_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension was read when the frame arrived. Reading thousands of them again in
+    one turn would block the event loop.
     """
     when_full = WhenFull.DROP_OLDEST if way == "drop" else WhenFull.WAIT
     net = FakeNet(client("alice"), client("bob", queue=2000, when_full=when_full))

@@ -1,5 +1,5 @@
-"""Subscriptions that new rules forbid: they receive nothing from that moment, and are
-ended little by little.
+"""Subscriptions that new rules forbid: they receive nothing from that moment, and end
+a few at a time.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from brokerd_client.wire.framing import frame
 
 
 def reload(net: FakeNet, **subscribe: Iterable[str]) -> None:
-    """Give clients other rules; nothing of what that leaves to do is done."""
-    entries = {name: known.config for name, known in net.broker.exchange.clients.items()}
+    """Give clients other rules, without the deferred work that this leaves."""
+    entries = {name: entry.config for name, entry in net.broker.exchange.clients.items()}
     entries |= {name: client(name, subscribe=tuple(rules)) for name, rules in subscribe.items()}
     net.broker.reconfigure(entries, CoreLimits(), net.now)
 
 
 def pair() -> tuple[FakeNet, Peer, Peer]:
-    """Return a network with one who publishes and one who subscribes."""
+    """Return a network with a publisher and a subscriber."""
     net = FakeNet(client("ann"), client("bob"))
     return net, net.connect("ann"), net.connect("bob")
 
 
-def test_what_is_forbidden_receives_nothing_before_it_has_ended() -> None:
-    """Neither with a group nor without; what is allowed receives everything, once."""
+def test_revocation_forbidden_subscription_receives_nothing_at_once() -> None:
+    """This holds with a group and without; an allowed subscription receives every
+    event, once.
+    """
     net, ann, bob = pair()
     for topic in (">", "a.*", "x"):
         bob.ask("subscribe", topic=topic)
@@ -56,8 +58,8 @@ def test_what_is_forbidden_receives_nothing_before_it_has_ended() -> None:
     assert bob.payloads() == [b"after"]
 
 
-def test_forbidden_subscriptions_end_in_slices() -> None:
-    """Ten thousand of them at once would hold up everybody else."""
+def test_revocation_of_many_subscriptions_ends_in_slices() -> None:
+    """Ending ten thousand of them at once would delay all other clients."""
     net, _, bob = pair()
     for number in range(50):
         bob.ask("subscribe", topic=f"t.{number}")
@@ -72,9 +74,9 @@ def test_forbidden_subscriptions_end_in_slices() -> None:
     assert {each.event for each in net.broker.replies.log_events.take()} == {"client.unsubscribed"}
 
 
-def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
-    """An event that was on its way when the rules changed does not reach who may not
-    hear it.
+def test_revocation_restarts_search_with_forbidden_match() -> None:
+    """An event that was being routed when the rules changed does not reach a client
+    that they forbid.
     """
     net, ann, bob = pair()
     for number in range(500):
@@ -101,8 +103,8 @@ def test_a_search_that_had_found_what_is_now_forbidden_begins_anew() -> None:
     assert bob.payloads() == []
 
 
-def test_what_is_under_review_can_be_ended_by_its_client_while_somebody_searches() -> None:
-    """A search that has passed over it has nothing to forget."""
+def test_revocation_unsubscribe_during_search_removes_one_match() -> None:
+    """A search that has skipped the forbidden subscription has nothing to remove."""
     net, ann, bob = pair()
     for topic, group in (("a", "g"), ("a", "h"), (">", "g"), (">", "h")):
         bob.ask("subscribe", topic=topic, group=group)
@@ -110,24 +112,24 @@ def test_what_is_under_review_can_be_ended_by_its_client_while_somebody_searches
     topics = net.broker.topics
     while topics.search("a", ann.session, 1)[0] is None:
         pass
-    for ends in ((">", "g"), ("a", "h")):
+    for ended in ((">", "g"), ("a", "h")):
         topics.forget()
         topics.search("a", ann.session, 1)
         search = topics._searches[ann.session]
-        while len(search.matches) < 1 + (ends[0] == ">"):
+        while len(search.matches) < 1 + (ended[0] == ">"):
             topics.search("a", ann.session, 1)
-        topics.discard(ends[0], bob.session, ends[1])
-        bob.session.subscriptions.discard(ends)
-        found = None
-        while found is None:
-            found, _ = topics.search("a", ann.session, 1)
-        assert found.groups.keys() == ({"g", "h"} if ends[0] == ">" else {"g"})
+        topics.discard(ended[0], bob.session, ended[1])
+        bob.session.subscriptions.discard(ended)
+        matches = None
+        while matches is None:
+            matches, _ = topics.search("a", ann.session, 1)
+        assert matches.groups.keys() == ({"g", "h"} if ended[0] == ">" else {"g"})
     net.settle()
     assert bob.session.subscriptions == {("a", "g")}
 
 
-def test_who_leaves_under_review_leaves_nothing_behind() -> None:
-    """What was not looked at goes with the connection."""
+def test_revocation_session_closed_meanwhile_leaves_nothing() -> None:
+    """Subscriptions that were not checked are removed with the connection."""
     net, _, bob = pair()
     for number in range(20):
         bob.ask("subscribe", topic=f"t.{number}")
@@ -139,8 +141,8 @@ def test_who_leaves_under_review_leaves_nothing_behind() -> None:
     assert (len(net.broker.topics), net.broker.topics._root.is_empty) == (0, True)
 
 
-def test_what_was_forbidden_once_is_not_there_again_when_it_is_allowed_again() -> None:
-    """Two reloads, one behind the other: the first one's work is done before the
+def test_revocation_subscription_allowed_again_is_not_restored() -> None:
+    """There are two reloads in a row: the first one's revocation is finished before the
     second's rules hold.
     """
     net, ann, bob = pair()
@@ -157,8 +159,10 @@ def test_what_was_forbidden_once_is_not_there_again_when_it_is_allowed_again() -
     assert bob.payloads() == [b"7", b"u"]
 
 
-def test_rules_that_allow_more_are_a_reason_to_look_through_nothing() -> None:
-    """As is everything else in an entry; and so is having no subscription."""
+def test_revocation_rules_allowing_more_checks_nothing() -> None:
+    """Other changes of an entry, and clients without subscriptions, need no check
+    either.
+    """
     net, ann, bob = pair()
     bob.ask("subscribe", topic="t")
     reload(net, bob=[">", "$broker.>", "t"], ann=["t"])
@@ -167,8 +171,10 @@ def test_rules_that_allow_more_are_a_reason_to_look_through_nothing() -> None:
     assert bob.payloads() == [b"x"]
 
 
-def test_many_connections_are_looked_through_one_after_the_other() -> None:
-    """Each with what it has; a slice ends in the middle of one, or behind it."""
+def test_revocation_checks_connections_of_pool_one_by_one() -> None:
+    """A slice ended among the subscriptions of one connection, or after the last of
+    them.
+    """
     net = FakeNet(client("pool", connections=4))
     members = [net.connect("pool") for _ in range(4)]
     for number, member in enumerate(members):

@@ -1,9 +1,9 @@
-"""Nobody reaches what the rules deny: every kind of frame, every flag, every way to
+"""No frame reaches what the rules deny: every kind of frame, every flag, every way to
 name a recipient, every right.
 
-The table is exhaustive on purpose. What a frame may do is decided by the kind and the
-rules alone; so for each combination of them the test says by itself, in a few lines,
-whether anything may arrive, and holds the broker to it.
+The table is exhaustive on purpose. The kind of a frame and the rules alone decide what
+it may do. For each combination the test computes, in a few lines, whether anything may
+arrive, and compares that with what the broker does.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from support.fake_network import FakeNet, Peer, client
 
-from brokerd.core import operations as service
+from brokerd.core import operations as operations_module
 from brokerd_client.wire.envelope import BROKER, Envelope, Flag, Kind, encode, parse
 from brokerd_client.wire.framing import frame
 
-#: Recipients that "eve" may not reach, as she might name them; POOL stands for a pool
-#: member's own address.
+#: Recipients that the client "eve" may not reach; POOL stands for a pool member's own
+#: address.
 POOL = "pool/?"
 CLOSED = ("bob", "bob/x", "pool", POOL, "nobody", "$broker/x", "$other", "")
-#: The same for one she may reach.
+#: The recipient that eve may reach.
 OPEN = ("friend",)
 FLAGS = [
     0,
@@ -38,8 +38,8 @@ TOPICS = ("open.x", "closed.x", "$broker.online.bob", "$x", "open", "closed")
 
 
 def network(**eve: Any) -> tuple[FakeNet, dict[str, Peer]]:
-    """Return eve, who may send to friend only and publish and subscribe under open.>
-    only, and the others.
+    """Return a network with eve and its other peers. eve may send to friend only, and
+    publish and subscribe under open.> only.
     """
     rules: dict[str, Any] = {
         "send_to": ("friend",),
@@ -62,7 +62,7 @@ def network(**eve: Any) -> tuple[FakeNet, dict[str, Peer]]:
 
 
 def envelope_of(kind: int, flags: int, name: str, topic: str = "open.x") -> bytes:
-    """Return a frame as eve would write it, also one that no library would."""
+    """Return a frame as eve would write it, even one that no library would write."""
     extension = b"\0\x02{}" if flags & Flag.EXTENSION else b""
     before = bytes([len(topic)]) + topic.encode() if kind == Kind.EVENT else b""
     header = bytes([kind, flags, 0, len(name)]) + (77).to_bytes(8, "big")
@@ -74,9 +74,9 @@ def envelope_of(kind: int, flags: int, name: str, topic: str = "open.x") -> byte
 )
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("to", [*CLOSED, *OPEN])
-def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to: str) -> None:
-    """Whatever eve sends, nobody but her friend gets anything, under her own name; and
-    she hears of it.
+def test_policy_frame_reaches_only_permitted_recipient(kind: int, flags: int, to: str) -> None:
+    """Whatever eve sends, only its friend receives it, under eve's own name; and eve is
+    told.
     """
     _, peers = network()
     eve = peers["eve"]
@@ -84,17 +84,19 @@ def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to
     name = peers["pool"].address if to == POOL else to
     eve.send_bytes(envelope_of(kind, flags, name))
 
-    # No request is outstanding, so that an answer reaches no client.
-    may = kind in (Kind.MESSAGE, Kind.REQUEST) and flags < Flag.ACK and to in OPEN
+    # No request is pending, so that an answer reaches no client.
+    permitted = kind in (Kind.MESSAGE, Kind.REQUEST) and flags < Flag.ACK and to in OPEN
     for other in ("bob", "friend", "pool", "root"):
         got = peers[other].take()
-        assert [each.name for each in got] == (["eve"] if may and other == "friend" else []), other
+        assert [each.name for each in got] == (
+            ["eve"] if permitted and other == "friend" else []
+        ), other
     answers = [each.kind for each in eve.take()]
-    if may:
+    if permitted:
         assert answers == ([Kind.RECEIPT] if flags & Flag.RECEIPT else [])
     elif kind == Kind.ERROR and not flags & Flag.RECEIPT and flags <= Flag.ACK:
-        # An ERROR that can't be delivered is not answered by another, lest two of them
-        # play for ever.
+        # An ERROR that can't be delivered is not answered by another, so that no two
+        # clients exchange errors without end.
         assert answers in ([], [Kind.ERROR])
     else:
         assert answers[-1:] == [Kind.ERROR]
@@ -103,20 +105,18 @@ def test_a_frame_arrives_where_the_rules_allow_it_only(kind: int, flags: int, to
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("to", ["", *OPEN, "bob"])
 @pytest.mark.parametrize("topic", TOPICS)
-def test_an_event_is_published_where_the_rules_allow_it_only(
-    flags: int, to: str, topic: str
-) -> None:
-    """Eve's events arrive under open.> only, stamped with her name, and never where she
-    names a recipient.
+def test_policy_event_reaches_only_permitted_topic(flags: int, to: str, topic: str) -> None:
+    """Eve's events arrive under open.> only, with its name as sender, and never if the
+    frame names a recipient.
     """
     _, peers = network()
 
     peers["eve"].send_bytes(envelope_of(Kind.EVENT, flags, to, topic))
 
-    may = topic == "open.x" and not to and flags < Flag.ACK
+    permitted = topic == "open.x" and not to and flags < Flag.ACK
     for other in ("bob", "friend", "pool", "root"):
         got = [(each.name, each.topic) for each in peers[other].take()]
-        assert got == ([("eve", topic)] if may else []), other
+        assert got == ([("eve", topic)] if permitted else []), other
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_an_event_is_published_where_the_rules_allow_it_only(
     ],
 )
 @pytest.mark.parametrize("group", [None, "workers"])
-def test_a_subscription_hears_what_the_rules_allow_only(topic: str, group: str | None) -> None:
-    """A pattern that could match one forbidden topic is denied whole."""
+def test_policy_subscription_receives_only_permitted_topics(topic: str, group: str | None) -> None:
+    """A pattern that could match one forbidden topic is denied as a whole."""
     net, peers = network()
     eve = peers["eve"]
 
@@ -152,11 +152,11 @@ def test_a_subscription_hears_what_the_rules_allow_only(topic: str, group: str |
     assert eve.payloads() == allowed
 
 
-@pytest.mark.parametrize("op", sorted(service._ADMIN))
+@pytest.mark.parametrize("op", sorted(operations_module._ADMIN))
 @pytest.mark.parametrize("flags", [0, Flag.RECEIPT, Flag.EXTENSION], ids=str)
-def test_an_administrators_operation_is_denied_to_others(op: str, flags: int) -> None:
-    """Every operation of an administrator's is denied to eve, whatever its arguments,
-    and nothing happens.
+def test_policy_admin_operation_without_admin_is_denied(op: str, flags: int) -> None:
+    """Every operation for administrators is denied to eve, whatever its arguments, and
+    has no effect.
     """
     net, peers = network(send_to=("*",), publish=(">",), subscribe=(">", "$broker.>"))
     eve = peers["eve"]
@@ -188,7 +188,7 @@ def test_an_administrators_operation_is_denied_to_others(op: str, flags: int) ->
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.REQUEST])
-def test_only_a_request_is_an_operation(kind: Kind) -> None:
+def test_policy_frame_other_than_request_is_not_an_operation(kind: Kind) -> None:
     """No other kind of frame makes the broker do anything, even from an administrator."""
     net, peers = network()
     payload = json.dumps({"op": "drain"}).encode()
@@ -202,8 +202,8 @@ def test_only_a_request_is_an_operation(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("claim", ["bob", "friend", "$broker", "eve/0", "root"])
-def test_the_sender_is_stamped_by_the_broker(claim: str) -> None:
-    """Nothing that eve writes becomes the sender that her friend sees."""
+def test_policy_sender_name_is_set_by_broker(claim: str) -> None:
+    """Nothing that eve writes becomes the sender that its friend sees."""
     _, peers = network()
     extension = {"sender": claim, "from": claim, "name": claim}
 
@@ -214,9 +214,9 @@ def test_the_sender_is_stamped_by_the_broker(claim: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
-def test_an_answer_opens_the_way_back_once(kind: Kind) -> None:
-    """A request from somebody she may not send to can be answered once, with its id,
-    and to nobody else.
+def test_policy_request_permits_one_answer_to_forbidden_client(kind: Kind) -> None:
+    """A request from a client that eve may not send to can be answered once, with its
+    id, and to no other client.
     """
     _, peers = network()
     eve, bob = peers["eve"], peers["bob"]
@@ -233,10 +233,8 @@ def test_an_answer_opens_the_way_back_once(kind: Kind) -> None:
     assert bob.payloads() == [b"the answer"]
 
 
-def test_a_remembered_route_does_not_outlive_the_right() -> None:
-    """What the routing loop has learned is forgotten when a reload takes the right
-    away, in the middle of a read.
-    """
+def test_policy_after_reload_overrides_cached_route() -> None:
+    """The route cache is cleared when a reload removes the right, even during a read."""
     net, peers = network(send_to=("bob",))
     eve, bob = peers["eve"], peers["bob"]
     for _ in range(3):
@@ -259,8 +257,10 @@ def test_a_remembered_route_does_not_outlive_the_right() -> None:
 
 
 @pytest.mark.parametrize("to", ["nobody", "bob"])
-def test_a_name_that_does_not_exist_answers_as_one_that_is_denied(to: str) -> None:
-    """Who may not send to a name does not learn whether it exists, or is connected."""
+def test_policy_unknown_name_is_answered_like_denied_name(to: str) -> None:
+    """A client that may not send to a name does not learn whether it exists, or is
+    connected.
+    """
     _, peers = network()
     peers["eve"].message(to, id=1)
     (answer,) = peers["eve"].take()
@@ -269,9 +269,9 @@ def test_a_name_that_does_not_exist_answers_as_one_that_is_denied(to: str) -> No
     assert body["message"].replace(to, "NAME") == "eve may not send to NAME"
 
 
-def test_the_table_is_of_all_kinds() -> None:
-    """A kind added to the protocol shows here: its number is sent above, and what it
-    may do has to be decided.
+def test_policy_table_covers_every_kind() -> None:
+    """A kind added to the protocol fails here: it has to be sent above, and its rights
+    have to be decided.
     """
     assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5, 6, 7]
     assert parse(memoryview(envelope_of(1, 0, "bob"))[4:]).name == "bob"

@@ -44,85 +44,79 @@ NAMES = [
 TOPICS = ["t", "t.x", "t.y.z", "u", "$t", "t..x", "*", "t" * 255, ""]
 
 
-def odd_frame(chance: random.Random) -> bytes:
+def odd_frame(rng: random.Random) -> bytes:
     """Return a frame that is ordinary, odd or broken; most differ from an ordinary one
     in a single thing.
     """
-    kind = chance.choice([1, 1, 1, 1, 5, 5, 5, 2, 3, 4, 6, 7, 0, 255])
-    flags = chance.choice([0] * 9 + [1, 2, 3, 4, 8, 255])
-    recipient = chance.choice(["a", "b", "c"] * 6 + NAMES)
-    name = b"" if kind == 5 and chance.random() < 0.95 else recipient.encode()
-    topic = chance.choice(["t.x"] * 12 + TOPICS).encode()
+    kind = rng.choice([1, 1, 1, 1, 5, 5, 5, 2, 3, 4, 6, 7, 0, 255])
+    flags = rng.choice([0] * 9 + [1, 2, 3, 4, 8, 255])
+    recipient = rng.choice(["a", "b", "c"] * 6 + NAMES)
+    name = b"" if kind == 5 and rng.random() < 0.95 else recipient.encode()
+    topic = rng.choice(["t.x"] * 12 + TOPICS).encode()
     between = bytes([len(topic)]) + topic if kind == 5 else b""
     if flags & 2:
-        extension = chance.choice([b"{}", b'{"ttl": 5}', b'{"ttl": 0}', b"[]", b"{"])
+        extension = rng.choice([b"{}", b'{"ttl": 5}', b'{"ttl": 0}', b"[]", b"{"])
         between += struct.pack("!H", len(extension)) + extension
-    size = chance.choice(
+    size = rng.choice(
         [0, 1, 16, 40, MAX_MESSAGE - len(between), MAX_MESSAGE, MAX_MESSAGE + 1, 2 * MAX_MESSAGE]
     )
-    payload = chance.randbytes(max(size, 0))
+    payload = rng.randbytes(max(size, 0))
     name_size = len(name)
-    if chance.random() < 0.05:
-        name_size = chance.choice(
-            [0, 255, min(255, len(name + between + payload) + chance.choice([0, 1]))]
+    if rng.random() < 0.05:
+        name_size = rng.choice(
+            [0, 255, min(255, len(name + between + payload) + rng.choice([0, 1]))]
         )
-    if kind == 5 and chance.random() < 0.1:
-        # A topic that ends in the middle of nowhere.
+    if kind == 5 and rng.random() < 0.1:
+        # A topic whose length is wrong.
         between = (
-            bytes(
-                [
-                    chance.choice(
-                        [0, 255, min(255, len(between + payload) + chance.choice([-1, 0, 1]))]
-                    )
-                ]
-            )
+            bytes([rng.choice([0, 255, min(255, len(between + payload) + rng.choice([-1, 0, 1]))])])
             + topic
         )
     body = (
-        HEADER.pack(kind, flags, chance.randrange(256), name_size, chance.getrandbits(64))
+        HEADER.pack(kind, flags, rng.randrange(256), name_size, rng.getrandbits(64))
         + name
         + between
         + payload
     )
-    match chance.randrange(60):
+    match rng.randrange(60):
         case 0:
-            return frame(body[: chance.randrange(20)])
+            return frame(body[: rng.randrange(20)])
         case 1:
-            return frame(body, length=chance.choice([-2, -(2**31), 0, 5, 11, 2**31 - 1]))
+            return frame(body, length=rng.choice([-2, -(2**31), 0, 5, 11, 2**31 - 1]))
         case 2:
-            return frame(body, long=True, length=chance.choice([len(body), 2**63, 2**64 - 1, 0]))
+            return frame(body, long=True, length=rng.choice([len(body), 2**63, 2**64 - 1, 0]))
         case 3:
-            return chance.randbytes(30)
+            return rng.randbytes(30)
         case 4:
             return frame(body, long=True)
         case 5:
             flipped = bytearray(frame(body))
-            flipped[chance.randrange(len(flipped))] ^= 1 << chance.randrange(8)
+            flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
             return bytes(flipped)
     return frame(body)
 
 
-def odd_step(chance: random.Random) -> tuple[Any, ...]:
-    """Return something that happens to one of the seven connections, or to all."""
-    entry = chance.randrange(7)
-    match chance.randrange(20):
+def odd_step(rng: random.Random) -> tuple[Any, ...]:
+    """Return a random step for one of the seven connections, or for all of them."""
+    entry = rng.randrange(7)
+    match rng.randrange(20):
         case 0:
-            return "repeat", entry, odd_frame(chance), chance.randrange(2, 60)
+            return "repeat", entry, odd_frame(rng), rng.randrange(2, 60)
         case 1:
-            return "subscribe", entry, chance.choice(["t.>", "t.*", ">", "t"])
+            return "subscribe", entry, rng.choice(["t.>", "t.*", ">", "t"])
         case 2 | 3:
-            return "block", entry, chance.choice([0, 50, 300])
+            return "block", entry, rng.choice([0, 50, 300])
         case 4 | 5:
-            return "read", entry, chance.choice([None, 20, 500])
+            return "read", entry, rng.choice([None, 20, 500])
         case 6:
-            return "advance", chance.choice([0.1, 5.0, 40.0])
+            return "advance", rng.choice([0.1, 5.0, 40.0])
         case 7 | 8 | 9:
             return "reconnect", entry
-    frames = [odd_frame(chance) for _ in range(chance.randrange(1, 12))]
-    return "send", entry, frames, chance.choice([1, 7, 100, 5000, 5000])
+    frames = [odd_frame(rng) for _ in range(rng.randrange(1, 12))]
+    return "send", entry, frames, rng.choice([1, 7, 100, 5000, 5000])
 
 
-def test_compiled_loop_layout_is_that_of_the_wire() -> None:
+def test_routing_compiled_layout_equals_wire_layout() -> None:
     """The compiled loop's own offsets and numbers are those of wire.layout."""
     layout = _routing_c.LAYOUT
     message_id = 0x1112131415161718
@@ -138,9 +132,9 @@ def test_compiled_loop_layout_is_that_of_the_wire() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 5000])
-def test_both_pass_on_the_ordinary(step: int) -> None:
-    """Runs of messages and events, in every segmentation: the loops do them without a
-    call to the broker.
+def test_routing_twins_pass_on_ordinary_frames_without_broker(step: int) -> None:
+    """Runs of messages and events, in every segmentation: the loops pass them on
+    without a call of the broker.
     """
     message = frame(HEADER.pack(1, 0, 9, 1, 7) + b"b" + b"x" * 30)
     event = frame(HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.x" + b"y" * 30)
@@ -149,9 +143,9 @@ def test_both_pass_on_the_ordinary(step: int) -> None:
     assert plain.entries[1].session.messages_out > 40
 
 
-def test_both_see_a_topic_that_ends_behind_its_frame() -> None:
-    """What follows the frame in the buffer would complete a known topic, and is not
-    looked at.
+def test_routing_twins_refuse_topic_ending_behind_its_frame() -> None:
+    """The bytes behind the frame in the buffer would complete a known topic, and are
+    not read.
     """
     plain = agree([("send", 0, [frame(HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.") + b"x" * 40], 5000)])
     assert [call[0] for call in plain.calls[:2]] == ["handle", "malformed"]
@@ -160,17 +154,17 @@ def test_both_see_a_topic_that_ends_behind_its_frame() -> None:
 @pytest.mark.parametrize(
     "seed", [random.randrange(2**32) for _ in range(int(os.environ.get("BROKERD_SEEDS", "60")))]
 )
-def test_both_do_the_same(seed: int) -> None:
-    """Bytes out, bytes kept, calls to the broker and counters are equal after every
+def test_routing_twins_agree_on_random_steps(seed: int) -> None:
+    """Bytes out, bytes kept, calls of the broker and counters are equal after every
     step; the seed is in the name.
     """
-    chance = random.Random(seed)
-    agree(odd_step(chance) for _ in range(60))
+    rng = random.Random(seed)
+    agree(odd_step(rng) for _ in range(60))
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 5), (3, 2), (0, 11), (11, 11)])
-def test_the_compiled_loop_reads_nothing_outside_its_buffer(start: int, end: int) -> None:
-    """Bounds that lie outside are refused before a byte is looked at."""
+def test_routing_compiled_with_bounds_outside_buffer_is_refused(start: int, end: int) -> None:
+    """Bounds outside the buffer are refused before a byte is read."""
     net = Recorded(_routing_c.feed)
     with pytest.raises(ValueError, match="outside the buffer"):
         net.feed(net.broker, net.entries[0].session, memoryview(bytes(10)), start, end, 0.0)
