@@ -1,6 +1,4 @@
-"""The routing loop, both twins: frames whole, in pieces, with a tail, too long, and
-malformed.
-"""
+"""The routing loop, both twins: frames whole, in pieces, too long, and malformed."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ STEPS = pytest.mark.parametrize("step", [None, 1, 3, 16, 17, 100])
 
 @pytest.fixture(params=[_routing_py.feed, routing.feed], ids=["python", routing.NAME])
 def feed(request: pytest.FixtureRequest) -> Feed:
-    """Each of the loops that can run here."""
+    """Return each routing loop that this interpreter can run."""
     loop: Feed = request.param
     return loop
 
@@ -34,20 +32,20 @@ def pair(feed: Feed, max_message: int = 1000) -> tuple[FakeNet, Peer, Peer]:
     return net, net.connect("ann"), net.connect("bob")
 
 
-def body(kind: Kind, id: int, name: str = "", payload: bytes = b"", **rest: object) -> bytes:
+def body(kind: Kind, id: int, name: str = "", payload: bytes = b"", **fields: object) -> bytes:
     """Return a frame's body."""
-    return encode(Envelope(kind, id, name, payload, **rest))  # type: ignore[arg-type]
+    return encode(Envelope(kind, id, name, payload, **fields))  # type: ignore[arg-type]
 
 
 def long_frame(whole: bytes, size: int | None = None) -> bytes:
-    """Return a frame with the 64-bit length, which may lie."""
+    """Return a frame with the 64-bit length, or with ``size`` as a wrong length."""
     return struct.pack("!iQ", -1, len(whole) if size is None else size) + whole
 
 
 @STEPS
-def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> None:
-    """A stream of every kind of frame gives the same in any segmentation, long lengths
-    and empty payloads included.
+def test_routing_frames_in_any_segmentation_arrive(feed: Feed, step: int | None) -> None:
+    """A stream with every kind of frame gives the same result in any segmentation, with
+    long lengths and empty payloads too.
     """
     _, ann, bob = pair(feed)
     bob.ask("subscribe", topic="t.>")
@@ -87,8 +85,8 @@ def test_frames_arrive_however_they_are_cut(feed: Feed, step: int | None) -> Non
     assert not ann.content
 
 
-def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Feed) -> None:
-    """Of a frame only the name changes and the flag RECEIPT goes: odd spaces in an
+def test_routing_changes_only_name_and_receipt_flag(feed: Feed) -> None:
+    """Only the name changes and the flag RECEIPT is cleared: even odd spaces in an
     extension stay.
     """
     _, ann, bob = pair(feed)
@@ -101,10 +99,10 @@ def test_a_frame_passes_byte_for_byte_but_for_the_name_and_the_receipt(feed: Fee
 @STEPS
 @pytest.mark.parametrize("length", ["short", "long"])
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT])
-def test_an_oversized_frame_is_passed_over(
+def test_routing_oversized_frame_is_skipped(
     feed: Feed, kind: Kind, length: str, step: int | None
 ) -> None:
-    """It is answered with its id and the recipient's name, and what follows it arrives."""
+    """It is answered with its id and the recipient's name, and the next frame arrives."""
     _, ann, bob = pair(feed)
     name, topic = ("", "t") if kind is Kind.EVENT else ("bob", "")
     large = body(kind, 7, name, b"x" * 1500, topic=topic)
@@ -117,8 +115,8 @@ def test_an_oversized_frame_is_passed_over(
     assert bob.payloads() == [b"next"]
 
 
-def test_the_largest_message_passes(feed: Feed) -> None:
-    """A payload of exactly max_message bytes is not too large, one more is."""
+def test_routing_message_of_max_message_bytes_passes(feed: Feed) -> None:
+    """A payload of exactly max_message bytes is not too large; one more byte is."""
     _, ann, bob = pair(feed)
     for size in (1000, 1001, 1000):
         ann.message("bob", b"x" * size, size)
@@ -128,11 +126,11 @@ def test_the_largest_message_passes(feed: Feed) -> None:
 
 @pytest.mark.parametrize("size", [2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 @STEPS
-def test_an_absurd_length_is_answered_and_stores_nothing(
+def test_routing_frame_with_absurd_length_is_skipped_unstored(
     feed: Feed, size: int, step: int | None
 ) -> None:
-    """However much is announced, it is passed over as it comes, and the connection
-    lives on.
+    """However long the announced frame is, its bytes are skipped as they arrive, and
+    the connection stays open.
     """
     _, ann, bob = pair(feed)
     ann.send_bytes(long_frame(body(Kind.MESSAGE, 7, "bob", b"x"), size), step)
@@ -146,18 +144,16 @@ def test_an_absurd_length_is_answered_and_stores_nothing(
     assert ann.payloads() == [b"still there"]
 
 
-def test_an_oversized_frames_odd_name_is_not_repeated(feed: Feed) -> None:
-    """A name that is none does not come back in the error."""
+def test_routing_oversized_frame_with_invalid_name_omits_it(feed: Feed) -> None:
+    """An invalid name does not appear in the ERROR."""
     _, ann, _ = pair(feed)
     ann.send_bytes(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 7) + b"\xff<>\x00" + b"x" * 2000))
     (error,) = ann.take()
     assert b'"name": ""' in error.payload
 
 
-def test_the_error_waits_for_the_name(feed: Feed) -> None:
-    """An oversized frame whose name has not come is not answered yet, one whose name
-    has is.
-    """
+def test_routing_oversized_frame_is_answered_once_name_has_arrived(feed: Feed) -> None:
+    """An oversized frame is not answered before all of its name has arrived."""
     _, ann, _ = pair(feed)
     whole = frame(body(Kind.MESSAGE, 7, "bob", b"x" * 2000))
     ann.send_bytes(whole[:18])
@@ -179,22 +175,24 @@ MALFORMED = [
         frame(struct.pack("!BBBBQ", 1, 0, 0, 9, 9) + b"bob"), 9, id="name longer than the frame"
     ),
     pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 2, 9) + b"\xff\xff"), 9, id="name not UTF-8"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 0, 9)), 9, id="no name"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 3, 9) + b"a b"), 9, id="no client name"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 9) + b"bob/"), 9, id="no instance"),
-    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob"), 9, id="no extension"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 0, 9)), 9, id="empty name"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 3, 9) + b"a b"), 9, id="invalid client name"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 0, 0, 4, 9) + b"bob/"), 9, id="empty instance"),
+    pytest.param(frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob"), 9, id="missing extension"),
     pytest.param(
         frame(struct.pack("!BBBBQH", 1, 2, 0, 3, 9, 0x626F) + b"b\x00\x09{}"),
         9,
         id="extension cut short",
     ),
     pytest.param(
-        frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob\x00\x02[]"), 9, id="extension no object"
+        frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b"bob\x00\x02[]"),
+        9,
+        id="extension not an object",
     ),
     pytest.param(
         frame(struct.pack("!BBBBQ", 1, 2, 0, 3, 9) + b'bob\x00\x0b{"ttl":NaN}'),
         9,
-        id="extension no JSON",
+        id="extension not JSON",
     ),
     pytest.param(frame(struct.pack("!BBBBQ", 5, 0, 0, 0, 9)), 9, id="event without a topic"),
     pytest.param(
@@ -219,11 +217,11 @@ MALFORMED = [
 
 @pytest.mark.parametrize("step", [None, 1, 5])
 @pytest.mark.parametrize(("data", "id"), MALFORMED)
-def test_a_malformed_frame_ends_the_connection(
+def test_routing_malformed_frame_closes_connection(
     feed: Feed, data: bytes, id: int, step: int | None
 ) -> None:
-    """It is answered with its id, 0 where none was readable; what came before it
-    passes, what follows does not.
+    """It is answered with its id, or 0 if none was readable. Frames before it are
+    delivered, frames behind it are not.
     """
     _, ann, bob = pair(feed)
     good = frame(body(Kind.MESSAGE, 1, "bob", b"before"))
@@ -233,8 +231,8 @@ def test_a_malformed_frame_ends_the_connection(
     assert bob.payloads() == [b"before"]
 
 
-def test_the_connection_ends_only_when_the_answer_is_written(feed: Feed) -> None:
-    """A client that reads slowly still gets the error about its malformed frame."""
+def test_routing_malformed_frame_closes_after_answer_is_written(feed: Feed) -> None:
+    """A client that reads slowly still gets the ERROR about its malformed frame."""
     _, ann, _ = pair(feed)
     ann.block(10)
     ann.send_bytes(struct.pack("!i", -5) + b"x" * 100)
@@ -245,9 +243,9 @@ def test_the_connection_ends_only_when_the_answer_is_written(feed: Feed) -> None
     assert ann.gone == "malformed"
 
 
-def test_a_remembered_route_ends_when_things_change(feed: Feed) -> None:
-    """A route the loop knows is not used past a change of who is there, of the rules,
-    or into a drain.
+def test_routing_cached_route_ends_at_disconnect_reload_and_drain(feed: Feed) -> None:
+    """A cached route is not used after a recipient has left, after the rules have
+    changed, or in a drain.
     """
     net, ann, bob = pair(feed)
     ann.message("bob", b"1", 1)
@@ -270,8 +268,10 @@ def test_a_remembered_route_ends_when_things_change(feed: Feed) -> None:
     assert bob2.payloads() == [b"6"]
 
 
-def test_remembered_subscribers_are_forgotten_when_they_change(feed: Feed) -> None:
-    """Who subscribes or leaves between two events is taken into account at the second."""
+def test_routing_cached_fanout_ends_when_subscribers_change(feed: Feed) -> None:
+    """A client that subscribes or leaves between two events is taken into account at
+    the second.
+    """
     _, ann, bob = pair(feed)
     bob.ask("subscribe", topic="t")
     for number in range(3):
@@ -285,9 +285,9 @@ def test_remembered_subscribers_are_forgotten_when_they_change(feed: Feed) -> No
     assert ann.payloads() == [b"3", b"4", b"5"]
 
 
-def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
-    """Frames that leave the loop are handled until patience is at its end; those that
-    stay in it do not count.
+def test_routing_yields_at_end_of_turn_budget(feed: Feed) -> None:
+    """Frames on the slow path are handled until the turn budget is used up; those that
+    stay in the loop do not count.
     """
     net, ann, bob = pair(feed)
     ann.message("bob", b"0")
@@ -296,9 +296,9 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
     data = memoryview((ping + message * 5) * 4)
     net.broker.turn.budget = 3
 
-    position, verdict = feed(net.broker, ann.session, data, 0, len(data), 0.0)
+    position, result = feed(net.broker, ann.session, data, 0, len(data), 0.0)
 
-    assert (position, verdict) == (3 * len(data) // 4, RoutingResult.YIELD)
+    assert (position, result) == (3 * len(data) // 4, RoutingResult.YIELD)
     net.broker.turn.budget = 3
     assert feed(net.broker, ann.session, data, position, len(data), 0.0) == (
         len(data),
@@ -309,9 +309,9 @@ def test_who_asks_much_of_the_broker_lets_others_go_first(feed: Feed) -> None:
     assert [answer.kind for answer in ann.take()] == [Kind.REPLY] * 4
 
 
-def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None:
+def test_routing_yields_during_search_of_many_patterns(feed: Feed) -> None:
     """An event that thousands of patterns nearly match is delivered in order, after
-    many turns of the others.
+    many turns of other clients.
     """
     net = FakeNet(client("ann"), client("bob", subscriptions=20_000), feed=feed)
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -329,16 +329,16 @@ def test_a_search_through_many_patterns_lets_others_go_first(feed: Feed) -> None
     position, turns = 0, 0
     while position < len(data):
         net.broker.turn.budget = 8
-        position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
-        turns += verdict is RoutingResult.YIELD
+        position, result = feed(net.broker, ann.session, data, position, len(data), 0.0)
+        turns += result is RoutingResult.YIELD
     net.settle()
     assert turns > 3 * 8192 // (10 * 64)
     assert bob.payloads() == [b"0", b"1", b"2"]
 
 
-def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
-    """An event for thousands of groups is delivered once to each that is chosen, after
-    many turns of the others.
+def test_routing_yields_during_search_of_many_groups(feed: Feed) -> None:
+    """An event for thousands of groups is delivered once to each chosen member, after
+    many turns of other clients.
     """
     net = FakeNet(client("ann"), client("pool", connections=4), feed=feed)
     ann, pool = net.connect("ann"), [net.connect("pool") for _ in range(4)]
@@ -355,11 +355,11 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     position, turns = 0, 0
     while position < len(data):
         net.broker.turn.budget = 8
-        position, verdict = feed(net.broker, ann.session, data, position, len(data), 0.0)
-        turns += verdict is RoutingResult.YIELD
+        position, result = feed(net.broker, ann.session, data, position, len(data), 0.0)
+        turns += result is RoutingResult.YIELD
         search = net.broker.topics._searches.get(ann.session)
         if pool[0].session.open and search is not None and "mine" in search.matches.groups:
-            # Nothing is given to who has left, though he was found already.
+            # A member that has left gets no event, though the search has found it.
             pool[0].leave()
     net.settle()
     assert turns > 6000 * 4 // (10 * 64)
@@ -371,9 +371,9 @@ def test_a_search_through_many_groups_lets_others_go_first(feed: Feed) -> None:
     ]
 
 
-def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: Feed) -> None:
-    """Its sender's turn is over the sooner by the nodes of the tree, and by the
-    subscribers.
+def test_routing_event_is_charged_by_nodes_and_subscribers(feed: Feed) -> None:
+    """The nodes of the tree that are visited and the subscribers count for the sender's
+    turn budget.
     """
     net = FakeNet(client("ann"), client("pool", connections=64), feed=feed)
     ann, pool = net.connect("ann"), [net.connect("pool") for _ in range(64)]
@@ -392,14 +392,14 @@ def test_an_event_takes_the_longer_the_more_is_looked_at_and_gone_through(feed: 
             RoutingResult.CONSUMED,
         )
         costs.append(99 - net.broker.turn.budget)
-    # Who was found is remembered; a pool's members are gone through all the same.
+    # The matches are cached; a pool's members are gone through all the same.
     assert costs[0] == 0
     assert costs[1] == 2047 // 64
     assert costs[2] > costs[3] == 64 // 32
 
 
-def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -> None:
-    """Who goes in the middle of a search leaves nothing of it behind."""
+def test_routing_search_of_disconnected_publisher_is_discarded(feed: Feed) -> None:
+    """A publisher that leaves during a search leaves nothing of it behind."""
     net, ann, bob = pair(feed)
     bob.ask("subscribe", topic=">")
     data = memoryview(frame(encode(Envelope(Kind.EVENT, 0, "", topic=".".join("a" * 128)))))
@@ -412,9 +412,9 @@ def test_what_is_searched_for_somebody_is_forgotten_when_he_leaves(feed: Feed) -
     assert not net.broker.topics._searches
 
 
-def test_the_loop_keeps_the_quota(feed: Feed) -> None:
-    """Messages in one buffer do not pass the quota of somebody who does not read, by
-    not one byte.
+def test_routing_never_exceeds_queue_quota(feed: Feed) -> None:
+    """Messages in one buffer do not exceed the quota of a recipient that does not read,
+    not by one byte.
     """
     net = FakeNet(client("ann"), client("bob", queue=100, when_full=WhenFull.REFUSE), feed=feed)
     ann, bob = net.connect("ann"), net.connect("bob")

@@ -1,4 +1,4 @@
-"""Everything the broker holds, captured and restored in another broker: nobody can tell
+"""The state of the broker, captured and restored in another broker: no client can tell
 the difference.
 """
 
@@ -19,9 +19,9 @@ from brokerd.core.snapshot import Pieces, capture, restore
 from brokerd_client.wire.envelope import Kind
 
 
-def test_what_waits_arrives_once_and_in_order() -> None:
-    """Frames wait in chunks, of the first one a part is written; the client reads on as
-    if nothing had been.
+def test_snapshot_waiting_frames_arrive_once_and_in_order() -> None:
+    """The frames wait in chunks, and the first one is partly written; the client reads
+    on without noticing the upgrade.
     """
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -40,9 +40,9 @@ def test_what_waits_arrives_once_and_in_order() -> None:
     assert bob.session.messages_out == len(sent) + 1
 
 
-def test_a_pools_queue_keeps_what_is_known_of_each_frame() -> None:
-    """What waits for a member that leaves goes to another one, or back to its sender:
-    after the change too.
+def test_snapshot_pool_queue_keeps_facts_of_each_frame() -> None:
+    """Frames of a member that leaves go to another member, or are reported to their
+    sender, after the upgrade too.
     """
     net = FakeNet(client("alice"), client("pool", connections=2))
     alice, first, second = net.connect("alice"), net.connect("pool"), net.connect("pool")
@@ -61,8 +61,8 @@ def test_a_pools_queue_keeps_what_is_known_of_each_frame() -> None:
     assert sorted(second.payloads()) == [b"for anybody", b"for anybody too"]
 
 
-def test_drop_oldest_still_knows_which_frames_stay() -> None:
-    """An answer to the client's own question is not dropped for a newer message."""
+def test_snapshot_drop_oldest_still_keeps_answers() -> None:
+    """An answer to the client's own request is not dropped for a newer message."""
     net = FakeNet(client("alice"), client("bob", queue=120, when_full=WhenFull.DROP_OLDEST))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block(1)
@@ -78,8 +78,8 @@ def test_drop_oldest_still_knows_which_frames_stay() -> None:
     assert kinds == [(Kind.REPLY, b"{"), (Kind.MESSAGE, b"c")]
 
 
-def test_a_held_sender_stays_held_until_there_is_room() -> None:
-    """Its frame waits where it was, and goes on its way when the recipient reads."""
+def test_snapshot_held_sender_stays_held_until_there_is_room() -> None:
+    """Its frame keeps its place, and is delivered when the recipient reads."""
     net = FakeNet(client("alice"), client("bob", queue=60))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
@@ -98,7 +98,7 @@ def test_a_held_sender_stays_held_until_there_is_room() -> None:
     assert alice.session.messages_in == 3
 
 
-def test_a_held_sender_waits_no_longer_than_it_would_have() -> None:
+def test_snapshot_held_sender_keeps_its_deadline() -> None:
     """The time it had waited before counts."""
     net = FakeNet(client("alice"), client("bob", queue=60), limits=CoreLimits(wait_timeout=30.0))
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -115,8 +115,8 @@ def test_a_held_sender_waits_no_longer_than_it_would_have() -> None:
     assert alice.error() == (1, "full")
 
 
-def test_who_does_not_read_its_answers_stays_held_without_an_end() -> None:
-    """It waits for itself, and for as long as it likes."""
+def test_snapshot_sender_not_reading_answers_stays_held() -> None:
+    """It is held until it reads, without a timeout."""
     net = FakeNet(client("alice", queue=40))
     alice = net.connect("alice")
     alice.block()
@@ -132,9 +132,9 @@ def test_who_does_not_read_its_answers_stays_held_without_an_end() -> None:
     assert len(alice.take()) == 4000
 
 
-def test_a_request_is_answered_after_the_change() -> None:
-    """The answer finds who asked, whatever the rules say; and who leaves without an
-    answer is answered for.
+def test_snapshot_pending_request_is_answered_afterwards() -> None:
+    """The answer reaches the requester, whatever the rules are. A responder that leaves
+    without an answer causes an ERROR.
     """
     net = FakeNet(client("alice"), client("bob", send_to=()))
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -150,8 +150,8 @@ def test_a_request_is_answered_after_the_change() -> None:
     assert (error.kind, error.id) == (Kind.ERROR, 2)
 
 
-def test_subscriptions_go_on() -> None:
-    """Everyone who subscribed gets the event, and one of each group."""
+def test_snapshot_subscriptions_continue() -> None:
+    """Every subscriber gets the event, and one member of each group."""
     net = FakeNet(client("alice"), client("bob"), client("carol"), client("dave"))
     alice, bob, carol, dave = (net.connect(name) for name in ("alice", "bob", "carol", "dave"))
     bob.ask("subscribe", topic="jobs.>")
@@ -168,9 +168,9 @@ def test_subscriptions_go_on() -> None:
     assert len(net.broker.topics) == 2
 
 
-def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
-    """A member of a pool is gone and its messages are not dealt with yet: they are,
-    afterwards.
+def test_snapshot_frames_of_closed_session_are_reported_afterwards() -> None:
+    """A session has closed and its messages are not reported yet: they are reported
+    after the upgrade.
     """
     net = FakeNet(client("alice"), client("bob"), client("eve"))
     alice, bob, eve = net.connect("alice"), net.connect("bob"), net.connect("eve")
@@ -195,11 +195,11 @@ def test_what_sessions_that_are_gone_left_behind_is_answered_for() -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 2])
-def test_who_comes_later_under_a_name_hears_nothing_of_a_predecessors_messages(
+def test_snapshot_successor_gets_no_errors_of_sender_left_before(
     connections: int,
 ) -> None:
-    """The sender is gone before the change, its successor comes after it: the message
-    is nobody's.
+    """The sender leaves before the upgrade, its successor comes after it: the message
+    has no sender any more.
     """
     net = FakeNet(client("alice"), client("bob", connections=connections))
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -208,15 +208,15 @@ def test_who_comes_later_under_a_name_hears_nothing_of_a_predecessors_messages(
     alice.leave()
 
     net.hand_over()
-    later = net.connect("alice")
+    successor = net.connect("alice")
     bob.leave()
 
-    assert later.take() == []
+    assert successor.take() == []
     assert net.broker.replies.dropped == 1
 
 
-def test_who_comes_later_under_a_name_hears_nothing_when_the_sender_goes_after_the_change() -> None:
-    """Whom it has sent something is remembered."""
+def test_snapshot_successor_gets_no_errors_of_sender_left_after() -> None:
+    """The recipients of a sender are captured too."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
@@ -225,14 +225,14 @@ def test_who_comes_later_under_a_name_hears_nothing_when_the_sender_goes_after_t
 
     net.hand_over()
     alice.leave()
-    later = net.connect("alice")
+    successor = net.connect("alice")
     bob.leave()
 
-    assert later.take() == []
+    assert successor.take() == []
 
 
-def test_an_oversized_frame_is_passed_over_to_its_end() -> None:
-    """Half of it came before the change, half of it comes after."""
+def test_snapshot_oversized_frame_is_skipped_to_its_end() -> None:
+    """Half of it arrived before the upgrade, and half of it arrives after."""
     net = FakeNet(client("alice"), client("bob"), limits=CoreLimits(max_message=100))
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.send_bytes(b"\x00\x00\x01\x00" + b"\x01\x00\x00\x03" + bytes(8) + b"bob" + b"x" * 100)
@@ -245,8 +245,8 @@ def test_an_oversized_frame_is_passed_over_to_its_end() -> None:
     assert bob.payloads() == [b"fits"]
 
 
-def test_a_part_of_a_frame_is_completed() -> None:
-    """The network layer keeps it; the core goes on with the whole."""
+def test_snapshot_partly_received_frame_is_completed() -> None:
+    """The network layer keeps the part; the core handles the whole frame."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     whole = b"\x00\x00\x00\x12" + b"\x01\x00\x00\x03" + bytes(8) + b"bob" + b"abc"
@@ -258,8 +258,8 @@ def test_a_part_of_a_frame_is_completed() -> None:
     assert bob.payloads() == [b"abc"]
 
 
-def test_counters_go_on() -> None:
-    """Of the broker, and of each connection; and how often it was replaced is counted."""
+def test_snapshot_counters_continue() -> None:
+    """This holds for the broker and each connection; the upgrades are counted too."""
     net = FakeNet(client("alice", admin=True), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"one")
@@ -280,9 +280,9 @@ def test_counters_go_on() -> None:
     assert peer_after["since"] == peer_before["since"]
 
 
-def test_presence_is_as_it_was() -> None:
-    """Nobody came or went: nothing is announced, and everybody is there since when they
-    were.
+def test_snapshot_presence_is_unchanged() -> None:
+    """No client came or left: nothing is announced, and every client is online since
+    the same time.
     """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice = net.connect("alice")
@@ -298,8 +298,8 @@ def test_presence_is_as_it_was() -> None:
     assert alice.ask("clients") == before
 
 
-def test_rates_are_not_refilled_by_the_change() -> None:
-    """Who had used up what it may send in a second has not got it again."""
+def test_snapshot_rate_is_not_refilled() -> None:
+    """A client that has used up its rate for this second does not get it again."""
     net = FakeNet(client("alice", rate=RateConfig(3.0, None)), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     for number in range(3):
@@ -314,8 +314,8 @@ def test_rates_are_not_refilled_by_the_change() -> None:
     assert len(bob.take()) == 4
 
 
-def test_a_changed_rate_begins_anew() -> None:
-    """As after a reload."""
+def test_snapshot_changed_rate_starts_full() -> None:
+    """A changed rate starts full after a reload as well."""
     net = FakeNet(client("alice", rate=RateConfig(1.0, None)), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.message("bob")
@@ -326,9 +326,9 @@ def test_a_changed_rate_begins_anew() -> None:
     assert len(bob.take()) == 2
 
 
-def test_a_name_that_is_gone_gets_what_waited_for_it_and_is_to_be_closed() -> None:
-    """Under a configuration without it, it is in no list, and nobody reaches it; its
-    queue is still written.
+def test_snapshot_removed_client_gets_its_queue_and_is_unlisted() -> None:
+    """A configuration without the client removes it from every list, and no frame
+    reaches it; its queue is still written.
     """
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
@@ -354,30 +354,30 @@ def test_a_name_that_is_gone_gets_what_waited_for_it_and_is_to_be_closed() -> No
     assert not net.leftovers()
 
 
-def test_a_session_whose_name_was_gone_already_stays_out() -> None:
-    """Removed by a reload, configured again, and replaced: the old connection is not
-    the new name's.
+def test_snapshot_session_removed_by_reload_stays_out() -> None:
+    """The client was removed by a reload and configured again: its old connection does
+    not belong to the new client.
     """
     net = FakeNet(client("alice"), client("bob"))
-    alice, old = net.connect("alice"), net.connect("bob")
+    alice, former = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"first")
     limits = CoreLimits()
     net.broker.reconfigure({"alice": client("alice")}, limits, net.now)
     net.broker.reconfigure({"alice": client("alice"), "bob": client("bob")}, limits, net.now)
-    new = net.connect("bob")
+    successor = net.connect("bob")
     net.settle()
 
     net.hand_over()
     alice.message("bob", b"second")
 
-    assert old.payloads() == [b"first"]
-    assert new.payloads() == [b"second"]
-    old.leave()
-    assert net.broker.exchange.find("bob") is new.session
+    assert former.payloads() == [b"first"]
+    assert successor.payloads() == [b"second"]
+    former.leave()
+    assert net.broker.exchange.find("bob") is successor.session
 
 
-def test_a_subscription_that_new_rules_forbid_ends() -> None:
-    """As after a reload."""
+def test_snapshot_subscription_forbidden_by_new_rules_ends() -> None:
+    """It ends after a reload as well."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.ask("subscribe", topic="a")
@@ -391,8 +391,8 @@ def test_a_subscription_that_new_rules_forbid_ends() -> None:
     assert bob.session.subscriptions == {("b", None)}
 
 
-def test_an_empty_queue_becomes_the_kind_that_is_configured_now() -> None:
-    """One that holds something keeps its kind, with the new limit."""
+def test_snapshot_empty_outbox_becomes_configured_kind() -> None:
+    """An outbox that holds frames keeps its kind, with the new limit."""
     net = FakeNet(client("alice"), client("bob"), client("carol"))
     alice, bob, carol = net.connect("alice"), net.connect("bob"), net.connect("carol")
     carol.block()
@@ -410,8 +410,8 @@ def test_an_empty_queue_becomes_the_kind_that_is_configured_now() -> None:
     assert bob.payloads() == [b"x", b"y"]
 
 
-def test_a_client_with_two_connections_keeps_its_addresses() -> None:
-    """A name that is a pool now leaves the connection it had the address it had."""
+def test_snapshot_client_turned_pool_keeps_address() -> None:
+    """The connection of a client that is a pool now keeps the address it had."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
 
@@ -425,9 +425,9 @@ def test_a_client_with_two_connections_keeps_its_addresses() -> None:
     assert got.name == "bob"
 
 
-def test_capturing_changes_nothing() -> None:
-    """If the other process does not take over, everything goes on; and a second capture
-    says the same.
+def test_snapshot_capture_changes_nothing() -> None:
+    """If the new process does not take over, everything continues; and a second capture
+    has the same result.
     """
     net = FakeNet(
         client("alice", rate=RateConfig(100.0, 1e6)),
@@ -452,51 +452,56 @@ def test_capturing_changes_nothing() -> None:
     assert pool.payloads() == [b"p"]
 
 
-def test_numbers_go_on_where_they_were() -> None:
-    """Who comes after the change is newer than everybody before it."""
+def test_snapshot_session_numbers_continue() -> None:
+    """A session that begins after the upgrade has a higher number than every one before
+    it.
+    """
     net = FakeNet(client("alice"), client("bob"))
     alice = net.connect("alice")
     net.hand_over()
     assert net.connect("bob").session.number > alice.session.number
 
 
-def test_facts_that_lack_bytes_are_refused() -> None:
-    """A state that was cut short is no state."""
+def test_snapshot_with_missing_bytes_is_refused() -> None:
+    """A truncated snapshot is not valid."""
     net = FakeNet(client("alice"), client("bob"))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
     alice.message("bob", b"waits")
-    taken = capture(net.broker, [alice.session, bob.session], net.now)
-    fresh = FakeNet(client("alice"), client("bob")).broker
+    snapshot = capture(net.broker, [alice.session, bob.session], net.now)
+    new_broker = FakeNet(client("alice"), client("bob")).broker
 
     with pytest.raises(ValueError, match="are wanted where"):
         restore(
-            fresh, json.loads(json.dumps(taken.facts)), Pieces(b"".join(taken.pieces)[:-1]), net.now
+            new_broker,
+            json.loads(json.dumps(snapshot.facts)),
+            Pieces(b"".join(snapshot.pieces)[:-1]),
+            net.now,
         )
 
 
-def test_nothing_a_session_knows_is_forgotten() -> None:
-    """Whoever gives a session another attribute says here what becomes of it when the
-    process is replaced.
+def test_snapshot_covers_every_session_attribute() -> None:
+    """A new attribute of a session has to be listed here, with what an upgrade does
+    with it.
     """
     assert set(Session.__slots__) == CAPTURED | MADE_ANEW | PARTING
 
 
-def test_nothing_the_broker_knows_is_forgotten() -> None:
-    """And so for the broker, its clients and both kinds of outbox."""
+def test_snapshot_covers_every_broker_attribute() -> None:
+    """This holds for the broker, its clients and both kinds of outbox."""
     broker = FakeNet().broker
     parts = {
         name: part
         for name, part in vars(broker).items()
         if type(part).__module__.startswith("brokerd.core.")
     }
-    #: The parts that are captured whole, or made again whole.
-    whole = {"exchange", "topics", "deferred", "revocation"}
-    state = {name for name in vars(broker) if name not in parts or name in whole}
+    #: The parts that are captured as a whole, or rebuilt as a whole.
+    whole_parts = {"exchange", "topics", "deferred", "revocation"}
+    state = {name for name in vars(broker) if name not in parts or name in whole_parts}
     for name, part in parts.items():
-        if name not in whole:
+        if name not in whole_parts:
             attributes = getattr(type(part), "__slots__", None) or vars(part)
-            # A part that is also an attribute of another one is seen there.
+            # A part that is also an attribute of another part is counted there.
             state |= {
                 attribute
                 for attribute in attributes
@@ -516,7 +521,7 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     # closed sessions in Reports.
     captured |= {"deadlines", "_order", "_closed", "deferred", "asking"}
     settled = {"touched", "released", "admin_commands", "log_events"}
-    # What is under review is held against the rules when it is restored.
+    # Subscriptions under revocation are checked against the rules when restored.
     of_this_process = {
         "limits",
         "version",
@@ -528,7 +533,7 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
         "_releasing",
         "_release_again",
     }
-    # Of connections that are about to end, none of which is captured.
+    # These belong to connections that are about to end; none of them is captured.
     of_this_process |= {"finishing", "unheard", "changes"}
     assert state == captured | settled | of_this_process
     assert set(Client.__slots__) == {
@@ -553,16 +558,16 @@ def test_nothing_the_broker_knows_is_forgotten() -> None:
     assert set(FrameOutbox.__slots__) == both | apart
 
 
-def test_capture_leaves_out_clients_to_which_nothing_has_happened() -> None:
-    """Of ten thousand that is most; they are offline there since the first process
-    started.
+def test_snapshot_omits_clients_without_history() -> None:
+    """Of ten thousand clients these are most. In the new process they are offline since
+    the first process started.
     """
     configs = [client(f"c{number}") for number in range(100)]
     broker = Broker(configs, now_wall=1000.0)
     facts = capture(broker, [], 0.0).facts
     assert facts["clients"] == {}
-    new_process = Broker(configs, now_wall=2000.0)
-    restore(new_process, facts, Pieces(b""), 0.0)
+    new_broker = Broker(configs, now_wall=2000.0)
+    restore(new_broker, facts, Pieces(b""), 0.0)
     assert {
-        (each.changed_at, each.shown_since) for each in new_process.exchange.clients.values()
+        (each.changed_at, each.shown_since) for each in new_broker.exchange.clients.values()
     } == {(1000.0, 1000.0)}

@@ -1,5 +1,5 @@
-"""Facts that no process can have captured are refused, in words that say where, before
-anything is taken over.
+"""Facts that no process can have captured are refused before anything is restored, and
+the error says where they are wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CONFIGS = (
 
 @functools.cache
 def captured() -> tuple[str, bytes]:
-    """Return what a broker hands over that holds some of everything: alice, bob and two
-    of a pool, one more gone.
+    """Return the snapshot of a broker with state of every kind: alice, bob, two members
+    of a pool, and a session that has closed.
     """
     net = FakeNet(*CONFIGS)
     alice, bob, first, second = (net.connect(name) for name in ("alice", "bob", "pool", "pool"))
@@ -49,32 +49,32 @@ def captured() -> tuple[str, bytes]:
     net.peers.remove(third)
     net.broker.detach(third.session, net.now)
     net.broker.held.hold(first.session, bob.session, net.now + 5)
-    taken = capture(net.broker, [peer.session for peer in net.peers], net.now)
-    return json.dumps(taken.facts), b"".join(taken.pieces)
+    snapshot = capture(net.broker, [peer.session for peer in net.peers], net.now)
+    return json.dumps(snapshot.facts), b"".join(snapshot.pieces)
 
 
-def taken_over(facts: Any, body: bytes) -> int:
-    """Return how many bytes a new broker leaves."""
+def restored(facts: Any, body: bytes) -> int:
+    """Restore a snapshot; return how many bytes the new broker leaves unread."""
     pieces = Pieces(body)
     restore(Broker(CONFIGS), facts, pieces, 0.0)
     return len(pieces)
 
 
-def test_what_was_captured_is_taken_over() -> None:
-    """The facts that the other tests change are good ones."""
+def test_snapshot_check_captured_facts_are_accepted() -> None:
+    """The facts that the other tests change are valid."""
     facts, body = captured()
 
-    assert taken_over(json.loads(facts), body) == 0
+    assert restored(json.loads(facts), body) == 0
 
 
-GONE = object()
+MISSING = object()
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
         ((), [], "facts is .*an object"),
-        (("dropped",), GONE, "facts has no dropped"),
+        (("dropped",), MISSING, "facts has no dropped"),
         (("started_at",), "soon", "facts.started_at is 'soon', and has to be a number"),
         (("started_at",), float("inf"), "facts.started_at is inf"),
         (("upgrades",), -1, "whole number"),
@@ -136,8 +136,8 @@ GONE = object()
         (("clients", "metered", "levels"), [1.0, 1.0], "does not fit the rate"),
         (("clients", "metered", "levels"), [9.0, None], "more left than its rate"),
         (("clients", "alice", "levels"), [None, None], "does not fit the rate"),
-        (("outboxes", 1, "limit"), GONE, "has no limit"),
-        (("outboxes", 1, "chunks"), GONE, "has no chunks"),
+        (("outboxes", 1, "limit"), MISSING, "has no limit"),
+        (("outboxes", 1, "chunks"), MISSING, "has no chunks"),
         (("outboxes", 1, "chunks"), [], "no chunk"),
         (("outboxes", 1, "chunks"), [0, 1], "an empty one"),
         (("outboxes", 1, "begun"), 10**6, "beyond what was begun"),
@@ -156,10 +156,10 @@ GONE = object()
         (("held",), [[2, 1, 5.0], [2, 0, 5.0]], "held twice"),
     ],
 )
-def test_what_contradicts_itself_is_refused(
+def test_snapshot_check_invalid_value_is_refused(
     path: tuple[Any, ...], value: object, expected: str
 ) -> None:
-    """One value is changed, or taken out; the error says which."""
+    """One value is changed, or removed; the error says which."""
     text, body = captured()
     facts = json.loads(text)
     holder = facts
@@ -167,30 +167,30 @@ def test_what_contradicts_itself_is_refused(
         holder = holder[step]
     if not path:
         facts = value
-    elif value is GONE:
+    elif value is MISSING:
         del holder[path[-1]]
     else:
         holder[path[-1]] = copy.deepcopy(value)
 
     with pytest.raises(BadSnapshot, match=expected):
-        taken_over(facts, body)
+        restored(facts, body)
 
 
-def test_what_is_not_known_here_is_passed_over() -> None:
-    """A later version may tell more, in the same format."""
+def test_snapshot_check_unknown_key_is_ignored() -> None:
+    """A later version may add keys, in the same format."""
     text, body = captured()
     facts = json.loads(text)
     facts["mood"] = facts["sessions"][0]["mood"] = "good"
 
-    assert taken_over(facts, body) == 0
+    assert restored(facts, body) == 0
 
 
-def test_bytes_that_are_missing_are_refused() -> None:
-    """What is to be delivered is there, or nothing is taken over."""
+def test_snapshot_check_missing_bytes_are_refused() -> None:
+    """All frames to be delivered are there, or nothing is restored."""
     facts, body = captured()
 
     with pytest.raises(BadSnapshot, match="bytes are wanted where"):
-        taken_over(json.loads(facts), body[:-1])
+        restored(json.loads(facts), body[:-1])
 
 
 @pytest.mark.parametrize(
@@ -203,19 +203,19 @@ def test_bytes_that_are_missing_are_refused() -> None:
         (bytes(18), "ends inside a frame"),
     ],
 )
-def test_bytes_that_are_no_frames_are_refused(body: bytes, expected: str) -> None:
+def test_snapshot_check_bytes_that_are_not_frames_are_refused(body: bytes, expected: str) -> None:
     """They would be read as frames when their recipient leaves, if not before."""
-    text, rest = captured()
+    text, pieces = captured()
     facts = json.loads(text)
     outbox = facts["outboxes"][0]
     outbox["chunks"], outbox["size"] = [len(body)], 1000
 
     with pytest.raises(BadSnapshot, match=expected):
-        taken_over(facts, body + rest)
+        restored(facts, body + pieces)
 
 
-def test_one_frame_is_one() -> None:
-    """Two in the place of one would both go where the first one goes."""
+def test_snapshot_check_two_frames_as_one_are_refused() -> None:
+    """Two frames in the place of one would both go to the recipient of the first."""
     text, body = captured()
     facts = json.loads(text)
     queue = facts["outboxes"][2]["queue"]
@@ -225,11 +225,11 @@ def test_one_frame_is_one() -> None:
     before = sum(sum(each["chunks"]) for each in facts["outboxes"][:2])
 
     with pytest.raises(BadSnapshot, match="as one frame is more"):
-        taken_over(facts, body[:before] + first + second + body[before:])
+        restored(facts, body[:before] + first + second + body[before:])
 
 
-def test_counters_are_whole_numbers_by_their_names() -> None:
-    """Whatever else another process calls a counter is refused, with its place."""
+def test_snapshot_check_counter_not_whole_number_is_refused() -> None:
+    """Any other value that another process calls a counter is refused, with its place."""
     check_counts({"accepted": 3, "refused": 0}, "reloads")
     for odd in ([], {"accepted": -1}, {"accepted": 0.5}, {"accepted": None}):
         with pytest.raises(BadSnapshot, match=r"^reloads"):

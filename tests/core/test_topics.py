@@ -1,4 +1,4 @@
-"""Subscriptions: which patterns fit which topics, and who is found for one."""
+"""Subscriptions: which patterns match which topics, and which members a search finds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brokerd.core import topics as topics_module
 from brokerd.core.topics import Matches, Topics, covers
 from brokerd_client.topics import matches
 
-FITTING = [
+MATCHING = [
     ("a", "a"),
     ("a.b", "a.b"),
     ("*", "a"),
@@ -29,7 +29,7 @@ FITTING = [
     ("$broker.draining", "$broker.draining"),
     ("a.*", "a.$b"),
 ]
-UNFITTING = [
+NOT_MATCHING = [
     ("a", "b"),
     ("a", "a.b"),
     ("a.b", "a"),
@@ -50,19 +50,19 @@ PATTERNS = st.tuples(st.lists(TOKENS, min_size=1, max_size=4), st.booleans()).ma
 TOPICS = st.lists(st.sampled_from(["a", "b", "c", "$x"]), min_size=1, max_size=5).map(".".join)
 
 
-@pytest.mark.parametrize(("pattern", "topic"), FITTING)
-def test_a_topic_that_fits_is_found(pattern: str, topic: str) -> None:
-    """Both ways of asking agree that the topic fits."""
+@pytest.mark.parametrize(("pattern", "topic"), MATCHING)
+def test_topics_pattern_matching_topic_is_found(pattern: str, topic: str) -> None:
+    """The tree and the function ``matches`` agree that the topic matches."""
     topics: Topics[str] = Topics()
     topics.add(pattern, "ann")
     assert matches(pattern, topic)
     assert list(topics.find(topic).everyone) == ["ann"]
 
 
-@pytest.mark.parametrize(("pattern", "topic"), UNFITTING)
-def test_a_topic_that_does_not_fit_is_not_found(pattern: str, topic: str) -> None:
-    """Both ways of asking agree that the topic does not fit; wildcards at the front
-    stay outside of ``$``.
+@pytest.mark.parametrize(("pattern", "topic"), NOT_MATCHING)
+def test_topics_pattern_not_matching_topic_is_not_found(pattern: str, topic: str) -> None:
+    """The tree and the function ``matches`` agree that the topic does not match. A
+    leading wildcard does not match ``$``.
     """
     topics: Topics[str] = Topics()
     topics.add(pattern, "ann")
@@ -71,12 +71,12 @@ def test_a_topic_that_does_not_fit_is_not_found(pattern: str, topic: str) -> Non
 
 
 @given(patterns=st.lists(PATTERNS, max_size=8), topic=TOPICS)
-def test_the_tree_finds_what_a_regular_expression_does(patterns: list[str], topic: str) -> None:
-    """Any set of subscriptions gives the same as trying each pattern by itself."""
+def test_topics_find_agrees_with_regular_expressions(patterns: list[str], topic: str) -> None:
+    """Any set of subscriptions gives the same result as trying each pattern on its own."""
     topics: Topics[int] = Topics()
     for number, pattern in enumerate(patterns):
         topics.add(pattern, number)
-    found = {
+    expected = {
         number
         for number, pattern in enumerate(patterns)
         if re.fullmatch(
@@ -88,12 +88,16 @@ def test_the_tree_finds_what_a_regular_expression_does(patterns: list[str], topi
         )
         and not (topic.startswith("$") and pattern[0] in "*>")
     }
-    assert set(topics.find(topic).everyone) == found
-    assert {number for number, pattern in enumerate(patterns) if matches(pattern, topic)} == found
+    assert set(topics.find(topic).everyone) == expected
+    assert {
+        number for number, pattern in enumerate(patterns) if matches(pattern, topic)
+    } == expected
 
 
 @given(rule=PATTERNS, pattern=PATTERNS, topic=TOPICS)
-def test_what_a_rule_covers_it_matches(rule: str, pattern: str, topic: str) -> None:
+def test_topics_rule_covering_pattern_matches_its_topics(
+    rule: str, pattern: str, topic: str
+) -> None:
     """A rule that covers a pattern matches every topic that the pattern matches."""
     if covers(rule, pattern) and matches(pattern, topic):
         assert matches(rule, topic)
@@ -118,9 +122,9 @@ def test_what_a_rule_covers_it_matches(rule: str, pattern: str, topic: str) -> N
         ("*.>", "$broker.online.*", False),
     ],
 )
-def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, covered: bool) -> None:
-    """A subscription is allowed only if no topic it could match lies outside of the
-    rule.
+def test_topics_rule_covers_only_whole_patterns(rule: str, pattern: str, covered: bool) -> None:
+    """A subscription is allowed only if the rule matches every topic that it could
+    match.
     """
     assert covers(rule, pattern) is covered
 
@@ -131,28 +135,28 @@ def test_a_rule_covers_a_whole_pattern_or_does_not(rule: str, pattern: str, cove
     topic=TOPICS,
     pieces=st.integers(1, 3),
 )
-def test_a_search_in_pieces_finds_who_is_subscribed_at_its_end(
+def test_topic_search_in_pieces_finds_subscribers_at_its_end(
     before: list[str], changes: list[tuple[bool, str]], topic: str, pieces: int
 ) -> None:
-    """Whoever subscribes or leaves while somebody searches is found or not as if all
+    """A member that subscribes or leaves during the search is treated as if everything
     had been searched at the end.
     """
     topics: Topics[str] = Topics()
     for pattern in before:
         topics.add(pattern, pattern)
-    rest = list(changes)
-    while (found := topics.search(topic, "owner", pieces)[0]) is None:
-        if rest:
-            joins, pattern = rest.pop()
+    remaining = list(changes)
+    while (result := topics.search(topic, "owner", pieces)[0]) is None:
+        if remaining:
+            joins, pattern = remaining.pop()
             (topics.add if joins else topics.discard)(pattern, pattern)
     topics.forget()
-    assert found.everyone.keys() == topics.find(topic).everyone.keys()
+    assert result.everyone.keys() == topics.find(topic).everyone.keys()
     assert not topics._searches
 
 
-def test_a_search_goes_no_further_than_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand patterns that agree with the topic in all but their last token are not
-    looked at all at once.
+def test_topic_search_visits_at_most_given_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand patterns that differ from the topic in their last token only are not
+    all visited at once.
     """
     monkeypatch.setattr(topics_module, "_PIECE", 8)
     topics: Topics[int] = Topics()
@@ -160,21 +164,21 @@ def test_a_search_goes_no_further_than_it_is_told(monkeypatch: pytest.MonkeyPatc
     for number in range(1024):
         topics.add(".".join("a*"[number >> bit & 1] for bit in range(10)) + ".a.b", number)
     topics.add(topic, -1)
-    looked_at = []
+    visited = []
     while True:
-        found, count = topics.search(topic, "owner", 100)
-        looked_at.append(count)
-        if found is not None:
+        result, count = topics.search(topic, "owner", 100)
+        visited.append(count)
+        if result is not None:
             break
-    assert max(looked_at) < 108
-    assert sum(looked_at) > 2048
-    assert list(found.everyone) == [-1]
-    assert topics.search(topic, "owner", 100) == (found, 0)
+    assert max(visited) < 108
+    assert sum(visited) > 2048
+    assert list(result.everyone) == [-1]
+    assert topics.search(topic, "owner", 100) == (result, 0)
 
 
-def test_who_subscribes_where_a_search_has_passed_is_found() -> None:
-    """Behind the search, where nobody was subscribed, somebody is now; and who was
-    found already may have left.
+def test_topic_search_finds_subscriber_behind_its_position() -> None:
+    """A member subscribes where the search has passed and had found no subscriber; one
+    found before may have left.
     """
     topics: Topics[str] = Topics()
     for pattern in ("a.>", "a.*.c"):
@@ -183,9 +187,9 @@ def test_who_subscribes_where_a_search_has_passed_is_found() -> None:
     topics.add(">", "bob")
     topics.add("x.>", "cid")
     topics.discard("a.>", "ann")
-    found, _ = topics.search("a.b.c", "owner", 99)
-    assert found is not None
-    assert set(found.everyone) == {"ann", "bob"}
+    result, _ = topics.search("a.b.c", "owner", 99)
+    assert result is not None
+    assert set(result.everyone) == {"ann", "bob"}
 
 
 GROUPS = st.sampled_from([None, "g", "h"])
@@ -200,59 +204,59 @@ SUBSCRIPTIONS = st.tuples(st.sampled_from(["a.b", "a.*", ">", "c"]), st.sampled_
     pieces=st.integers(1, 6),
     start=st.integers(0, 12),
 )
-def test_who_joins_or_leaves_a_group_during_a_search_is_taken_into_account(
+def test_topic_search_in_pieces_finds_group_members_at_its_end(
     before: set[tuple[str, str, str | None]],
     changes: list[tuple[str, tuple[str, str, str | None]]],
     pieces: int,
     start: int,
 ) -> None:
-    """Whatever happens while somebody searches, the groups and their members are those
-    of its end.
+    """Whatever changes during the search, the groups and their members are those at its
+    end.
     """
     topics: Topics[str] = Topics()
-    there: set[tuple[str, str, str | None]] = set()
-    gone: set[str] = set()
+    present: set[tuple[str, str, str | None]] = set()
+    departed: set[str] = set()
 
     def join(pattern: str, member: str, group: str | None) -> None:
-        if member not in gone:
+        if member not in departed:
             topics.add(pattern, member, group)
-            there.add((pattern, member, group))
+            present.add((pattern, member, group))
 
     for each in before:
         join(*each)
-    rest = list(changes)
-    while (found := topics.search("a.b", "owner", pieces)[0]) is None:
+    remaining = list(changes)
+    while (result := topics.search("a.b", "owner", pieces)[0]) is None:
         start -= 1
-        if rest and start < 0:
-            what, (pattern, member, group) = rest.pop()
-            if what == "end" and there:
+        if remaining and start < 0:
+            change, (pattern, member, group) = remaining.pop()
+            if change == "end" and present:
                 pattern, member, group = min(
-                    there, key=lambda each: (each[0] != pattern, each[1] != member, str(each))
+                    present, key=lambda each: (each[0] != pattern, each[1] != member, str(each))
                 )
-            if what == "join":
+            if change == "join":
                 join(pattern, member, group)
-            elif what == "end" and member not in gone:
+            elif change == "end" and member not in departed:
                 topics.discard(pattern, member, group)
-                there.discard((pattern, member, group))
-            elif what == "leave" and member not in gone:
-                gone.add(member)
-                topics.leave(member, [(one, in_) for one, who, in_ in there if who == member])
-                there = {each for each in there if each[1] != member}
+                present.discard((pattern, member, group))
+            elif change == "leave" and member not in departed:
+                departed.add(member)
+                topics.leave(member, [(each[0], each[2]) for each in present if each[1] == member])
+                present = {each for each in present if each[1] != member}
             else:
                 topics.tidy(1)
-    groups = {group: set(members) - found.left for group, members in found.groups.items()}
-    right: dict[str | None, set[str]] = {}
-    for pattern, member, group in there:
+    groups = {group: set(members) - result.left for group, members in result.groups.items()}
+    expected: dict[str | None, set[str]] = {}
+    for pattern, member, group in present:
         if matches(pattern, "a.b"):
-            right.setdefault(group, set()).add(member)
-    assert set(found.everyone) == right.pop(None, set())
-    assert {group: members for group, members in groups.items() if members} == right
+            expected.setdefault(group, set()).add(member)
+    assert set(result.everyone) == expected.pop(None, set())
+    assert {group: members for group, members in groups.items() if members} == expected
     assert not topics._searches
 
 
-def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() -> None:
-    """Behind the search, just there and before it: what is found is what is true at its
-    end.
+def test_topic_search_group_changed_at_any_position_is_current() -> None:
+    """Groups change behind the search, at its position and before it: the result is
+    what is true at its end.
     """
     topics: Topics[str] = Topics()
     for member in ("ann", "bob"):
@@ -272,11 +276,11 @@ def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() ->
     topics.discard("a.b", before, "h")
     topics.discard("a.*", before, "h")
     for _ in range(99):
-        found, _ = topics.search("a.b", "owner", 1)
-        if found is not None:
+        result, _ = topics.search("a.b", "owner", 1)
+        if result is not None:
             break
-    assert found is not None
-    assert found.groups == {
+    assert result is not None
+    assert result.groups == {
         "g": {behind: 1, before: 2},
         "h": {behind: 2},
         "i": {behind: 1, before: 1},
@@ -286,9 +290,9 @@ def test_a_group_is_joined_and_left_where_a_search_is_and_where_it_has_been() ->
     assert set(topics.find("a.b").groups["i"]) == {before}
 
 
-def test_a_group_that_was_found_and_has_ended_is_none() -> None:
-    """The last member of a group leaves it while the rest is looked up; another is
-    still in it by another pattern.
+def test_topic_search_group_left_by_last_member_is_removed() -> None:
+    """The last member of a group leaves it during the search. Another group keeps its
+    member through another pattern.
     """
     topics: Topics[str] = Topics()
     for group in ("g", "h"):
@@ -302,14 +306,14 @@ def test_a_group_that_was_found_and_has_ended_is_none() -> None:
     topics.discard("a", "ann", "g")
     topics.discard("*", "ann", "g")
     topics.discard("*", "ann", "h")
-    found, _ = topics.search("a", "owner", 99)
-    assert found is not None
-    assert found.groups in ({"h": {"ann": 1, "bob": 1}}, {"h": {"bob": 1, "ann": 1}})
-    assert len(found) == 2
+    result, _ = topics.search("a", "owner", 99)
+    assert result is not None
+    assert result.groups in ({"h": {"ann": 1, "bob": 1}}, {"h": {"bob": 1, "ann": 1}})
+    assert len(result) == 2
 
 
-def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
-    """Though what he was subscribed to is still in the tree."""
+def test_topic_search_member_left_meanwhile_is_not_found() -> None:
+    """Its subscriptions are still in the tree."""
     topics: Topics[str] = Topics()
     for member in ("ann", "bob", "cid"):
         topics.add("a", member)
@@ -319,64 +323,64 @@ def test_who_leaves_before_a_search_comes_to_him_is_not_found() -> None:
     assert set(topics.find("a").everyone) == {"ann", "bob"}
 
 
-def test_matches_are_counted() -> None:
-    """By member and group, so that one of two patterns may end; a group without members
-    is none.
+def test_topics_matches_are_counted_by_member_and_group() -> None:
+    """They are counted so that one of two patterns may end; a group without members is
+    removed.
     """
-    found: Matches[str] = Matches()
+    result: Matches[str] = Matches()
     for member, group in (("ann", "g"), ("ann", "g"), ("bob", "g"), ("ann", None)):
-        found.add(member, group)
+        result.add(member, group)
     for member, group, groups in (
         ("ann", "g", {"g": {"ann": 1, "bob": 1}}),
         ("ann", "g", {"g": {"bob": 1}}),
         ("bob", "g", {}),
         ("ann", None, {}),
     ):
-        found.drop(member, group)
-        assert found.groups == groups
-        assert bool(found.everyone) == (group is not None)
-    assert len(found) == 0
+        result.drop(member, group)
+        assert result.groups == groups
+        assert bool(result.everyone) == (group is not None)
+    assert len(result) == 0
 
 
-def test_a_group_that_is_left_before_a_search_comes_to_it_is_not_found() -> None:
-    """Though the others of the same member were found already."""
+def test_topic_search_group_left_meanwhile_is_not_found() -> None:
+    """Other groups of the same member had been found already."""
     topics: Topics[str] = Topics()
     for group in "ghi":
         topics.add("a", "ann", group)
     left = []
-    while (found := topics.search("a", "owner", 1)[0]) is None:
+    while (result := topics.search("a", "owner", 1)[0]) is None:
         search = topics._searches["owner"]
         if search.matches.groups and not left:
             left += search.groups
             assert topics.discard("a", "ann", left[0])
     assert len(left) == 2
-    assert set(found.groups) == set("ghi") - {left[0]}
+    assert set(result.groups) == set("ghi") - {left[0]}
 
 
-def test_the_groups_at_the_end_of_a_search_are_looked_up_in_pieces() -> None:
-    """Three members of a thousand groups each on one topic are not looked at all at
+def test_topic_search_looks_up_many_groups_in_pieces() -> None:
+    """Three members with a thousand groups each on one topic are not all looked up at
     once.
     """
     topics: Topics[str] = Topics()
     for number in range(3000):
         topics.add("a.b", "abc"[number % 3], f"g{number // 3}")
-    looked_at = []
+    visited = []
     while True:
-        found, count = topics.search("a.b", "owner", 100)
-        looked_at.append(count)
-        if found is not None:
+        result, count = topics.search("a.b", "owner", 100)
+        visited.append(count)
+        if result is not None:
             break
-    assert max(looked_at) < 110
-    assert len(looked_at) >= 100
-    assert len(found) == 3000
-    assert all(set(members) == set("abc") for members in found.groups.values())
+    assert max(visited) < 110
+    assert len(visited) >= 100
+    assert len(result) == 3000
+    assert all(set(members) == set("abc") for members in result.groups.values())
 
 
-def test_of_searches_that_have_found_many_one_goes_on_at_a_time(
+def test_topic_search_with_many_matches_continues_one_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A hundred of them hold no more than one of them and a little; each comes to its
-    end, whoever does not go on.
+    """Many such searches together hold little more than one of them. Each of them ends,
+    even if another owner stops asking.
     """
     monkeypatch.setattr(topics_module, "_FEW", 10)
     topics: Topics[str] = Topics()
@@ -387,45 +391,45 @@ def test_of_searches_that_have_found_many_one_goes_on_at_a_time(
         topics.search(f"a.{owner}", owner, 8)[0] is None for owner in owners for _ in range(9)
     )
     held = "0"
-    done: list[str] = []
+    finished: list[str] = []
     turns = 0
-    while len(done) < 19:
+    while len(finished) < 19:
         turns += 1
         assert sum(len(search.matches) for search in topics._searches.values()) <= 100 + 20 * 13
         for owner in owners:
-            if owner != held and owner not in done:
-                found, _ = topics.search(f"a.{owner}", owner, 8)
-                if found is not None:
-                    assert len(found) == 100
-                    done.append(owner)
+            if owner != held and owner not in finished:
+                result, _ = topics.search(f"a.{owner}", owner, 8)
+                if result is not None:
+                    assert len(result) == 100
+                    finished.append(owner)
     assert turns < 20 * 60
     assert "0" not in topics._searches
-    while (found := topics.search("a.0", "0", 8)[0]) is None:
+    while (result := topics.search("a.0", "0", 8)[0]) is None:
         pass
-    assert len(found) == 100
+    assert len(result) == 100
     assert not topics._long
 
 
-def test_a_search_for_something_else_begins_anew() -> None:
-    """An owner searches for one topic at a time; what it has found for another is
-    nothing to this one.
+def test_topic_search_for_another_topic_starts_again() -> None:
+    """An owner searches for one topic at a time; matches found for another topic are
+    discarded.
     """
     topics: Topics[str] = Topics()
     topics.add("a.b", "ann")
     topics.add("c.d", "cid")
     assert topics.search("a.b", "owner", 1) == (None, 1)
-    while (found := topics.search("c.d", "owner", 1)[0]) is None:
+    while (result := topics.search("c.d", "owner", 1)[0]) is None:
         pass
-    assert list(found.everyone) == ["cid"]
+    assert list(result.everyone) == ["cid"]
     topics.search("a.b", "owner", 1)
     topics.abandon("owner")
     topics.abandon("owner")
     assert not topics._searches
 
 
-def test_a_search_that_waits_keeps_nothing_of_who_came_and_went() -> None:
-    """Its owner may be held for long, while somebody subscribes and unsubscribes all
-    the time.
+def test_topic_search_waiting_forgets_ended_subscriptions() -> None:
+    """Its owner may be held for a long time, while another client keeps subscribing and
+    unsubscribing.
     """
     topics: Topics[str] = Topics()
     topics.add("a.>", "ann")
@@ -435,15 +439,15 @@ def test_a_search_that_waits_keeps_nothing_of_who_came_and_went() -> None:
         topics.discard("a.*.c", "bob")
     assert len(topics._searches["owner"].nodes) <= 1
     assert topics.searches == 1
-    found, _ = topics.search("a.b.c", "owner", 99)
-    assert found is not None
-    assert list(found.everyone) == ["ann"]
+    result, _ = topics.search("a.b.c", "owner", 99)
+    assert result is not None
+    assert list(result.everyone) == ["ann"]
     assert topics.searches == 0
 
 
-def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
-    """Also by a search that is under way; the others stay, and at last nothing is left
-    but them.
+def test_topics_departed_member_is_hidden_and_removed_in_steps() -> None:
+    """An unfinished search does not find it either. Other members stay, and in the end
+    only they are left in the tree.
     """
     topics: Topics[str] = Topics()
     patterns = [("a.>", None), ("a.*.c", "g"), ("a.b.c", None), ("x", None)]
@@ -454,9 +458,9 @@ def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
     assert topics.search("a.b.z", "owner", 2) == (None, 2)
     topics.leave("ann", patterns)
     assert (len(topics), topics.is_tidy) == (1, False)
-    found, _ = topics.search("a.b.z", "owner", 99)
-    assert found is not None
-    for left in (found, topics.find("x")):
+    result, _ = topics.search("a.b.z", "owner", 99)
+    assert result is not None
+    for left in (result, topics.find("x")):
         assert not len(left)
     for _ in range(3):
         topics.tidy(1)
@@ -472,9 +476,9 @@ def test_who_has_left_is_found_no_more_and_put_away_little_by_little() -> None:
     assert topics.is_tidy
 
 
-def test_who_comes_and_goes_leaves_no_more_behind_than_it_had() -> None:
-    """Each new subscription puts away two of those that are left, so that they never
-    pile up.
+def test_topics_reconnecting_members_leave_bounded_remains() -> None:
+    """Each new subscription removes two of the remaining old ones, so that these never
+    accumulate.
     """
     topics: Topics[int] = Topics()
     for number in range(20):
@@ -485,29 +489,29 @@ def test_who_comes_and_goes_leaves_no_more_behind_than_it_had() -> None:
         assert sum(len(rest) for _, rest in topics._remains) <= 10
 
 
-def test_groups_are_found_by_name_across_patterns() -> None:
-    """A group is one group, whatever patterns its members used; without one a member
-    stands for itself.
+def test_topics_group_is_found_by_name_across_patterns() -> None:
+    """A group is one group, whatever patterns its members used; a member without a
+    group stands for itself.
     """
     topics: Topics[str] = Topics()
     topics.add("a.*", "ann", "g")
     topics.add("a.b", "bob", "g")
     topics.add("a.>", "cid", "h")
     topics.add("a.b", "ann")
-    found = topics.find("a.b")
-    assert list(found.everyone) == ["ann"]
-    assert {group: list(members) for group, members in found.groups.items()} == {
+    result = topics.find("a.b")
+    assert list(result.everyone) == ["ann"]
+    assert {group: list(members) for group, members in result.groups.items()} == {
         "g": ["bob", "ann"],
         "h": ["cid"],
-    } or {group: set(members) for group, members in found.groups.items()} == {
+    } or {group: set(members) for group, members in result.groups.items()} == {
         "g": {"ann", "bob"},
         "h": {"cid"},
     }
 
 
-def test_a_subscription_counts_once() -> None:
-    """The same subscription twice is one, and ends at once; what is not there can't
-    end.
+def test_topics_same_subscription_twice_counts_once() -> None:
+    """The same subscription twice is one, and ends at once; a subscription that does
+    not exist can't end.
     """
     topics: Topics[str] = Topics()
     version = topics.version
@@ -527,8 +531,8 @@ def test_a_subscription_counts_once() -> None:
     assert len(topics) == 0
 
 
-def test_empty_branches_are_cut() -> None:
-    """Of subscriptions that ended nothing is left, and their neighbours stay."""
+def test_topics_empty_branches_are_removed() -> None:
+    """Ended subscriptions leave nothing in the tree, and their neighbours stay."""
     topics: Topics[str] = Topics()
     for pattern in ("a", "a.b.c", "a.b.d"):
         topics.add(pattern, "ann")
@@ -540,10 +544,12 @@ def test_empty_branches_are_cut() -> None:
     assert topics._root.is_empty
 
 
-def test_what_was_found_is_remembered_until_a_subscription_changes(
+def test_topics_cache_is_valid_until_subscriptions_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same topic is looked up once; a change or too many topics empty the memory."""
+    """The same topic is looked up once; a change of the subscriptions, or too many
+    topics, clear the cache.
+    """
     monkeypatch.setattr(topics_module, "_REMEMBERED", 2)
     topics: Topics[str] = Topics()
     topics.add("*", "ann")
@@ -558,7 +564,7 @@ def test_what_was_found_is_remembered_until_a_subscription_changes(
     assert topics.find("a") is not second
 
 
-def test_what_is_remembered_is_bounded_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topics_cache_is_bounded_by_number_of_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few topics with many subscribers count as much as many topics with few."""
     monkeypatch.setattr(topics_module, "_REMEMBERED_MATCHES", 5)
     topics: Topics[str] = Topics()

@@ -22,13 +22,13 @@ QUEUES = pytest.mark.parametrize(
     [{}, {"connections": 2}, {"when_full": WhenFull.DROP_OLDEST}],
     ids=["stream", "pool", "drop_oldest"],
 )
-#: Whether another process takes over in between.
-REPLACED = pytest.mark.parametrize("replaced", [False, True])
+#: Whether a new process takes over in between.
+UPGRADED = pytest.mark.parametrize("upgraded", [False, True])
 
 
 def slow_pair(**changes: Any) -> tuple[FakeNet, Peer, Peer]:
-    """Return a net with ann, and bob who has read a part of the one message that waits
-    for him.
+    """Return a net with ann and bob. bob has read a part of the one message that waits
+    for it.
     """
     net = FakeNet(client("ann"), client("bob", **changes))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -38,15 +38,15 @@ def slow_pair(**changes: Any) -> tuple[FakeNet, Peer, Peer]:
 
 
 @QUEUES
-@REPLACED
-def test_message_past_its_ttl_is_not_written(changes: dict[str, Any], replaced: bool) -> None:
+@UPGRADED
+def test_ttl_over_message_is_not_written(changes: dict[str, Any], upgraded: bool) -> None:
     """Its sender gets `expired`; messages before and behind it arrive, in order."""
     net, ann, bob = slow_pair(**changes)
     for number in range(2, 8):
         ttl = {3: 5, 4: 5, 6: 60}.get(number)
         ann.message("bob", b"%d" % number, number, extension=None if ttl is None else {"ttl": ttl})
     net.advance(3)
-    if replaced:
+    if upgraded:
         net.hand_over()
     net.advance(3)
     bob.read()
@@ -57,7 +57,7 @@ def test_message_past_its_ttl_is_not_written(changes: dict[str, Any], replaced: 
 
 
 @QUEUES
-def test_message_within_its_ttl_is_written_after_a_wait(changes: dict[str, Any]) -> None:
+def test_ttl_not_over_message_is_written_after_wait(changes: dict[str, Any]) -> None:
     """A wait shorter than the ttl changes nothing."""
     net, ann, bob = slow_pair(**changes)
     ann.message("bob", b"2", 2, extension={"ttl": 5})
@@ -68,8 +68,8 @@ def test_message_within_its_ttl_is_written_after_a_wait(changes: dict[str, Any])
 
 
 @QUEUES
-def test_message_that_was_begun_is_written_to_its_end(changes: dict[str, Any]) -> None:
-    """A frame cannot be taken back once the system has a part of it."""
+def test_ttl_over_partly_written_message_is_completed(changes: dict[str, Any]) -> None:
+    """A frame cannot be taken back once a part of it has been written."""
     net, ann, bob = slow_pair(**changes)
     ann.message("bob", b"2", 2, extension={"ttl": 5})
     bob.read(25)
@@ -80,12 +80,12 @@ def test_message_that_was_begun_is_written_to_its_end(changes: dict[str, Any]) -
 
 
 @QUEUES
-@REPLACED
-def test_request_without_an_answer_at_its_ttl_is_expired(
-    changes: dict[str, Any], replaced: bool
+@UPGRADED
+def test_ttl_over_request_without_answer_is_expired(
+    changes: dict[str, Any], upgraded: bool
 ) -> None:
-    """The requester hears it at that time, delivered or not; what waits is not
-    delivered, and an answer is denied.
+    """The requester is told at that time, whether it was delivered or not. A waiting
+    request is not delivered, and an answer is denied.
     """
     net, ann, bob = slow_pair(**changes)
     bob.read()
@@ -94,7 +94,7 @@ def test_request_without_an_answer_at_its_ttl_is_expired(
     bob.block()
     ann.request("bob", b"waits", 3, extension={"ttl": 6})
     net.advance(4)
-    if replaced:
+    if upgraded:
         net.hand_over()
     assert ann.take() == []
     net.advance(1.1)
@@ -110,10 +110,8 @@ def test_request_without_an_answer_at_its_ttl_is_expired(
 
 @QUEUES
 @pytest.mark.parametrize("end", ["leave", "drop"])
-def test_expired_request_that_still_waits_has_one_outcome(
-    changes: dict[str, Any], end: str
-) -> None:
-    """Its frame is forgotten when the recipient leaves, or when it makes room for a
+def test_ttl_over_request_still_waiting_has_one_outcome(changes: dict[str, Any], end: str) -> None:
+    """Its frame is discarded when the recipient leaves, or when it makes room for a
     newer one.
     """
     net, ann, bob = slow_pair(queue=200, **changes)
@@ -130,8 +128,8 @@ def test_expired_request_that_still_waits_has_one_outcome(
     assert 3 not in [each.id for each in ann.take()]
 
 
-def test_request_that_moved_to_another_member_keeps_its_ttl() -> None:
-    """The time it has waited counts, whoever has it."""
+def test_ttl_of_request_moved_to_pool_member_continues() -> None:
+    """The time it has waited counts, whichever member has it."""
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one = net.connect("ann"), net.connect("pool")
     one.block()
@@ -144,8 +142,8 @@ def test_request_that_moved_to_another_member_keeps_its_ttl() -> None:
     assert ann.error() == (1, "expired")
 
 
-def test_answer_in_time_ends_the_deadline() -> None:
-    """Nothing of it is remembered, and the id may be used again."""
+def test_ttl_deadline_ends_with_answer() -> None:
+    """The deadline leaves no entry, and the id may be used again."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     for _ in range(3):
@@ -162,8 +160,8 @@ def test_answer_in_time_ends_the_deadline() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 @QUEUES
-def test_answer_past_its_ttl_is_reported_to_both(kind: Kind, changes: dict[str, Any]) -> None:
-    """The requester gets an error in the answer's place."""
+def test_ttl_over_answer_is_reported_to_both_sides(kind: Kind, changes: dict[str, Any]) -> None:
+    """The requester gets an ERROR instead of the answer."""
     net = FakeNet(client("ann", **changes), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     ann.request("bob", b"?", 9)
@@ -180,14 +178,14 @@ def test_answer_past_its_ttl_is_reported_to_both(kind: Kind, changes: dict[str, 
         "expired",
         "bob",
     )
-    heard = [(9, "expired")] if kind is Kind.REPLY else []
-    assert [(each.id, error_of(each)) for each in bob.take()] == heard
+    expected = [(9, "expired")] if kind is Kind.REPLY else []
+    assert [(each.id, error_of(each)) for each in bob.take()] == expected
 
 
 @QUEUES
-def test_event_past_its_ttl_is_dropped_and_counted(changes: dict[str, Any]) -> None:
+def test_ttl_over_event_is_dropped_and_counted(changes: dict[str, Any]) -> None:
     """Its publisher is not told of each subscriber that missed it; other subscribers
-    got it.
+    received it.
     """
     net = FakeNet(client("ann"), client("bob", **changes), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
@@ -204,9 +202,9 @@ def test_event_past_its_ttl_is_dropped_and_counted(changes: dict[str, Any]) -> N
     assert net.broker.replies.dropped == 1
 
 
-def test_message_held_past_its_ttl_comes_back_then() -> None:
-    """Its sender is not held any longer, and the recipient is not taken for one that
-    never reads.
+def test_ttl_over_message_of_held_sender_is_refused() -> None:
+    """Its sender is no longer held, and the recipient does not count as one that never
+    reads.
     """
     net = FakeNet(client("ann"), client("bob", queue=60))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -223,12 +221,10 @@ def test_message_held_past_its_ttl_comes_back_then() -> None:
 
 
 @QUEUES
-def test_very_many_expired_messages_are_answered_for_in_turns(
+def test_ttl_over_many_messages_are_reported_in_turns(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No call answers for more than a number of them, in the queue and among the
-    requests.
-    """
+    """One call reports a limited number of them, in the queue and among the requests."""
     monkeypatch.setattr(broker_module, "_EXPIRED", 3)
     net, ann, bob = slow_pair(**changes)
     for number in range(2, 22):
@@ -250,7 +246,7 @@ def test_very_many_expired_messages_are_answered_for_in_turns(
 
 
 @pytest.mark.parametrize("kind", [StreamOutbox, FrameOutbox])
-def test_outbox_without_ttl_looks_at_no_deadline(kind: type[StreamOutbox | FrameOutbox]) -> None:
+def test_outbox_without_ttl_examines_no_deadline(kind: type[StreamOutbox | FrameOutbox]) -> None:
     """Messages without a ttl cost one look at a number that is 0."""
     net = FakeNet(client("ann"), client("bob", connections=2 if kind is FrameOutbox else 1))
     ann, bob = net.connect("ann"), net.connect("bob")
@@ -263,7 +259,7 @@ def test_outbox_without_ttl_looks_at_no_deadline(kind: type[StreamOutbox | Frame
 
 
 def test_deadlines_are_due_in_order_and_never_early() -> None:
-    """A key is due up to a slot late; what was taken back is not due."""
+    """A key is due up to one slot late; a discarded key is not due."""
     deadlines: Deadlines[str] = Deadlines()
     for number in range(100):
         deadlines.add(10 + number / 10, f"k{number}")
@@ -271,9 +267,9 @@ def test_deadlines_are_due_in_order_and_never_early() -> None:
         deadlines.discard(10 + number / 10, "gone")
     deadlines.discard(5.0, "never there")
     assert deadlines.due(9.999, 10) == []
-    found = deadlines.due(12.5, 5)
-    found += deadlines.due(12.5, 1000)
-    assert found == [f"k{number}" for number in range(26)]
+    keys = deadlines.due(12.5, 5)
+    keys += deadlines.due(12.5, 1000)
+    assert keys == [f"k{number}" for number in range(26)]
     assert deadlines.next is not None
     assert 12.6 <= deadlines.next <= 12.64
     for number in range(26, 100):
@@ -283,7 +279,7 @@ def test_deadlines_are_due_in_order_and_never_early() -> None:
     assert deadlines.due(1e9, 10) == []
 
 
-def test_deadlines_that_are_taken_back_leave_nothing_behind() -> None:
+def test_deadlines_discarded_take_no_memory() -> None:
     """However many requests are answered in time, memory does not grow until their
     deadlines.
     """
@@ -294,8 +290,10 @@ def test_deadlines_that_are_taken_back_leave_nothing_behind() -> None:
     assert len(deadlines._heap) < 100
 
 
-def test_ttl_of_a_frame_that_is_given_back_goes_over_to_another_process() -> None:
-    """It moves to another member there, and is not written when its time is over."""
+def test_ttl_of_frame_being_reported_continues_after_upgrade() -> None:
+    """The frame moves to another member in the new process, and is not written when its
+    ttl is over.
+    """
     net = FakeNet(client("ann"), client("pool", connections=2))
     ann, one = net.connect("ann"), net.connect("pool")
     one.block()
