@@ -154,7 +154,7 @@ def check(
     client that asks; without them, an administrator of the configuration does. The exit
     status is 0 only if the reload would work.
     """
-    from brokerd.config.lint import advice
+    from brokerd.config.lint import lint_warnings
     from brokerd.config.load import load
     from brokerd.config.problems import ConfigError, one_line
 
@@ -167,7 +167,7 @@ def check(
     if against_running:
         # The broker's answer includes the warnings.
         context.exit(_check_against_running(config, as_json))
-    for warning in advice(config, datetime.now(UTC)):
+    for warning in lint_warnings(config, datetime.now(UTC)):
         click.echo(f"warning: {warning}", err=True)
     clients, listeners = len(config.clients), len(config.listen)
     click.echo(

@@ -16,13 +16,13 @@ from brokerd.config.model import ClientConfig, Config, ListenConfig, MonitorConf
 from brokerd.config.problems import one_line
 from brokerd_client.address import Address
 
-__all__ = ["about_plain", "advice", "is_exposed"]
+__all__ = ["about_plain", "is_exposed", "lint_warnings"]
 
 #: A warning is given from this long before a certificate expires.
 _SOON: Final = timedelta(days=14)
 
 
-def advice(config: Config, now: datetime) -> list[str]:
+def lint_warnings(config: Config, now: datetime) -> list[str]:
     """Return the warnings, as ``FILE:LINE: what is odd (what would be right)``.
 
     now: the current time, with its time zone.

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from brokerd import __version__
 from brokerd.config.diff import Plan, compare, overlaps
 from brokerd.config.key_validity import ending
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import load
 from brokerd.config.model import Config
 from brokerd.config.values import ClientConfig, ListenConfig
@@ -132,7 +132,7 @@ def _prepared(
         prepared,
         plan=replace(plan, restart=(*plan.restart, *_another_version())),
         found=look_up(new),
-        warnings=tuple(advice(prepared.config, datetime.now(UTC))),
+        warnings=tuple(lint_warnings(prepared.config, datetime.now(UTC))),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from brokerd.config.file_reader import Unreadable
 from brokerd.config.key_files import MAX_KEY, read_key_file
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import ConfigError, load, load_text
 from brokerd.config.values import Key
 
@@ -257,7 +257,7 @@ def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:
     """Return what is warned of in a text that is accepted, with an administrator's name
     for places.
     """
-    return advice(load_text(text, "f", environ or {}), datetime.now(UTC))
+    return lint_warnings(load_text(text, "f", environ or {}), datetime.now(UTC))
 
 
 ANEW = "(write the key again: brokerd key > FILE)"
@@ -383,7 +383,9 @@ def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[s
     for name in ("a", "b"):
         key_file(home / "keys" / name, name.encode())
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    return [line.replace(f"{home}/", "") for line in advice(load(file, {}), datetime.now(UTC))]
+    return [
+        line.replace(f"{home}/", "") for line in lint_warnings(load(file, {}), datetime.now(UTC))
+    ]
 
 
 @posix_modes
@@ -473,11 +475,11 @@ def test_keys_given_to_another_user_are_warned_of(
     os.chown(tmp_path / "keys" / "a", 4711, -1)
     (line,) = [
         line.replace(f"{tmp_path}/", "")
-        for line in advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC))
+        for line in lint_warnings(load(tmp_path / "b.yaml", {}), datetime.now(UTC))
     ]
     assert line.startswith("b.yaml:3:17: keys/a belongs to user 4711, who can replace it")
     os.chown(tmp_path / "keys", 4711, -1)
-    assert advice(load(tmp_path / "b.yaml", {}), datetime.now(UTC)) == []
+    assert lint_warnings(load(tmp_path / "b.yaml", {}), datetime.now(UTC)) == []
 
 
 def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
@@ -580,7 +582,7 @@ def test_expired_keys_stay_and_are_warned_about() -> None:
     )
 
     assert len(config.clients["a"].keys) == 2
-    assert advice(config, now) == [
+    assert lint_warnings(config, now) == [
         (
             "f:3: client 'a' can't connect: its last key expired at 2026-02-01T00:00:00+00:00 (give"
             " it a new one)"
@@ -598,7 +600,7 @@ def test_other_things_worth_a_warning() -> None:
     """
     config = load_text("listen: [{address: /run/b.sock, group: no such group}]\n", "f")
 
-    assert advice(config, datetime.now(UTC)) == [
+    assert lint_warnings(config, datetime.now(UTC)) == [
         "f:1: this machine has no group 'no such group' (make it, or give another)",
         "f: there are no clients, so no connection is accepted (add some to clients:)",
     ]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from brokerd.config.key_validity import KeyState, let_in_until, state_of
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import load_text
 from brokerd.config.values import Key
 
@@ -65,10 +65,10 @@ def test_check_warns_before_the_last_key_expires() -> None:
         "  c: {keys: [{key: n, not_after: 2026-07-01}]}\n"
     )
 
-    (warning,) = advice(load_text(text, "f"), NOW)
+    (warning,) = lint_warnings(load_text(text, "f"), NOW)
     assert warning == (
         "f:3: client 'a' can't connect after 2026-06-10T00:00:00+00:00: its last key expires then "
         "(give it a key that begins before)"
     )
-    assert advice(load_text(text + "limits: {expiry_warning: 1d}\n", "f"), NOW) == []
-    assert len(advice(load_text(text + "limits: {expiry_warning: 60d}\n", "f"), NOW)) == 2
+    assert lint_warnings(load_text(text + "limits: {expiry_warning: 1d}\n", "f"), NOW) == []
+    assert len(lint_warnings(load_text(text + "limits: {expiry_warning: 60d}\n", "f"), NOW)) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from brokerd.config.diff import compare
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import ConfigError, load, load_text
 
 LISTEN = "listen: [/run/b.sock]\nclients: {a: {key: k}}\n"
@@ -71,7 +71,7 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
     """
     config = load_text(f"{LISTEN}monitor: {address}\n", "b.yaml")
 
-    warnings = advice(config, datetime.now(UTC))
+    warnings = lint_warnings(config, datetime.now(UTC))
 
     shown = address.strip("'")
     port = shown.rpartition(":")[2]

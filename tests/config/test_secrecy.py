@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brokerd.config import model, yaml_reader
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import ConfigError, load, load_text
 
 CANARY = "Kanarienvogel"
@@ -255,7 +255,7 @@ def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
     shown += [key for client in config.clients.values() for key in client.keys]
     for value in shown:
         assert CANARY not in f"{value} {value!r}"
-    assert CANARY not in "".join(advice(config, datetime.now(UTC)))
+    assert CANARY not in "".join(lint_warnings(config, datetime.now(UTC)))
     assert all(
         CANARY not in key.source + key.key_id
         for client in config.clients.values()

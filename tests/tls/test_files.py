@@ -25,7 +25,7 @@ from support.tls.raw_client import TlsRaw, tls_login
 import brokerd_client
 from brokerd.cli.main import main
 from brokerd.config.cert_subjects import normal, parse, show
-from brokerd.config.lint import advice
+from brokerd.config.lint import lint_warnings
 from brokerd.config.load import ConfigError, load, load_text
 from brokerd.config.memory_bound import memory_bound
 from brokerd.ctl.command import brokerctl
@@ -231,7 +231,7 @@ def test_certificate_out_of_its_time(authority: Authority) -> None:
     assert "expired at" in problem
 
     soon = authority.issue("soon", until=now + timedelta(days=3))
-    (warning,) = advice(load_text(LISTEN.format(soon) + "clients: {a: {key: k}}\n"), now)
+    (warning,) = lint_warnings(load_text(LISTEN.format(soon) + "clients: {a: {key: k}}\n"), now)
     assert "expires at" in warning
 
 
@@ -254,14 +254,16 @@ def test_check_warns_of_plain_tcp(address: str, warned: bool) -> None:
     option, unless it is meant.
     """
     clients = "clients: {a: {key: k}}\n"
-    found = advice(load_text(f"listen: [{{address: {address}}}]\n{clients}"), datetime.now(UTC))
+    found = lint_warnings(
+        load_text(f"listen: [{{address: {address}}}]\n{clients}"), datetime.now(UTC)
+    )
     assert len(found) == warned
     assert all(
         "tls: {certificate: FILE, key: FILE}" in each and "plain: true" in each for each in found
     )
     if warned:
         assert (
-            advice(
+            lint_warnings(
                 load_text(f"listen: [{{address: {address}, plain: true}}]\n{clients}"),
                 datetime.now(UTC),
             )
