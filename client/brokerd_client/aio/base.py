@@ -577,12 +577,12 @@ class BaseClient(ClientProperties):
         if not self._gone.done():
             self._gone.set_result(None)
 
-    def _on_connect_task_done(self, keeper: asyncio.Task[None]) -> None:
+    def _on_connect_task_done(self, task: asyncio.Task[None]) -> None:
         """End the client when its reconnecting task was cancelled from outside, or had
         a bug.
         """
         self._connect_task_ended = True
-        error = None if keeper.cancelled() else keeper.exception()
+        error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
             log().error("client ended: unexpected error in its reconnecting task", exc_info=error)
         if self._transport is None and not self._forked and not self.closed:

@@ -192,13 +192,13 @@ def as_listener(nonce: bytes, *, allow_md5: bool = True, named: bool = False) ->
     try:
         # A peer that used a better digest itself has no honest reason to ask for MD5.
         yield from _prove(established.key, allow_md5=established.digest == "md5")
-        verdict = yield RECEIVE
-        if verdict != FAILURE:
-            _check_verdict(verdict)
+        result = yield RECEIVE
+        if result != FAILURE:
+            _check_result(result)
     except AuthenticationError:
         yield Send(FAILURE)
         raise
-    _check_verdict(verdict)
+    _check_result(result)
     return established
 
 
@@ -287,8 +287,8 @@ def answer_challenge(
     established = yield from _prove(
         key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing
     )
-    verdict = yield RECEIVE
-    _check_verdict(verdict)
+    result = yield RECEIVE
+    _check_result(result)
     return established
 
 
@@ -337,14 +337,14 @@ def _prove(
     return Established(peer_key, digest, name)
 
 
-def _check_verdict(verdict: bytes | None) -> None:
+def _check_result(result: bytes | None) -> None:
     """Raise AuthenticationError unless the peer accepted this end's answer."""
-    if verdict == FAILURE:
+    if result == FAILURE:
         raise AuthenticationError(
             "the peer rejected our answer: it does not accept the key used here, or has no room"
             " for another connection with it"
         )
-    if verdict != WELCOME:
+    if result != WELCOME:
         raise AuthenticationError(
             "the peer answered neither #WELCOME# nor #FAILURE# to this end's proof: it is not a"
             " listener"
