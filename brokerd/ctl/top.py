@@ -25,7 +25,7 @@ from brokerd.ctl.command import Access, connecting
 from brokerd.ctl.output import as_bytes, console, print_json, print_table
 from brokerd.ctl.status import ended_by_ctrl_c
 
-__all__ = ["COMMANDS", "ORDERS", "Rates", "Row", "columns_in"]
+__all__ = ["COMMANDS", "SORT_ORDERS", "Rates", "Row", "columns_in"]
 
 _COUNTERS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 
@@ -63,7 +63,7 @@ class Row:
 
 
 #: The sort orders of the rows: the key to press, and the sort key.
-ORDERS: Final[dict[str, tuple[str, Callable[[Row], Any]]]] = {
+SORT_ORDERS: Final[dict[str, tuple[str, Callable[[Row], Any]]]] = {
     "waiting": ("w", lambda row: (-row.waiting_bytes, row.address)),
     "in": ("i", lambda row: (-row.rates["messages_in"], row.address)),
     "out": ("o", lambda row: (-row.rates["messages_out"], row.address)),
@@ -116,7 +116,7 @@ class Rates:
 
 @click.command()
 @click.option(
-    "--sort", "order", type=click.Choice(list(ORDERS)), default="waiting", show_default=True
+    "--sort", "order", type=click.Choice(list(SORT_ORDERS)), default="waiting", show_default=True
 )
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds."
@@ -142,7 +142,7 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
             next(looks)
             time.sleep(interval)
             for number, (stats, rows) in enumerate(looks, start=1):
-                rows.sort(key=ORDERS[order][1])
+                rows.sort(key=SORT_ORDERS[order][1])
                 if as_json:
                     print_json({"stats": stats, "connections": [row.as_object() for row in rows]})
                 else:
@@ -176,7 +176,7 @@ def _scroll(
     This is for a terminal that can't move its cursor, but can be scrolled.
     """
     for number, (stats, rows) in enumerate(looks, start=1):
-        shown = _table(sorted(rows, key=ORDERS[order][1]), order, console.width)
+        shown = _table(sorted(rows, key=SORT_ORDERS[order][1]), order, console.width)
         console.print(_heading(stats), shown, "", sep="\n", soft_wrap=True)
         if number == count:
             return
@@ -189,12 +189,14 @@ def _live(
     interval: float,
     count: int | None,
 ) -> None:
-    keys = {key: name for name, (key, _) in ORDERS.items()}
+    keys = {key: name for name, (key, _) in SORT_ORDERS.items()}
     with _single_keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         for number, (stats, rows) in enumerate(looks, start=1):
             until = time.monotonic() + interval
             while True:
-                live.update(_screen(stats, sorted(rows, key=ORDERS[order][1]), order), refresh=True)
+                live.update(
+                    _screen(stats, sorted(rows, key=SORT_ORDERS[order][1]), order), refresh=True
+                )
                 key = pressed(max(0.0, until - time.monotonic()))
                 if key == "q":
                     return
@@ -337,7 +339,7 @@ def _heading(stats: Mapping[str, Any]) -> Text:
 
 
 def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:
-    keys = "  ".join(f"{key} {name}" for name, (key, _) in ORDERS.items())
+    keys = "  ".join(f"{key} {name}" for name, (key, _) in SORT_ORDERS.items())
     footer = Text(
         f"sorted by {order}.  q quit  {keys}", style="dim", no_wrap=True, overflow="ellipsis"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from brokerd.ctl.status import Status
-from brokerd.ctl.top import ORDERS, Rates, Row, columns_in
+from brokerd.ctl.top import SORT_ORDERS, Rates, Row, columns_in
 
 TIMEOUT_S = 30
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
@@ -99,7 +99,7 @@ def test_each_order_puts_its_own_first(order: str, first: str) -> None:
         row("a"),
     ]
 
-    ordered = [each.address for each in sorted(rows, key=ORDERS[order][1])]
+    ordered = [each.address for each in sorted(rows, key=SORT_ORDERS[order][1])]
 
     assert ordered[0] == first
     assert ordered[1:] == sorted(ordered[1:])
@@ -107,7 +107,7 @@ def test_each_order_puts_its_own_first(order: str, first: str) -> None:
 
 def test_every_order_has_a_key_of_its_own() -> None:
     """No two orders share a key, and none has that which ends it."""
-    keys = [key for key, _ in ORDERS.values()]
+    keys = [key for key, _ in SORT_ORDERS.values()]
 
     assert len({*keys, "q"}) == len(keys) + 1
 
@@ -288,7 +288,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", SORT_ORDERS)
 @pytest.mark.parametrize("width", [300, 140, 100, 80, 60, 40, 30, 12, 1])
 def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
     """What is sorted by stays longest, and next who is slow; of an address enough is
