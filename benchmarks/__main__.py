@@ -204,14 +204,14 @@ class Stages:
 
 def _print_goals(run: Run, measured: Collection[str]) -> None:
     print("\nGoals")
-    for verdict in run.verdicts():
-        goal = verdict.goal
+    for result in run.goal_results():
+        goal = result.goal
         if goal.workload in measured:
             bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} x"
-            ratio = "" if verdict.ratio is None else f"{number(verdict.ratio)} x"
+            ratio = "" if result.ratio is None else f"{number(result.ratio)} x"
             against = f"{goal.work}, against {goal.against}"
-            print(f"  {against:92} {bound:16} {ratio:>9}  {verdict.word.replace('*', '')}")
-    passed = sum(verdict.passed for verdict in run.verdicts() if verdict.goal.workload in measured)
+            print(f"  {against:92} {bound:16} {ratio:>9}  {result.word.replace('*', '')}")
+    passed = sum(result.passed for result in run.goal_results() if result.goal.workload in measured)
     print(f"  {passed} of {sum(goal.workload in measured for goal in GOALS)} reached")
 
 

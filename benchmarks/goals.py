@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["GOALS", "REMARKS", "Goal", "Verdict"]
+__all__ = ["GOALS", "REMARKS", "Goal", "GoalResult"]
 
 #: Workload, then entrant, to its values.
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What came of a goal. ratio: None where it could not be measured."""
+class GoalResult:
+    """The measured ratio of a goal; None where it could not be measured."""
 
     goal: Goal
     ratio: float | None
@@ -23,11 +23,11 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the goal was measured and reached."""
-        return self.ratio is not None and self.goal.recipients(self.ratio)
+        return self.ratio is not None and self.goal.accepts(self.ratio)
 
     @property
     def word(self) -> str:
-        """Return it in a word or two."""
+        """The result in a word or two."""
         if self.ratio is None:
             return "not measured"
         if self.passed:
@@ -50,17 +50,17 @@ class Goal:
     bound: float
     at_least: bool = True
 
-    def recipients(self, ratio: float) -> bool:
+    def accepts(self, ratio: float) -> bool:
         """Return whether such a ratio is good enough."""
         return ratio >= self.bound if self.at_least else ratio <= self.bound
 
-    def judge(self, values: Values) -> Verdict:
-        """Return the verdict."""
+    def evaluate(self, values: Values) -> GoalResult:
+        """Return the result of the goal with these values."""
         measured = values.get(self.workload, {})
         ours, theirs = measured.get(self.ours), measured.get(self.theirs)
         if not ours or not theirs:
-            return Verdict(self, None)
-        return Verdict(self, statistics.median(ours) / statistics.median(theirs))
+            return GoalResult(self, None)
+        return GoalResult(self, statistics.median(ours) / statistics.median(theirs))
 
 
 GOALS: Final = (

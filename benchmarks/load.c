@@ -46,7 +46,7 @@
 #define READ_SIZE (1 << 20)
 #define LEAST_WINDOW (1 << 19)
 #define WINDOW_S 0.25
-#define TAIL_S 20.0 /* how long what is under way may take to arrive at the end */
+#define DRAIN_S 20.0 /* seconds that messages under way may take to arrive at the end */
 
 static void fail(const char *what)
 {
@@ -276,7 +276,7 @@ static void pump(int argc, char **argv)
     uint64_t a1 = arrived;
     double t1 = now(), cpu1 = cpu_time(), server1 = server_time();
     stopping = 1;
-    double give_up = t1 + TAIL_S;
+    double give_up = t1 + DRAIN_S;
     int whole = 0;
     while (!trouble && now() < give_up && !(sent_all && (whole = complete())))
         nap(0.001);
@@ -351,12 +351,12 @@ static void pingpong(char **argv)
     player_a.data = contents(argv[4], &player_a.size);
     player_b = (struct player){.fd = atoi(argv[6]), .expects = atoi(argv[8])};
     player_b.data = contents(argv[7], &player_b.size);
-    struct timeval patience = {.tv_sec = (time_t)(warm + seconds) + 10};
+    struct timeval timeout = {.tv_sec = (time_t)(warm + seconds) + 10};
     for (int i = 0; i < 2; i++) {
         int fd = i ? player_a.fd : player_b.fd;
         set_blocking(fd, 1);
-        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+        setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
     }
     pthread_t other;
     if (pthread_create(&other, NULL, play_back, NULL))
@@ -461,7 +461,7 @@ struct client {
 
 enum stage { CHALLENGED, WELCOMED, ANSWERED, GREETED, REPLIED };
 
-struct knock {
+struct attempt {
     int fd;
     enum stage stage;
     struct client *client;
@@ -472,7 +472,7 @@ struct knock {
 static struct client *clients;
 static size_t client_count, reply_size;
 static int stock, named, greeting, churn_port;
-static uint64_t knocks, successes;
+static uint64_t attempts, successes;
 
 static void send_frame(int fd, const uint8_t *body, uint32_t size)
 {
@@ -484,100 +484,100 @@ static void send_frame(int fd, const uint8_t *body, uint32_t size)
         trouble = "the server closed a connection during its handshake";
 }
 
-static void knock_on(struct knock *k, int ep)
+static void begin_attempt(struct attempt *a, int ep)
 {
     /* At random, and not one that is just connected: a broker may allow a name only once. */
     do
-        k->client = &clients[random() % client_count];
-    while (k->client->busy);
-    k->client->busy = 1;
-    k->have = 0;
-    k->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        a->client = &clients[random() % client_count];
+    while (a->client->busy);
+    a->client->busy = 1;
+    a->have = 0;
+    a->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     int one = 1;
-    setsockopt(k->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    setsockopt(k->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
+    setsockopt(a->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(a->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
     /* One source address has ports for some seconds only; the loopback network has 16 million addresses. */
     struct sockaddr_in from = {.sin_family = AF_INET}, to = {.sin_family = AF_INET, .sin_port = htons(churn_port)};
-    from.sin_addr.s_addr = htonl(0x7f000002 + knocks++ % 250);
+    from.sin_addr.s_addr = htonl(0x7f000002 + attempts++ % 250);
     to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (k->fd < 0 || bind(k->fd, (void *)&from, sizeof from) ||
-        (connect(k->fd, (void *)&to, sizeof to) && errno != EINPROGRESS))
+    if (a->fd < 0 || bind(a->fd, (void *)&from, sizeof from) ||
+        (connect(a->fd, (void *)&to, sizeof to) && errno != EINPROGRESS))
         fail("connect");
-    k->stage = stock ? CHALLENGED : greeting ? GREETED : REPLIED;
-    struct epoll_event e = {.events = stock || greeting ? EPOLLIN : EPOLLIN | EPOLLOUT, .data.ptr = k};
-    if (epoll_ctl(ep, EPOLL_CTL_ADD, k->fd, &e))
+    a->stage = stock ? CHALLENGED : greeting ? GREETED : REPLIED;
+    struct epoll_event e = {.events = stock || greeting ? EPOLLIN : EPOLLIN | EPOLLOUT, .data.ptr = a};
+    if (epoll_ctl(ep, EPOLL_CTL_ADD, a->fd, &e))
         fail("epoll_ctl");
 }
 
-static void hang_up(struct knock *k)
+static void end_attempt(struct attempt *a)
 {
-    close(k->fd);
-    k->client->busy = 0;
-    k->fd = -1;
+    close(a->fd);
+    a->client->busy = 0;
+    a->fd = -1;
 }
 
 /* Go on with the handshake as far as the bytes go; return 1 when it is over. */
-static int advance_stock(struct knock *k)
+static int advance_stock(struct attempt *a)
 {
     static const uint8_t digest[] = "{sha256}";
     uint32_t size;
-    while (k->have >= 4 && (memcpy(&size, k->in, 4), size = ntohl(size), k->have >= 4 + size)) {
-        uint8_t *body = k->in + 4, answer[128];
+    while (a->have >= 4 && (memcpy(&size, a->in, 4), size = ntohl(size), a->have >= 4 + size)) {
+        uint8_t *body = a->in + 4, answer[128];
         memcpy(answer, digest, 8);
-        if (k->stage == CHALLENGED) {
+        if (a->stage == CHALLENGED) {
             if (size < 31 || memcmp(body, "#CHALLENGE#{sha256}", 19)) {
                 trouble = "expected a challenge";
                 return 1;
             }
-            hmac(k->client->first, k->client->first_size, body + 11, size - 11, answer + 8);
-            size_t extra = named ? k->client->second_size : 0;
-            memcpy(answer + 40, k->client->second, extra);
-            send_frame(k->fd, answer, 40 + extra);
-            k->stage = WELCOMED;
-        } else if (k->stage == WELCOMED) {
+            hmac(a->client->first, a->client->first_size, body + 11, size - 11, answer + 8);
+            size_t extra = named ? a->client->second_size : 0;
+            memcpy(answer + 40, a->client->second, extra);
+            send_frame(a->fd, answer, 40 + extra);
+            a->stage = WELCOMED;
+        } else if (a->stage == WELCOMED) {
             if (size != 9 || memcmp(body, "#WELCOME#", 9)) {
                 trouble = "a client was not welcome";
                 return 1;
             }
             uint8_t challenge[59] = "#CHALLENGE#{sha256}";
-            memcpy(k->mine, digest, 8);
-            if (getrandom(k->mine + 8, 40, 0) != 40)
+            memcpy(a->mine, digest, 8);
+            if (getrandom(a->mine + 8, 40, 0) != 40)
                 fail("getrandom");
-            memcpy(challenge + 11, k->mine, 48);
-            send_frame(k->fd, challenge, 59);
-            k->stage = ANSWERED;
+            memcpy(challenge + 11, a->mine, 48);
+            send_frame(a->fd, challenge, 59);
+            a->stage = ANSWERED;
         } else {
-            hmac(k->client->first, k->client->first_size, k->mine, 48, answer + 8);
+            hmac(a->client->first, a->client->first_size, a->mine, 48, answer + 8);
             if (size != 40 || memcmp(body, answer, 40)) {
                 trouble = "the server does not know the key";
                 return 1;
             }
-            send_frame(k->fd, (const uint8_t *)"#WELCOME#", 9);
+            send_frame(a->fd, (const uint8_t *)"#WELCOME#", 9);
             successes++;
             return 1;
         }
-        k->have -= 4 + size;
-        memmove(k->in, k->in + 4 + size, k->have);
+        a->have -= 4 + size;
+        memmove(a->in, a->in + 4 + size, a->have);
     }
     return 0;
 }
 
-static int advance_script(struct knock *k)
+static int advance_script(struct attempt *a)
 {
-    if (k->stage == GREETED) {
-        if (!k->have || k->in[k->have - 1] != '\n')
+    if (a->stage == GREETED) {
+        if (!a->have || a->in[a->have - 1] != '\n')
             return 0;
-        k->have = 0;
-        k->stage = REPLIED;
-        if (send(k->fd, k->client->first, k->client->first_size, MSG_NOSIGNAL) != k->client->first_size)
+        a->have = 0;
+        a->stage = REPLIED;
+        if (send(a->fd, a->client->first, a->client->first_size, MSG_NOSIGNAL) != a->client->first_size)
             trouble = "the server closed a connection during its handshake";
         return 0;
     }
-    if (k->have < reply_size)
+    if (a->have < reply_size)
         return 0;
-    if (k->have > reply_size) {
-        k->in[k->have < 100 ? k->have : 100] = 0;
-        fprintf(stderr, "load: unexpected reply: %s\n", k->in);
+    if (a->have > reply_size) {
+        a->in[a->have < 100 ? a->have : 100] = 0;
+        fprintf(stderr, "load: unexpected reply: %s\n", a->in);
         trouble = "the server answered something else";
         return 1;
     }
@@ -611,11 +611,11 @@ static void churn(int argc, char **argv)
         fail("fewer clients than connections at once");
     srandom(time(NULL));
     int ep = epoll_create1(0);
-    struct knock *all = calloc(parallel, sizeof *all);
+    struct attempt *all = calloc(parallel, sizeof *all);
     double begin = now(), t0 = 0, cpu0 = 0, server0 = 0, t = begin;
     uint64_t s0 = 0;
     for (int i = 0; i < parallel; i++)
-        knock_on(&all[i], ep);
+        begin_attempt(&all[i], ep);
     struct epoll_event events[64];
     while ((t = now()) < begin + warm + seconds && !trouble) {
         if (!t0 && t >= begin + warm) {
@@ -625,25 +625,25 @@ static void churn(int argc, char **argv)
         }
         int n = epoll_wait(ep, events, 64, 100);
         for (int i = 0; i < n && !trouble; i++) {
-            struct knock *k = events[i].data.ptr;
+            struct attempt *a = events[i].data.ptr;
             if (events[i].events & EPOLLOUT) {
-                struct epoll_event e = {.events = EPOLLIN, .data.ptr = k};
-                epoll_ctl(ep, EPOLL_CTL_MOD, k->fd, &e);
-                if (send(k->fd, k->client->first, k->client->first_size, MSG_NOSIGNAL) != k->client->first_size)
+                struct epoll_event e = {.events = EPOLLIN, .data.ptr = a};
+                epoll_ctl(ep, EPOLL_CTL_MOD, a->fd, &e);
+                if (send(a->fd, a->client->first, a->client->first_size, MSG_NOSIGNAL) != a->client->first_size)
                     trouble = "the server closed a connection during its handshake";
                 continue;
             }
-            ssize_t r = recv(k->fd, k->in + k->have, sizeof k->in - 1 - k->have, 0);
+            ssize_t r = recv(a->fd, a->in + a->have, sizeof a->in - 1 - a->have, 0);
             if (r < 0 && (errno == EAGAIN || errno == EINTR))
                 continue;
             if (r <= 0) {
                 trouble = "the server closed a connection during its handshake";
                 break;
             }
-            k->have += r;
-            if (stock ? advance_stock(k) : advance_script(k)) {
-                hang_up(k);
-                knock_on(k, ep);
+            a->have += r;
+            if (stock ? advance_stock(a) : advance_script(a)) {
+                end_attempt(a);
+                begin_attempt(a, ep);
             }
         }
     }

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
-from benchmarks.goals import GOALS, REMARKS, Verdict
+from benchmarks.goals import GOALS, REMARKS, GoalResult
 from benchmarks.machinery import HERE
 from benchmarks.systems import SYSTEMS
 from benchmarks.workloads import WORKLOADS, Entrant, Result, Timing, Workload
@@ -52,10 +52,10 @@ class Run:
             for workload, entrants in self.results.items()
         }
 
-    def verdicts(self) -> list[Verdict]:
-        """Return the verdict on each goal."""
+    def goal_results(self) -> list[GoalResult]:
+        """Return the result of each goal."""
         values = self.values()
-        return [goal.judge(values) for goal in GOALS]
+        return [goal.evaluate(values) for goal in GOALS]
 
     def median(self, workload: str, entrant: str, of: str = "") -> float | None:
         """Return the median of an entrant's values, or of something else that was seen;
@@ -105,18 +105,18 @@ def _page(run: Run) -> Iterator[str]:
     yield ""
     yield "| work | against | goal | measured | |"
     yield "|---|---|---|---|---|"
-    for verdict in run.verdicts():
-        goal = verdict.goal
+    for result in run.goal_results():
+        goal = result.goal
         bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} x"
-        ratio = "" if verdict.ratio is None else f"{number(verdict.ratio)} x"
-        yield f"| {goal.work} | {goal.against} | {bound} | {ratio} | {verdict.word} |"
+        ratio = "" if result.ratio is None else f"{number(result.ratio)} x"
+        yield f"| {goal.work} | {goal.against} | {bound} | {ratio} | {result.word} |"
     yield ""
     remarks = [
-        (verdict.goal, remark)
-        for verdict in run.verdicts()
-        if verdict.ratio is not None
-        and not verdict.passed
-        and (remark := REMARKS.get((verdict.goal.workload, verdict.goal.theirs)))
+        (result.goal, remark)
+        for result in run.goal_results()
+        if result.ratio is not None
+        and not result.passed
+        and (remark := REMARKS.get((result.goal.workload, result.goal.theirs)))
     ]
     if remarks:
         yield "Why the missed goals were missed:"
