@@ -25,13 +25,15 @@ def serve(conn: Connection, clients: dict[bytes, tuple[Connection, threading.Loc
     with contextlib.suppress(EOFError, OSError):
         while True:
             message = conn.recv_bytes()
-            kind, flags, codec, size, id = HEADER.unpack_from(message)
+            kind, flags, codec, size, message_id = HEADER.unpack_from(message)
             recipient = clients.get(message[12 : 12 + size])
             if recipient is not None:
                 to, lock = recipient
                 with lock:
                     to.send_bytes(
-                        HEADER.pack(kind, flags, codec, len(name), id) + name + message[12 + size :]
+                        HEADER.pack(kind, flags, codec, len(name), message_id)
+                        + name
+                        + message[12 + size :]
                     )
     conn.close()
 

@@ -35,7 +35,7 @@ class Service(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.outgoing_requests: set[tuple[str, str]] = set()
+        self.queries: set[tuple[str, str]] = set()
         self.known: dict[str, list[dict[str, Any]]] = {}
         self.status = 200
 
@@ -48,9 +48,9 @@ class Answer(BaseHTTPRequestHandler):
     server: Service
 
     def do_POST(self) -> None:
-        outgoing_requests = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        name = outgoing_requests["package"]["name"]
-        self.server.outgoing_requests.add((name, outgoing_requests["version"]))
+        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = query["package"]["name"]
+        self.server.queries.add((name, query["version"]))
         vulnerabilities = self.server.known.get(name)
         body = json.dumps({"vulns": vulnerabilities} if vulnerabilities else {}).encode()
         self.send_response(self.server.status)
@@ -58,7 +58,7 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *arguments: object) -> None:
+    def log_message(self, template: str, *arguments: object) -> None:
         pass
 
 
@@ -143,7 +143,7 @@ def test_nothing_known_is_a_clean_audit_of_every_locked_package(
 
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("No known vulnerabilities found") == 4
-    assert service.outgoing_requests == locked()
+    assert service.queries == locked()
 
 
 @pytest.mark.parametrize("package", ["pyyaml", "colorama"])

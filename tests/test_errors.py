@@ -93,11 +93,11 @@ def test_the_standard_librarys_handlers_catch_ours() -> None:
 @pytest.mark.parametrize("code", ErrorCode)
 def test_every_code_has_its_class(code: ErrorCode) -> None:
     """A code of the wire becomes the exception that carries it, and no other code does."""
-    error = refusal(code, "why", name="bob", id=7)
+    error = refusal(code, "why", name="bob", message_id=7)
 
     assert type(error) is not RequestFailed
     assert type(error).code == code
-    assert (str(error), error.code, error.name, error.id) == ("why", code, "bob", 7)
+    assert (str(error), error.code, error.name, error.message_id) == ("why", code, "bob", 7)
 
 
 def test_the_classes_of_codes_are_the_drawn_ones() -> None:
@@ -118,9 +118,9 @@ def test_a_code_of_a_clients_own_is_a_failed_request() -> None:
 
 SAMPLES = {
     "FrameTooBig": FrameTooBig(300, 256),
-    "MalformedEnvelope": MalformedEnvelope("no", id=7),
-    "RequestFailed": RequestFailed("no", name="bob", id=7, code="own"),
-    "InDoubt": InDoubt("no", id=7),
+    "MalformedEnvelope": MalformedEnvelope("no", message_id=7),
+    "RequestFailed": RequestFailed("no", name="bob", message_id=7, code="own"),
+    "InDoubt": InDoubt("no", message_id=7),
 }
 
 

@@ -373,7 +373,7 @@ class Broker:
         except ExtensionTooDeep as error:
             envelope, too_deep = head(frame), str(error)
         except MalformedEnvelope as error:
-            return self.replies.malformed(source, error.id, str(error))
+            return self.replies.malformed(source, error.message_id, str(error))
         if not source.charged:
             source.messages_in += 1
             source.bytes_in += len(frame)

@@ -180,12 +180,12 @@ class MalformedEnvelope(RemoteError):
     """The frame is not a valid broker frame.
 
     Attributes:
-        id: The frame's id, or 0 if it could not be read.
+        message_id: The frame's id, or 0 if it could not be read.
     """
 
-    def __init__(self, message: str, id: int = 0) -> None:
+    def __init__(self, message: str, message_id: int = 0) -> None:
         super().__init__(message)
-        self.id = id
+        self.message_id = message_id
 
 
 class ExtensionTooDeep(MalformedEnvelope):
@@ -217,17 +217,17 @@ class Refused(BrokerdError):
     Attributes:
         code: The error code on the wire, such as ``offline``.
         name: The recipient that the error concerns, or "".
-        id: The id of the refused message, or 0 if the broker could not read it.
+        message_id: The id of the refused message, or 0 if the broker could not read it.
     """
 
     code = "refused"
 
     def __init__(
-        self, message: str, *, name: str = "", id: int = 0, code: str | None = None
+        self, message: str, *, name: str = "", message_id: int = 0, code: str | None = None
     ) -> None:
         super().__init__(message)
         self.name = name
-        self.id = id
+        self.message_id = message_id
         if code is not None:
             self.code = code
 
@@ -334,13 +334,13 @@ class Disconnected(BrokerdError, ConnectionError):
     """The connection to the broker is lost, or was never made.
 
     Attributes:
-        id: The id of the message that was therefore not sent. It is 0 if the error is
-            not about a message.
+        message_id: The id of the message that was therefore not sent. It is 0 if the
+            error is not about a message.
     """
 
-    def __init__(self, message: str, *, id: int = 0) -> None:
+    def __init__(self, message: str, *, message_id: int = 0) -> None:
         super().__init__(message)
-        self.id = id
+        self.message_id = message_id
 
 
 class InDoubt(Disconnected):
@@ -349,7 +349,7 @@ class InDoubt(Disconnected):
     The message may or may not have been delivered; the library never repeats it.
 
     Attributes:
-        id: The id of the message.
+        message_id: The id of the message.
     """
 
 
@@ -387,19 +387,19 @@ _BY_CODE: dict[str, type[Refused]] = {
 }
 
 
-def refusal(code: str, message: str, *, name: str = "", id: int = 0) -> Refused:
+def refusal(code: str, message: str, *, name: str = "", message_id: int = 0) -> Refused:
     """Return the exception for an error code; for an unknown code it is RequestFailed.
 
     Args:
         code: The error code on the wire.
         message: The text of the error.
         name: The recipient that the error concerns, or "".
-        id: The id of the refused message, or 0.
+        message_id: The id of the refused message, or 0.
 
     Returns:
         The exception, which is not raised.
     """
     cls = _BY_CODE.get(code)
     if cls is None:
-        return RequestFailed(message, name=name, id=id, code=code)
-    return cls(message, name=name, id=id)
+        return RequestFailed(message, name=name, message_id=message_id, code=code)
+    return cls(message, name=name, message_id=message_id)

@@ -32,9 +32,9 @@ def full(when_full: WhenFull, queue: int = 100, **changes: Any) -> tuple[FakeNet
     net = FakeNet(client("ann"), client("bob", queue=queue, when_full=when_full, **changes))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.block()
-    for id in (1, 2):
-        ann.message("bob", b"x" * 21, id, receipt=True)
-        assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, id)]
+    for message_id in (1, 2):
+        ann.message("bob", b"x" * 21, message_id, receipt=True)
+        assert [(each.kind, each.id) for each in ann.take()] == [(Kind.RECEIPT, message_id)]
     return net, ann, bob
 
 
@@ -49,7 +49,7 @@ def test_message_keeps_kind_id_codec_and_payload(kind: Kind) -> None:
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     if kind is Kind.REPLY:
-        bob.request("ann", id=2**64 - 1)
+        bob.request("ann", message_id=2**64 - 1)
         ann.take()
     ann.send(Envelope(kind, 2**64 - 1, "bob", b"\x00\xff", codec=200))
     assert bob.take() == [Envelope(kind, 2**64 - 1, "ann", b"\x00\xff", codec=200)]
@@ -178,8 +178,8 @@ def test_message_to_own_name_is_delivered_and_may_hold_its_sender() -> None:
     ann.reply("ann", b"!", 2)
     assert ann.payloads() == [b"?", b"!"]
     ann.block()
-    for id in range(3, 6):
-        ann.message("ann", b"x" * 30, id)
+    for message_id in range(3, 6):
+        ann.message("ann", b"x" * 30, message_id)
     assert ann.held
     ann.read()
     assert [each.id for each in ann.take()] == [3, 4, 5]
@@ -381,7 +381,7 @@ def test_error_waiting_for_disconnected_requester_is_discarded() -> None:
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
-    bob.request("ann", id=5)
+    bob.request("ann", message_id=5)
     ann.take()
     bob.block()
     ann.send(Envelope(Kind.ERROR, 5, "bob", b"{}"))
@@ -395,8 +395,8 @@ def test_responder_disconnected_ends_each_request_with_error() -> None:
     """
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
-    for id in (1, 2):
-        ann.request("bob", b"", id)
+    for message_id in (1, 2):
+        ann.request("bob", b"", message_id)
     bob.reply("ann", b"!", 1)
     bob.block()
     ann.request("bob", b"", 3)
@@ -446,8 +446,8 @@ def test_sender_held_goes_on_when_half_of_queue_is_free() -> None:
     queue is free, everything it sent arrives in order.
     """
     net, ann, bob = full(WhenFull.WAIT)
-    for id in (3, 4, 5):
-        ann.message("bob", b"x" * 21, id)
+    for message_id in (3, 4, 5):
+        ann.message("bob", b"x" * 21, message_id)
     assert ann.held
     assert net.broker.next_deadline == net.now + 30
     bob.read(20)
@@ -490,7 +490,7 @@ def test_recipient_reading_little_holds_sender_for_small_part_of_time(
     """
     net, ann, bob = full(WhenFull.WAIT)
     held = 0.0
-    id = 10
+    message_id = 10
     for second in range(2000):
         if second % 29 == 0:
             bob.read(taken)
@@ -498,8 +498,8 @@ def test_recipient_reading_little_holds_sender_for_small_part_of_time(
                 net.hand_over()
         for _ in range(5):
             if not ann.held:
-                id += 1
-                ann.message("bob", b"x" * 21, id)
+                message_id += 1
+                ann.message("bob", b"x" * 21, message_id)
         held += ann.held
         ann.take()
         bob.take()
@@ -512,13 +512,13 @@ def test_recipient_reading_steadily_holds_sender_without_limit() -> None:
     refused.
     """
     net, ann, bob = full(WhenFull.WAIT)
-    id = 10
+    message_id = 10
     held = 0
     for _ in range(2000):
         for _ in range(5):
             if not ann.held:
-                id += 1
-                ann.message("bob", b"x" * 21, id)
+                message_id += 1
+                ann.message("bob", b"x" * 21, message_id)
         held += ann.held
         bob.read(25)
         net.advance(1)
@@ -537,8 +537,8 @@ def test_recipient_holding_no_sender_earns_hold_time() -> None:
     net.advance(300)
     ann.take()
     bob.block()
-    for id in (4, 5, 6):
-        ann.message("bob", b"x" * 21, id)
+    for message_id in (4, 5, 6):
+        ann.message("bob", b"x" * 21, message_id)
     net.advance(29)
     assert ann.held
     net.advance(1)
@@ -561,8 +561,8 @@ def test_recipient_hold_time_counts_senders_held_together_once() -> None:
     net = FakeNet(client("ann"), client("cid"), client("bob", queue=100))
     ann, cid, bob = net.connect("ann"), net.connect("cid"), net.connect("bob")
     bob.block()
-    for id in (1, 2, 3):
-        ann.message("bob", b"x" * 21, id)
+    for message_id in (1, 2, 3):
+        ann.message("bob", b"x" * 21, message_id)
     net.advance(20)
     cid.message("bob", b"x" * 21, 4)
     assert net.broker.next_deadline == net.now + 10
@@ -656,8 +656,8 @@ def test_drop_oldest_sender_disconnected_gets_no_error() -> None:
     ann.request("bob", b"", 3)
     ann.leave()
     successor = net.connect("ann")
-    for id in range(1, 5):
-        successor.message("bob", b"x" * 50, id)
+    for message_id in range(1, 5):
+        successor.message("bob", b"x" * 50, message_id)
     assert successor.take() == []
 
 
@@ -741,8 +741,8 @@ def test_sender_not_reading_errors_is_held(monkeypatch: pytest.MonkeyPatch) -> N
     net = FakeNet(client("ann", queue=100))
     ann = net.connect("ann")
     ann.block()
-    for id in range(20):
-        ann.message("nobody", b"", id)
+    for message_id in range(20):
+        ann.message("nobody", b"", message_id)
     assert ann.held
     assert 600 < ann.session.outbox.waiting < 800
     assert net.broker.next_deadline == float("inf")
@@ -914,15 +914,15 @@ def test_request_beyond_limit_ends_oldest_pending_request() -> None:
     """
     net = FakeNet(client("ann", requests=2), client("bob", send_to=()))
     ann, bob = net.connect("ann"), net.connect("bob")
-    for id in (1, 2, 3):
-        ann.request("bob", id=id)
+    for message_id in (1, 2, 3):
+        ann.request("bob", message_id=message_id)
     assert ann.error() == (1, "expired")
     assert len(ann.session.outgoing_requests) == len(bob.session.incoming_requests) == 2
     bob.take()
-    bob.reply("ann", id=1)
+    bob.reply("ann", message_id=1)
     assert bob.error() == (1, "denied")
-    bob.reply("ann", b"2", id=2)
-    bob.reply("ann", b"3", id=3)
+    bob.reply("ann", b"2", message_id=2)
+    bob.reply("ann", b"3", message_id=3)
     assert [reply.payload for reply in ann.take()] == [b"2", b"3"]
     assert not ann.session.outgoing_requests
     assert not bob.session.incoming_requests
@@ -1103,11 +1103,11 @@ def test_session_closed_with_long_queue_is_reported_in_slices() -> None:
     """Reporting a long queue and many requests at once would delay all other clients."""
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
-    for id in range(20):
-        alice.request("b", b"taken", id)
+    for message_id in range(20):
+        alice.request("b", b"taken", message_id)
     bob.block()
-    for id in range(20, 50):
-        alice.message("b", b"waiting", id)
+    for message_id in range(20, 50):
+        alice.message("b", b"waiting", message_id)
     alice.take()
     broker = net.broker
     net.peers.remove(bob)
@@ -1156,20 +1156,20 @@ def test_request_to_new_session_is_not_mixed_up_with_former_one() -> None:
     """
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
-    alice.request("b", id=1)
+    alice.request("b", message_id=1)
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)
     # No deferred work is done in between: bob's frames are still to be reported.
     net._settling = True
     successor = net.connect("b")
-    alice.request("b", id=1)
+    alice.request("b", message_id=1)
     net._settling = False
     net.settle()
     assert alice.error() == (1, "abandoned")
     assert alice.session.outgoing_requests == {(1, "b"): successor.session}
     successor.take()
-    successor.reply("a", b"here", id=1)
+    successor.reply("a", b"here", message_id=1)
     assert alice.payloads() == [b"here"]
     assert not alice.session.outgoing_requests
     assert not successor.session.incoming_requests
@@ -1180,8 +1180,8 @@ def test_session_with_former_address_gets_no_errors_of_predecessor() -> None:
     net = FakeNet(client("a"), client("b"))
     alice, bob = net.connect("a"), net.connect("b")
     bob.block()
-    for id in range(10):
-        alice.message("b", b"waiting", id)
+    for message_id in range(10):
+        alice.message("b", b"waiting", message_id)
     broker = net.broker
     net.peers.remove(bob)
     broker.detach(bob.session, net.now)

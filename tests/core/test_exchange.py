@@ -311,8 +311,8 @@ def test_pool_pick_after_reload_accepts_outbox_of_former_kind() -> None:
     entries = {"ann": client("ann"), "bob": client("bob", connections=2)}
     net.broker.reconfigure(entries, net.broker.status.limits, net.now)
     two = net.connect("bob")
-    for id in range(2, 6):
-        ann.message("bob", b"x", id)
+    for message_id in range(2, 6):
+        ann.message("bob", b"x", message_id)
     assert [each.id for each in two.take()] == [2, 3, 4, 5]
 
 

@@ -122,7 +122,7 @@ def test_log_event_of_held_sender_names_recipient() -> None:
     """
     net, alice, _ = full_queue(WhenFull.WAIT)
 
-    alice.message("bob", BODY, id=7)
+    alice.message("bob", BODY, message_id=7)
 
     assert take(net) == [
         ("client.slow", "bob", "alice", "wait", 1),

@@ -16,9 +16,9 @@ from brokerd_client.wire.framing import frame
 KINDS = pytest.mark.parametrize("kind", [StreamOutbox, FrameOutbox])
 
 
-def message(size: int, id: int = 0, name: str = "ann") -> bytes:
+def message(size: int, message_id: int = 0, name: str = "ann") -> bytes:
     """Return a frame of ``size`` bytes in all."""
-    return frame(encode(Envelope(Kind.MESSAGE, id, name, b"x" * (size - 16 - len(name)))))
+    return frame(encode(Envelope(Kind.MESSAGE, message_id, name, b"x" * (size - 16 - len(name)))))
 
 
 def put(outbox: Outbox, whole: bytes) -> bool:

@@ -23,7 +23,7 @@ def test_reports_count_reported_and_lost_messages() -> None:
     bob.block()
     bob.op("ping")
     alice.message("bob", BODY)
-    alice.request("bob", BODY, id=2)
+    alice.request("bob", BODY, message_id=2)
     alice.publish("t", BODY)
     carol.message("bob", BODY)
     carol.leave()
@@ -62,8 +62,14 @@ def test_reports_do_not_decode_frame_again(way: str, monkeypatch: pytest.MonkeyP
     net = FakeNet(client("alice"), client("bob", queue=2000, when_full=when_full))
     alice, bob = net.connect("alice"), net.connect("bob")
     bob.block()
-    for id in range(3):
-        alice.message("bob", BODY, id=id, receipt=True, extension={"ttl": 5, "numbers": [1.5] * 20})
+    for message_id in range(3):
+        alice.message(
+            "bob",
+            BODY,
+            message_id=message_id,
+            receipt=True,
+            extension={"ttl": 5, "numbers": [1.5] * 20},
+        )
     alice.take()
     read = []
 
@@ -75,7 +81,7 @@ def test_reports_do_not_decode_frame_again(way: str, monkeypatch: pytest.MonkeyP
     if way == "leave":
         bob.leave()
     elif way == "drop":
-        alice.message("bob", bytes(1900), id=9)
+        alice.message("bob", bytes(1900), message_id=9)
     else:
         net.advance(6)
         bob.read()

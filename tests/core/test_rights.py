@@ -220,7 +220,7 @@ def test_policy_request_permits_one_answer_to_forbidden_client(kind: Kind) -> No
     """
     _, peers = network()
     eve, bob = peers["eve"], peers["bob"]
-    bob.request("eve", id=9)
+    bob.request("eve", message_id=9)
     eve.take()
 
     eve.send(Envelope(kind, 8, "bob", b"another id"))
@@ -248,7 +248,8 @@ def test_policy_after_reload_overrides_cached_route() -> None:
 
     eve.send_bytes(
         b"".join(
-            frame(encode(Envelope(Kind.MESSAGE, id, "bob", b"not any more"))) for id in range(3)
+            frame(encode(Envelope(Kind.MESSAGE, message_id, "bob", b"not any more")))
+            for message_id in range(3)
         )
     )
 
@@ -262,7 +263,7 @@ def test_policy_unknown_name_is_answered_like_denied_name(to: str) -> None:
     connected.
     """
     _, peers = network()
-    peers["eve"].message(to, id=1)
+    peers["eve"].message(to, message_id=1)
     (answer,) = peers["eve"].take()
     body = json.loads(answer.payload)
     assert body["code"] == "denied"

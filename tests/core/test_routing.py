@@ -32,9 +32,11 @@ def pair(feed: Feed, max_message: int = 1000) -> tuple[FakeNet, Peer, Peer]:
     return net, net.connect("ann"), net.connect("bob")
 
 
-def body(kind: Kind, id: int, name: str = "", payload: bytes = b"", **fields: object) -> bytes:
+def body(
+    kind: Kind, message_id: int, name: str = "", payload: bytes = b"", **fields: object
+) -> bytes:
     """Return a frame's body."""
-    return encode(Envelope(kind, id, name, payload, **fields))  # type: ignore[arg-type]
+    return encode(Envelope(kind, message_id, name, payload, **fields))  # type: ignore[arg-type]
 
 
 def long_frame(whole: bytes, size: int | None = None) -> bytes:
@@ -216,9 +218,9 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("step", [None, 1, 5])
-@pytest.mark.parametrize(("data", "id"), MALFORMED)
+@pytest.mark.parametrize(("data", "message_id"), MALFORMED)
 def test_routing_malformed_frame_closes_connection(
-    feed: Feed, data: bytes, id: int, step: int | None
+    feed: Feed, data: bytes, message_id: int, step: int | None
 ) -> None:
     """It is answered with its id, or 0 if none was readable. Frames before it are
     delivered, frames behind it are not.
@@ -226,7 +228,7 @@ def test_routing_malformed_frame_closes_connection(
     _, ann, bob = pair(feed)
     good = frame(body(Kind.MESSAGE, 1, "bob", b"before"))
     ann.send_bytes(good + data + frame(body(Kind.MESSAGE, 2, "bob", b"after")), step)
-    assert ann.error() == (id, "malformed")
+    assert ann.error() == (message_id, "malformed")
     assert ann.gone == "malformed"
     assert bob.payloads() == [b"before"]
 

@@ -257,10 +257,10 @@ def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
     assert site.ctl("reload").stdout.splitlines() == ["+ client carol", "reloaded"]
     assert "name and the key" in then
     assert (site.home / "keys" / "carol").read_text().strip() not in added.output
-    bin = Path(sys.executable).parent
+    scripts = Path(sys.executable).parent
     pinged = subprocess.run(
         ["sh", "-c", command],
-        env={"PATH": f"{bin}:{os.environ['PATH']}", "BROKERD_ADDRESS": f"{site.home}/b.sock"},
+        env={"PATH": f"{scripts}:{os.environ['PATH']}", "BROKERD_ADDRESS": f"{site.home}/b.sock"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -24,7 +24,8 @@ def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(
         question = json.dumps({"op": "keys"}).encode()
         ops.write(
             b"".join(
-                packed(REQUEST, "$broker", question, id=number, codec=JSON) for number in (1, 2, 3)
+                packed(REQUEST, "$broker", question, message_id=number, codec=JSON)
+                for number in (1, 2, 3)
             )
         )
         answers = {answer.id: answer for answer in (ops.recv() for _ in range(3))}

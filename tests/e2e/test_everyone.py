@@ -100,8 +100,8 @@ def everyone(
     errors: Counter[str] = Counter()
     for report in reports:
         assert len(report["sent"]) == count
-        for id, recipient, number in report["sent"]:
-            error = report["errors"].get(str(id))
+        for message_id, recipient, number in report["sent"]:
+            error = report["errors"].get(str(message_id))
             came = arrived[(report["name"], recipient, number)]
             assert (came == 1) != (error is not None), (
                 report["name"],

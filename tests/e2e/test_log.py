@@ -222,7 +222,9 @@ def attack(broker: BrokerProcess) -> None:
     with broker.login("alice") as alice, broker.login("root") as root:
         # Refused topics, operations, subscriptions and arguments.
         topic = hostile[:100]
-        alice.send(EVENT, "", bytes([len(topic)]) + topic + b"a body, a canary", id=1, flags=1)
+        alice.send(
+            EVENT, "", bytes([len(topic)]) + topic + b"a body, a canary", message_id=1, flags=1
+        )
         alice.recv()
         questions: list[dict[str, Any]] = [
             {"op": HOSTILE},
@@ -255,8 +257,8 @@ def attack(broker: BrokerProcess) -> None:
                 alice.recv()
 
 
-@pytest.mark.parametrize("format", ["json", "console"])
-def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, format: str) -> None:
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, log_format: str) -> None:
     """Wherever a client's hostile bytes reach the log, each event is one printable
     line. No line holds a key.
     """
@@ -264,7 +266,7 @@ def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, format: str
         "alice": {"publish": ["ok"], "subscribe": ["ok"], "send_to": ["root"]},
         "root": {"admin": True},
     }
-    log = {"level": "debug", "format": format, "audit": "audit.log"}
+    log = {"level": "debug", "format": log_format, "audit": "audit.log"}
     with BrokerProcess(socket_dir, clients, log=log) as broker:
         while not broker.socket.exists():
             assert broker.popen.poll() is None
@@ -281,7 +283,7 @@ def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, format: str
     whole = "".join(lines)
     assert "31m" in whole, "what was hostile is shown, escaped"
     for line in broker.lines:
-        if format == "json":
+        if log_format == "json":
             assert json.loads(line)["event"] != "daemon.killed"
         else:
             assert line.partition("[")[0].endswith("Z ")

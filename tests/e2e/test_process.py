@@ -21,7 +21,7 @@ from brokerd import __version__
 
 def queue_for(sender: Raw, to: str, count: int) -> None:
     for number in range(count):
-        sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
+        sender.send(MESSAGE, to, bytes(100_000), message_id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
 
 

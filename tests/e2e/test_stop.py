@@ -100,7 +100,7 @@ def test_stop_second_signal_during_hanging_reload_ends_at_once(
         broker.login("bob"),
     ):
         for number in range(50):
-            alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
         hang_a_reload(broker)
         if upgrade:

@@ -62,7 +62,7 @@ def measure(broker: BrokerProcess, name: bytes) -> dict[str, float]:
             connects.append(perf_counter() - began)
             for number in range(10):
                 began = perf_counter()
-                alice.send(MESSAGE, "alice", b"x", id=number)
+                alice.send(MESSAGE, "alice", b"x", message_id=number)
                 assert alice.recv().id == number
                 trips.append(perf_counter() - began)
     return {

@@ -69,7 +69,7 @@ def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> 
         challenged.read_body()
         challenged.write(prefixed(WELCOME))
         # The last word of the handshake and a first frame in one.
-        answered.write(prefixed(WELCOME) + packed(MESSAGE, "alice", b"", id=3))
+        answered.write(prefixed(WELCOME) + packed(MESSAGE, "alice", b"", message_id=3))
         assert answered.recv().code == "offline"
         for raw in knocks:
             raw.ping()
@@ -179,7 +179,7 @@ def test_upgrade_applies_new_configuration(socket_dir: Path) -> None:
         (socket_dir / "bob.key").write_bytes(b"another key")
         ops.ask("subscribe", topic="$broker.upgraded")
 
-        ops.send(REQUEST, "$broker", b'{"op": "upgrade"}', id=1)
+        ops.send(REQUEST, "$broker", b'{"op": "upgrade"}', message_id=1)
         reply, event = sorted((ops.recv(), ops.recv()), key=lambda frame: frame.kind)
         assert reply.json["upgraded"]
         assert event.body.endswith(b'{"version": "%s"}' % reply.json["version"].encode())
@@ -220,7 +220,7 @@ def test_upgrade_connection_made_during_pause_is_accepted(socket_dir: Path) -> N
             "    was(self)\n"
             "handover.RestoredState.begin = begin"
         )
-        ops.write(packed(REQUEST, "$broker", b'{"op": "upgrade"}', id=1))
+        ops.write(packed(REQUEST, "$broker", b'{"op": "upgrade"}', message_id=1))
         while not (socket_dir / "pause").exists():
             threading.Event().wait(0.01)
         with Raw(broker.address) as first, Raw(Address("AF_UNIX", path=str(old))) as second:

@@ -59,7 +59,7 @@ class Scene:
         self.filler.join()
         self.alice.write(packed(MESSAGE, "bob", b"the end")[10:])
         assert self.bob.recv().body == b"the end"
-        self.alice.send(MESSAGE, "bob", b"x", id=5, flags=WANT_RECEIPT)
+        self.alice.send(MESSAGE, "bob", b"x", message_id=5, flags=WANT_RECEIPT)
         assert self.bob.recv().body == b"x"
         assert self.alice.recv().id == 5
 
@@ -248,10 +248,10 @@ def test_upgrade_during_upgrade_is_refused(scene: Scene) -> None:
     broker = scene.broker
     broker.before_new_process("import time; time.sleep(1); raise ImportError('planted')")
     with broker.login("late") as second:
-        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', id=1, codec=2))
+        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', message_id=1, codec=2))
         broker.wait("daemon.upgrading", len(broker.events("daemon.upgrade_failed")) + 1)
-        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', id=2, codec=2))
-        scene.ops.write(packed(2, "$broker", b'{"op": "reload"}', id=3, codec=2))
+        scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', message_id=2, codec=2))
+        scene.ops.write(packed(2, "$broker", b'{"op": "reload"}', message_id=3, codec=2))
         answers = {frame.id: frame.json for frame in (scene.ops.recv() for _ in range(3))}
         second.ping()
     assert answers[2]["problems"] == ["an upgrade is in progress already"]

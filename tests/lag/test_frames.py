@@ -21,13 +21,13 @@ SENT = 1000
 TOPIC = b"\x03t.x"
 #: What is sent of each kind: to a recipient, the n-th.
 FRAMES: dict[int, Callable[[str, int], bytes]] = {
-    Kind.MESSAGE: lambda to, number: packed(Kind.MESSAGE, to, id=number, flags=number % 2),
-    Kind.REQUEST: lambda to, number: packed(Kind.REQUEST, to, id=number),
-    Kind.REPLY: lambda to, number: packed(Kind.REPLY, to, id=number),
-    Kind.ERROR: lambda to, number: packed(Kind.ERROR, to, b"{}", id=number, codec=JSON),
-    Kind.EVENT: lambda to, number: packed(EVENT, "", between=TOPIC, id=number),
-    Kind.RECEIPT: lambda to, number: packed(Kind.RECEIPT, to, id=number),
-    Kind.ACK: lambda to, number: packed(Kind.ACK, to, id=number),
+    Kind.MESSAGE: lambda to, number: packed(Kind.MESSAGE, to, message_id=number, flags=number % 2),
+    Kind.REQUEST: lambda to, number: packed(Kind.REQUEST, to, message_id=number),
+    Kind.REPLY: lambda to, number: packed(Kind.REPLY, to, message_id=number),
+    Kind.ERROR: lambda to, number: packed(Kind.ERROR, to, b"{}", message_id=number, codec=JSON),
+    Kind.EVENT: lambda to, number: packed(EVENT, "", between=TOPIC, message_id=number),
+    Kind.RECEIPT: lambda to, number: packed(Kind.RECEIPT, to, message_id=number),
+    Kind.ACK: lambda to, number: packed(Kind.ACK, to, message_id=number),
 }
 #: Kinds that answer a request of the recipient's.
 ANSWERS = (Kind.REPLY, Kind.ERROR)
@@ -62,7 +62,9 @@ def unread(
     with broker.login(name) as recipient:
         address = recipient.ask("whoami").json["address"]
         recipient.ask("subscribe", topic="t.>")
-        recipient.write(b"".join(packed(Kind.REQUEST, to, id=number) for number in range(requests)))
+        recipient.write(
+            b"".join(packed(Kind.REQUEST, to, message_id=number) for number in range(requests))
+        )
         session = broker.session(address)
         broker.take_in(session)
 

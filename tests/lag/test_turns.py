@@ -58,7 +58,7 @@ def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> 
     """All of them are released when the recipient leaves."""
     recipient = broker.call(lambda: broker.seat("one-wait", takes=False))
     senders = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
-    frame = memoryview(packed(MESSAGE, "one-wait", bytes(1000), id=7))[4:]
+    frame = memoryview(packed(MESSAGE, "one-wait", bytes(1000), message_id=7))[4:]
 
     def hold() -> None:
         outbox = recipient.outbox
@@ -67,7 +67,7 @@ def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> 
         broker.daemon.server.settle()
         for sender in senders:
             broker.daemon.broker.handle(sender, frame, broker.loop.time())
-            sender.connection.pending_input = packed(MESSAGE, "one-wait", bytes(1000), id=8)
+            sender.connection.pending_input = packed(MESSAGE, "one-wait", bytes(1000), message_id=8)
 
     broker.call(hold)
     assert broker.call(lambda: sum(sender.held_by is recipient for sender in senders)) == 1000
@@ -204,7 +204,7 @@ def test_event_loop_with_drain_of_8000_connections_stays_responsive() -> None:
             deaf = broker.call(lambda: [broker.seat("crowd", takes=False) for _ in range(200)])
             sender.write(
                 b"".join(
-                    packed(MESSAGE, session.address, b"x", id=1)
+                    packed(MESSAGE, session.address, b"x", message_id=1)
                     for session in deaf
                     for _ in range(20)
                 )

@@ -226,11 +226,13 @@ class BrokerModel(RuleBasedStateMachine):
 
     # Sending
 
-    def envelope(self, kind: Kind, id: int | None, to: str, size: int, **rest: Any) -> Envelope:
+    def envelope(
+        self, kind: Kind, message_id: int | None, to: str, size: int, **rest: Any
+    ) -> Envelope:
         """Return a new frame whose payload says which one it is."""
         serial = next(self.serial)
         payload = (b"%d:" % serial).ljust(size, b".")
-        return Envelope(kind, serial if id is None else id, to, payload, **rest)
+        return Envelope(kind, serial if message_id is None else message_id, to, payload, **rest)
 
     def note(self, sender: Peer, envelope: Envelope) -> Sent:
         """Remember that the frame is being sent."""
@@ -341,21 +343,23 @@ class BrokerModel(RuleBasedStateMachine):
             STATISTICS["met a full queue"] += 1
             assert places or new_errors or sender.held
 
-    def errors_at(self, peer: Peer, id: int) -> list[str]:
+    def errors_at(self, peer: Peer, message_id: int) -> list[str]:
         """Return the codes of the broker's errors with that id, arrived or on their way
         to the peer.
         """
-        waiting = [error_of(each) for each in waiting_frames(peer) if self.is_error(each, id)]
+        waiting = [
+            error_of(each) for each in waiting_frames(peer) if self.is_error(each, message_id)
+        ]
         return (
-            self.outcomes[peer, id].errors
-            + [error_of(each) for each in peer.got if self.is_error(each, id)]
+            self.outcomes[peer, message_id].errors
+            + [error_of(each) for each in peer.got if self.is_error(each, message_id)]
             + waiting
         )
 
     @staticmethod
-    def is_error(envelope: Envelope, id: int) -> bool:
+    def is_error(envelope: Envelope, message_id: int) -> bool:
         """Return whether that is the broker's ERROR about the id."""
-        return envelope.kind is Kind.ERROR and envelope.name == BROKER and envelope.id == id
+        return envelope.kind is Kind.ERROR and envelope.name == BROKER and envelope.id == message_id
 
     def lies_at(self, peer: Peer, sent: Sent) -> bool:
         """Return whether the peer has the frame, or its outbox does."""
@@ -773,12 +777,12 @@ class BrokerModel(RuleBasedStateMachine):
                 | session.waiters.keys()
                 <= live
             )
-            for (address, id), requester in session.incoming_requests.items():
+            for (address, message_id), requester in session.incoming_requests.items():
                 assert requester.address == address
-                assert requester.outgoing_requests[id, session.address] is session
-            for (id, address), responder in session.outgoing_requests.items():
+                assert requester.outgoing_requests[message_id, session.address] is session
+            for (message_id, address), responder in session.outgoing_requests.items():
                 assert responder.address == address
-                assert responder.incoming_requests[session.address, id] is session
+                assert responder.incoming_requests[session.address, message_id] is session
             assert set(session.expiring) <= set(session.outgoing_requests)
             assert all(deadline > self.net.now - 0.1 for deadline in session.expiring.values())
             if session.held_by is not None:
@@ -836,8 +840,8 @@ class BrokerModel(RuleBasedStateMachine):
         while self.net.peers:
             self.net.peers[0].leave()
             self.collect()
-        for (sender, id), sents in self.of_id.items():
-            self.check_outcome(sents, self.outcomes[sender, id], stayed=sender in stayed)
+        for (sender, message_id), sents in self.of_id.items():
+            self.check_outcome(sents, self.outcomes[sender, message_id], stayed=sender in stayed)
         assert not self.net.leftovers()
         for session in self.sessions:
             assert not session.incoming_requests

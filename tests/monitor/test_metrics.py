@@ -51,7 +51,7 @@ def test_messages_and_bytes_are_counted() -> None:
     """Five messages of ten bytes and their receipts are seen on both sides."""
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         for number in range(5):
-            alice.send(MESSAGE, "bob", b"x" * 10, id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", b"x" * 10, message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
             bob.recv()
         found = samples(broker)
@@ -132,10 +132,10 @@ def test_queues_and_those_who_wait_for_them_are_seen() -> None:
 def test_a_request_is_pending_until_it_is_answered() -> None:
     """Requests that somebody owes an answer to are seen."""
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(REQUEST, "bob", b"?", id=1)
+        alice.send(REQUEST, "bob", b"?", message_id=1)
         outgoing_requests = bob.recv()
         before = samples(broker)["brokerd_pending_requests"]
-        bob.send(3, outgoing_requests.name, b"!", id=outgoing_requests.id)
+        bob.send(3, outgoing_requests.name, b"!", message_id=outgoing_requests.id)
         alice.recv()
         after = samples(broker)["brokerd_pending_requests"]
 
@@ -162,7 +162,9 @@ def test_no_counter_ever_falls() -> None:
                 there.pop(name).close()
             else:
                 for number in range(chance.randrange(5)):
-                    there[name].send(REQUEST, "$broker", b'{"op": "ping"}', id=number, codec=2)
+                    there[name].send(
+                        REQUEST, "$broker", b'{"op": "ping"}', message_id=number, codec=2
+                    )
                     there[name].recv()
                     sent += 1
             now = {

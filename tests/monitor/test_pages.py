@@ -27,7 +27,7 @@ def test_a_draining_broker_is_live_but_not_ready() -> None:
         broker.login("bob"),
     ):
         for number in range(70):
-            alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
         broker.stop_soon()
         broker.log.wait("daemon.stopping")

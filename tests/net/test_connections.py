@@ -62,7 +62,7 @@ def fill(sender: Raw, to: str, size: int = 50_000) -> list[int]:
     """Send with RECEIPT until one is refused; return the ids that were taken."""
     taken: list[int] = []
     while True:
-        sender.send(MESSAGE, to, bytes(size), id=len(taken), flags=WANT_RECEIPT)
+        sender.send(MESSAGE, to, bytes(size), message_id=len(taken), flags=WANT_RECEIPT)
         outcome = sender.recv()
         if outcome.kind == ERROR:
             assert outcome.code == "full"
@@ -150,11 +150,12 @@ def test_reconnect_immediate_after_sending_loses_no_message(listen: str) -> None
         got: list[int] = []
         reader = threading.Thread(target=lambda: got.extend(bob.recv().id for _ in range(50 * 20)))
         reader.start()
-        for round in range(50):
+        for batch in range(50):
             with broker.login("alice") as alice:
                 alice.write(
                     b"".join(
-                        packed(MESSAGE, "bob", bytes(3000), id=round * 20 + n) for n in range(20)
+                        packed(MESSAGE, "bob", bytes(3000), message_id=batch * 20 + n)
+                        for n in range(20)
                     )
                 )
         reader.join(30)
@@ -203,7 +204,8 @@ def test_reconnect_waits_while_earlier_frames_are_routed_in_turns(
         alice, server = broker.login("alice"), broker.daemon.server
         alice.ping()
         events = [
-            packed(EVENT, "", between=b"\x05t.%03d" % number, id=number) for number in range(101)
+            packed(EVENT, "", between=b"\x05t.%03d" % number, message_id=number)
+            for number in range(101)
         ]
 
         def leave() -> Room:
@@ -339,7 +341,7 @@ def test_slow_consumer_uses_no_more_than_its_queue(listen: str) -> None:
         )
         assert 0.9 * 2**20 < waiting <= 2**20
         for number in range(100):
-            bob.send(MESSAGE, "carol", b"x", id=number)
+            bob.send(MESSAGE, "carol", b"x", message_id=number)
             assert carol.recv().id == number
         # It reads at last: all that was taken arrives, in order.
         assert [slow.recv().id for _ in taken] == taken
@@ -356,7 +358,9 @@ def test_sender_held_is_resumed_when_queue_has_room() -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        data = b"".join(packed(MESSAGE, "bob", bytes(5000), id=number) for number in range(count))
+        data = b"".join(
+            packed(MESSAGE, "bob", bytes(5000), message_id=number) for number in range(count)
+        )
         sender = threading.Thread(target=alice.write, args=(data,))
         sender.start()
         assert [bob.recv().id for _ in range(count)] == list(range(count))
@@ -396,7 +400,7 @@ def test_queue_full_with_when_full_disconnect_closes_recipient() -> None:
         outcomes: dict[int, list[str]] = {}
         number = 0
         while not broker.log.named("client.disconnected"):
-            alice.send(MESSAGE, "bob", bytes(50_000), id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(50_000), message_id=number, flags=WANT_RECEIPT)
             outcome = alice.recv()
             outcomes.setdefault(outcome.id, []).append(
                 "taken" if outcome.kind == RECEIPT else outcome.code
@@ -404,7 +408,7 @@ def test_queue_full_with_when_full_disconnect_closes_recipient() -> None:
             number += 1
             assert number < 2000
         assert "queue is full" in broker.log.named("client.disconnected")[0].fields["reason"]
-        alice.send(MESSAGE, "bob", b"x", id=99_999)
+        alice.send(MESSAGE, "bob", b"x", message_id=99_999)
         while (outcome := alice.recv()).id != 99_999:
             outcomes.setdefault(outcome.id, []).append(outcome.code)
         assert outcome.code == "offline"
@@ -427,7 +431,7 @@ def test_recipient_disconnected_queued_messages_are_returned_offline() -> None:
         # in order.
         back = []
         while True:
-            alice.send(MESSAGE, "alice", b"end", id=77_777)
+            alice.send(MESSAGE, "alice", b"end", message_id=77_777)
             frame = alice.recv()
             if frame.kind == ERROR:
                 assert frame.code == "offline"
@@ -447,7 +451,7 @@ def test_sender_that_does_not_read_errors_is_held() -> None:
         broker.login("carol") as carol,
     ):
         alice.sock.setblocking(False)
-        data = packed(MESSAGE, "nobody", b"x", id=1) * 1000
+        data = packed(MESSAGE, "nobody", b"x", message_id=1) * 1000
         sent = stuck = 0
         while stuck < 3:
             try:
@@ -494,7 +498,9 @@ def test_recipient_disconnected_full_queue_is_returned_in_turns(socket_dir: Path
         alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
         count = 60_000
         alice.write(
-            b"".join(packed(MESSAGE, "bob", b"x" * 40, id=number) for number in range(count))
+            b"".join(
+                packed(MESSAGE, "bob", b"x" * 40, message_id=number) for number in range(count)
+            )
         )
         alice.ping()
         waiting = here.call(lambda: len(here.daemon.broker.exchange.find("bob").outbox.pieces()))  # type: ignore[union-attr]

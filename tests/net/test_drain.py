@@ -46,7 +46,7 @@ def listen(request: pytest.FixtureRequest, socket_dir: Path) -> str:
 def queue_for(sender: Raw, to: str, count: int) -> None:
     """Have the broker take that many messages of 100 kB for a client."""
     for number in range(count):
-        sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
+        sender.send(MESSAGE, to, bytes(100_000), message_id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
 
 
@@ -202,7 +202,7 @@ def test_drain_clients_with_messages_for_each_other_do_not_deadlock(socket_dir: 
     ):
         for sender, to in ((alice, "bob"), (bob, "alice")):
             for number in range(70):
-                sender.send(MESSAGE, to, bytes(100_000), id=number)
+                sender.send(MESSAGE, to, bytes(100_000), message_id=number)
         for name in ("alice", "bob"):
             wait_until_taken(broker, name, 70)
             assert broker.daemon.broker.exchange.clients[name].sessions[name].outbox.waiting
@@ -226,7 +226,7 @@ def test_drain_lost_events_are_counted(socket_dir: Path) -> None:
     ):
         bob.ask("subscribe", topic="t")
         for number in range(60):
-            alice.send(EVENT, "", b"\x01t" + bytes(100_000), id=number)
+            alice.send(EVENT, "", b"\x01t" + bytes(100_000), message_id=number)
         wait_until_taken(broker, "alice", 60)
         broker.stop_soon()
         stopped = broker.log.wait("daemon.stopped")[0].fields
@@ -372,8 +372,8 @@ def test_drain_frame_received_before_is_answered_shutting_down() -> None:
         # In the same turn of the loop: sent, arrived, and not yet read when the drain
         # begins.
         def send() -> None:
-            alice.send(MESSAGE, "bob", b"late", id=5)
-            alice.send(EVENT, "", b"\x01tlate", id=6)
+            alice.send(MESSAGE, "bob", b"late", message_id=5)
+            alice.send(EVENT, "", b"\x01tlate", message_id=6)
             wait_until_arrived(broker, "alice")
 
         def send_and_stop() -> None:
@@ -403,7 +403,7 @@ def test_drain_held_sender_gets_shutting_down_for_each_refused_message() -> None
         outcomes: dict[int, str] = {}
         try:
             while True:
-                alice.send(MESSAGE, "bob", bytes(50_000), id=count, flags=WANT_RECEIPT)
+                alice.send(MESSAGE, "bob", bytes(50_000), message_id=count, flags=WANT_RECEIPT)
                 count += 1
                 outcomes[alice.recv().id] = "taken"
         except TimeoutError:
@@ -418,11 +418,11 @@ def test_drain_held_sender_gets_shutting_down_for_each_refused_message() -> None
 def test_drain_reply_received_before_is_delivered() -> None:
     """The reply to a request accepted before the drain is delivered if it had arrived."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(REQUEST, "bob", b"?", id=9)
+        alice.send(REQUEST, "bob", b"?", message_id=9)
         bob.recv()
 
         def answer() -> None:
-            bob.send(REPLY, "alice", b"!", id=9)
+            bob.send(REPLY, "alice", b"!", message_id=9)
             wait_until_arrived(broker, "bob")
 
         def answer_and_stop() -> None:

@@ -66,7 +66,7 @@ def leave_messages_behind(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         with broker.login("bob"):
             for number in range(500):
-                alice.send(MESSAGE, "bob", bytes(40_000), id=number, flags=WANT_RECEIPT)
+                alice.send(MESSAGE, "bob", bytes(40_000), message_id=number, flags=WANT_RECEIPT)
                 if alice.recv().kind == ERROR:
                     break
             else:
@@ -77,8 +77,8 @@ def leave_messages_behind(broker: RunningDaemon) -> None:
 def leave_requests_behind(broker: RunningDaemon) -> None:
     with broker.login("alice") as alice:
         with broker.login("bob") as bob:
-            bob.send(REQUEST, "alice", b"?", id=4)
-            alice.send(REQUEST, "bob", b"?", id=5)
+            bob.send(REQUEST, "alice", b"?", message_id=4)
+            alice.send(REQUEST, "bob", b"?", message_id=5)
             assert bob.recv().kind == REQUEST
             assert alice.recv().kind == REQUEST
         assert alice.recv().code == "abandoned"

@@ -41,14 +41,14 @@ def listen(request: pytest.FixtureRequest, socket_dir: Path) -> str:
     return str(socket_dir / "s") if request.param == "unix" else request.param
 
 
-def ask(raw: Raw, op: str, id: int) -> None:
-    raw.send(REQUEST, "$broker", json.dumps({"op": op}).encode(), id=id, codec=JSON)
+def ask(raw: Raw, op: str, message_id: int) -> None:
+    raw.send(REQUEST, "$broker", json.dumps({"op": op}).encode(), message_id=message_id, codec=JSON)
 
 
 def queue_for(sender: Raw, to: str, count: int) -> None:
     """Have the broker take that many messages of 100 kB for a client."""
     for number in range(count):
-        sender.send(MESSAGE, to, bytes(100_000), id=number, flags=WANT_RECEIPT)
+        sender.send(MESSAGE, to, bytes(100_000), message_id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
 
 
@@ -102,7 +102,7 @@ def test_goaway_message_after_event_is_refused() -> None:
         alice.ask("goaway")
         broker.stop_soon()
         assert is_draining(alice.recv())
-        alice.send(MESSAGE, "bob", b"late", id=5)
+        alice.send(MESSAGE, "bob", b"late", message_id=5)
         frame = alice.recv()
         assert (frame.id, frame.code) == (5, "shutting_down")
 
@@ -120,7 +120,7 @@ def test_goaway_finished_is_answered_when_recipient_has_read(socket_dir: Path) -
         assert is_draining(alice.recv())
         ask(alice, "finished", 9)
         # Another answer overtakes it: it waits for bob.
-        assert alice.ask("ping", id=8).json == {}
+        assert alice.ask("ping", message_id=8).json == {}
         alice.sock.settimeout(0.2)
         with pytest.raises(TimeoutError):
             alice.recv()
@@ -171,7 +171,7 @@ def test_goaway_finished_before_event_or_twice_is_unsupported(
         broker.stop_soon()
         assert is_draining(alice.recv())
         ask(alice, "finished", 98)
-        assert alice.ask("finished", id=99).code == "unsupported"
+        assert alice.ask("finished", message_id=99).code == "unsupported"
 
 
 def test_goaway_request_in_flight_is_answered_during_drain(listen: str) -> None:
@@ -185,15 +185,15 @@ def test_goaway_request_in_flight_is_answered_during_drain(listen: str) -> None:
     ):
         for each in (alice, bob):
             each.ask("goaway")
-        alice.send(REQUEST, "bob", b"?", id=9)
+        alice.send(REQUEST, "bob", b"?", message_id=9)
         bob.recv()
         broker.stop_soon()
         assert is_draining(bob.recv())
         assert is_draining(alice.recv())
         # bob is not let go while alice waits for its answer.
         ask(bob, "finished", 1)
-        assert bob.ask("ping", id=2).json == {}
-        bob.send(REPLY, "alice", b"!", id=9)
+        assert bob.ask("ping", message_id=2).json == {}
+        bob.send(REPLY, "alice", b"!", message_id=9)
         assert alice.recv().body == b"!"
         assert bob.recv().id == 1
         assert alice.ask("finished").json == {}
@@ -208,13 +208,13 @@ def test_stock_client_request_in_flight_is_answered_during_drain() -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        alice.send(REQUEST, "bob", b"?", id=9)
+        alice.send(REQUEST, "bob", b"?", message_id=9)
         bob.recv()
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
         # Longer than the silence after which an idle one is closed.
         threading.Event().wait(0.8)
-        bob.send(REPLY, "alice", b"!", id=9)
+        bob.send(REPLY, "alice", b"!", message_id=9)
         assert alice.recv().body == b"!"
         assert alice.is_closed("shutting_down")
         assert bob.is_closed("shutting_down")
@@ -247,7 +247,7 @@ def test_stock_client_undeliverable_frame_after_half_close_is_counted(listen: st
         broker.stop_soon()
         assert alice.is_closed("shutting_down")
         for number in range(3):
-            alice.send(MESSAGE, "bob", b"behind", id=number)
+            alice.send(MESSAGE, "bob", b"behind", message_id=number)
         ask(alice, "ping", 7)
         alice.close()
         assert lost(broker) == 3
@@ -329,7 +329,7 @@ def _account(listen: str) -> None:
         ended = threading.Event()
 
         def send() -> None:
-            burst = packed(MESSAGE, "bob", b"x" * 50, id=1) * 20
+            burst = packed(MESSAGE, "bob", b"x" * 50, message_id=1) * 20
             while not ended.is_set():
                 alice.sock.sendall(burst)
                 sent[0] += 20

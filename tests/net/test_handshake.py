@@ -439,7 +439,8 @@ def test_handshake_sent_without_reading_is_accepted() -> None:
                     + prefixed(CHALLENGE + message)
                     + prefixed(WELCOME)
                     + b"".join(
-                        packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(1000)
+                        packed(MESSAGE, "bob", b"%d" % number, message_id=number)
+                        for number in range(1000)
                     )
                 )
                 assert [bob.recv().id for _ in range(1000)] == list(range(1000))

@@ -29,7 +29,13 @@ def test_long_and_short_messages_keep_their_order() -> None:
         broker.login("bob") as bob,
     ):
         stream = b"".join(
-            packed(MESSAGE, "bob", BIG if number % 2 else b"short", id=number, flags=WANT_RECEIPT)
+            packed(
+                MESSAGE,
+                "bob",
+                BIG if number % 2 else b"short",
+                message_id=number,
+                flags=WANT_RECEIPT,
+            )
             for number in range(80)
         )
         alice.sock.setblocking(False)
@@ -69,7 +75,7 @@ def test_a_long_event_reaches_everybody() -> None:
         for each in (bob, carol):
             assert each.ask("subscribe", topic="news.>").kind == REPLY
         for number in range(3):
-            alice.send(EVENT, "", b"\x06news.x" + BIG, id=number)
+            alice.send(EVENT, "", b"\x06news.x" + BIG, message_id=number)
         for each in (bob, carol):
             assert [each.recv().body for _ in range(3)] == [b"\x06news.x" + BIG] * 3
 
@@ -83,7 +89,7 @@ def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any
     ):
         with broker.login("bob"):
             for number in range(12):
-                alice.send(MESSAGE, "bob", BIG, id=number, flags=WANT_RECEIPT)
+                alice.send(MESSAGE, "bob", BIG, message_id=number, flags=WANT_RECEIPT)
                 assert alice.recv().kind == RECEIPT
         refused = alice.recv()
         assert (refused.kind, refused.code) == (ERROR, "offline")
@@ -105,5 +111,5 @@ def test_a_sender_that_leaves_in_the_middle_leaves_nothing_behind() -> None:
         with broker.login("alice") as alice:
             alice.write(packed(MESSAGE, "bob", BIG)[: len(BIG) // 2])
         broker.log.wait("client.disconnected")
-        carol.send(MESSAGE, "bob", b"whole", id=1)
+        carol.send(MESSAGE, "bob", b"whole", message_id=1)
         assert bob.recv() == Frame(MESSAGE, 0, 0, "carol", 1, b"whole")

@@ -61,14 +61,14 @@ def topic(name: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", [MESSAGE, REQUEST])
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 127, 128, 255])
-@pytest.mark.parametrize("id", [0, 1, MAX_ID])
-def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, id: int) -> None:
+@pytest.mark.parametrize("message_id", [0, 1, MAX_ID])
+def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, message_id: int) -> None:
     """Kind, codec, id and payload pass untouched; the name becomes the authenticated
     sender's.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(kind, "bob", b"\x00\xffpayload", id=id, codec=codec)
-        assert bob.recv() == Frame(kind, 0, codec, "alice", id, b"\x00\xffpayload")
+        alice.send(kind, "bob", b"\x00\xffpayload", message_id=message_id, codec=codec)
+        assert bob.recv() == Frame(kind, 0, codec, "alice", message_id, b"\x00\xffpayload")
 
 
 def test_an_empty_message_is_a_message() -> None:
@@ -81,7 +81,7 @@ def test_an_empty_message_is_a_message() -> None:
 def test_a_client_may_write_to_itself() -> None:
     """One's own name is a recipient like any other."""
     with served() as broker, broker.login("alice") as alice:
-        alice.send(MESSAGE, "alice", b"note", flags=WANT_RECEIPT, id=3)
+        alice.send(MESSAGE, "alice", b"note", flags=WANT_RECEIPT, message_id=3)
         assert {(frame.kind, frame.name) for frame in (alice.recv(), alice.recv())} == {
             (MESSAGE, "alice"),
             (RECEIPT, "$broker"),
@@ -93,7 +93,7 @@ def test_a_receipt_says_that_the_broker_has_it() -> None:
     not see the flag.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(MESSAGE, "bob", b"x", id=99, flags=WANT_RECEIPT)
+        alice.send(MESSAGE, "bob", b"x", message_id=99, flags=WANT_RECEIPT)
         assert alice.recv() == Frame(RECEIPT, 0, 0, "$broker", 99, b"")
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 99, b"x")
 
@@ -103,19 +103,19 @@ def test_a_reply_finds_who_asked() -> None:
     asked.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(REQUEST, "bob", b"question", id=5)
+        alice.send(REQUEST, "bob", b"question", message_id=5)
         question = bob.recv()
-        bob.send(REPLY, question.name, b"answer", id=question.id)
+        bob.send(REPLY, question.name, b"answer", message_id=question.id)
         assert alice.recv() == Frame(REPLY, 0, 0, "bob", 5, b"answer")
 
 
 def test_a_client_may_answer_with_an_error() -> None:
     """An ERROR from the one who was asked passes through with its payload."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(REQUEST, "bob", b"question", id=5)
+        alice.send(REQUEST, "bob", b"question", message_id=5)
         bob.recv()
         payload = json.dumps({"code": "failed", "message": "no", "name": ""}).encode()
-        bob.send(ERROR, "alice", payload, id=5, codec=JSON)
+        bob.send(ERROR, "alice", payload, message_id=5, codec=JSON)
         assert alice.recv() == Frame(ERROR, 0, JSON, "bob", 5, payload)
 
 
@@ -124,7 +124,7 @@ def test_a_request_whose_recipient_goes_is_answered() -> None:
     request's id.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.send(REQUEST, "bob", b"question", id=5)
+        alice.send(REQUEST, "bob", b"question", message_id=5)
         bob.recv()
         bob.close()
         error = alice.recv()
@@ -152,7 +152,9 @@ def test_an_event_goes_to_whoever_subscribed() -> None:
     ):
         for pattern in ("jobs.*", "jobs.>"):
             assert bob.ask("subscribe", topic=pattern).kind == REPLY
-        alice.send(EVENT, "", b"payload", between=topic(b"jobs.new"), id=3, flags=WANT_RECEIPT)
+        alice.send(
+            EVENT, "", b"payload", between=topic(b"jobs.new"), message_id=3, flags=WANT_RECEIPT
+        )
         assert alice.recv().kind == RECEIPT
         assert bob.recv() == Frame(EVENT, 0, 0, "alice", 3, topic(b"jobs.new") + b"payload")
         bob.ping()
@@ -171,7 +173,7 @@ def test_offline() -> None:
     """A configured client that is not connected: ``offline``, by the message's id."""
     with served() as broker, broker.login("alice") as alice:
         for kind in (MESSAGE, REQUEST):
-            alice.send(kind, "bob", b"x", id=kind)
+            alice.send(kind, "bob", b"x", message_id=kind)
             error = alice.recv()
             assert (error.id, error.name, error.codec, error.code) == (
                 kind,
@@ -189,7 +191,7 @@ def test_no_such_client(name: str) -> None:
     name.
     """
     with served() as broker, broker.login("alice") as alice:
-        alice.send(MESSAGE, name, b"x", id=1)
+        alice.send(MESSAGE, name, b"x", message_id=1)
         assert alice.recv().code == "no_such_client"
 
 
@@ -204,7 +206,7 @@ def test_denied_does_not_tell_whether_the_name_exists() -> None:
     ):
         said = []
         for name in ("bob", "rob", "bob/1", "rob/1"):
-            alice.send(MESSAGE, name, b"x", id=1)
+            alice.send(MESSAGE, name, b"x", message_id=1)
             error = alice.recv()
             assert error.code == "denied"
             said.append(
@@ -223,9 +225,9 @@ def test_too_large_by_one_byte() -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        alice.send(MESSAGE, "bob", b"x" * 1000, id=1)
-        alice.send(MESSAGE, "bob", b"x" * 1001, id=2)
-        alice.send(MESSAGE, "bob", b"last", id=3)
+        alice.send(MESSAGE, "bob", b"x" * 1000, message_id=1)
+        alice.send(MESSAGE, "bob", b"x" * 1001, message_id=2)
+        alice.send(MESSAGE, "bob", b"last", message_id=3)
         assert [bob.recv().id for _ in range(2)] == [1, 3]
         error = alice.recv()
         assert (error.id, error.code, error.json["name"]) == (2, "too_large", "bob")
@@ -239,7 +241,10 @@ def test_rate_limited() -> None:
         broker.login("bob") as bob,
     ):
         alice.write(
-            b"".join(packed(MESSAGE, "bob", id=number, flags=WANT_RECEIPT) for number in range(200))
+            b"".join(
+                packed(MESSAGE, "bob", message_id=number, flags=WANT_RECEIPT)
+                for number in range(200)
+            )
         )
         outcomes = [alice.recv() for _ in range(200)]
         assert {frame.id for frame in outcomes} == set(range(200))
@@ -252,10 +257,15 @@ def test_rate_limited() -> None:
 def test_expired() -> None:
     """A message whose ttl is over when it could be delivered comes back as ``expired``."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
-        alice.send(MESSAGE, "bob", b"x", id=1, flags=EXTENSION, between=extension(ttl=0))
+        alice.send(MESSAGE, "bob", b"x", message_id=1, flags=EXTENSION, between=extension(ttl=0))
         assert alice.recv().code == "expired"
         alice.send(
-            MESSAGE, "bob", b"x", id=2, flags=EXTENSION | WANT_RECEIPT, between=extension(ttl=60)
+            MESSAGE,
+            "bob",
+            b"x",
+            message_id=2,
+            flags=EXTENSION | WANT_RECEIPT,
+            between=extension(ttl=60),
         )
         assert alice.recv().kind == RECEIPT
 
@@ -264,7 +274,7 @@ def test_expired() -> None:
 def test_a_ttl_that_is_no_number_is_unsupported(ttl: Any) -> None:
     """ttl is a number of seconds."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
-        alice.send(MESSAGE, "bob", b"x", id=1, flags=EXTENSION, between=extension(ttl=ttl))
+        alice.send(MESSAGE, "bob", b"x", message_id=1, flags=EXTENSION, between=extension(ttl=ttl))
         assert alice.recv().code == "unsupported"
 
 
@@ -284,7 +294,7 @@ def test_unsupported(kind: int, to: str, flags: int) -> None:
     ``unsupported``.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
-        alice.send(kind, to, b"x", id=1, flags=flags)
+        alice.send(kind, to, b"x", message_id=1, flags=flags)
         assert (alice.recv().code, alice.ask("ping").kind) == ("unsupported", REPLY)
 
 
@@ -301,7 +311,7 @@ def test_full(when_full: str) -> None:
     ):
         accepted = 0
         while True:
-            alice.send(MESSAGE, "bob", bytes(60_000), id=accepted, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(60_000), message_id=accepted, flags=WANT_RECEIPT)
             outcome = alice.recv()
             assert outcome.id == accepted
             if outcome.kind == ERROR:
@@ -314,12 +324,14 @@ def test_full(when_full: str) -> None:
 # Malformed
 
 
-def header(kind: int = 1, flags: int = 0, codec: int = 0, name_len: int = 0, id: int = 77) -> bytes:
-    return struct.pack("!BBBBQ", kind, flags, codec, name_len, id)
+def header(
+    kind: int = 1, flags: int = 0, codec: int = 0, name_len: int = 0, message_id: int = 77
+) -> bytes:
+    return struct.pack("!BBBBQ", kind, flags, codec, name_len, message_id)
 
 
 @pytest.mark.parametrize(
-    ("body", "id"),
+    ("body", "message_id"),
     [
         (b"", 0),
         (b"\x01", 0),
@@ -352,7 +364,7 @@ def header(kind: int = 1, flags: int = 0, codec: int = 0, name_len: int = 0, id:
     ],
 )
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
-def test_a_malformed_frame_is_answered_then_closed(body: bytes, id: int, step: int) -> None:
+def test_a_malformed_frame_is_answered_then_closed(body: bytes, message_id: int, step: int) -> None:
     """ERROR ``malformed`` with the id if one was readable, then the end; what follows
     is not acted on.
     """
@@ -362,7 +374,7 @@ def test_a_malformed_frame_is_answered_then_closed(body: bytes, id: int, step: i
         else:
             alice.write(prefixed(body) + packed(MESSAGE, "bob", b"too late"))
         error = alice.recv()
-        assert (error.id, error.code, error.name) == (id, "malformed", "$broker")
+        assert (error.id, error.code, error.name) == (message_id, "malformed", "$broker")
         assert alice.read_to_end() == b""
         assert broker.log.wait("client.disconnected")[0].fields["reason"] == "malformed"
         bob.ping()
@@ -386,7 +398,7 @@ def test_the_answer_to_a_malformed_frame_arrives_behind_all_else() -> None:
         broker.login("bob") as bob,
     ):
         for number in range(40):
-            bob.send(MESSAGE, "alice", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            bob.send(MESSAGE, "alice", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert bob.recv().kind == RECEIPT
         # Much more behind the bad frame, which the broker will never read.
         alice.sock.setblocking(False)
@@ -415,7 +427,7 @@ def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        alice.send(MESSAGE, "bob", payload, id=1)
+        alice.send(MESSAGE, "bob", payload, message_id=1)
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 1, payload)
 
 
@@ -423,7 +435,8 @@ def test_bytes_may_come_one_at_a_time() -> None:
     """A frame in segments of one byte is the frame."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.write_bytewise(
-            packed(MESSAGE, "bob", b"hello", id=1) + packed(MESSAGE, "bob", b"again", id=2)
+            packed(MESSAGE, "bob", b"hello", message_id=1)
+            + packed(MESSAGE, "bob", b"again", message_id=2)
         )
         assert [bob.recv().body, bob.recv().body] == [b"hello", b"again"]
 
@@ -435,7 +448,10 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
     payloads = [
         random_.randbytes(random_.choice([0, 1, 11, 500, 70_000, 300_000])) for _ in range(60)
     ]
-    stream = b"".join(packed(MESSAGE, "bob", payload, id=id) for id, payload in enumerate(payloads))
+    stream = b"".join(
+        packed(MESSAGE, "bob", payload, message_id=message_id)
+        for message_id, payload in enumerate(payloads)
+    )
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         position = 0
         received = []
@@ -461,13 +477,15 @@ def test_many_small_frames_may_share_a_segment() -> None:
     """Thousands of messages in one write arrive, in order, none twice."""
     count = 20_000
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        alice.write(b"".join(packed(MESSAGE, "bob", b"m", id=number) for number in range(count)))
+        alice.write(
+            b"".join(packed(MESSAGE, "bob", b"m", message_id=number) for number in range(count))
+        )
         assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
 def test_the_long_form_of_a_length_is_understood() -> None:
     """A short frame may announce its length in the long form too."""
-    body = packed(MESSAGE, "bob", b"long form", id=1)[4:]
+    body = packed(MESSAGE, "bob", b"long form", message_id=1)[4:]
     for step in (0, 1):
         with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
             data = struct.pack("!iQ", -1, len(body)) + body
@@ -482,7 +500,7 @@ def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
     is served.
     """
     size = 3_000_000
-    body = packed(MESSAGE, "bob", bytes(size), id=9)[4:]
+    body = packed(MESSAGE, "bob", bytes(size), message_id=9)[4:]
     length = struct.pack("!i", len(body)) if form == "short" else struct.pack("!iQ", -1, len(body))
     with (
         served(limits={"max_message": 1000}) as broker,
@@ -514,7 +532,7 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
     """However long a frame claims to be, the broker answers and keeps none of what
     comes.
     """
-    body = packed(MESSAGE, "bob", b"", id=9)[4:]
+    body = packed(MESSAGE, "bob", b"", message_id=9)[4:]
     head = (struct.pack("!i", claim) if claim < 2**31 else struct.pack("!iQ", -1, claim)) + body
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.write_bytewise(head) if step == "bytewise" else alice.write(head)
@@ -548,7 +566,7 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
     ):
         server = broker.daemon._server
         assert server is not None
-        body = packed(MESSAGE, "bob", bytes(50_000_000), id=9)
+        body = packed(MESSAGE, "bob", bytes(50_000_000), message_id=9)
         alice.write(body[:10])
         bob.ping()
         alice.sock.settimeout(30)
@@ -621,7 +639,8 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(
         ping = json.dumps({"op": "ping"}).encode()
         alice.write(
             b"".join(
-                packed(REQUEST, "$broker", ping, id=number, codec=JSON) for number in range(count)
+                packed(REQUEST, "$broker", ping, message_id=number, codec=JSON)
+                for number in range(count)
             )
         )
         bob.ping()
@@ -638,7 +657,7 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
     with served() as broker, broker.login("bob") as bob:
         monkeypatch.setattr(broker.daemon.server.context, "turn_budget", 1)
         alice = broker.login("alice")
-        alice.write(b"".join(packed(REQUEST, "bob", id=number) for number in range(500)))
+        alice.write(b"".join(packed(REQUEST, "bob", message_id=number) for number in range(500)))
         alice.close()
         assert [bob.recv().id for _ in range(500)] == list(range(500))
 
@@ -660,7 +679,7 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
 def test_an_operation_that_is_none_is_refused(payload: bytes) -> None:
     """Whatever is asked of the broker, it answers by the request's id and lives on."""
     with served() as broker, broker.login("alice") as alice:
-        alice.send(REQUEST, "$broker", payload, id=4, codec=JSON)
+        alice.send(REQUEST, "$broker", payload, message_id=4, codec=JSON)
         error = alice.recv()
         assert (error.id, error.code) == (4, "unsupported")
         alice.ping()
@@ -706,7 +725,7 @@ def test_nobody_publishes_in_the_brokers_name(name: bytes) -> None:
         served({"alice": {"publish": [">"]}, "bob": None}) as broker,
         broker.login("alice") as alice,
     ):
-        alice.send(EVENT, "", b"lie", between=topic(name), id=1)
+        alice.send(EVENT, "", b"lie", between=topic(name), message_id=1)
         assert alice.recv().code == "denied"
 
 
@@ -731,7 +750,13 @@ def test_two_listeners_one_order() -> None:
         kinds = [MESSAGE, REQUEST, MESSAGE]
         alice.write(
             b"".join(
-                packed(kinds[number % 3], "bob", b"x" * (number % 50), id=number, flags=number % 2)
+                packed(
+                    kinds[number % 3],
+                    "bob",
+                    b"x" * (number % 50),
+                    message_id=number,
+                    flags=number % 2,
+                )
                 for number in range(3000)
             )
         )
@@ -779,10 +804,12 @@ def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> No
         # broker.
         for _ in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000))
-        for id in range(1, 4):
+        for message_id in range(1, 4):
             between = len(extension).to_bytes(2) + extension
-            alice.send(MESSAGE, "bob", b"late", id=id, flags=EXTENSION, between=between)
-        alice.send(MESSAGE, "bob", b"the end", id=4)
+            alice.send(
+                MESSAGE, "bob", b"late", message_id=message_id, flags=EXTENSION, between=between
+            )
+        alice.send(MESSAGE, "bob", b"the end", message_id=4)
         alice.ping()
         time.sleep(0.1)
         while (frame := bob.recv()).body != b"the end":

@@ -468,9 +468,9 @@ def test_clients_of_both_kinds_talk(
             writing.join(TIMEOUT_S)
             bob.send(MESSAGE, "alice", body)
             assert alice.recv().body == body
-        alice.send(REQUEST, "bob", b"?", id=3)
+        alice.send(REQUEST, "bob", b"?", message_id=3)
         assert bob.recv().kind == REQUEST
-        bob.send(REPLY, "alice", b"!", id=3)
+        bob.send(REPLY, "alice", b"!", message_id=3)
         assert alice.recv().body == b"!"
     connected = {
         each.fields["name"]: each.fields for each in at_pipe.running.log.wait("client.connected", 2)
@@ -505,7 +505,7 @@ def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch
         served(monkeypatch, limits={"max_message": "100KiB"}) as broker,
         broker.login("alice") as alice,
     ):
-        alice.send(MESSAGE, "bob", bytes(10 * 2**20), id=9)
+        alice.send(MESSAGE, "bob", bytes(10 * 2**20), message_id=9)
         refusal = alice.recv()
         assert (refusal.kind, refusal.code, refusal.id) == (ERROR, "too_large", 9)
         alice.ping()
@@ -531,7 +531,7 @@ def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
         assert [alice.recv().body for _ in range(100)] == [b"%d" % number for number in range(100)]
         gone = at_pipe.running.log.wait("client.disconnected")[0]
         assert gone.fields["reason"] == "connection closed by the client"
-        alice.send(MESSAGE, "bob", b"?", id=1)
+        alice.send(MESSAGE, "bob", b"?", message_id=1)
         assert alice.recv().code == "offline"
 
 
@@ -541,7 +541,7 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
     """
     with at_pipe.login("alice") as alice, at_pipe.login("bob") as bob:
         for number in range(40):
-            alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
         at_pipe.running.stop_soon()
         at_pipe.running.log.wait("daemon.stopping")
@@ -562,7 +562,7 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
         broker.login("bob"),
     ):
         for number in range(40):
-            alice.send(MESSAGE, "bob", bytes(100_000), id=number, flags=WANT_RECEIPT)
+            alice.send(MESSAGE, "bob", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
         broker.running.stop_soon()
         assert broker.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 1
@@ -627,7 +627,7 @@ def test_many_clients_at_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
         for each in everyone:
             each.log_in(key_of("crowd"))
         for each in everyone:
-            each.write(packed(REQUEST, "$broker", b'{"op": "ping"}', id=1, codec=2))
+            each.write(packed(REQUEST, "$broker", b'{"op": "ping"}', message_id=1, codec=2))
         for each in everyone:
             assert each.recv().kind == REPLY
         broker.running.stop_soon()

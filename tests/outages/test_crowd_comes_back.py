@@ -62,7 +62,7 @@ async def _scenario(broker: RestartableBroker, names: list[str]) -> float:
     broker.kill()
     outcomes = await asyncio.wait_for(asyncio.gather(*doubtful, return_exceptions=True), 60)
     assert [type(outcome) for outcome in outcomes] == [InDoubt] * len(doubtful)
-    assert len({outcome.id for outcome in outcomes if isinstance(outcome, InDoubt)}) == len(
+    assert len({outcome.message_id for outcome in outcomes if isinstance(outcome, InDoubt)}) == len(
         doubtful
     )
     broker.start()

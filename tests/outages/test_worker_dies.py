@@ -81,11 +81,11 @@ async def _ask(
 
     async with (
         aio.connect(broker.address, name="asker", key=broker.key("asker")) as client,
-        asyncio.TaskGroup() as all,
+        asyncio.TaskGroup() as tasks,
     ):
         for number in range(requests):
             await window.acquire()
-            all.create_task(ask(number))
+            tasks.create_task(ask(number))
             if number == requests // 2:
                 # Stopped first, so that it has requests that it can't answer any more.
                 workers[0].send_signal(signal.SIGSTOP)

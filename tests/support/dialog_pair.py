@@ -85,10 +85,10 @@ class Pair:
         return self.dialog.receive(data, OWNER, self.now)
 
     def hear_frame(
-        self, kind: Kind, id: int = 0, name: str = "bob", **fields: Any
+        self, kind: Kind, message_id: int = 0, name: str = "bob", **fields: Any
     ) -> Effects[Message]:
         """Let the dialog have one frame."""
-        return self.hear(frame(encode(Envelope(kind, id, name, **fields))))
+        return self.hear(frame(encode(Envelope(kind, message_id, name, **fields))))
 
     def lose(self, jitter: float = 0.5, **options: Any) -> Effects[Message]:
         """Cut the connection."""

@@ -123,37 +123,67 @@ class Peer:
         self.send_bytes(frame(encode(envelope)), step)
 
     def message(
-        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+        self,
+        to: str,
+        payload: bytes = b"",
+        message_id: int = 0,
+        *,
+        receipt: bool = False,
+        **rest: Any,
     ) -> None:
         """Send a MESSAGE."""
         self.send(
-            Envelope(Kind.MESSAGE, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+            Envelope(
+                Kind.MESSAGE, message_id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest
+            )
         )
 
     def request(
-        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+        self,
+        to: str,
+        payload: bytes = b"",
+        message_id: int = 0,
+        *,
+        receipt: bool = False,
+        **rest: Any,
     ) -> None:
         """Send a REQUEST."""
         self.send(
-            Envelope(Kind.REQUEST, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+            Envelope(
+                Kind.REQUEST, message_id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest
+            )
         )
 
     def reply(
-        self, to: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+        self,
+        to: str,
+        payload: bytes = b"",
+        message_id: int = 0,
+        *,
+        receipt: bool = False,
+        **rest: Any,
     ) -> None:
         """Send a REPLY."""
         self.send(
-            Envelope(Kind.REPLY, id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest)
+            Envelope(
+                Kind.REPLY, message_id, to, payload, flags=Flag.RECEIPT if receipt else 0, **rest
+            )
         )
 
     def publish(
-        self, topic: str, payload: bytes = b"", id: int = 0, *, receipt: bool = False, **rest: Any
+        self,
+        topic: str,
+        payload: bytes = b"",
+        message_id: int = 0,
+        *,
+        receipt: bool = False,
+        **rest: Any,
     ) -> None:
         """Send an EVENT."""
         self.send(
             Envelope(
                 Kind.EVENT,
-                id,
+                message_id,
                 "",
                 payload,
                 topic=topic,
@@ -162,9 +192,9 @@ class Peer:
             )
         )
 
-    def op(self, op: str, id: int = 0, **arguments: Any) -> None:
+    def op(self, op: str, message_id: int = 0, **arguments: Any) -> None:
         """Ask ``$broker``."""
-        self.request(BROKER, json.dumps({"op": op, **arguments}).encode(), id, codec=2)
+        self.request(BROKER, json.dumps({"op": op, **arguments}).encode(), message_id, codec=2)
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask ``$broker`` and return its REPLY; the client has to be reading and to

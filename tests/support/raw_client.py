@@ -58,7 +58,7 @@ def packed(
     to: str,
     payload: bytes = b"",
     *,
-    id: int = 0,
+    message_id: int = 0,
     flags: int = 0,
     codec: int = 0,
     between: bytes = b"",
@@ -68,7 +68,9 @@ def packed(
     between: what stands between name and payload (topic, extension).
     """
     name = to.encode()
-    return prefixed(HEADER.pack(kind, flags, codec, len(name), id) + name + between + payload)
+    return prefixed(
+        HEADER.pack(kind, flags, codec, len(name), message_id) + name + between + payload
+    )
 
 
 def is_reason(said: bytes, code: str) -> bool:
@@ -78,11 +80,17 @@ def is_reason(said: bytes, code: str) -> bool:
     body = said[4:]
     if len(body) < HEADER.size:
         return False
-    kind, _, codec, size, id = HEADER.unpack_from(body)
+    kind, _, codec, size, message_id = HEADER.unpack_from(body)
     told = json.loads(body[12 + size :])
-    return (prefixed(body), kind, codec, id, body[12 : 12 + size], told["code"], told["name"]) == (
-        (said, ERROR, JSON, 0, b"$broker", code, "$broker")
-    )
+    return (
+        prefixed(body),
+        kind,
+        codec,
+        message_id,
+        body[12 : 12 + size],
+        told["code"],
+        told["name"],
+    ) == ((said, ERROR, JSON, 0, b"$broker", code, "$broker"))
 
 
 class Raw:
@@ -196,25 +204,31 @@ class Raw:
     def recv(self) -> Frame:
         """Return the next broker frame."""
         body = self.read_body()
-        kind, flags, codec, size, id = HEADER.unpack_from(body)
-        return Frame(kind, flags, codec, body[12 : 12 + size].decode(), id, body[12 + size :])
+        kind, flags, codec, size, message_id = HEADER.unpack_from(body)
+        return Frame(
+            kind, flags, codec, body[12 : 12 + size].decode(), message_id, body[12 + size :]
+        )
 
-    def ask(self, op: str, *, id: int = 7, **arguments: Any) -> Frame:
+    def ask(self, op: str, *, message_id: int = 7, **arguments: Any) -> Frame:
         """Return the broker's answer to an operation; nothing else may arrive before
         it.
         """
         self.send(
-            REQUEST, "$broker", json.dumps({"op": op, **arguments}).encode(), id=id, codec=JSON
+            REQUEST,
+            "$broker",
+            json.dumps({"op": op, **arguments}).encode(),
+            message_id=message_id,
+            codec=JSON,
         )
         answer = self.recv()
-        assert (answer.name, answer.id) == ("$broker", id), answer
+        assert (answer.name, answer.id) == ("$broker", message_id), answer
         return answer
 
     def ping(self) -> None:
         """Return when the broker has answered: all that was sent before has been dealt
         with.
         """
-        answer = self.ask("ping", id=0xFFFF_FFFF)
+        answer = self.ask("ping", message_id=0xFFFF_FFFF)
         assert answer.kind == REPLY, answer
 
     def is_closed(self, code: str = "") -> bool:

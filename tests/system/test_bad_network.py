@@ -82,7 +82,7 @@ def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, 
             until(lambda: bool(disconnected(broker, "r0")), "it is never found")
             took = time.monotonic() - began
             assert disconnected(broker, "r0")[0]["reason"] == "Connection timed out"
-            local.send(MESSAGE, "r0", b"x", id=5)
+            local.send(MESSAGE, "r0", b"x", message_id=5)
             assert local.recv().code == "offline"
             assert not disconnected(broker, "s0")
         idle.close()
@@ -103,7 +103,7 @@ def test_a_peer_that_vanishes_with_bytes_under_way_is_found(
         began = time.monotonic()
         with broker.login("s0") as local:
             for number in range(100):
-                local.send(MESSAGE, "r0", bytes(60_000), id=number + 1, flags=WANT_RECEIPT)
+                local.send(MESSAGE, "r0", bytes(60_000), message_id=number + 1, flags=WANT_RECEIPT)
             outcomes: dict[int, list[str]] = {}
             for _ in range(100):
                 frame = local.recv()
@@ -127,7 +127,7 @@ def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path,
         slow = enter(broker, link, way, "r0")
         with broker.login("s0") as local:
             for number in range(100):
-                local.send(MESSAGE, "r0", bytes(60_000), id=number + 1)
+                local.send(MESSAGE, "r0", bytes(60_000), message_id=number + 1)
             local.ping()
             began = time.monotonic()
             until(lambda: time.monotonic() - began > 8, "", 30)

@@ -253,10 +253,10 @@ def test_commands_run_without_a_broker(podman: Engine) -> None:
     but the image.
     """
     key = podman("run", "--rm", *HARDENED, NAME, "key")
-    help = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
+    usage = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
 
     assert re.fullmatch(r"[\w-]{43}", key)
-    assert "Talk to a running broker" in help
+    assert "Talk to a running broker" in usage
 
 
 # How it runs
@@ -273,7 +273,7 @@ def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
     write = podman.run("exec", container.id, "python", "-c", "open('/etc/mark', 'w')", check=False)
 
     assert status["NSpid"].split()[-1] == "1"
-    assert {int(id) for id in f"{status['Uid']} {status['Gid']}".split()} == {USER}
+    assert {int(number) for number in f"{status['Uid']} {status['Gid']}".split()} == {USER}
     assert {
         int(status[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
     } == {0}
@@ -350,7 +350,7 @@ def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
     ):
         # More than the sockets hold, less than the queue.
         for number in range(100):
-            alice.send(MESSAGE, "bob", b"x" * 50_000, id=number)
+            alice.send(MESSAGE, "bob", b"x" * 50_000, message_id=number)
         alice.ping()
         stop = threading.Thread(target=podman.run, args=("stop", "--time=30", container.id))
         stop.start()
@@ -361,7 +361,7 @@ def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
         stop.join(TIMEOUT_S)
 
     assert [(frame.kind, frame.name, frame.id) for frame in got] == [
-        (MESSAGE, "alice", id) for id in range(100)
+        (MESSAGE, "alice", message_id) for message_id in range(100)
     ]
     assert container.exit_status() == 0
     assert container.events("daemon.stopped")[0]["cut_off"] == 0

@@ -130,7 +130,7 @@ def test_single_bytes_are_put_together_in_turns(
     have their turns.
     """
     count = 500
-    data = b"".join(packed(MESSAGE, "bob", bytes(20), id=number) for number in range(count))
+    data = b"".join(packed(MESSAGE, "bob", bytes(20), message_id=number) for number in range(count))
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
         forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
@@ -221,7 +221,9 @@ def test_tls_connection_bytes_decrypted_during_handshake_are_read(
     ):
         alice.ping()
         count = 20
-        data = b"".join(packed(MESSAGE, "bob", bytes(1024), id=number) for number in range(count))
+        data = b"".join(
+            packed(MESSAGE, "bob", bytes(1024), message_id=number) for number in range(count)
+        )
 
         def look() -> bool:
             # In the broker's own thread, so that it does not read before everything is

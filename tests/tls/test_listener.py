@@ -373,7 +373,7 @@ def test_bytes_behind_the_handshake_are_not_lost(
     count = 500
     with tls_login(here.address, trusting, "bob") as bob:
         early = b"".join(
-            packed(MESSAGE, "bob", b"%d" % number, id=number) for number in range(count)
+            packed(MESSAGE, "bob", b"%d" % number, message_id=number) for number in range(count)
         )
         with tls_login(here.address, trusting, "alice", behind=early):
             assert [bob.recv().id for _ in range(count)] == list(range(count))
@@ -493,13 +493,17 @@ def test_slow_reader_gets_what_was_accepted_in_order(
             assert sent < 10_000, "the queue was never full"
             for _ in range(100):
                 alice.send(
-                    MESSAGE, "bob", sent.to_bytes(4, "big") * 1000, id=sent, flags=WANT_RECEIPT
+                    MESSAGE,
+                    "bob",
+                    sent.to_bytes(4, "big") * 1000,
+                    message_id=sent,
+                    flags=WANT_RECEIPT,
                 )
                 sent += 1
             while len(answered) < sent:
                 frame = alice.recv()
                 answered[frame.id] = frame.kind
-        accepted = sorted(id for id, kind in answered.items() if kind == RECEIPT)
+        accepted = sorted(message_id for message_id, kind in answered.items() if kind == RECEIPT)
         got = []
         while len(got) < len(accepted):
             frame = bob.recv()
@@ -523,7 +527,7 @@ def test_goodbye_is_said_after_everything_was_written(
     ):
         with tls_login(here.address, trusting, "alice") as alice:
             for number in range(50):
-                alice.send(1, "bob", b"x" * 10_000, id=number)
+                alice.send(1, "bob", b"x" * 10_000, message_id=number)
             alice.ping()
             here.stop_soon()
             ids = [bob.recv().id for _ in range(50)]
@@ -557,7 +561,7 @@ def test_piece_that_tls_holds_is_written_before_the_end(
         count = 0
         while not here.call(held):
             assert count < 10_000, "the sockets never filled"
-            alice.send(MESSAGE, "bob", b"x" * 20_000, id=count)
+            alice.send(MESSAGE, "bob", b"x" * 20_000, message_id=count)
             alice.ping()
             count += 1
         here.stop_soon()

@@ -82,7 +82,7 @@ def test_upgrade_under_load_loses_no_plain_send_over_tls(
         sent: dict[int, bytes] = {}
         arrived: Counter[bytes] = Counter()
         reported: Counter[int] = Counter()
-        alice.on_undelivered(lambda error: reported.update([getattr(error, "id", -1)]))
+        alice.on_undelivered(lambda error: reported.update([getattr(error, "message_id", -1)]))
         bob.on_message(lambda message: arrived.update([message.body]))
         ended = threading.Event()
 
@@ -105,8 +105,16 @@ def test_upgrade_under_load_loses_no_plain_send_over_tls(
             threading.Event().wait(0.01)
         assert max(arrived.values()) == 1
         assert max(reported.values(), default=1) == 1
-        lost = [id for id, body in sent.items() if not arrived[body] and not reported[id]]
-        twice = [id for id, body in sent.items() if arrived[body] and reported[id]]
+        lost = [
+            message_id
+            for message_id, body in sent.items()
+            if not arrived[body] and not reported[message_id]
+        ]
+        twice = [
+            message_id
+            for message_id, body in sent.items()
+            if arrived[body] and reported[message_id]
+        ]
         assert (lost, twice) == ([], [])
         for client in (alice, bob):
             client.close()

@@ -71,10 +71,10 @@ EVENTS = st.builds(
 
 
 def header(
-    kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, id: int = ID
+    kind: int = 1, flags: int = 0, codec: int = 0, name_size: int = 0, message_id: int = ID
 ) -> bytes:
     """Return a header with the given numbers, valid or not."""
-    return HEADER.pack(kind, flags, codec, name_size, id)
+    return HEADER.pack(kind, flags, codec, name_size, message_id)
 
 
 def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
@@ -83,6 +83,11 @@ def parsed_or_refused(body: bytes) -> Envelope | MalformedEnvelope:
         return parse(body)
     except MalformedEnvelope as error:
         return error
+
+
+def id_of(outcome: Envelope | MalformedEnvelope) -> int:
+    """Return the message id of an envelope, or of the error about one."""
+    return outcome.id if isinstance(outcome, Envelope) else outcome.message_id
 
 
 # -- The layout
@@ -213,7 +218,7 @@ def test_envelope_shorter_than_header_is_malformed(size: int) -> None:
     with pytest.raises(MalformedEnvelope, match="at least 12 bytes") as caught:
         parse(header()[:size])
 
-    assert caught.value.id == 0
+    assert caught.value.message_id == 0
 
 
 @pytest.mark.parametrize("kind", [0, 8, 9, 127, 128, 255])
@@ -222,7 +227,7 @@ def test_envelope_unknown_kind_is_malformed(kind: int) -> None:
     with pytest.raises(MalformedEnvelope, match=f"kind {kind} is not known") as caught:
         parse(header(kind=kind))
 
-    assert caught.value.id == ID
+    assert caught.value.message_id == ID
 
 
 @pytest.mark.parametrize("bit", [8, 16, 32, 64, 128])
@@ -234,7 +239,7 @@ def test_envelope_unknown_flag_is_malformed(bit: int, known: int) -> None:
     with pytest.raises(MalformedEnvelope, match="unknown bits") as caught:
         parse(header(flags=bit | known) + b"\x00\x02{}")
 
-    assert caught.value.id == ID
+    assert caught.value.message_id == ID
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_envelope_with_wrong_lengths_or_text_is_malformed(body: bytes, reason: s
     with pytest.raises(MalformedEnvelope, match=reason) as caught:
         parse(body)
 
-    assert caught.value.id == ID
+    assert caught.value.message_id == ID
 
 
 @given(st.binary(max_size=80))
@@ -285,7 +290,7 @@ def test_envelope_random_bytes_are_parsed_or_malformed(body: bytes) -> None:
     """Garbage raises MalformedEnvelope and nothing else."""
     outcome = parsed_or_refused(body)
 
-    assert 0 <= outcome.id < 2**64
+    assert 0 <= id_of(outcome) < 2**64
 
 
 @given(
@@ -301,7 +306,9 @@ def test_envelope_garbage_behind_header_is_parsed_or_malformed(
     """Behind a correct header, garbage raises only MalformedEnvelope, with the header's
     id.
     """
-    assert parsed_or_refused(header(kind, flags, 0, name_size) + rest).id == ID
+    outcome = parsed_or_refused(header(kind, flags, 0, name_size) + rest)
+
+    assert id_of(outcome) == ID
 
 
 @given(st.one_of(ENVELOPES, EVENTS), st.data())
@@ -434,7 +441,7 @@ def test_extension_with_33_levels_raises(raw: bytes) -> None:
     with pytest.raises(ExtensionTooDeep, match="deeper than 32 levels") as caught:
         parse(extended(raw))
 
-    assert caught.value.id == ID
+    assert caught.value.message_id == ID
     assert head(extended(raw)) == Envelope(Kind.MESSAGE, ID, "bob", flags=Flag.EXTENSION)
 
 

@@ -159,7 +159,9 @@ class Dispatcher(Generic[M]):
         recipient = getattr(error, "name", "")
         kind = type(error).__name__
         if self._undelivered.note(f"{kind} {recipient}" if recipient else kind, now):
-            log().warning("message %s was not delivered: %s", getattr(error, "id", 0), error)
+            log().warning(
+                "message %s was not delivered: %s", getattr(error, "message_id", 0), error
+            )
 
     def drop_jobs(self) -> None:
         """Drop the waiting jobs of message handlers and callbacks, but not reports of
@@ -182,7 +184,7 @@ class Dispatcher(Generic[M]):
         """Log skipped frames, warnings and unexpected errors of the dialog."""
         for error in effects.unreadable:
             if self._unreadable.note(type(error).__name__, now):
-                log().warning("message %s was skipped: %s", getattr(error, "id", 0), error)
+                log().warning("message %s was skipped: %s", getattr(error, "message_id", 0), error)
         for sentence in effects.warnings:
             log().warning("%s", sentence)
         cause = None if effects.broken is None else effects.broken.__cause__

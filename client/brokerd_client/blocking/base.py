@@ -504,7 +504,7 @@ class BaseClient(ClientProperties):
         except (Disconnected, Closed) as error:
             self._dialog.undelivered += 1
             self._dispatcher.tell_undelivered(
-                Disconnected(f"{error}; {message_id} to {to} was not sent", id=message_id),
+                Disconnected(f"{error}; {message_id} to {to} was not sent", message_id=message_id),
                 time.monotonic(),
             )
 

@@ -394,7 +394,7 @@ class Client(BaseClient):
         """Set the handler of failed sends without a receipt; can be used as a
         decorator.
 
-        The client calls ``handler(error)`` for each of them; ``error.id`` is the id
+        The client calls ``handler(error)`` for each of them; ``error.message_id`` is the id
         that send returned. Without a handler these errors are logged as warnings.
 
         Args:

@@ -221,7 +221,7 @@ class Dialog(Generic[M]):
         self._finish()
         self.undelivered += len(effects.undelivered)
         for refusal in effects.undelivered:
-            self._encoder.refused(getattr(refusal, "id", 0))
+            self._encoder.refused(getattr(refusal, "message_id", 0))
         return effects
 
     def in_order(self, waiting_bytes: int) -> bool:
@@ -690,9 +690,12 @@ class Dialog(Generic[M]):
         reason = f"the connection to the broker is lost ({self.reason})"
         if in_doubt:
             return InDoubt(
-                f"{reason}, and the outcome of {message_id} to {to} is not known", id=message_id
+                f"{reason}, and the outcome of {message_id} to {to} is not known",
+                message_id=message_id,
             )
-        return Disconnected(f"{reason}, and {message_id} to {to} was not sent", id=message_id)
+        return Disconnected(
+            f"{reason}, and {message_id} to {to} was not sent", message_id=message_id
+        )
 
     def _step(self, event: Event) -> None:
         next_state = NEXT[self.state].get(event)

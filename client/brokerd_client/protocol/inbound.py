@@ -268,11 +268,15 @@ class Inbound(Generic[M]):
             self._pending_calls.pop(envelope.id)
             # Only the broker may use its error codes: a client's error is always a
             # RequestFailed.
-            failed = RequestFailed(text, name=envelope.name, id=envelope.id, code=code or None)
+            failed = RequestFailed(
+                text, name=envelope.name, message_id=envelope.id, code=code or None
+            )
             effects.outcomes.append((pending.waiter, failed))
             return
         code = code or RequestFailed.code
-        error = refusal(code, text or f"no reason was given ({code})", name=name, id=envelope.id)
+        error = refusal(
+            code, text or f"no reason was given ({code})", name=name, message_id=envelope.id
+        )
         if pending is None and envelope.id == 0 and code in _ENDINGS and name in ("", BROKER):
             effects.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
             effects.broken.__cause__ = error

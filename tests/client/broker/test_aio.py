@@ -145,12 +145,12 @@ def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
 
     async def main() -> None:
         async with join("alice", server) as alice:
-            for open in (lambda: alice.subscribe("a"), lambda: alice.watch_presence()):
+            for subscribe in (lambda: alice.subscribe("a"), lambda: alice.watch_presence()):
 
-                async def opened(open: Callable[[], Any] = open) -> Any:
-                    return await open()
+                async def subscribed(subscribe: Callable[[], Any] = subscribe) -> Any:
+                    return await subscribe()
 
-                task = asyncio.create_task(opened())
+                task = asyncio.create_task(subscribed())
                 await asyncio.sleep(0)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -225,13 +225,13 @@ def test_sender_waits_while_the_broker_takes_nothing(server: FakeServer) -> None
             told: list[Any] = []
             alice.on_undelivered(told.append)
             server.act(lambda broker: setattr(server, "reading", False))
-            id = await alice.send("bob", b"x" * 5_000_000)
+            message_id = await alice.send("bob", b"x" * 5_000_000)
             await until(lambda: not alice._clear)
             with pytest.raises(TimedOut, match="not sent"):
                 await alice.send("bob", 1, timeout=0.02)
             server.drop("alice")
             await until(lambda: bool(told))
-            assert [(type(error), error.id) for error in told] == [(InDoubt, id)]
+            assert [(type(error), error.message_id) for error in told] == [(InDoubt, message_id)]
             server.reading = True
 
     run(main)
@@ -498,7 +498,9 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(
         logged = [
             record.getMessage() for record in caplog.records if "delivered" in record.getMessage()
         ]
-        assert [text.split()[1] for text in logged[:5]] == [str(id) for id in ids[:5]]
+        assert [text.split()[1] for text in logged[:5]] == [
+            str(message_id) for message_id in ids[:5]
+        ]
         assert logged[5:] == ["3 more messages were not delivered: NoSuchClient nobody (3)"]
 
     run(main)
@@ -584,7 +586,9 @@ def test_a_send_that_finds_the_connection_gone_is_told(server: FakeServer) -> No
         wait_until_gone("alice", server)
         ids = [await alice.send("bob", number) for number in range(3)]
         await until(lambda: len(told) == 3)
-        assert [(type(error), error.id) for error in told] == [(InDoubt, id) for id in ids]
+        assert [(type(error), error.message_id) for error in told] == [
+            (InDoubt, message_id) for message_id in ids
+        ]
         await alice.close()
 
     run(main)

@@ -126,7 +126,7 @@ def test_batch_whose_handler_raises_anything_is_handled_whole(
             failures: list[int] = []
 
             def undelivered(error: Any) -> None:
-                failures.append(error.id)
+                failures.append(error.message_id)
                 raise make()
 
             bob.on_undelivered(undelivered)

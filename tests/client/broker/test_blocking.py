@@ -247,12 +247,12 @@ def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
     alice.on_undelivered(told.append)
     server.act(lambda broker: setattr(server, "reading", False))
     until(lambda: server.broker.online != {})
-    id = alice.send("bob", b"x" * 5_000_000)
+    message_id = alice.send("bob", b"x" * 5_000_000)
     with pytest.raises(TimedOut, match="not sent"):
         alice.send("bob", b"behind it", timeout=0.05)
     server.drop("alice")
     until(lambda: bool(told))
-    assert [(type(error), error.id) for error in told] == [(Disconnected, id)]
+    assert [(type(error), error.message_id) for error in told] == [(Disconnected, message_id)]
     alice.close()
 
 
@@ -438,9 +438,9 @@ def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconn
     told: list[Any] = []
     alice.on_undelivered(told.append)
     break_writes(alice)
-    id = alice.send("bob", "x")
+    message_id = alice.send("bob", "x")
     until(lambda: bool(told))
-    assert [(type(error), error.id) for error in told] == [(Disconnected, id)]
+    assert [(type(error), error.message_id) for error in told] == [(Disconnected, message_id)]
     alice.close()
 
 
@@ -469,7 +469,7 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeSer
     gate.set()
     closing.join(PATIENCE)
     until(lambda: len(told) == 3)
-    assert [error.id for error in told] == ids
+    assert [error.message_id for error in told] == ids
     assert got == ["first"]
     bob.close()
 

@@ -386,8 +386,8 @@ def test_request_gets_its_reply(pair: Pair) -> None:
     """The reply with the request's id, from the one who was asked, is the outcome;
     nothing stays behind.
     """
-    id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
-    [(waiter, reply)] = pair.hear_frame(Kind.REPLY, id, "bob", payload=b"!").outcomes
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
+    [(waiter, reply)] = pair.hear_frame(Kind.REPLY, message_id, "bob", payload=b"!").outcomes
     assert (waiter, reply.body, len(pair.dialog.pending_calls), pair.dialog.next_deadline()) == (
         "w",
         b"!",
@@ -398,11 +398,11 @@ def test_request_gets_its_reply(pair: Pair) -> None:
 
 def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
     """A request to a name is answered by name/instance; one to an instance by no other."""
-    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
-    assert pair.hear_frame(Kind.REPLY, id, "bob/1").outcomes
-    id = pair.dialog.request("bob/1", 0, b"?", None, "w", None)
-    assert not pair.hear_frame(Kind.REPLY, id, "bob/2").outcomes
-    assert pair.hear_frame(Kind.REPLY, id, "bob/1").outcomes
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    assert pair.hear_frame(Kind.REPLY, message_id, "bob/1").outcomes
+    message_id = pair.dialog.request("bob/1", 0, b"?", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, message_id, "bob/2").outcomes
+    assert pair.hear_frame(Kind.REPLY, message_id, "bob/1").outcomes
 
 
 @pytest.mark.parametrize("sender", ["carol", "bobby", "bo", "$broker"])
@@ -410,27 +410,27 @@ def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
     """A reply with the right id from the wrong client is dropped and counted; the
     request still waits.
     """
-    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
-    assert not pair.hear_frame(Kind.REPLY, id, sender).outcomes
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, message_id, sender).outcomes
     assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (1, 1)
 
 
 def test_refused_request(pair: Pair) -> None:
     """An ERROR of the broker about the recipient is the outcome, typed by its code."""
-    id = pair.dialog.request("carol", 0, b"?", None, "w", None)
+    message_id = pair.dialog.request("carol", 0, b"?", None, "w", None)
     [(_, error)] = pair.talk().outcomes
-    assert (type(error), error.id, error.name) == (Offline, id, "carol")
+    assert (type(error), error.message_id, error.name) == (Offline, message_id, "carol")
 
 
 def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
     """An undeliverable REPLY comes back with the id its asker chose: our own request of
     that id goes on waiting.
     """
-    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
-    pair.dialog.reply("carol", id, 0, b"late answer")
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    pair.dialog.reply("carol", message_id, 0, b"late answer")
     effects = pair.hear_frame(
         Kind.ERROR,
-        id,
+        message_id,
         "$broker",
         payload=error_payload(ErrorCode.OFFLINE, "gone", "carol/1"),
         codec=2,
@@ -460,24 +460,27 @@ def test_dialog_denied_late_answer_is_counted_and_not_reported(pair: Pair) -> No
     )
     payload = error_payload(ErrorCode.RATE_LIMITED, "too fast", "carol")
     effects = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload, codec=2)
-    assert [error.id for error in effects.undelivered] == [7]
+    assert [error.message_id for error in effects.undelivered] == [7]
 
 
 def test_dialog_denied_send_is_reported(pair: Pair) -> None:
     """A message of this client that the rules forbid is no late answer."""
-    id = pair.dialog.send("carol", 0, b"x")
+    message_id = pair.dialog.send("carol", 0, b"x")
     payload = error_payload(ErrorCode.DENIED, "no", "carol")
-    effects = pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
-    assert ([error.id for error in effects.undelivered], pair.dialog.counters["late"]) == ([id], 0)
+    effects = pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload, codec=2)
+    assert ([error.message_id for error in effects.undelivered], pair.dialog.counters["late"]) == (
+        [message_id],
+        0,
+    )
 
 
 def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
     """Whatever code the other client says, even one of the broker's, it is
     RequestFailed with that code.
     """
-    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     payload = error_payload(ErrorCode.OFFLINE, "no luck", "")
-    [(_, error)] = pair.hear_frame(Kind.ERROR, id, "bob", payload=payload, codec=2).outcomes
+    [(_, error)] = pair.hear_frame(Kind.ERROR, message_id, "bob", payload=payload, codec=2).outcomes
     assert (type(error), error.code, str(error), error.name) == (
         RequestFailed,
         "offline",
@@ -489,8 +492,8 @@ def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
 @pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"[" * 100_000])
 def test_error_without_a_readable_payload_is_still_an_error(pair: Pair, payload: bytes) -> None:
     """A payload that is no JSON object does not hide that the request failed."""
-    id = pair.dialog.request("bob", 0, b"?", None, "w", None)
-    [(_, error)] = pair.hear_frame(Kind.ERROR, id, "bob", payload=payload).outcomes
+    message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
+    [(_, error)] = pair.hear_frame(Kind.ERROR, message_id, "bob", payload=payload).outcomes
     assert (type(error), error.code) == (RequestFailed, "failed")
 
 
@@ -500,8 +503,8 @@ def test_error_of_another_client_is_dropped(pair: Pair) -> None:
     """
     first = pair.dialog.request("bob", 0, b"?", None, "w", None)
     second = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
-    for id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
-        assert not pair.hear_frame(Kind.ERROR, id, sender, payload=b"{}").outcomes
+    for message_id, sender in ((first, "carol"), (second, "bob"), (5, "bob")):
+        assert not pair.hear_frame(Kind.ERROR, message_id, sender, payload=b"{}").outcomes
     assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (3, 2)
 
 
@@ -516,15 +519,15 @@ def test_receipts(pair: Pair) -> None:
         ("two", Receipt(second, "a.b")),
     ]
     request = pair.dialog.request("bob", 0, b"", None, "w", None)
-    for id in (first, request):
-        assert not pair.hear_frame(Kind.RECEIPT, id, "$broker").outcomes
+    for message_id in (first, request):
+        assert not pair.hear_frame(Kind.RECEIPT, message_id, "$broker").outcomes
     assert pair.dialog.counters["late"] == 2
 
 
 def test_reply_to_a_send_is_no_receipt(pair: Pair) -> None:
     """A client's REPLY does not count as the broker's word."""
-    id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
-    assert not pair.hear_frame(Kind.REPLY, id, "bob").outcomes
+    message_id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
+    assert not pair.hear_frame(Kind.REPLY, message_id, "bob").outcomes
     assert pair.dialog.counters["late"] == 1
 
 
@@ -532,9 +535,9 @@ def test_send_without_receipt_that_fails_is_told(pair: Pair) -> None:
     """Nobody waits for it, so its failure is told as undelivered, with the id that send
     returned.
     """
-    id = pair.dialog.send("carol", 0, b"")
+    message_id = pair.dialog.send("carol", 0, b"")
     [error] = pair.talk().undelivered
-    assert (type(error), error.id, pair.dialog.undelivered) == (Offline, id, 1)  # type: ignore[attr-defined]
+    assert (type(error), error.message_id, pair.dialog.undelivered) == (Offline, message_id, 1)  # type: ignore[attr-defined]
 
 
 def test_control_answer_is_a_dict(pair: Pair) -> None:
@@ -583,10 +586,10 @@ def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
     """After a cancellation the table is empty, its reply is counted, and abandoning
     twice is harmless.
     """
-    id = pair.dialog.request("bob", 0, b"", None, "w", 5.0)
-    pair.dialog.abandon(id)
-    pair.dialog.abandon(id)
-    assert not pair.hear_frame(Kind.REPLY, id).outcomes
+    message_id = pair.dialog.request("bob", 0, b"", None, "w", 5.0)
+    pair.dialog.abandon(message_id)
+    pair.dialog.abandon(message_id)
+    assert not pair.hear_frame(Kind.REPLY, message_id).outcomes
     assert (
         len(pair.dialog.pending_calls),
         pair.dialog.next_deadline(),
@@ -611,9 +614,9 @@ def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
     event is delivered here.
     """
     assert pair.session is not None
-    id, _ = pair.dialog.subscribe("a", None, "sink", "w", 5.0)
+    message_id, _ = pair.dialog.subscribe("a", None, "sink", "w", 5.0)
     if how == "abandon":
-        pair.dialog.abandon(id)
+        pair.dialog.abandon(message_id)
     else:
         pair.dialog.tick(5.0)
     pair.talk()
@@ -626,9 +629,9 @@ def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
 def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
     """A watch whose list never came is over, here and at the broker."""
     assert pair.session is not None
-    id, _ = pair.dialog.watch("sink", "w", 5.0)
+    message_id, _ = pair.dialog.watch("sink", "w", 5.0)
     if how == "abandon":
-        pair.dialog.abandon(id)
+        pair.dialog.abandon(message_id)
     elif how == "deadline":
         pair.dialog.tick(5.0)
     elif how == "loss":
@@ -662,7 +665,7 @@ def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) ->
     assert type(outcomes["left"]) is InDoubt
     assert type(outcomes["cut"]) is Disconnected
     assert type(outcomes["kept"]) is Disconnected
-    assert outcomes["cut"].id == second
+    assert outcomes["cut"].message_id == second
     pair.connect()
     outgoing_requests = [
         envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST
@@ -686,7 +689,7 @@ def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
         "given": InDoubt,
         "kept": Disconnected,
     }
-    assert [(type(error), error.id) for error in effects.undelivered] == [  # type: ignore[attr-defined]
+    assert [(type(error), error.message_id) for error in effects.undelivered] == [  # type: ignore[attr-defined]
         (InDoubt, sent),
         (Disconnected, kept),
     ]
@@ -712,9 +715,9 @@ def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> N
     data = pair.dialog.data_to_send()
     pair.session.receive(data[: len(data) // 3 + 2])
     heard, pair.session.out = bytes(pair.session.out), bytearray()
-    assert [error.id for error in pair.hear(heard).undelivered] == [first]  # type: ignore[attr-defined]
+    assert [error.message_id for error in pair.hear(heard).undelivered] == [first]  # type: ignore[attr-defined]
     effects = pair.lose(doubtful=len(data))
-    assert [error.id for error in effects.undelivered] == [second, third]  # type: ignore[attr-defined]
+    assert [error.message_id for error in effects.undelivered] == [second, third]  # type: ignore[attr-defined]
     assert pair.dialog.undelivered == 3
 
 
@@ -757,14 +760,14 @@ def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
     """
     pair.dialog.request("bob", 0, b"", None, "w", None)
     pair.dialog.subscribe("a", None, "sink", "v", None)
-    id = pair.dialog.send("carol", 0, b"")
+    message_id = pair.dialog.send("carol", 0, b"")
     effects = pair.dialog.close(1.0)
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [
         ("w", Closed),
         ("v", Closed),
     ]
     assert pair.dialog.state is State.CLOSING
-    assert id in [error.id for error in pair.talk().undelivered]  # type: ignore[attr-defined]
+    assert message_id in [error.message_id for error in pair.talk().undelivered]  # type: ignore[attr-defined]
     with pytest.raises(Closed):
         pair.dialog.send("bob", 0, b"")
     pair.lose()
@@ -986,8 +989,8 @@ def test_watch_answered_with_a_list_that_is_not_valid_fails(pair: Pair, answer: 
     """Its caller hears of it, the watch leaves nothing behind, and the connection goes
     on.
     """
-    id, _ = pair.dialog.watch("sink", "w", None)
-    effects = pair.hear_frame(Kind.REPLY, id, "$broker", payload=answer, codec=2)
+    message_id, _ = pair.dialog.watch("sink", "w", None)
+    effects = pair.hear_frame(Kind.REPLY, message_id, "$broker", payload=answer, codec=2)
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
     assert (effects.broken, effects.events, len(pair.dialog.subscriptions)) == (None, [], 0)
     pair.talk()
@@ -1204,11 +1207,15 @@ TOO_DEEP = b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"
 
 
 def with_extension(
-    raw: bytes, kind: Kind = Kind.REQUEST, id: int = 7, name: bytes = b"bob", rest: bytes = b""
+    raw: bytes,
+    kind: Kind = Kind.REQUEST,
+    message_id: int = 7,
+    name: bytes = b"bob",
+    rest: bytes = b"",
 ) -> bytes:
     """Return a frame with these bytes for its extension."""
     return frame(
-        HEADER.pack(kind, 2, 0, len(name), id), name, len(raw).to_bytes(2, "big"), raw, rest
+        HEADER.pack(kind, 2, 0, len(name), message_id), name, len(raw).to_bytes(2, "big"), raw, rest
     )
 
 
@@ -1234,11 +1241,11 @@ def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
 def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpose: str) -> None:
     """The call that it answers gets an error, and nothing waits for ever."""
     if purpose == "request":
-        id, name = pair.dialog.request("bob", 0, b"", None, "w", None), b"bob"
+        message_id, name = pair.dialog.request("bob", 0, b"", None, "w", None), b"bob"
     else:
-        id, name = pair.dialog.control("ping", {}, "w", None), b"$broker"
-    assert not pair.hear(with_extension(TOO_DEEP, kind, id, b"carol")).outcomes
-    effects = pair.hear(with_extension(TOO_DEEP, kind, id, name))
+        message_id, name = pair.dialog.control("ping", {}, "w", None), b"$broker"
+    assert not pair.hear(with_extension(TOO_DEEP, kind, message_id, b"carol")).outcomes
+    effects = pair.hear(with_extension(TOO_DEEP, kind, message_id, name))
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
     assert (effects.unreadable, effects.broken, len(pair.dialog.pending_calls)) == ([], None, 0)
 
@@ -1336,7 +1343,7 @@ def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: i
         pair.dialog.wrote(len(data) if handed is None else handed)
         told.append(
             [
-                (type(error), error.id, str(error))
+                (type(error), error.message_id, str(error))
                 for error in pair.lose(doubtful=doubtful).undelivered
             ]
         )
@@ -1503,15 +1510,15 @@ def test_draining_dialog_sends_nothing_new_and_answers(pair: Pair) -> None:
 @pytest.mark.parametrize("end", ["answer", "timeout", "abandon"])
 def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
     pair.broker.intercept = lambda session, envelope: envelope.name == "bob"
-    id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
+    message_id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
     assert draining(pair).broken is None
     assert outgoing_requests(pair)[-1] == "goaway"
     if end == "answer":
-        assert pair.hear_frame(Kind.REPLY, id, payload=b"!").outcomes
+        assert pair.hear_frame(Kind.REPLY, message_id, payload=b"!").outcomes
     elif end == "timeout":
         assert pair.dialog.tick(5.0).outcomes
     else:
-        pair.dialog.abandon(id)
+        pair.dialog.abandon(message_id)
     assert type(pair.talk().broken) is Disconnected
     assert outgoing_requests(pair)[-1] == "finished"
 
@@ -1526,8 +1533,10 @@ def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None
     ids = [pair.dialog.send("bob", 0, b"x") for _ in range(3)]
     effects = draining(pair)
     assert [
-        (type(error), error.id) for error in effects.undelivered if isinstance(error, ShuttingDown)
-    ] == [(ShuttingDown, id) for id in ids]
+        (type(error), error.message_id)
+        for error in effects.undelivered
+        if isinstance(error, ShuttingDown)
+    ] == [(ShuttingDown, message_id) for message_id in ids]
     assert effects.broken is not None
 
 

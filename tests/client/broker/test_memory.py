@@ -93,9 +93,14 @@ def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> Non
 
 def test_answer_longer_than_accepted_is_an_outcome(pair: Pair) -> None:
     """Its caller hears of it before the last byte has come."""
-    id = pair.dialog.control("clients", {}, "w", None)
+    message_id = pair.dialog.control("clients", {}, "w", None)
     size = 2**30
-    data = size.to_bytes(4, "big") + HEADER.pack(Kind.REPLY, 0, 2, 7, id) + b"$broker" + bytes(HEAD)
+    data = (
+        size.to_bytes(4, "big")
+        + HEADER.pack(Kind.REPLY, 0, 2, 7, message_id)
+        + b"$broker"
+        + bytes(HEAD)
+    )
     [(waiter, error)] = pair.hear(data).outcomes
     assert (waiter, type(error)) == ("w", ProtocolError)
 
@@ -252,14 +257,16 @@ def test_long_frames_however_they_are_cut(
     pair.talk()
     most = pair.dialog._inbound._decoder._largest_body = 2 * HEAD + 100
     data, right = b"", []
-    for id, (kind, size, extension) in enumerate(frames):
+    for message_id, (kind, size, extension) in enumerate(frames):
         topic = "t" if kind == Kind.EVENT else ""
         body = encode(
-            Envelope(Kind(kind), id, "bob", bytes(size), 0, topic=topic, extension=extension)
+            Envelope(
+                Kind(kind), message_id, "bob", bytes(size), 0, topic=topic, extension=extension
+            )
         )
         data += frame(body)
         if len(body) <= most:
-            right.append((kind, id, size, extension))
+            right.append((kind, message_id, size, extension))
     effects: Effects[Message] = Effects()
     for start in range(0, len(data), step):
         merge(effects, pair.hear(data[start : start + step]))
@@ -320,19 +327,21 @@ def test_refusals_that_are_remembered_are_bounded(
     monkeypatch.setattr("brokerd_client.protocol.encoder._MAX_REFUSED", 10)
     pair.dialog.send("bob", 0, b"")
     payload = b'{"code":"denied"}'
-    for id in range(100):
-        pair.hear_frame(Kind.ERROR, id, "$broker", payload=payload, codec=2)
+    for message_id in range(100):
+        pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload, codec=2)
     assert len(pair.dialog._encoder._refused) == 10
 
 
 @pytest.mark.parametrize("value", [b"{}", b"[]", b"1.5", b'""', b"[[]]"])
 def test_list_that_would_cost_too_much_is_not_decoded(pair: Pair, value: bytes) -> None:
     """A few bytes of JSON can stand for many times as many in memory."""
-    id, _ = pair.dialog.watch("sink", "w", None)
+    message_id, _ = pair.dialog.watch("sink", "w", None)
     payload = b'{"clients":[' + b",".join([value] * (16 * MIB // (len(value) + 1) - 10)) + b"]}"
     tracemalloc.start()
     try:
-        [(_, error)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
+        [(_, error)] = pair.hear_frame(
+            Kind.REPLY, message_id, "$broker", payload=payload, codec=2
+        ).outcomes
         assert tracemalloc.get_traced_memory()[1] < 6 * len(payload)
     finally:
         tracemalloc.stop()
@@ -341,10 +350,12 @@ def test_list_that_would_cost_too_much_is_not_decoded(pair: Pair, value: bytes) 
 
 def test_list_of_a_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
     """What a large broker says is far from the bound."""
-    id, _ = pair.dialog.watch("sink", "w", None)
+    message_id, _ = pair.dialog.watch("sink", "w", None)
     clients = [{"name": f"client-{n}", "online": False, "since": 1.7e9 + n} for n in range(100_000)]
     payload = json.dumps({"clients": clients}).encode()
-    [(_, answer)] = pair.hear_frame(Kind.REPLY, id, "$broker", payload=payload, codec=2).outcomes
+    [(_, answer)] = pair.hear_frame(
+        Kind.REPLY, message_id, "$broker", payload=payload, codec=2
+    ).outcomes
     assert len(answer["clients"]) == 100_000
 
 

@@ -225,9 +225,9 @@ def test_operation_answered_with_no_object_fails_at_once(payload: bytes) -> None
     """Its caller need not wait until its time is over."""
     pair = Pair()
     pair.connect()
-    id = pair.dialog.control("ping", {}, "w", None)
+    message_id = pair.dialog.control("ping", {}, "w", None)
     [(waiter, error)] = pair.hear_frame(
-        Kind.REPLY, id, "$broker", payload=payload, codec=2
+        Kind.REPLY, message_id, "$broker", payload=payload, codec=2
     ).outcomes
     assert (waiter, type(error)) == ("w", ProtocolError)
     assert len(pair.dialog.pending_calls) == 0

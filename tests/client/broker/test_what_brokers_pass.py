@@ -96,7 +96,8 @@ class Way:
             else:
                 value = outcomes.pop(0)
                 assert isinstance(value, Message if each.kind is Kind.REPLY else BrokerdError)
-                assert value.id == each.id
+                got = value.id if isinstance(value, Message) else value.message_id
+                assert got == each.id
         assert (messages, events, outcomes) == ([], [], [])
         # When ann is disconnected, the broker says that bob's request was abandoned.
         return [each for each in passed if each.name == "ann"]
@@ -108,13 +109,16 @@ def body(
     *,
     flags: int = 0,
     codec: int = 0,
-    id: int = 7,
+    message_id: int = 7,
     topic: bytes | None = None,
     extension: bytes | None = None,
     payload: bytes = b"payload",
 ) -> bytes:
     """Return a frame's body of any fields."""
-    parts = [HEADER.pack(kind, flags | (0 if extension is None else 2), codec, len(name), id), name]
+    parts = [
+        HEADER.pack(kind, flags | (0 if extension is None else 2), codec, len(name), message_id),
+        name,
+    ]
     if topic is not None:
         parts += (bytes([len(topic)]), topic)
     if extension is not None:
@@ -143,7 +147,7 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
             *((body(kind), "malformed") for kind in (0, 8, 9, 255)),
         ],
     ),
-    "kind of an answer": ([], [(body(3, id=99), "denied")]),
+    "kind of an answer": ([], [(body(3, message_id=99), "denied")]),
     "flags": (
         [body(flags=1), body(flags=3, payload=b"\0\2{}")],
         [
@@ -152,7 +156,7 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
         ],
     ),
     "codec": ([body(codec=codec) for codec in range(256)], []),
-    "id": ([body(id=0), body(id=2**64 - 1)], []),
+    "id": ([body(message_id=0), body(message_id=2**64 - 1)], []),
     "recipient": (
         [body(name=b"bob")],
         [
@@ -332,7 +336,7 @@ def test_answer_passes_whatever_it_holds(kind: int, codec: int, payload: bytes) 
             way.send(
                 body(
                     kind,
-                    id=way.outgoing_requests,
+                    message_id=way.outgoing_requests,
                     codec=codec,
                     payload=payload,
                     extension=extension,
@@ -387,7 +391,7 @@ BODIES = st.builds(
     st.sampled_from([b"bob", b""]) | st.binary(max_size=6) | st.text(max_size=3).map(str.encode),
     flags=st.sampled_from([0, 1]) | st.integers(0, 15),
     codec=st.integers(0, 255),
-    id=st.integers(0, 2**64 - 1),
+    message_id=st.integers(0, 2**64 - 1),
     topic=st.none() | st.text(max_size=4).map(str.encode) | st.binary(max_size=3),
     extension=EXTENSIONS,
     payload=st.binary(max_size=8) | st.integers(MAX - 400, MAX + 400).map(bytes),
@@ -438,12 +442,12 @@ def test_pattern_that_the_library_sends_is_accepted(pattern: str, group: str | N
     """Patterns and groups are checked on both sides, by the same rules."""
     way = Way()
     try:
-        id, _ = way.dialog.subscribe(pattern, group, "more", "w", None)
+        message_id, _ = way.dialog.subscribe(pattern, group, "more", "w", None)
     except InvalidName:
         assert not way.dialog.data_to_send()
         return
     [(waiter, answer)] = way.tell().outcomes
-    assert id
+    assert message_id
     assert waiter == "w"
     assert answer == {"topic": pattern, "group": group} or isinstance(answer, Denied)
 

@@ -366,9 +366,11 @@ def test_undelivered_sends_are_told(connect: Connect) -> None:
     alice = connect("alice")
     told: list[Any] = []
     alice.on_undelivered(told.append)
-    id = alice.send("carol", "x")
+    message_id = alice.send("carol", "x")
     until(lambda: bool(told))
-    assert [(type(error), error.id, error.name) for error in told] == [(Offline, id, "carol")]
+    assert [(type(error), error.message_id, error.name) for error in told] == [
+        (Offline, message_id, "carol")
+    ]
     assert alice.counters["undelivered"] == 1
 
 

@@ -113,8 +113,10 @@ def said(pieces: list[tuple[Any, ...]], ids: list[int]) -> bytes:
             parts.append(fields[0].to_bytes(4, "big") + fields[1])
         else:
             number, flags, codec, which, name, rest = fields
-            id = ids[which % len(ids)] if which < 200 else which
-            parts.append(frame(HEADER.pack(number, flags, codec, len(name), id), name, rest))
+            message_id = ids[which % len(ids)] if which < 200 else which
+            parts.append(
+                frame(HEADER.pack(number, flags, codec, len(name), message_id), name, rest)
+            )
     return b"".join(parts)
 
 
@@ -136,10 +138,12 @@ def authenticated(dialog: Dialog[Message]) -> None:
 
 def introduced(dialog: Dialog[Message]) -> None:
     """Let the broker say who the client is."""
-    (id,) = (
+    (message_id,) = (
         each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI"
     )
-    effects = dialog.receive(frame(HEADER.pack(3, 0, 2, 7, id), b"$broker", WHOAMI), Owner(), 0.0)
+    effects = dialog.receive(
+        frame(HEADER.pack(3, 0, 2, 7, message_id), b"$broker", WHOAMI), Owner(), 0.0
+    )
     assert effects.broken is None
     assert dialog.state is State.READY
 

@@ -28,7 +28,7 @@ def target(data: bytes) -> None:
     except MalformedEnvelope as error:
         assert str(error).isprintable()
         expected = HEADER.unpack_from(data)[4] if len(data) >= HEADER.size else 0
-        assert error.id == expected
+        assert error.message_id == expected
         return
     assert parse(memoryview(b"\1" + data + b"\2")[1:-1]) == envelope
     try:

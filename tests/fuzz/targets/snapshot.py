@@ -247,8 +247,8 @@ def live_on(net: FakeNet) -> None:
             peer.request(name, b"r", 2)
         peer.publish("a.b", b"e")
     for peer in list(net.peers):
-        for address, id in list(peer.session.incoming_requests):
-            peer.reply(address, b"!", id)
+        for address, message_id in list(peer.session.incoming_requests):
+            peer.reply(address, b"!", message_id)
     net.advance(40)
     for peer in list(net.peers):
         if peer.writing or peer.session.outbox.waiting:
@@ -368,9 +368,9 @@ def held(net: FakeNet) -> None:
 
 def outgoing_requests(net: FakeNet) -> None:
     alice, bob, drops = net.connect("alice"), net.connect("bob"), net.connect("drops")
-    for id in range(3):
-        alice.request("bob", b"?", id)
-        bob.request("drops", b"?", id)
+    for message_id in range(3):
+        alice.request("bob", b"?", message_id)
+        bob.request("drops", b"?", message_id)
     drops.request("alice", b"?", 2**64 - 1)
 
 

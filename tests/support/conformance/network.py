@@ -247,7 +247,7 @@ class _SocketParty(Party):
         if ttl is not None:
             text = json.dumps({"ttl": ttl}).encode()
             flags, between = flags | EXTENSION, len(text).to_bytes(2, "big") + text
-        self._raw.send(MESSAGE, to, payload, id=message_id, flags=flags, between=between)
+        self._raw.send(MESSAGE, to, payload, message_id=message_id, flags=flags, between=between)
         return self._outcome(message_id)
 
     def receive(self) -> Received:
@@ -261,7 +261,7 @@ class _SocketParty(Party):
 
     def request(self, to: str, payload: bytes = b"") -> Outcome:
         message_id = self._next_id()
-        self._raw.send(REQUEST, to, payload, id=message_id)
+        self._raw.send(REQUEST, to, payload, message_id=message_id)
 
         def outcome() -> tuple[str, Any]:
             answer = self._find(lambda each: each.id == message_id and each.kind in (REPLY, ERROR))
@@ -271,7 +271,7 @@ class _SocketParty(Party):
 
     def reply(self, payload: bytes) -> None:
         assert self._request is not None
-        self._raw.send(REPLY, self._request.name, payload, id=self._request.id)
+        self._raw.send(REPLY, self._request.name, payload, message_id=self._request.id)
 
     def subscribe(self, pattern: str, group: str | None = None) -> str:
         message_id = self._next_id()
@@ -279,14 +279,16 @@ class _SocketParty(Party):
         if group is not None:
             arguments["group"] = group
         text = json.dumps(arguments).encode()
-        self._raw.write(packed(REQUEST, "$broker", text, id=message_id, codec=JSON))
+        self._raw.write(packed(REQUEST, "$broker", text, message_id=message_id, codec=JSON))
         answer = self._find(lambda each: each.id == message_id and each.kind in (REPLY, ERROR))
         return ACCEPTED if answer.kind == REPLY else answer.code
 
     def publish(self, topic: str, payload: bytes = b"") -> str:
         message_id = self._next_id()
         between = bytes([len(topic)]) + topic.encode()
-        self._raw.send(EVENT, "", payload, id=message_id, flags=WANT_RECEIPT, between=between)
+        self._raw.send(
+            EVENT, "", payload, message_id=message_id, flags=WANT_RECEIPT, between=between
+        )
         return self._outcome(message_id)
 
     def event(self) -> Happened:

@@ -41,7 +41,7 @@ class CrowdLedger:
     received: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def fail(self, error: Any) -> None:
-        self.failed[self.ids[error.id]] = type(error).__name__
+        self.failed[self.ids[error.message_id]] = type(error).__name__
 
 
 class Crowd:

@@ -51,13 +51,13 @@ class MemberLedger:
         self.total += 1
 
     def fail(self, error: Any) -> None:
-        assert error.id not in self.errors, "one outcome for one message"
-        self.errors[error.id] = type(error).__name__
+        assert error.message_id not in self.errors, "one outcome for one message"
+        self.errors[error.message_id] = type(error).__name__
 
     def report(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "sent": [[id, *sent] for id, sent in self.sent.items()],
+            "sent": [[message_id, *sent] for message_id, sent in self.sent.items()],
             "errors": self.errors,
             "received": self.received,
         }

@@ -203,13 +203,13 @@ class Load:
 
         def answer(raw: Raw) -> None:
             while (request := raw.recv()).body != END:
-                raw.send(REPLY, request.name, request.body, id=request.id)
+                raw.send(REPLY, request.name, request.body, message_id=request.id)
 
         threads = [self._beside(lambda raw=raw: answer(raw)) for raw in answerers]  # type: ignore[misc]
         waiting: set[int] = set()
         ready.set()
         for number in self._numbers():
-            asker.send(REQUEST, "answerer", NUMBER.pack(number), id=number)
+            asker.send(REQUEST, "answerer", NUMBER.pack(number), message_id=number)
             waiting.add(number)
             while len(waiting) >= 16:
                 self._answered(asker, waiting)
@@ -279,7 +279,7 @@ class Load:
         ready.set()
         sent = 0
         for number in self._numbers():
-            boss.send(MESSAGE, "crew", NUMBER.pack(number), id=number, flags=WANT_RECEIPT)
+            boss.send(MESSAGE, "crew", NUMBER.pack(number), message_id=number, flags=WANT_RECEIPT)
             receipt = boss.recv()
             assert (receipt.kind, receipt.id) == (RECEIPT, number), receipt
             sent += 1
@@ -343,7 +343,11 @@ class Load:
         sent = 0
         for number in self._numbers():
             dropper.send(
-                MESSAGE, "dropped", NUMBER.pack(number) + bytes(1000), id=number, flags=WANT_RECEIPT
+                MESSAGE,
+                "dropped",
+                NUMBER.pack(number) + bytes(1000),
+                message_id=number,
+                flags=WANT_RECEIPT,
             )
             sent += 1
             if number % 10 == 0:

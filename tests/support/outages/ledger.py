@@ -43,21 +43,21 @@ class Outcomes:
             for number, outcome in enumerate(outcomes, first):
                 self._ledger.note("message", to, number, type(outcome).__name__)
                 if not isinstance(outcome, BrokerdError):
-                    id = outcome.id  # type: ignore[attr-defined]
-                    self._sent[id] = to, number
-                    if id in self._early:
-                        self._ledger.note("message", to, number, self._early[id])
+                    message_id = outcome.id  # type: ignore[attr-defined]
+                    self._sent[message_id] = to, number
+                    if message_id in self._early:
+                        self._ledger.note("message", to, number, self._early[message_id])
 
     def undelivered(self, error: BrokerdError) -> None:
         """Note that what had a receipt is given back after all; the sender may not know
         of the receipt yet.
         """
-        id = getattr(error, "id", 0)
+        message_id = getattr(error, "message_id", 0)
         with self._lock:
-            if id in self._sent:
-                self._ledger.note("message", *self._sent[id], type(error).__name__)
+            if message_id in self._sent:
+                self._ledger.note("message", *self._sent[message_id], type(error).__name__)
             else:
-                self._early[id] = type(error).__name__
+                self._early[message_id] = type(error).__name__
 
 
 def context_of(ca: str) -> ssl.SSLContext | None:

@@ -47,10 +47,10 @@ class StopAccount:
         self.reported: Counter[int] = Counter()
 
     def hear(self, error: BrokerdError) -> None:
-        self.reported[getattr(error, "id", -1)] += 1
+        self.reported[getattr(error, "message_id", -1)] += 1
 
-    def note(self, id: int) -> None:
-        self.sent[id] = self.next_body()
+    def note(self, message_id: int) -> None:
+        self.sent[message_id] = self.next_body()
 
     def next_body(self) -> bytes:
         return b"%d" % len(self.sent)
@@ -63,9 +63,15 @@ class StopAccount:
         assert max(self.arrived.values(), default=1) == 1
         assert max(self.reported.values(), default=1) == 1
         missing = [
-            id for id, body in self.sent.items() if not self.arrived[body] and not self.reported[id]
+            message_id
+            for message_id, body in self.sent.items()
+            if not self.arrived[body] and not self.reported[message_id]
         ]
-        both = [id for id, body in self.sent.items() if self.arrived[body] and self.reported[id]]
+        both = [
+            message_id
+            for message_id, body in self.sent.items()
+            if self.arrived[body] and self.reported[message_id]
+        ]
         assert (len(missing), len(both)) == (0, 0), f"of {len(self.sent)} sent"
         assert set(self.reported) <= set(self.sent)
 

@@ -188,7 +188,9 @@ def unanswered(siege: Siege, order: random.Random) -> None:
         for sock in (silent.sock, raw.sock):
             sock.setblocking(False)
         while siege.on:
-            data = b"".join(packed(REQUEST, "silent", b"", id=next(ids)) for _ in range(500))
+            data = b"".join(
+                packed(REQUEST, "silent", b"", message_id=next(ids)) for _ in range(500)
+            )
             with contextlib.suppress(BlockingIOError):
                 raw.sock.sendall(data)
             for sock in (silent.sock, raw.sock):

@@ -27,7 +27,7 @@ def main(path: str, seconds: float) -> None:
         print("ready", flush=True)
         deadline = time.monotonic() + seconds
         while (began := time.monotonic()) < deadline:
-            good.send(MESSAGE, "friend", b"hello", id=1)
+            good.send(MESSAGE, "friend", b"hello", message_id=1)
             assert friend.recv().body == b"hello"
             took.append(time.monotonic() - began)
             time.sleep(0.002)

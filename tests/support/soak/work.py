@@ -214,7 +214,7 @@ class Work:
                         MESSAGE,
                         "dropped",
                         NUMBER.pack(sent) + bytes(2000),
-                        id=sent,
+                        message_id=sent,
                         flags=WANT_RECEIPT,
                     )
                     sent += 1

@@ -152,9 +152,9 @@ class Engine:
 class Container:
     """One running container."""
 
-    def __init__(self, engine: Engine, id: str) -> None:
+    def __init__(self, engine: Engine, container_id: str) -> None:
         self.engine = engine
-        self.id = id
+        self.id = container_id
 
     @property
     def pid(self) -> int:

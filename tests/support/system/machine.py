@@ -86,7 +86,7 @@ class Machine:
         self,
         *command: object,
         status: int | None = 0,
-        input: str = "",
+        stdin: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> str:
         """Return what a command inside prints, errors included.
@@ -95,7 +95,7 @@ class Machine:
         """
         done = subprocess.run(
             self.command(*command),
-            input=input,
+            input=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

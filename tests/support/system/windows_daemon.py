@@ -100,9 +100,9 @@ class Daemon:
 DAEMON = Daemon()
 
 
-def broker_frame(kind, to, payload=b"", id=0):
+def broker_frame(kind, to, payload=b"", message_id=0):
     return (
-        struct.pack("!BBBBQ", kind, 0, 2 if to == "$broker" else 0, len(to), id)
+        struct.pack("!BBBBQ", kind, 0, 2 if to == "$broker" else 0, len(to), message_id)
         + to.encode()
         + payload
     )
@@ -191,7 +191,7 @@ def a_wrong_key_is_refused():
 @case
 def what_is_too_large_is_answered():
     with stock("alice") as alice:
-        alice.send_bytes(broker_frame(MESSAGE, "bob", bytes(17 * 2**20), id=5))
+        alice.send_bytes(broker_frame(MESSAGE, "bob", bytes(17 * 2**20), message_id=5))
         refusal = alice.recv_bytes()
         assert (refusal[0], json.loads(body_of(refusal))["code"]) == (ERROR, "too_large")
         alice.send_bytes(broker_frame(REQUEST, "$broker", b'{"op": "ping"}'))
