@@ -40,7 +40,7 @@ from brokerd.monitor.toggle import Switch, preload
 from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.handshake.keyring import Keyring
 from brokerd.net.handshake.peer_uid import unseen
-from brokerd.net.listen.listener import Found, ListenError, Listening, listen
+from brokerd.net.listen.listener import ListenError, Listening, Resolved, listen
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets, listen_for
 from brokerd.net.server import Server
 from brokerd_client.address import Address
@@ -346,7 +346,7 @@ class Daemon:
         if prepared.blocked:
             raise ListenError("\n".join(prepared.blocked))
         plan = prepared.plan
-        opened = _open(plan.opened, plan.monitor_opened, prepared.assigned, prepared.found)
+        opened = _open(plan.opened, plan.monitor_opened, prepared.assigned, prepared.resolved)
         try:
             audit = (
                 None if self._own_log is None else self._own_log.opened_audit(prepared.config.log)
@@ -625,14 +625,14 @@ def _open(
     clients: Iterable[ListenConfig],
     monitor: Iterable[ListenConfig],
     assigned: dict[ListenConfig, list[ActivatedSocket]],
-    found: Found | None = None,
+    resolved: Resolved | None = None,
 ) -> tuple[list[Listening], list[Listening]]:
     """Return the listening sockets for clients and for the monitor, as ``listen_for``
     does.
     """
-    opened = listen_for(clients, assigned, found)
+    opened = listen_for(clients, assigned, resolved)
     try:
-        return opened, listen_for(monitor, {}, found)
+        return opened, listen_for(monitor, {}, resolved)
     except ListenError:
         for listening in opened:
             listening.close()

@@ -25,7 +25,7 @@ from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.monitor.toggle import preload
 from brokerd.net.handshake.keyring import Keyring
-from brokerd.net.listen.listener import Found, Listening, look_up, precheck
+from brokerd.net.listen.listener import Listening, Resolved, look_up, precheck
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
 __all__ = [
@@ -48,8 +48,8 @@ class Prepared:
     """Another configuration, ready to be taken over.
 
     ending: the clients that have a key with an end. assigned: the service manager's
-    sockets for its entries. blocked: why it can't be taken over, a line each. found:
-    the resolved host names of new addresses. warnings: probable mistakes of its author,
+    sockets for its entries. blocked: why it can't be taken over, a line each.
+    resolved: the addresses of new host names. warnings: probable mistakes of its author,
     a line each. opened: sockets that listen at new addresses, for clients and for the
     monitor. audit: a descriptor of a new audit file, or None.
     """
@@ -60,7 +60,7 @@ class Prepared:
     ending: list[ClientConfig]
     assigned: dict[ListenConfig, list[ActivatedSocket]]
     blocked: tuple[str, ...] = ()
-    found: Found = field(default_factory=dict)
+    resolved: Resolved = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     opened: tuple[list[Listening], list[Listening]] = field(default_factory=lambda: ([], []))
     audit: int | None = None
@@ -131,7 +131,7 @@ def _prepared(
     return replace(
         prepared,
         plan=replace(plan, restart=(*plan.restart, *_another_version())),
-        found=look_up(new),
+        resolved=look_up(new),
         warnings=tuple(lint_warnings(prepared.config, datetime.now(UTC))),
     )
 

@@ -119,10 +119,10 @@ class Draining:
 
     def _on_leaving(self, session: Session) -> None:
         """Count the waiting frames that were written to a session that is about to end."""
-        unsent, taken = self._waited.pop(session, (0, 0))
+        unsent, written = self._waited.pop(session, (0, 0))
         if unsent:
             outbox = session.outbox
-            self._flushed += min(unsent, outbox.frames - outbox.unsent - taken)
+            self._flushed += min(unsent, outbox.frames - outbox.unsent - written)
 
     async def _flush(self) -> None:
         """Wait until every client has read its messages and left, or the time is over."""

@@ -97,15 +97,17 @@ class Parting:
     """Ends some of a server's connections gracefully.
 
     concerns: returns whether a connection is among them.
-    why: the reason in the log.
+    reason: the reason in the log.
     counted: messages that were neither routed nor reported, because the time was over.
     """
 
-    def __init__(self, context: Context, concerns: Callable[[Connection], bool], why: str) -> None:
+    def __init__(
+        self, context: Context, concerns: Callable[[Connection], bool], reason: str
+    ) -> None:
         self._context = context
         self._broker = context.broker
         self._concerns = concerns
-        self._why = why
+        self._reason = reason
         self._turns = Turns(context.loop)
         #: Number of reads of each connection before its half-close.
         self._reads: dict[Connection, int] = {}
@@ -147,13 +149,13 @@ class Parting:
         if session.mute:
             self._feed(session)
             if self._is_silent(connection):
-                self._broker.replies.close(session, self._why)
+                self._broker.replies.close(session, self._reason)
         elif session.goaway:
             # A well-behaved client closes by itself; a finished client that stays is
             # half-closed.
-            connection.ending = self._why
+            connection.ending = self._reason
             if session.finished and self._is_silent(connection):
-                connection.half_close(self._why)
+                connection.half_close(self._reason)
         else:
             self._feed(session)
             asks = bool(session.outgoing_requests) or session in self._broker.operations.asking
@@ -164,7 +166,7 @@ class Parting:
             )
             last = not session.recipients and (fed is None or session.client in fed)
             if ready and not last and not self._reads_on(connection):
-                connection.half_close(self._why)
+                connection.half_close(self._reason)
 
     def _feed(self, session: Session) -> None:
         assert self._fed is not None
@@ -203,7 +205,7 @@ class Parting:
             if not connection.closed and not connection.session.closing:
                 self.count_unread(connection)
                 self._broker.replies.close(
-                    connection.session, self._why, code=ErrorCode.SHUTTING_DOWN
+                    connection.session, self._reason, code=ErrorCode.SHUTTING_DOWN
                 )
                 self._context.settlement.settle()
                 await self._turns.yield_if_due()

@@ -86,8 +86,8 @@ class Passing:
         Everything may change between two blocks.
         """
         server = self._server
-        if gone := self.copier.take_left():
-            yield {"gone": gone}, []
+        if left := self.copier.take_left():
+            yield {"gone": left}, []
         sessions = iter(self.copier.changed_sessions())
         while some := list(islice(sessions, _COPIED)):
             idle: list[Facts] = []
@@ -173,23 +173,26 @@ def capture(
     for session in changed:
         if not _is_idle(session.connection):
             copier.forget_idle(session)
-    taken = snapshot.capture(server.broker, changed, server.loop.time(), copier, asker)
-    fresh = [session.connection for session in taken.fresh]
+    captured = snapshot.capture(server.broker, changed, server.loop.time(), copier, asker)
+    fresh = [session.connection for session in captured.fresh]
     lingering = server.context.connections.lingering
     pending_connections = [
         pending
         for pending in server.pending_handshakes.pending_connections()
         if pending.can_hand_over
     ]
-    taken.facts = {
-        "core": taken.facts,
-        "listening": [_listening(each) for each in server.listening],
+    captured.facts = {
+        "core": captured.facts,
+        "listening": [_listening(listening) for listening in server.listening],
         "links": [
-            _connection(connection, taken, passed=connection in passed) for connection in fresh
+            _connection(connection, captured, passed=connection in passed) for connection in fresh
         ],
-        "knocks": [_pending_connection(pending, server, taken) for pending in pending_connections],
+        "knocks": [
+            _pending_connection(pending, server, captured) for pending in pending_connections
+        ],
         "farewells": [
-            {"socket": _socket(each.sock), "left_s": each.time_left_s} for each in lingering
+            {"socket": _socket(connection.sock), "left_s": connection.time_left_s}
+            for connection in lingering
         ],
         "failures": server.pending_handshakes.failures.ages(server.loop.time()),
         "keys": passing.uses(),
@@ -197,21 +200,21 @@ def capture(
     }
     not_passed = [connection for connection in fresh if connection not in passed]
     sockets = [
-        each.sock
+        item.sock
         for group in (server.listening, not_passed, pending_connections, lingering)
-        for each in group
+        for item in group
     ]
-    return taken, [sock.fileno() for sock in sockets]
+    return captured, [sock.fileno() for sock in sockets]
 
 
-async def let_go_of_bound(server: Server, why: str) -> None:
+async def let_go_of_bound(server: Server, reason: str) -> None:
     """Close the connections that no other process can continue; return when they are
     closed.
 
     No such connection is accepted from now on: see ``Server.accept_bound``.
     """
     server.hold_back_bound()
-    parting = Parting(server.context, lambda connection: not connection.can_hand_over, why)
+    parting = Parting(server.context, lambda connection: not connection.can_hand_over, reason)
     deadline = server.loop.time() + GRACE
     while parting.connections() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
         await asyncio.sleep(await parting.look(deadline))
@@ -231,26 +234,26 @@ def describe(address: Address) -> list[Any]:
     return [address.family, address.host, address.port, address.path, address.tls]
 
 
-def _listening(each: Listening) -> Facts:
-    assert isinstance(each.sock, socket.socket), (
+def _listening(listening: Listening) -> Facts:
+    assert isinstance(listening.sock, socket.socket), (
         "there are no named pipes where processes hand over sockets"
     )
     return {
-        "socket": _socket(each.sock),
-        "configured": describe(each.config.address),
-        "address": describe(each.address),
-        "inode": each.inode,
-        "mode": each.config.mode,
-        "group": each.config.group,
-        "first_group": each.first_group,
+        "socket": _socket(listening.sock),
+        "configured": describe(listening.config.address),
+        "address": describe(listening.address),
+        "inode": listening.inode,
+        "mode": listening.config.mode,
+        "group": listening.config.group,
+        "first_group": listening.first_group,
     }
 
 
-def _connection(connection: Connection, taken: Snapshot, *, passed: bool) -> Facts:
+def _connection(connection: Connection, captured: Snapshot, *, passed: bool) -> Facts:
     large_frame = connection.large_frame
-    taken.pieces.append(connection.pending_input)
+    captured.pieces.append(connection.pending_input)
     if large_frame is not None:
-        taken.pieces.append(memoryview(large_frame)[SLACK : large_frame.filled])
+        captured.pieces.append(memoryview(large_frame)[SLACK : large_frame.filled])
     return {
         "socket": _socket(connection.sock),
         "passed": passed,
@@ -264,8 +267,8 @@ def _connection(connection: Connection, taken: Snapshot, *, passed: bool) -> Fac
     }
 
 
-def _pending_connection(pending: PendingConnection, server: Server, taken: Snapshot) -> Facts:
-    taken.pieces += [pending.nonce, pending.heard]
+def _pending_connection(pending: PendingConnection, server: Server, captured: Snapshot) -> Facts:
+    captured.pieces += [pending.nonce, pending.heard]
     welcomed = pending.credential if pending.spoken > 1 else None
     return {
         "socket": _socket(pending.sock),
@@ -302,10 +305,10 @@ class Ahead:
         raises.
         """
         if "idle" in facts:
-            rest = iter(descriptors)
-            for each in facts["idle"]:
-                self._add_idle(each, rest)
-            if any(True for _ in rest):
+            remaining = iter(descriptors)
+            for session_facts in facts["idle"]:
+                self._add_idle(session_facts, remaining)
+            if any(True for _ in remaining):
                 raise ValueError("a block has descriptors that belong to no connection")
         elif "counts" in facts:
             check_counters(facts["counts"])
@@ -325,17 +328,17 @@ class Ahead:
             self.copies.add(facts, body, self._server.loop.time())
 
     def _add_idle(self, facts: Facts, descriptors: Iterator[int]) -> None:
-        server, told = self._server, facts["link"]
+        server, link_facts = self._server, facts["link"]
         session = snapshot.restore_idle(server.broker, facts, server.loop.time(), self.copies)
         self.drop_discarded()
         number = facts["session"]["number"]
-        if not told["passed"]:
-            self._sockets[number] = _opened(told, next(descriptors, -1))
+        if not link_facts["passed"]:
+            self._sockets[number] = _opened(link_facts, next(descriptors, -1))
         if session is not None:
             connection = self.connections.get(number)
             if connection is None:
                 sock = self._sockets.pop(number)
-                connection = self.connections[number] = _link_of(server, session, sock, told)
+                connection = self.connections[number] = _link_of(server, session, sock, link_facts)
                 # The event loop does not run before this process serves.
                 connection.go_on()
             connection.session, session.connection = session, connection
@@ -417,14 +420,14 @@ class RestoredState:
         self._ahead = ahead = ahead or Ahead(server)
         self._server = server
         self._opened = list(opened)
-        self._rest = iter(descriptors)
+        self._descriptors = iter(descriptors)
         self._now = server.loop.time()
-        wanted = {entry.address: entry for entry in listen}
+        entries = {entry.address: entry for entry in listen}
         #: Each listening socket with its entry of the new configuration, or None if it
         #: has none.
         self._listening = [
-            (each, wanted.get(each.config.address))
-            for each in map(self._waker_out, facts["listening"])
+            (listening, entries.get(listening.config.address))
+            for listening in map(self._restore_listening, facts["listening"])
         ]
         core = facts["core"]
         self.sessions, unconfigured_sessions = snapshot.restore(
@@ -434,18 +437,22 @@ class RestoredState:
         if len(core["outboxes"]) != len(facts["links"]):
             raise ValueError("there are not as many sockets as connections")
         self.fresh: list[Connection] = []
-        for session, told, each in zip(
+        for session, session_facts, link_facts in zip(
             self.sessions, core["sessions"], facts["links"], strict=False
         ):
-            if (each is None) != (type(told) is int):
+            if (link_facts is None) != (type(session_facts) is int):
                 raise ValueError("a connection was copied in part")
-            if each is not None:
-                self.fresh.append(self._connection(session, each, pieces))
+            if link_facts is not None:
+                self.fresh.append(self._connection(session, link_facts, pieces))
         self.fresh += map(ahead.take_unconfigured, unconfigured_sessions)
         self._pending_connections = [
-            (self._pending_connection(each, pieces), each["welcomed"]) for each in facts["knocks"]
+            (self._pending_connection(pending_facts, pieces), pending_facts["welcomed"])
+            for pending_facts in facts["knocks"]
         ]
-        self._lingering = [(self._socket(each), each["left_s"]) for each in facts["farewells"]]
+        self._lingering = [
+            (self._socket(lingering_facts), lingering_facts["left_s"])
+            for lingering_facts in facts["farewells"]
+        ]
         if len(pieces):
             raise ValueError(f"{len(pieces)} bytes are left that belong to no connection")
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
@@ -454,9 +461,9 @@ class RestoredState:
         server.counters.go_on_from(facts.get("tally", {}))
 
     def _socket(self, facts: Facts) -> socket.socket:
-        return _opened(facts, next(self._rest))
+        return _opened(facts, next(self._descriptors))
 
-    def _waker_out(self, facts: Facts) -> Listening:
+    def _restore_listening(self, facts: Facts) -> Listening:
         place = Address(*facts["configured"])
         former = ListenConfig(
             place, facts["mode"], facts["group"], allow_md5=False, source=_NOWHERE
@@ -497,11 +504,13 @@ class RestoredState:
     def begin(self) -> None:
         """Continue serving; from here on only this process uses the sockets."""
         server = self._server
-        unwanted = {each.config.address for each, entry in self._listening if entry is None}
+        unwanted = {
+            listening.config.address for listening, entry in self._listening if entry is None
+        }
         for listening, entry in self._listening:
             if entry is not None:
                 self._alter(listening, entry)
-        server.start([each for each, _ in self._listening])
+        server.start([listening for listening, _ in self._listening])
         server.start(self._opened)
         server.context.connections.established.update(self._ahead.connections.values(), self.fresh)
         for connection in self.fresh:
@@ -525,8 +534,8 @@ class RestoredState:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
         unauthorized = {**self._ahead.unauthorized_connections, **dict(server.reasons(self.fresh))}
-        for connection, why in unauthorized.items():
-            server.broker.replies.close(connection.session, why, code=ErrorCode.KEY_REMOVED)
+        for connection, reason in unauthorized.items():
+            server.broker.replies.close(connection.session, reason, code=ErrorCode.KEY_REMOVED)
         payload = json.dumps({"version": server.broker.status.version})
         server.broker.events.announce("$broker.upgraded", payload)
         server.settle()

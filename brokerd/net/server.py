@@ -130,9 +130,9 @@ class Server:
 
     def start(self, listening: Iterable[Listening]) -> None:
         """Accept connections from these listening sockets too."""
-        for each in listening:
-            self.listening.append(each)
-            self._acceptor.add(each)
+        for new in listening:
+            self.listening.append(new)
+            self._acceptor.add(new)
 
     def reconfigure(self, keyring: Keyring, limits: Limits) -> None:
         """Replace the keys and limits."""
@@ -162,15 +162,17 @@ class Server:
         """Close the listening sockets of these configured addresses; their connections
         stay.
         """
-        for each in [each for each in self.listening if each.config.address in addresses]:
-            self._stop_listening(each)
+        for closing in [
+            closing for closing in self.listening if closing.config.address in addresses
+        ]:
+            self._stop_listening(closing)
 
     def listen_instead(self, former: Listening, listening: Listening) -> None:
         """Replace a listening socket by another of the same address.
 
         Connections made at the former one stay.
         """
-        position = next(number for number, each in enumerate(self.listening) if each is former)
+        position = next(number for number, other in enumerate(self.listening) if other is former)
         self.start([listening])
         self._stop_listening(former)
         self.listening.insert(position, self.listening.pop())
@@ -179,7 +181,7 @@ class Server:
         # Clients that the system has connected already are accepted.
         self._acceptor.accept_some(listening)
         self._acceptor.remove(listening)
-        self.listening = [each for each in self.listening if each is not listening]
+        self.listening = [other for other in self.listening if other is not listening]
         listening.close()
 
     def credentials(self) -> list[Credential]:
@@ -208,7 +210,7 @@ class Server:
             )
             for connection in open_connections
         )
-        return [(connection, why) for connection, why in judged if why]
+        return [(connection, reason) for connection, reason in judged if reason]
 
     def unauthorized_in_batches(
         self, keyring: Keyring | None = None
@@ -221,7 +223,9 @@ class Server:
         """
         connections = iter(list(self.connections))
         while batch := list(islice(connections, _JUDGED)):
-            yield [(connection.session, why) for connection, why in self.reasons(batch, keyring)]
+            yield [
+                (connection.session, reason) for connection, reason in self.reasons(batch, keyring)
+            ]
 
     def why_unauthorized(
         self,
@@ -232,21 +236,21 @@ class Server:
     ) -> str:
         """Return why a keyring does not authorize the client of this credential, or ""."""
         ring = self.keyring if keyring is None else keyring
-        known = ring.named(credential.client.name)
-        if not known:
+        credentials = ring.named(credential.client.name)
+        if not credentials:
             return "name removed from the configuration"
         if not ring.holds(credential):
             return "key removed from the configuration"
-        users = known[0].client.peer_uid
+        users = credentials[0].client.peer_uid
         if users is not None and uid not in users:
             return "user removed from peer_uid"
-        return tls_peer.refusal(known[0].client)
+        return tls_peer.refusal(credentials[0].client)
 
     def stop_accepting(self) -> None:
         """Close every listening socket, and refuse all pending connections."""
-        for each in self.listening:
-            self._acceptor.remove(each)
-            each.close()
+        for listening in self.listening:
+            self._acceptor.remove(listening)
+            listening.close()
         self.listening.clear()
         self.pending_handshakes.close()
 
@@ -256,17 +260,17 @@ class Server:
 
         New connections stay in the system's queue.
         """
-        for each in self.listening:
-            if each.config.tls is not None and each not in self._held_back:
-                self._acceptor.remove(each)
-                self._held_back.append(each)
+        for listening in self.listening:
+            if listening.config.tls is not None and listening not in self._held_back:
+                self._acceptor.remove(listening)
+                self._held_back.append(listening)
 
     def accept_bound(self) -> None:
         """Accept connections at the TLS listeners again."""
         held_back, self._held_back = self._held_back, []
-        for each in held_back:
-            if each in self.listening:
-                self._acceptor.add(each)
+        for listening in held_back:
+            if listening in self.listening:
+                self._acceptor.add(listening)
 
     # Called by the pending handshakes
 
@@ -333,11 +337,11 @@ class Server:
         connection.open(session, pending.reader.take_rest())
         self.settle()
 
-    def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, why: str) -> None:
+    def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, reason: str) -> None:
         """Refuse a connection whose client has proved its key; send ``code``, if any."""
         try:
             if code is not None:
-                pending.stream.send(reason_frame(code, why))
+                pending.stream.send(reason_frame(code, reason))
                 if pending.tls_stream is not None:
                     pending.tls_stream.finish()
         except OSError:
@@ -346,7 +350,7 @@ class Server:
             pending.sock.close()
         else:
             self.context.connections.close_gracefully(pending.sock)
-        note_refusal(self.context, pending, why, HandshakeOutcome.REFUSED)
+        note_refusal(self.context, pending, reason, HandshakeOutcome.REFUSED)
 
     def settle(self) -> None:
         """Carry out the core's decisions."""

@@ -462,7 +462,7 @@ class Connection:
         if self.grace is None and not self.context.broker.status.draining:
             self.grace = self.context.loop.call_later(GRACE, self.lost, self.session.closing)
 
-    def lost(self, why: str, *, written: bool = False) -> None:
+    def lost(self, reason: str, *, written: bool = False) -> None:
         """Close the connection, and make the core report its undelivered messages.
 
         written: all output was written and shall arrive; otherwise the socket is closed
@@ -484,7 +484,7 @@ class Connection:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
-        self.context.connections.on_lost(self, why)
+        self.context.connections.on_lost(self, reason)
 
     @property
     def progress(self) -> tuple[int, int, int, int]:
@@ -497,14 +497,14 @@ class Connection:
             self.session.bytes_to_skip,
         )
 
-    def end(self, code: ErrorCode, why: str) -> None:
+    def end(self, code: ErrorCode, reason: str) -> None:
         """Close the connection at once; the client gets the reason if the system takes
         it now.
         """
-        self.context.broker.replies.close(self.session, why, code=code)
+        self.context.broker.replies.close(self.session, reason, code=code)
         self.add_reason()
         self.write()
-        self.lost(why)
+        self.lost(reason)
 
     def add_reason(self) -> None:
         """Append the reason of the close to the outbox, once."""
@@ -513,15 +513,15 @@ class Connection:
             add_reason(session, session.closing_code, session.closing)
             session.closing_code = None
 
-    def half_close(self, why: str) -> None:
+    def half_close(self, reason: str) -> None:
         """Send the reason and close the sending half, but continue reading.
 
         The outbox is written. If the system does not take the reason at once, the
         connection stays as it is. Call this again then.
         """
         if not self.ending:
-            self.ending = why
-            add_reason(self.session, ErrorCode.SHUTTING_DOWN, why)
+            self.ending = reason
+            add_reason(self.session, ErrorCode.SHUTTING_DOWN, reason)
             self.write()
         if self.closed or self.session.outbox.waiting:
             return

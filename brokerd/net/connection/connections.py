@@ -85,7 +85,7 @@ class Connections:
         self.established.add(connection)
         self._liveness.add(connection)
 
-    def on_lost(self, connection: Connection, why: str) -> None:
+    def on_lost(self, connection: Connection, reason: str) -> None:
         """Detach the session of a connection that has just been closed, and log its
         end.
         """
@@ -100,7 +100,7 @@ class Connections:
             "client.disconnected",
             session.client.name,
             log=session_logger(self._log_limiter.log, session),
-            reason=why,
+            reason=reason,
         )
         self._note_if_empty()
         self._settlement.settle()

@@ -124,14 +124,14 @@ class TlsConnection(Connection):
             if not self._stream.unsent:
                 self.sock.shutdown(socket.SHUT_WR)
 
-    def lost(self, why: str, *, written: bool = False) -> None:
+    def lost(self, reason: str, *, written: bool = False) -> None:
         """Close the connection, with a close_notify of TLS if all output was written."""
         if written and not self.closed:
             try:
                 self._stream.finish()
             except OSError:
                 written = False
-        super().lost(why, written=written)
+        super().lost(reason, written=written)
 
 
 def _together(pieces: list[bytearray | memoryview]) -> bytes | bytearray | memoryview:

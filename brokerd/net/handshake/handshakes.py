@@ -478,12 +478,12 @@ class PendingHandshakes:
             self._pending_connections
             and (oldest := next(iter(self._pending_connections))).deadline <= now
         ):
-            why = self._tls.overdue(oldest)
+            reason = self._tls.overdue(oldest)
             self._refuse(
                 oldest,
-                why or "handshake not finished within limits.handshake_timeout",
+                reason or "handshake not finished within limits.handshake_timeout",
                 HandshakeOutcome.TIMEOUT,
-                tell=not why,
+                tell=not reason,
             )
         self._schedule_expiry()
 

@@ -114,7 +114,7 @@ class Keyring:
         last.
         """
         for (name, value), when in other._last_used.items():
-            if any(each.key.value == value for each in self.named(name)):
+            if any(credential.key.value == value for credential in self.named(name)):
                 self._last_used[name, value] = when
                 self._order.move_to_end(value)
 
@@ -133,10 +133,13 @@ class Keyring:
         before: uses that it contains are left out.
         """
         if not before:
-            found = ((each, self.last_used(each)) for each in reversed(self._order.values()))
+            last_uses = (
+                (credential, self.last_used(credential))
+                for credential in reversed(self._order.values())
+            )
             return [
-                (each.client.name, each.key.key_id, when)
-                for each, when in found
+                (credential.client.name, credential.key.key_id, when)
+                for credential, when in last_uses
                 if when is not None
             ]
         uses: list[tuple[str, str, float]] = []
@@ -144,9 +147,9 @@ class Keyring:
             if before.get((name, value)) == when:
                 break
             uses += [
-                (name, each.key.key_id, when)
-                for each in self.named(name)
-                if each.key.value == value
+                (name, credential.key.key_id, when)
+                for credential in self.named(name)
+                if credential.key.value == value
             ]
         return uses
 
@@ -160,12 +163,15 @@ class Keyring:
 
     def find(self, name: str, key_id: str) -> Credential | None:
         """Return the client's credential with the key of that id, or None."""
-        return next((each for each in self.named(name) if each.key.key_id == key_id), None)
+        return next(
+            (credential for credential in self.named(name) if credential.key.key_id == key_id), None
+        )
 
     def holds(self, credential: Credential) -> bool:
         """Return whether the key still belongs to the client of that name."""
         return any(
-            each.key.value == credential.key.value for each in self.named(credential.client.name)
+            current.key.value == credential.key.value
+            for current in self.named(credential.client.name)
         )
 
     def let_in(self, credential: Credential, now_wall: float) -> None:
@@ -196,7 +202,7 @@ class KeySearch:
     tls_peer: the facts that TLS proved about the peer, and the binding of its key.
     """
 
-    __slots__ = ("_allow_md5", "_channel", "_now", "_proof", "_rest", "_ring", "_uid", "tried")
+    __slots__ = ("_allow_md5", "_channel", "_now", "_proof", "_ring", "_uid", "_untried", "tried")
 
     def __init__(
         self,
@@ -214,17 +220,17 @@ class KeySearch:
         self._uid = uid
         self._now = now
         self._channel = tls_peer
-        self._rest: list[bytes] | None = None
+        self._untried: list[bytes] | None = None
         self.tried = 0
 
     def step(self) -> Identity | None:
         """Try some keys; return the result, or None if there are more keys to try."""
         if self._proof.name:
             return self._among_named()
-        if self._rest is None:
+        if self._untried is None:
             batch = list(self._ring.candidates(min(SLICE, self._ring.limit)))
         else:
-            batch, self._rest = self._rest[:SLICE], self._rest[SLICE:]
+            batch, self._untried = self._untried[:SLICE], self._untried[SLICE:]
         bound = self._channel.bound
         position = self._proof.maker(
             [key_on(self._channel, key, CLIENT) for key in batch] if bound else batch
@@ -233,24 +239,24 @@ class KeySearch:
             self.tried += position + 1
             return self._judge(self._ring.owner(batch[position]))
         self.tried += len(batch)
-        if self._rest is None:
-            self._rest = list(self._ring.candidates(self._ring.limit))[SLICE:]
-        return None if self._rest else Identity(refusal="unknown key")
+        if self._untried is None:
+            self._untried = list(self._ring.candidates(self._ring.limit))[SLICE:]
+        return None if self._untried else Identity(refusal="unknown key")
 
     def _among_named(self) -> Identity:
         """Try all keys of a name, and always equally many."""
-        found: Credential | None = None
+        match: Credential | None = None
         for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
             self.tried += 1
             if (
                 self._proof.made_with(key_on(self._channel, credential.key.value, CLIENT))
                 and credential is not _NOBODYS
             ):
-                found = credential
+                match = credential
         return (
             Identity(refusal="wrong key for the given name")
-            if found is None
-            else self._judge(found)
+            if match is None
+            else self._judge(match)
         )
 
     def _judge(self, credential: Credential) -> Identity:

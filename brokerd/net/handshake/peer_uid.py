@@ -45,7 +45,7 @@ def is_seen(uid: int, visible: tuple[range, ...] | None = None) -> bool:
     visible: the ranges of visible users, by default those of this process.
     """
     visible = _seen() if visible is None else visible
-    return visible is None or any(uid in each for each in visible)
+    return visible is None or any(uid in users for users in visible)
 
 
 def unseen(
@@ -55,12 +55,12 @@ def unseen(
 
     visible: as for ``is_seen``.
     """
-    found: dict[str, list[int]] = {}
+    unseen_users: dict[str, list[int]] = {}
     for name, client in clients.items():
         missing = [uid for uid in client.peer_uid or () if not is_seen(uid, visible)]
         if missing:
-            found[name] = missing
-    return found
+            unseen_users[name] = missing
+    return unseen_users
 
 
 def peer_uid(sock: socket.socket) -> int | None:

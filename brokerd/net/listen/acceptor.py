@@ -62,7 +62,9 @@ class Acceptor:
     def remove(self, listening: Listening) -> None:
         """Accept no more connections of this listener."""
         self._loop.remove_reader(listening.sock.fileno())
-        self._listeners = deque(each for each in self._listeners if each is not listening)
+        self._listeners = deque(
+            listener for listener in self._listeners if listener is not listening
+        )
         self._paused = [paused for paused in self._paused if paused is not listening]
         if self._full is not None and not self._listeners:
             self._full.cancel()

@@ -24,9 +24,9 @@ from brokerd_client.address import Address, parse
 
 __all__ = [
     "BACKLOG",
-    "Found",
     "ListenError",
     "Listening",
+    "Resolved",
     "inherited",
     "listen",
     "look_up",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 #: The addresses that host names resolve to, as ``socket.getaddrinfo`` returns them.
-Found: TypeAlias = Mapping[Address, list[Any]]
+Resolved: TypeAlias = Mapping[Address, list[Any]]
 
 #: Connections that the system keeps until they are accepted; it caps this at its own
 #: limit.
@@ -129,8 +129,8 @@ class Listening:
                 _restore(path, status)
                 raise
         except (OSError, LookupError) as error:
-            why = (error.strerror or error) if isinstance(error, OSError) else error.args[0]
-            raise ListenError(f"can't change {path}: {why}") from error
+            reason = (error.strerror or error) if isinstance(error, OSError) else error.args[0]
+            raise ListenError(f"can't change {path}: {reason}") from error
         return status
 
     def close(self) -> None:
@@ -152,16 +152,16 @@ def look_up(entries: Iterable[ListenConfig]) -> dict[Address, list[Any]]:
 
     Raises ListenError.
     """
-    found = {}
+    resolved = {}
     for entry in entries:
         if entry.address.family in ("AF_INET", "AF_INET6"):
             try:
-                found[entry.address] = _look_up(entry.address)
+                resolved[entry.address] = _look_up(entry.address)
             except OSError as error:
                 raise ListenError(
                     f"can't listen at {entry.address}: {error.strerror or error}"
                 ) from error
-    return found
+    return resolved
 
 
 def inherited(configured: Address, sock: socket.socket, address: Address) -> Listening:
@@ -198,10 +198,10 @@ def precheck(config: ListenConfig) -> str:
     return ""
 
 
-def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
+def listen(config: ListenConfig, resolved: Resolved | None = None) -> list[Listening]:
     """Return the listening sockets of one ``listen`` entry.
 
-    That is one socket, or one for each address of a host name. found: the result of
+    That is one socket, or one for each address of a host name. resolved: the result of
     ``look_up``. Raises ListenError.
     """
     address = config.address
@@ -210,7 +210,7 @@ def listen(config: ListenConfig, found: Found | None = None) -> list[Listening]:
             return [_listen_unix(config)]
         if address.family == "AF_PIPE":
             return [Listening(config, open_pipe(address.path), address)]
-        return _listen_tcp(config, (found or {}).get(address) or _look_up(address))
+        return _listen_tcp(config, (resolved or {}).get(address) or _look_up(address))
     except OSError as error:
         raise ListenError(
             f"can't listen at {address}: {error.strerror or error}{_hint(address, error)}"
@@ -236,12 +236,12 @@ def _look_up(address: Address) -> list[Any]:
     )
 
 
-def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
+def _listen_tcp(config: ListenConfig, resolved: list[Any]) -> list[Listening]:
     port = config.address.port
     opened: list[Listening] = []
     missing: OSError | None = None
     try:
-        for family, _, _, _, sockaddr in dict.fromkeys(found):
+        for family, _, _, _, sockaddr in dict.fromkeys(resolved):
             # A name with several addresses and port 0 gets the same port for all of
             # them.
             at = (
@@ -260,8 +260,8 @@ def _listen_tcp(config: ListenConfig, found: list[Any]) -> list[Listening]:
         if missing is not None and not opened:
             raise missing
     except OSError:
-        for each in opened:
-            each.close()
+        for listening in opened:
+            listening.close()
         raise
     return opened
 

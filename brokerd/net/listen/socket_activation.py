@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from brokerd.config.values import ListenConfig
-from brokerd.net.listen.listener import Found, ListenError, Listening, listen
+from brokerd.net.listen.listener import ListenError, Listening, Resolved, listen
 from brokerd_client.address import Address, parse
 
 __all__ = [
@@ -98,12 +98,12 @@ class ActivatedSockets:
         by_name = {entry.name: entry for entry in entries if entry.name is not None}
         assigned: dict[ListenConfig, list[ActivatedSocket]] = {}
         left = []
-        for each in self.sockets:
-            entry = by_address.get(_place(each.address)) or by_name.get(each.name)
+        for activated in self.sockets:
+            entry = by_address.get(_place(activated.address)) or by_name.get(activated.name)
             if entry is None:
-                left.append(each)
+                left.append(activated)
             else:
-                assigned.setdefault(entry, []).append(each)
+                assigned.setdefault(entry, []).append(activated)
         if left:
             raise SocketActivationError("; ".join(map(_unclaimed, left)))
         return assigned
@@ -126,26 +126,29 @@ def listen_at(entry: ListenConfig, sockets: Iterable[ActivatedSocket]) -> list[L
     They are duplicates, so that a reload can remove the entry and add it again.
     """
     tls = entry.tls is not None
-    return [Listening(entry, each.sock.dup(), replace(each.address, tls=tls)) for each in sockets]
+    return [
+        Listening(entry, activated.sock.dup(), replace(activated.address, tls=tls))
+        for activated in sockets
+    ]
 
 
 def listen_for(
     entries: Iterable[ListenConfig],
     assigned: dict[ListenConfig, list[ActivatedSocket]],
-    found: Found | None = None,
+    resolved: Resolved | None = None,
 ) -> list[Listening]:
     """Return the listening sockets of all entries.
 
     Raises ListenError; then none is left open.
 
     assigned: the entries whose sockets the service manager passes.
-    found: the result of ``look_up``, or None.
+    resolved: the result of ``look_up``, or None.
     """
     opened: list[Listening] = []
     try:
         for entry in entries:
             opened += (
-                listen_at(entry, assigned[entry]) if entry in assigned else listen(entry, found)
+                listen_at(entry, assigned[entry]) if entry in assigned else listen(entry, resolved)
             )
     except ListenError:
         for listening in opened:
@@ -183,13 +186,15 @@ def _address_of(sock: socket.socket) -> Address:
     return parse(bound[:2])
 
 
-def _unclaimed(each: ActivatedSocket) -> str:
+def _unclaimed(activated: ActivatedSocket) -> str:
     # As it is written in YAML, where "[" and "@" have another meaning.
-    address = f'"{each.address}"' if str(each.address)[0] in "[@" else str(each.address)
+    address = (
+        f'"{activated.address}"' if str(activated.address)[0] in "[@" else str(activated.address)
+    )
     return (
-        f"the service manager hands over a socket at {each.address}, called {each.name}, that no"
-        f" listen entry is for (add `- {address}` to listen, or `name: {each.name}` to the entry it"
-        " is for, or take the socket out of the .socket unit)"
+        f"the service manager hands over a socket at {activated.address}, called {activated.name},"
+        f" that no listen entry is for (add `- {address}` to listen, or `name: {activated.name}` to"
+        " the entry it is for, or take the socket out of the .socket unit)"
     )
 
 
@@ -209,8 +214,8 @@ def _places(address: Address) -> set[tuple[str, int]]:
         return set()
     # A name that can't be resolved is reported when the entry listens by itself.
     with contextlib.suppress(OSError):
-        found = socket.getaddrinfo(
+        results = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        return {(str(sockaddr[0]), address.port) for *_, sockaddr in found}
+        return {(str(sockaddr[0]), address.port) for *_, sockaddr in results}
     return set()
