@@ -78,7 +78,7 @@ def test_key_expiry_keys_without_end_cause_no_warning() -> None:
     assert watched.watch.expiries() == {}
 
 
-def test_key_expiry_warning_comes_in_time_and_once_a_day() -> None:
+def test_key_expiry_warning_is_repeated_daily() -> None:
     """Warnings begin limits.expiry_warning before the end. At the end, and every day
     after it, the event says that the key has expired.
     """
@@ -150,7 +150,7 @@ def test_key_expiry_gap_between_two_keys_causes_warning() -> None:
     assert watched.said() == [("warning", "key.expiring", "a")]
 
 
-def test_key_expiry_changed_clock_is_noticed_within_an_hour() -> None:
+def test_key_expiry_changed_clock_is_noticed_within_one_hour() -> None:
     """The monitor does not rely on one timer set days ago."""
     watched = Watched(config("a: {key: a, not_after: 2026-12-01}"))
     watched.clock.set_by = timedelta(days=200)
@@ -159,7 +159,7 @@ def test_key_expiry_changed_clock_is_noticed_within_an_hour() -> None:
     assert watched.said() == [("warning", "key.expired", "a")]
 
 
-def test_key_expiry_many_clients_are_counted_in_one_line() -> None:
+def test_key_expiry_many_clients_are_counted_in_one_event() -> None:
     """Fifty clients get an event each. One event counts the rest."""
     watched = Watched(
         config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200)))

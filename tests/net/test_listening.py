@@ -204,7 +204,7 @@ def test_listener_socket_file_with_full_backlog_is_in_use(socket_dir: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
-def test_listener_file_that_is_not_a_socket_is_not_removed(socket_dir: Path, kind: str) -> None:
+def test_listener_path_of_other_file_is_error_and_file_is_kept(socket_dir: Path, kind: str) -> None:
     """A file, directory or link at the path is an error that says so, and stays."""
     path = socket_dir / "s"
     if kind == "file":

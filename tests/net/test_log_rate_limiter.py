@@ -19,9 +19,9 @@ from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.core_events import report
 
 
-def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -> None:
-    """The first of them have a line each, the rest one line with their number; none is
-    left out.
+def test_log_many_refused_connections_are_counted_not_repeated(socket_dir: Path) -> None:
+    """The first refusals have a line each. The rest share lines with their number, and
+    none is left out.
     """
     with running_daemon(configuration(str(socket_dir / "sock"))) as here:
         for _ in range(300):
@@ -43,12 +43,10 @@ def test_a_flood_of_refusals_is_counted_rather_than_repeated(socket_dir: Path) -
     "bug",
     [ZeroDivisionError("a bug"), UnicodeDecodeError("utf-8", b"\xff of a message", 0, 1, "a bug")],
 )
-def test_a_bug_ends_one_connection_and_is_loud(
+def test_log_exception_in_routing_is_error_and_ends_one_connection(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception
 ) -> None:
-    """The connection is closed, the log has the trace and nothing of what was sent, and
-    the others go on.
-    """
+    """The log has the traceback and no payload. Other connections are not affected."""
     with running_daemon(configuration(str(socket_dir / "sock"))) as here:
         alice, bob = here.login("alice"), here.login("bob")
         right = routing.feed
@@ -71,10 +69,8 @@ def test_a_bug_ends_one_connection_and_is_loud(
         bob.close()
 
 
-def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
-    """One event with both names, the address, where it came from, the code and the
-    reason.
-    """
+def test_log_denied_message_is_warning(socket_dir: Path) -> None:
+    """The event has both names, the address, the origin, the code and the reason."""
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
         running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
@@ -96,8 +92,8 @@ def test_who_is_denied_is_a_warning(socket_dir: Path) -> None:
         )
 
 
-def test_a_senders_own_mistake_is_for_debugging(socket_dir: Path) -> None:
-    """What only tells a sender that nobody is there does not fill an operator's log."""
+def test_log_message_to_offline_recipient_is_debug(socket_dir: Path) -> None:
+    """An error that concerns only its sender does not fill an operator's log."""
     with (
         running_daemon(configuration(str(socket_dir / "sock"))) as here,
         here.login("alice") as alice,
@@ -107,10 +103,8 @@ def test_a_senders_own_mistake_is_for_debugging(socket_dir: Path) -> None:
         assert here.log.wait("message.refused")[0].level == "debug"
 
 
-def test_a_flood_of_refused_messages_is_counted(socket_dir: Path) -> None:
-    """Twenty thousand messages to somebody who may not get them: a few lines, and every
-    one of them counted.
-    """
+def test_log_many_refused_messages_are_counted(socket_dir: Path) -> None:
+    """Twenty thousand denied messages make a few lines, and every message is counted."""
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
         running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
@@ -155,9 +149,9 @@ class _Clock:
         self.now = end
 
 
-def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
-    """An hour of one refusal, ten times a second, is a hundred lines or so; when it has
-    ceased it starts anew.
+def test_log_rate_limiter_lasting_flood_is_logged_less_and_less_often() -> None:
+    """An hour of one refusal, ten times a second, makes about a hundred lines. After a
+    pause the limiter starts over.
     """
     clock, log = _Clock(), Recorder()
     log_limiter = LogRateLimiter(clock, log.logger)  # type: ignore[arg-type]
@@ -176,9 +170,9 @@ def test_a_lasting_flood_is_told_ever_more_rarely() -> None:
     assert len(log.named("x.happened")) == 3
 
 
-def test_a_flood_of_many_kinds_is_bounded() -> None:
-    """However many names somebody makes up, there are some dozens of lines, and one
-    with the number of the rest.
+def test_log_rate_limiter_flood_with_many_reasons_is_bounded() -> None:
+    """However many names a peer invents, some dozens of lines are logged, and one with
+    the number of the rest.
     """
     clock, log = _Clock(), Recorder()
     log_limiter = LogRateLimiter(clock, log.logger)  # type: ignore[arg-type]
@@ -198,9 +192,9 @@ def test_a_flood_of_many_kinds_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("op", "level"), [("stats", "debug"), ("keys", "debug"), ("drain", "info"), ("reload", "info")]
 )
-def test_what_an_administrator_changes_is_told_and_a_look_is_not(op: str, level: str) -> None:
-    """A screen that asks for counts every second does not fill the log; what changes
-    something stands in it.
+def test_log_admin_change_is_info_and_query_is_debug(op: str, level: str) -> None:
+    """A dashboard that asks for counts every second does not fill the log. A change is
+    logged.
     """
     log = Recorder()
     session: Any = SimpleNamespace(

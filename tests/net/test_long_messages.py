@@ -19,9 +19,9 @@ def served(clients: Any = "alice bob carol") -> Any:
     return running_daemon(configuration("127.0.0.1:0", clients))
 
 
-def test_long_and_short_messages_keep_their_order() -> None:
-    """What follows a long message in the same segment is delivered behind it, even if
-    its sender is held meanwhile.
+def test_large_frame_among_small_ones_keeps_order() -> None:
+    """Frames behind a large one in the same segment are delivered after it, even if
+    their sender is held meanwhile.
     """
     with (
         served({"alice": None, "bob": {"queue": "2MiB"}}) as broker,
@@ -64,7 +64,7 @@ def test_long_and_short_messages_keep_their_order() -> None:
         assert [alice.recv().kind for _ in range(80)] == [RECEIPT] * 80
 
 
-def test_a_long_event_reaches_everybody() -> None:
+def test_large_frame_of_event_reaches_every_subscriber() -> None:
     """Subscribers that read at different times get the same bytes."""
     with (
         served("alice bob carol") as broker,
@@ -81,8 +81,10 @@ def test_a_long_event_reaches_everybody() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"connections": 2}])
-def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any]) -> None:
-    """Each long message that the system did not take whole is answered as offline."""
+def test_large_frame_of_disconnected_recipient_is_returned_offline(options: dict[str, Any]) -> None:
+    """Each large message that the system did not take whole is answered with
+    ``offline``.
+    """
     with (
         served({"alice": None, "bob": {"queue": "64MiB", **options}}) as broker,
         broker.login("alice") as alice,
@@ -103,9 +105,9 @@ def test_what_a_leaving_recipient_did_not_take_comes_back(options: dict[str, Any
             refused = following
 
 
-def test_a_sender_that_leaves_in_the_middle_leaves_nothing_behind() -> None:
-    """Half a long message is nobody's: its recipient never sees it, and goes on getting
-    what others send.
+def test_large_frame_incomplete_is_not_delivered() -> None:
+    """The recipient never sees half a message, and still gets the messages of other
+    clients.
     """
     with served() as broker, broker.login("bob") as bob, broker.login("carol") as carol:
         with broker.login("alice") as alice:

@@ -62,8 +62,8 @@ def topic(name: bytes) -> bytes:
 @pytest.mark.parametrize("kind", [MESSAGE, REQUEST])
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 127, 128, 255])
 @pytest.mark.parametrize("message_id", [0, 1, MAX_ID])
-def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, message_id: int) -> None:
-    """Kind, codec, id and payload pass untouched; the name becomes the authenticated
+def test_frame_is_delivered_with_kind_codec_id_and_payload(kind: int, codec: int, message_id: int) -> None:
+    """Kind, codec, id and payload pass unchanged. The name becomes the authenticated
     sender's.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
@@ -71,15 +71,15 @@ def test_a_message_arrives_as_it_was_sent(kind: int, codec: int, message_id: int
         assert bob.recv() == Frame(kind, 0, codec, "alice", message_id, b"\x00\xffpayload")
 
 
-def test_an_empty_message_is_a_message() -> None:
+def test_message_with_empty_payload_is_delivered() -> None:
     """A payload of no bytes arrives."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(MESSAGE, "bob")
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 0, b"")
 
 
-def test_a_client_may_write_to_itself() -> None:
-    """One's own name is a recipient like any other."""
+def test_message_to_own_name_is_delivered() -> None:
+    """A sender's own name is a recipient like any other."""
     with served() as broker, broker.login("alice") as alice:
         alice.send(MESSAGE, "alice", b"note", flags=WANT_RECEIPT, message_id=3)
         assert {(frame.kind, frame.name) for frame in (alice.recv(), alice.recv())} == {
@@ -88,9 +88,9 @@ def test_a_client_may_write_to_itself() -> None:
         }
 
 
-def test_a_receipt_says_that_the_broker_has_it() -> None:
-    """With RECEIPT the sender hears of success by the message's id; the recipient does
-    not see the flag.
+def test_receipt_is_sent_for_queued_message() -> None:
+    """With the flag RECEIPT the sender gets a receipt with the message's id. The
+    recipient does not see the flag.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(MESSAGE, "bob", b"x", message_id=99, flags=WANT_RECEIPT)
@@ -98,10 +98,8 @@ def test_a_receipt_says_that_the_broker_has_it() -> None:
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 99, b"x")
 
 
-def test_a_reply_finds_who_asked() -> None:
-    """A REPLY with the request's id comes back to its sender from the one who was
-    asked.
-    """
+def test_reply_is_delivered_to_requester() -> None:
+    """A REPLY with the request's id reaches the client that sent the request."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"question", message_id=5)
         question = bob.recv()
@@ -109,8 +107,8 @@ def test_a_reply_finds_who_asked() -> None:
         assert alice.recv() == Frame(REPLY, 0, 0, "bob", 5, b"answer")
 
 
-def test_a_client_may_answer_with_an_error() -> None:
-    """An ERROR from the one who was asked passes through with its payload."""
+def test_reply_as_error_is_delivered_to_requester() -> None:
+    """An ERROR sent in reply to a request passes with its payload."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.send(REQUEST, "bob", b"question", message_id=5)
         bob.recv()
@@ -119,8 +117,8 @@ def test_a_client_may_answer_with_an_error() -> None:
         assert alice.recv() == Frame(ERROR, 0, JSON, "bob", 5, payload)
 
 
-def test_a_request_whose_recipient_goes_is_answered() -> None:
-    """When the one who was asked disconnects, the asker hears ``abandoned`` by the
+def test_request_of_disconnected_recipient_is_abandoned() -> None:
+    """When the recipient disconnects, the requester gets ``abandoned`` with the
     request's id.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
@@ -131,8 +129,8 @@ def test_a_request_whose_recipient_goes_is_answered() -> None:
         assert (error.id, error.code) == (5, "abandoned")
 
 
-def test_extensions_pass_untouched() -> None:
-    """What the broker does not know in an extension it carries, byte for byte."""
+def test_extension_with_unknown_keys_passes_unchanged() -> None:
+    """The broker passes unknown keys of an extension on, byte for byte."""
     data = b'{ "traceparent" : "00-ab", "x":[1,2] }'
     between = struct.pack("!H", len(data)) + data
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
@@ -140,9 +138,9 @@ def test_extensions_pass_untouched() -> None:
         assert bob.recv() == Frame(MESSAGE, EXTENSION, 0, "alice", 0, between + b"payload")
 
 
-def test_an_event_goes_to_whoever_subscribed() -> None:
-    """An EVENT reaches each subscriber once, stamped with its publisher, and nobody
-    else.
+def test_event_is_delivered_once_to_each_subscriber() -> None:
+    """An EVENT reaches each subscriber once, with its publisher's name, and no other
+    client.
     """
     with (
         served() as broker,
@@ -169,8 +167,10 @@ def test_an_event_goes_to_whoever_subscribed() -> None:
 # Refused
 
 
-def test_offline() -> None:
-    """A configured client that is not connected: ``offline``, by the message's id."""
+def test_message_to_disconnected_client_is_offline() -> None:
+    """For a configured client that is not connected the sender gets ``offline``, with
+    the message's id.
+    """
     with served() as broker, broker.login("alice") as alice:
         for kind in (MESSAGE, REQUEST):
             alice.send(kind, "bob", b"x", message_id=kind)
@@ -186,18 +186,16 @@ def test_offline() -> None:
 
 
 @pytest.mark.parametrize("name", ["nobody", "$other", "bobb", "BOB"])
-def test_no_such_client(name: str) -> None:
-    """A name that the configuration does not have, for a sender that may send to every
-    name.
-    """
+def test_message_to_unknown_name_is_no_such_client(name: str) -> None:
+    """The configuration does not have the name, and the sender may send to every name."""
     with served() as broker, broker.login("alice") as alice:
         alice.send(MESSAGE, name, b"x", message_id=1)
         assert alice.recv().code == "no_such_client"
 
 
-def test_denied_does_not_tell_whether_the_name_exists() -> None:
-    """To a sender that may not send there, existing and missing names are answered with
-    the same words.
+def test_message_denied_does_not_reveal_whether_name_exists() -> None:
+    """A sender that may not send there gets the same words for existing and missing
+    names.
     """
     with (
         served({"alice": {"send_to": ["carol"]}, "bob": None, "carol": None}) as broker,
@@ -216,9 +214,9 @@ def test_denied_does_not_tell_whether_the_name_exists() -> None:
         assert said[2] == said[3]
 
 
-def test_too_large_by_one_byte() -> None:
-    """limits.max_message itself is taken; one byte more is refused, and the connection
-    lives on.
+def test_message_one_byte_over_max_message_is_too_large() -> None:
+    """A message of limits.max_message bytes is accepted. One byte more is refused, and
+    the connection stays.
     """
     with (
         served(limits={"max_message": 1000}) as broker,
@@ -233,8 +231,8 @@ def test_too_large_by_one_byte() -> None:
         assert (error.id, error.code, error.json["name"]) == (2, "too_large", "bob")
 
 
-def test_rate_limited() -> None:
-    """More than the configured rate is refused, message by message."""
+def test_message_above_configured_rate_is_rate_limited() -> None:
+    """Each message above the configured rate is refused."""
     with (
         served({"alice": {"rate": {"messages": "10/s"}}, "bob": None}) as broker,
         broker.login("alice") as alice,
@@ -254,8 +252,10 @@ def test_rate_limited() -> None:
         assert len([bob.recv() for _ in range(200 - len(refused))]) == 200 - len(refused)
 
 
-def test_expired() -> None:
-    """A message whose ttl is over when it could be delivered comes back as ``expired``."""
+def test_message_past_its_ttl_is_expired() -> None:
+    """A message whose ttl is over when it could be delivered is returned as
+    ``expired``.
+    """
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(MESSAGE, "bob", b"x", message_id=1, flags=EXTENSION, between=extension(ttl=0))
         assert alice.recv().code == "expired"
@@ -271,8 +271,8 @@ def test_expired() -> None:
 
 
 @pytest.mark.parametrize("ttl", ["soon", None, True, [1]])
-def test_a_ttl_that_is_no_number_is_unsupported(ttl: Any) -> None:
-    """ttl is a number of seconds."""
+def test_message_with_ttl_not_a_number_is_unsupported(ttl: Any) -> None:
+    """The ttl is a number of seconds."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(MESSAGE, "bob", b"x", message_id=1, flags=EXTENSION, between=extension(ttl=ttl))
         assert alice.recv().code == "unsupported"
@@ -289,9 +289,9 @@ def test_a_ttl_that_is_no_number_is_unsupported(ttl: Any) -> None:
         (REPLY, "$broker", 0),
     ],
 )
-def test_unsupported(kind: int, to: str, flags: int) -> None:
-    """What the protocol knows and this broker does not do is answered with
-    ``unsupported``.
+def test_frame_not_supported_by_broker_is_unsupported(kind: int, to: str, flags: int) -> None:
+    """Frames that the protocol defines and this broker does not handle are answered
+    with ``unsupported``.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob"):
         alice.send(kind, to, b"x", message_id=1, flags=flags)
@@ -299,8 +299,8 @@ def test_unsupported(kind: int, to: str, flags: int) -> None:
 
 
 @pytest.mark.parametrize("when_full", ["refuse", "wait"])
-def test_full(when_full: str) -> None:
-    """A recipient whose queue is full: ``full``, at once or after limits.wait_timeout."""
+def test_message_to_full_queue_is_full(when_full: str) -> None:
+    """The sender gets ``full``, at once or after limits.wait_timeout."""
     with (
         served(
             {"alice": None, "bob": {"queue": "64KiB", "when_full": when_full}},
@@ -364,9 +364,9 @@ def header(
     ],
 )
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
-def test_a_malformed_frame_is_answered_then_closed(body: bytes, message_id: int, step: int) -> None:
-    """ERROR ``malformed`` with the id if one was readable, then the end; what follows
-    is not acted on.
+def test_frame_malformed_gets_error_and_closes_connection(body: bytes, message_id: int, step: int) -> None:
+    """The ERROR ``malformed`` has the id if one was readable. Then the connection ends,
+    and later frames are ignored.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         if step:
@@ -381,16 +381,16 @@ def test_a_malformed_frame_is_answered_then_closed(body: bytes, message_id: int,
 
 
 @pytest.mark.parametrize("length", [-2, -(2**31), -257])
-def test_a_length_that_cannot_be_is_malformed(length: int) -> None:
-    """A negative length other than -1 is the end of the conversation."""
+def test_frame_with_negative_length_is_malformed(length: int) -> None:
+    """A negative length other than -1 ends the connection."""
     with served() as broker, broker.login("alice") as alice:
         alice.write(struct.pack("!i", length))
         assert (alice.recv().code, alice.read_to_end()) == ("malformed", b"")
 
 
-def test_the_answer_to_a_malformed_frame_arrives_behind_all_else() -> None:
-    """What was waiting for the client is written before the connection ends, however
-    long it takes to read.
+def test_frame_malformed_error_is_sent_after_queued_messages() -> None:
+    """The messages that wait for the client are written before the connection ends,
+    however slowly it reads.
     """
     with (
         served({"alice": {"queue": "8MiB"}, "bob": None}) as broker,
@@ -418,8 +418,8 @@ def test_the_answer_to_a_malformed_frame_arrives_behind_all_else() -> None:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
-def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
-    """16 MiB, the default limit, go through whole."""
+def test_message_of_16_mib_is_delivered(listen: str, socket_dir: Path) -> None:
+    """A message of 16 MiB, the default limit, arrives whole."""
     payload = os.urandom(1 << 20) * 16
     listen = str(socket_dir / "s") if listen == "unix" else listen
     with (
@@ -431,8 +431,8 @@ def test_a_long_message_arrives(listen: str, socket_dir: Path) -> None:
         assert bob.recv() == Frame(MESSAGE, 0, 0, "alice", 1, payload)
 
 
-def test_bytes_may_come_one_at_a_time() -> None:
-    """A frame in segments of one byte is the frame."""
+def test_frame_received_byte_by_byte_is_delivered() -> None:
+    """A frame in segments of one byte arrives like any other."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.write_bytewise(
             packed(MESSAGE, "bob", b"hello", message_id=1)
@@ -442,8 +442,8 @@ def test_bytes_may_come_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_segments_may_be_cut_anywhere(seed: int) -> None:
-    """Frames of many sizes arrive in order whatever the segments look like."""
+def test_frames_split_into_random_segments_are_delivered_in_order(seed: int) -> None:
+    """Frames of many sizes arrive in order, wherever the segments are cut."""
     random_ = random.Random(seed)  # the seed is in the test's name
     payloads = [
         random_.randbytes(random_.choice([0, 1, 11, 500, 70_000, 300_000])) for _ in range(60)
@@ -473,8 +473,8 @@ def _readable(sock: socket.socket) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
 
 
-def test_many_small_frames_may_share_a_segment() -> None:
-    """Thousands of messages in one write arrive, in order, none twice."""
+def test_frames_thousands_in_one_segment_are_delivered_in_order() -> None:
+    """Thousands of messages in one write arrive in order, and none twice."""
     count = 20_000
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         alice.write(
@@ -483,7 +483,7 @@ def test_many_small_frames_may_share_a_segment() -> None:
         assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
-def test_the_long_form_of_a_length_is_understood() -> None:
+def test_frame_short_with_long_form_of_length_is_delivered() -> None:
     """A short frame may announce its length in the long form too."""
     body = packed(MESSAGE, "bob", b"long form", message_id=1)[4:]
     for step in (0, 1):
@@ -495,9 +495,9 @@ def test_the_long_form_of_a_length_is_understood() -> None:
 
 @pytest.mark.parametrize("form", ["short", "long"])
 @pytest.mark.parametrize("step", ["whole", "bytewise", "length first"])
-def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
-    """It is answered before its end has come, nothing of it is stored, and what follows
-    is served.
+def test_frame_oversized_is_answered_and_skipped(form: str, step: str) -> None:
+    """The error is sent before the frame's end has arrived. None of it is stored, and
+    later frames are served.
     """
     size = 3_000_000
     body = packed(MESSAGE, "bob", bytes(size), message_id=9)[4:]
@@ -528,9 +528,9 @@ def test_an_oversized_frame_is_skipped(form: str, step: str) -> None:
 
 @pytest.mark.parametrize("claim", [2**31 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("step", ["whole", "bytewise"])
-def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
-    """However long a frame claims to be, the broker answers and keeps none of what
-    comes.
+def test_frame_with_absurd_length_uses_no_memory(claim: int, step: str) -> None:
+    """Whatever length a frame announces, the broker answers and keeps none of its
+    bytes.
     """
     body = packed(MESSAGE, "bob", b"", message_id=9)[4:]
     head = (struct.pack("!i", claim) if claim < 2**31 else struct.pack("!iQ", -1, claim)) + body
@@ -557,8 +557,8 @@ def test_an_absurd_length_costs_nothing(claim: int, step: str) -> None:
         broker.log.wait("client.disconnected")
 
 
-def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
-    """Its first bytes alone, then a crowd of others: what is kept for it stays small."""
+def test_frame_oversized_in_pieces_is_not_buffered() -> None:
+    """Its first bytes arrive alone, and many more follow. The broker keeps few of them."""
     with (
         served(limits={"max_message": 1000}) as broker,
         broker.login("alice") as alice,
@@ -588,8 +588,8 @@ def test_an_oversized_frame_in_pieces_is_not_collected() -> None:
 # The broker as a client
 
 
-def test_whoami_says_who_and_what() -> None:
-    """Name, address, versions and limits."""
+def test_operation_whoami_returns_address_and_limits() -> None:
+    """The reply has the name, address, version and limits."""
     with (
         served({"pool": {"connections": 3}}) as broker,
         broker.login("pool") as one,
@@ -603,8 +603,8 @@ def test_whoami_says_who_and_what() -> None:
         assert first["limits"]["max_message"] == 16 * 2**20
 
 
-def test_clients_lists_whom_one_may_send_to() -> None:
-    """Each with online and since; nobody else's name is told."""
+def test_operation_clients_lists_permitted_recipients() -> None:
+    """Each entry has the keys online and since. Other clients are not named."""
     with (
         served({"alice": {"send_to": ["b*"]}, "bob": None, "bert": None, "carol": None}) as broker,
         broker.login("alice") as alice,
@@ -618,11 +618,11 @@ def test_clients_lists_whom_one_may_send_to() -> None:
         assert all(isinstance(each["since"], (int, float)) for each in found.values())
 
 
-def test_who_asks_much_does_not_keep_others_from_their_turn(
+def test_operation_flood_of_one_client_does_not_delay_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A question in the middle of somebody's thousands is answered long before the last
-    of those, and all are.
+    """A request amid thousands from another client is answered long before the last of
+    those. All get a reply.
     """
     served_names: list[str] = []
 
@@ -648,10 +648,10 @@ def test_who_asks_much_does_not_keep_others_from_their_turn(
     assert served_names.index("bob") < count
 
 
-def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
+def test_sender_disconnected_between_turns_has_all_frames_routed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was sent before the connection ended is delivered, however many turns it
+    """Frames sent before the connection ended are delivered, however many turns it
     takes.
     """
     with served() as broker, broker.login("bob") as bob:
@@ -676,8 +676,10 @@ def test_a_client_that_leaves_while_it_waits_for_its_turn_is_served_to_the_end(
         b"1" * 5000,
     ],
 )
-def test_an_operation_that_is_none_is_refused(payload: bytes) -> None:
-    """Whatever is asked of the broker, it answers by the request's id and lives on."""
+def test_operation_invalid_is_unsupported(payload: bytes) -> None:
+    """To any invalid request the broker replies with the request's id, and the
+    connection stays.
+    """
     with served() as broker, broker.login("alice") as alice:
         alice.send(REQUEST, "$broker", payload, message_id=4, codec=JSON)
         error = alice.recv()
@@ -686,14 +688,14 @@ def test_an_operation_that_is_none_is_refused(payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("op", ["stats", "connections", "disconnect", "reload", "drain", "can"])
-def test_operations_of_an_administrator_are_denied_to_others(op: str) -> None:
-    """Without admin: true the answer is ``denied``."""
+def test_operation_of_administrator_without_admin_is_denied(op: str) -> None:
+    """Without `admin: true` the reply is ``denied``."""
     with served() as broker, broker.login("alice") as alice:
         assert alice.ask(op).code == "denied"
 
 
-def test_an_administrator_disconnects_a_client() -> None:
-    """The client sees the end; the log says who did it."""
+def test_operation_disconnect_closes_client() -> None:
+    """The client's connection ends, and the log names the administrator."""
     with served({"root": {"admin": True}, "bob": None}) as broker, broker.login("root") as root:
         bob = broker.login("bob")
         assert root.ask("disconnect", address="bob").json == {"disconnected": ["bob"]}
@@ -704,8 +706,10 @@ def test_an_administrator_disconnects_a_client() -> None:
         assert root.ask("disconnect", address="nobody").code == "no_such_client"
 
 
-def test_presence_is_told_in_order() -> None:
-    """Who subscribed hears of every coming and going, as often as it happens."""
+def test_presence_events_arrive_in_order() -> None:
+    """A subscriber gets an event for each connect and disconnect, as often as it
+    happens.
+    """
     with served() as broker, broker.login("alice") as alice:
         assert alice.ask("subscribe", topic="$broker.*.bob").kind == REPLY
         for number in range(5):
@@ -719,8 +723,8 @@ def test_presence_is_told_in_order() -> None:
 
 
 @pytest.mark.parametrize("name", [b"$broker.online.eve", b"$x", b"$broker.draining"])
-def test_nobody_publishes_in_the_brokers_name(name: bytes) -> None:
-    """Topics that begin with a dollar sign are the broker's own."""
+def test_event_with_reserved_topic_is_denied(name: bytes) -> None:
+    """Topics that begin with a dollar sign belong to the broker."""
     with (
         served({"alice": {"publish": [">"]}, "bob": None}) as broker,
         broker.login("alice") as alice,
@@ -729,8 +733,8 @@ def test_nobody_publishes_in_the_brokers_name(name: bytes) -> None:
         assert alice.recv().code == "denied"
 
 
-def test_a_subscription_ends_with_its_connection() -> None:
-    """The same client connected anew has no subscriptions."""
+def test_subscription_ends_with_connection() -> None:
+    """After a reconnect the same client has no subscriptions."""
     with served() as broker, broker.login("alice") as alice:
         bob = broker.login("bob")
         bob.ask("subscribe", topic="x")
@@ -742,10 +746,8 @@ def test_a_subscription_ends_with_its_connection() -> None:
             again.ping()
 
 
-def test_two_listeners_one_order() -> None:
-    """Messages of one connection to one other arrive in order though requests and
-    receipts are mixed in.
-    """
+def test_frames_of_mixed_kinds_between_two_connections_keep_order() -> None:
+    """Messages and requests arrive in the order sent, although receipts are mixed in."""
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         kinds = [MESSAGE, REQUEST, MESSAGE]
         alice.write(
@@ -765,11 +767,11 @@ def test_two_listeners_one_order() -> None:
             carol.ping()
 
 
-def test_a_deadline_that_has_passed_is_waited_for_like_any_other(
+def test_timer_deadline_in_past_ticks_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a busy machine a held sender's time may be over before the timer is set, and
-    another's sooner still.
+    """On a busy machine a held sender's time may be over before the timer is set.
+    Another deadline may be earlier still.
     """
     with served({"alice": None}) as broker:
         server = broker.daemon.server
@@ -790,9 +792,9 @@ def test_a_deadline_that_has_passed_is_waited_for_like_any_other(
         assert broker.call(lambda: len(ticks)) == 1
 
 
-def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> None:
-    """What waits in the broker for longer than its ttl comes back as `expired`; the
-    others arrive.
+def test_message_queued_past_its_ttl_is_returned_expired() -> None:
+    """A message that waits in the broker for longer than its ttl is returned as
+    `expired`. The others arrive.
     """
     with (
         served({"alice": None, "bob": None}) as broker,
@@ -822,11 +824,11 @@ def test_message_past_its_ttl_is_not_written_when_the_client_reads_again() -> No
         ]
 
 
-def test_burst_of_events_to_many_subscribers_is_routed_in_turns(
+def test_event_burst_to_many_subscribers_is_routed_in_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A read that holds many events is cut where copying them would take long; all of
-    them arrive, in order.
+    """A read with many events is split where copying them would take long. All events
+    arrive in order.
     """
     monkeypatch.setattr(connection_module, "_WIDE", 2)
     monkeypatch.setattr(connection_module, "_COPIED", 300)

@@ -34,8 +34,8 @@ def fail(here: RunningDaemon, times: int) -> None:
             login(here.address, b"wrong")
 
 
-def test_penalties_accepted_client_has_its_failures_forgiven() -> None:
-    """The right key from an address makes up for the wrong ones before it."""
+def test_penalties_accepted_client_clears_failures_of_origin() -> None:
+    """A login with the right key clears the earlier failures of the same address."""
     with running_daemon(configuration("127.0.0.1:0")) as here:
         fail(here, 3)
         assert failures(here) == [("127.0.0.1", 3)]
@@ -44,7 +44,7 @@ def test_penalties_accepted_client_has_its_failures_forgiven() -> None:
 
 
 def test_penalties_old_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who failed long ago begins anew, and is told at once."""
+    """A peer whose failures are long ago gets its answer without delay."""
     monkeypatch.setattr(failures_module, "_FORGET_AFTER", -1.0)
     monkeypatch.setattr(failures_module, "_FREE_FAILURES", 2)
     with running_daemon(configuration("127.0.0.1:0")) as here:
@@ -53,7 +53,7 @@ def test_penalties_old_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_penalties_remembered_origins_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many addresses somebody has, the latest are kept."""
+    """However many addresses an attacker has, only the latest are kept."""
     monkeypatch.setattr(failures_module, "_REMEMBERED", 3)
     those = failures_module.Failures()
     for number in range(10):
@@ -61,10 +61,10 @@ def test_penalties_remembered_origins_are_limited(monkeypatch: pytest.MonkeyPatc
     assert those.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
 
 
-def test_pending_peer_that_sends_during_key_search_is_not_read(
+def test_pending_connection_is_not_read_during_key_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some of it is read, and then the broker looks at that socket no more until the
+    """Some bytes are read. Then the broker no longer watches that socket until the
     search is over.
     """
     looks = 0
@@ -93,10 +93,8 @@ def test_pending_peer_that_sends_during_key_search_is_not_read(
             assert here.call(lambda: pending.reader.buffered) <= 4 * LIMIT
 
 
-def test_keyring_after_reload_keeps_the_order_of_tries() -> None:
-    """Keys that were used before are tried first by the next keyring too, the latest
-    first.
-    """
+def test_keyring_after_reload_keeps_order_of_tries() -> None:
+    """The next keyring, too, tries used keys first, the latest first."""
     clients = configuration("127.0.0.1:0", "alice bob carol").clients.values()
     former, ring = Keyring(clients), Keyring(clients)
     for when, name in enumerate(("carol", "bob")):

@@ -95,9 +95,9 @@ def bridged() -> Iterator[Bridged]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_message_becomes_a_frame(bridged: Bridged, size: int) -> None:
-    """The socket gives the message's length and its bytes, and the next frame right
-    behind it.
+def test_pipe_bridge_message_becomes_frame(bridged: Bridged, size: int) -> None:
+    """The socket gives the message's length and bytes, and the next frame right after
+    it.
     """
     body = os.urandom(size)
     writing = bridged.aside(lambda: [bridged.peer.write(each) for each in (body, b"next")])
@@ -107,10 +107,8 @@ def test_a_message_becomes_a_frame(bridged: Bridged, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_frame_becomes_a_message(bridged: Bridged, size: int) -> None:
-    """The peer gets a frame as one message, whatever its size, and the next one as
-    another.
-    """
+def test_pipe_bridge_frame_becomes_message(bridged: Bridged, size: int) -> None:
+    """The peer gets a frame of any size as one message, and the next frame as another."""
     body = os.urandom(size)
     writing = bridged.aside(bridged.sock.sendall, prefixed(body) + prefixed(b"next"))
     assert bridged.peer.message() == body
@@ -118,16 +116,16 @@ def test_a_frame_becomes_a_message(bridged: Bridged, size: int) -> None:
     writing.join(TIMEOUT_S)
 
 
-def test_a_frame_in_single_bytes_is_one_message(bridged: Bridged) -> None:
-    """A message is written when its frame is whole, not before."""
+def test_pipe_bridge_frame_in_single_bytes_becomes_one_message(bridged: Bridged) -> None:
+    """A message is written when its frame is complete, not before."""
     bridged.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     for byte in prefixed(b"in small pieces"):
         bridged.sock.sendall(bytes([byte]))
     assert bridged.peer.message() == b"in small pieces"
 
 
-def test_a_message_is_not_collected(bridged: Bridged) -> None:
-    """Its length is on the socket at once, and no more of it is taken from the pipe
+def test_pipe_bridge_message_is_not_buffered(bridged: Bridged) -> None:
+    """The socket gives its length at once. The bridge takes no more of it from the pipe
     than the socket has room for.
     """
     size = 64 * 2**20
@@ -144,8 +142,8 @@ def _write_until_closed(pipe: FakePipe, size: int) -> None:
         pipe.write(bytes(size))
 
 
-def test_both_directions_at_once(bridged: Bridged) -> None:
-    """Neither direction waits for the other, also when both are full."""
+def test_pipe_bridge_directions_do_not_wait_for_each_other(bridged: Bridged) -> None:
+    """This holds when both directions are full, too."""
     count, body = 50, os.urandom(100_000)
     work = [
         bridged.aside(lambda: [bridged.sock.sendall(prefixed(body)) for _ in range(count)]),
@@ -159,8 +157,8 @@ def test_both_directions_at_once(bridged: Bridged) -> None:
     assert got == [body] * count
 
 
-def test_what_the_peer_sent_before_it_closed_arrives(bridged: Bridged) -> None:
-    """The socket gives everything, and then its end."""
+def test_pipe_bridge_messages_before_peer_close_are_delivered(bridged: Bridged) -> None:
+    """The socket gives all of them, and then its end."""
     bridged.peer.write(b"one")
     bridged.peer.write(b"two")
     bridged.peer.close()
@@ -168,8 +166,10 @@ def test_what_the_peer_sent_before_it_closed_arrives(bridged: Bridged) -> None:
     assert bridged.sock.recv(1) == b""
 
 
-def test_what_the_peer_sent_arrives_although_it_can_be_told_nothing_more(bridged: Bridged) -> None:
-    """A write that fails because the peer is gone does not cut off what it said before."""
+def test_pipe_bridge_failed_write_does_not_discard_received_message(bridged: Bridged) -> None:
+    """A write that fails because the peer has closed leaves the peer's last message
+    readable.
+    """
     bridged.peer.write(b"last words")
     bridged.peer.close()
     for _ in range(50):
@@ -178,8 +178,8 @@ def test_what_the_peer_sent_arrives_although_it_can_be_told_nothing_more(bridged
     assert bridged.sock.recv(1) == b""
 
 
-def test_what_was_written_before_the_shutdown_arrives(bridged: Bridged) -> None:
-    """After the writing side is shut down the peer gets everything and the end; then
+def test_pipe_bridge_frames_before_shutdown_are_delivered(bridged: Bridged) -> None:
+    """After the shutdown of the writing side the peer gets all frames and the end. Then
     the socket ends too.
     """
     bodies = [os.urandom(50_000) for _ in range(20)]
@@ -200,17 +200,19 @@ def _messages(pipe: FakePipe) -> Iterator[bytes]:
             yield pipe.message()
 
 
-def test_what_was_written_before_the_close_arrives(bridged: Bridged) -> None:
-    """Closing the socket does not take back what the bridge has been given."""
+def test_pipe_bridge_frames_before_close_are_delivered(bridged: Bridged) -> None:
+    """Closing the socket does not discard the frames that the bridge has been given."""
     bridged.sock.sendall(prefixed(b"x" * 20_000) + prefixed(b"last"))
     bridged.sock.close()
     assert list(_messages(bridged.peer)) == [b"x" * 20_000, b"last"]
 
 
-def test_a_peer_that_takes_nothing_is_waited_for_a_while(
+def test_pipe_bridge_peer_that_does_not_read_is_closed_after_linger(
     bridged: Bridged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the close, and its time, the bridge lets go, though the peer has not read."""
+    """The bridge closes the pipe LINGER_S after the socket's close, although the peer
+    has not read.
+    """
     monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     bridged.sock.sendall(prefixed(bytes(100_000)))
     bridged.sock.close()
@@ -221,9 +223,9 @@ def test_a_peer_that_takes_nothing_is_waited_for_a_while(
 @pytest.mark.parametrize(
     "garbage", [b"\xff\xff\xff\xf0", b"\xff\xff\xff\xff" + b"\xff" * 8, b"\x00\x00"]
 )
-def test_what_is_no_frame_ends_the_bridge(bridged: Bridged, garbage: bytes) -> None:
-    """A length that no frame has, one that no pipe takes, or half of one at the end:
-    the peer sees the end.
+def test_pipe_bridge_invalid_frame_closes_pipe(bridged: Bridged, garbage: bytes) -> None:
+    """The length is impossible, or more than a pipe takes, or incomplete at the end.
+    The peer sees the end.
     """
     bridged.sock.sendall(prefixed(b"good") + garbage)
     bridged.sock.shutdown(socket.SHUT_WR)
@@ -231,10 +233,8 @@ def test_what_is_no_frame_ends_the_bridge(bridged: Bridged, garbage: bytes) -> N
     assert bridged.sock.recv(1) == b""
 
 
-def test_a_pipe_that_breaks_ends_the_bridge(bridged: Bridged) -> None:
-    """An error of the system's in writing is the end of the connection, in both
-    directions.
-    """
+def test_pipe_bridge_write_error_closes_both_directions(bridged: Bridged) -> None:
+    """A system error on a write ends the connection in both directions."""
     bridged.pipe.write_error = OSError(errno.ENOMEM, "no room")
     bridged.sock.sendall(prefixed(b"never arrives"))
     assert bridged.sock.recv(1) == b""
@@ -248,8 +248,12 @@ def _messages_after_end(bridged: Bridged) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("started", [0, 1])
-def test_without_a_thread_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch, started: int) -> None:
-    """Where the system has no more threads that is an OSError, and the pipe is closed."""
+def test_pipe_bridge_without_free_thread_is_error(
+    monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    """If the system has no more threads, the caller gets an OSError and the pipe is
+    closed.
+    """
     pipe, _ = fake_pipes()
     start = threading.Thread.start
     left = [None] * started
@@ -266,8 +270,8 @@ def test_without_a_thread_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch, st
     pipe.wait_until_closed()
 
 
-def test_without_a_socket_there_is_no_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system has no more sockets the pipe is closed."""
+def test_pipe_bridge_without_free_socket_is_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the system has no more sockets, the pipe is closed."""
     pipe, _ = fake_pipes()
 
     def none_left() -> None:
@@ -299,11 +303,11 @@ def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
     return listener.accept()
 
 
-def test_connections_are_accepted_in_their_order(
+def test_pipe_listener_connections_are_accepted_in_order(
     pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
-    """More peers than the listener keeps may come at once; each has its own socket, and
-    the pipe's name.
+    """More peers than the listener keeps may connect at once. Each has its own socket,
+    and the pipe's name.
     """
     peers = [pipe_server.dial() for _ in range(150)]
     for number, peer in enumerate(peers):
@@ -318,7 +322,7 @@ def test_connections_are_accepted_in_their_order(
         listener.accept()
 
 
-def test_only_so_many_are_taken_unasked(
+def test_pipe_listener_takes_bounded_number_before_accept(
     pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
     """Further peers wait in the system until the server has accepted some."""
@@ -331,10 +335,10 @@ def test_only_so_many_are_taken_unasked(
         each.close()
 
 
-def test_a_system_without_room_is_told_and_waited_for(
+def test_pipe_listener_system_error_is_enobufs_and_retried(
     pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
-    """accept() raises ENOBUFS, whatever the cause; afterwards the same peer is taken."""
+    """For any cause accept() raises ENOBUFS. The same peer is accepted afterwards."""
     pipe_server.failures = [OSError(errno.EINVAL, "not now")]
     peer = pipe_server.dial()
     with pytest.raises(OSError, match="not now") as caught:
@@ -345,11 +349,11 @@ def test_a_system_without_room_is_told_and_waited_for(
     peer.close()
 
 
-def test_closing_turns_away_who_was_not_accepted(
+def test_pipe_listener_closed_disconnects_peers_not_accepted(
     pipe_server: FakePipeServer, listener: PipeListener
 ) -> None:
-    """One that was accepted lives on; one that was taken and one that waits see the
-    end.
+    """An accepted peer keeps its connection. A peer that was taken and one that waits
+    see the end.
     """
     inside = pipe_server.dial()
     sock, _ = accepted(listener)
@@ -369,10 +373,8 @@ def test_closing_turns_away_who_was_not_accepted(
     inside.close()
 
 
-def test_there_are_no_pipes_elsewhere() -> None:
-    """Outside Windows listening at a pipe is an error that says so, for whoever gets
-    past the configuration.
-    """
+def test_pipe_listener_outside_windows_is_error() -> None:
+    """The error says so, also to a caller that bypasses the configuration."""
     with pytest.raises(OSError, match="Windows only"):
         open_pipe(PIPE.path)
     entry = dataclasses.replace(configuration("127.0.0.1:0").listen[0], address=PIPE)
@@ -380,7 +382,7 @@ def test_there_are_no_pipes_elsewhere() -> None:
         listening.listen(entry)
 
 
-def test_a_pipe_that_is_taken_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipe_listener_name_in_use_is_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows says "access denied" for a name in use."""
 
     def denied(name: str) -> PipeListener:
@@ -450,11 +452,11 @@ def at_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 
 @pytest.mark.parametrize("gathers", [True, False], ids=["sendmsg", "send"])
-def test_clients_of_both_kinds_talk(
+def test_pipe_client_and_tcp_client_exchange_messages(
     at_pipe: Served, monkeypatch: pytest.MonkeyPatch, gathers: bool
 ) -> None:
-    """Messages, large ones too, go between a pipe and a TCP socket, also where one
-    piece is sent at a time.
+    """Messages, large ones too, pass between a pipe and a TCP socket. They also do
+    where one piece is sent at a time.
     """
     if not gathers:
         monkeypatch.setattr(connection, "_sendmsg", None)
@@ -479,7 +481,7 @@ def test_clients_of_both_kinds_talk(
     assert connected["bob"]["peer"].startswith("127.0.0.1:")
 
 
-def test_a_wrong_key_is_refused_at_a_pipe(at_pipe: Served) -> None:
+def test_pipe_handshake_wrong_key_is_refused(at_pipe: Served) -> None:
     """The peer reads the refusal and the end, and the log names the pipe."""
     raw = at_pipe.raw()
     with pytest.raises(Rejected, match="FAILURE"):
@@ -488,8 +490,10 @@ def test_a_wrong_key_is_refused_at_a_pipe(at_pipe: Served) -> None:
     assert at_pipe.running.log.wait("client.refused")[0].fields["peer"] == PIPE.path
 
 
-def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served) -> None:
-    """256 bytes are the limit there too, and the rest of the message is not waited for."""
+def test_pipe_handshake_frame_over_256_bytes_closes_connection(at_pipe: Served) -> None:
+    """The limit of 256 bytes holds for pipes too, and the rest of the message is not
+    waited for.
+    """
     raw = at_pipe.raw()
     raw.read_body()
     _write_until_closed(raw.pipe, 2**20)
@@ -499,8 +503,8 @@ def test_a_long_message_before_the_handshake_ends_the_connection(at_pipe: Served
     assert "not a handshake" in at_pipe.running.log.wait("client.refused")[0].fields["reason"]
 
 
-def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is passed over, its sender hears too_large, and the connection lives on."""
+def test_pipe_message_over_max_message_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is skipped, its sender gets too_large, and the connection stays."""
     with (
         served(monkeypatch, limits={"max_message": "100KiB"}) as broker,
         broker.login("alice") as alice,
@@ -511,9 +515,9 @@ def test_a_message_that_is_too_large_is_answered(monkeypatch: pytest.MonkeyPatch
         alice.ping()
 
 
-def test_an_empty_message_is_malformed(at_pipe: Served) -> None:
-    """A pipe can carry a message without a byte; the broker answers it as any other
-    frame without a header.
+def test_pipe_message_without_bytes_is_malformed(at_pipe: Served) -> None:
+    """A pipe can carry a message without a byte. The broker answers it like any frame
+    without a header.
     """
     with at_pipe.login("alice") as alice:
         alice.pipe.write(b"")
@@ -521,8 +525,8 @@ def test_an_empty_message_is_malformed(at_pipe: Served) -> None:
         assert alice.is_closed()
 
 
-def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
-    """Closing the pipe ends the session; what it sent before that is still routed."""
+def test_pipe_client_closed_is_offline(at_pipe: Served) -> None:
+    """Closing the pipe ends the session. Messages sent before that are still routed."""
     with at_pipe.login("alice") as alice:
         bob = at_pipe.login("bob")
         for number in range(100):
@@ -535,9 +539,9 @@ def test_a_client_that_leaves_is_offline(at_pipe: Served) -> None:
         assert alice.recv().code == "offline"
 
 
-def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None:
-    """Draining waits until a pipe's peer, slow as it is, has everything that was taken
-    for it.
+def test_drain_queued_messages_are_delivered_over_pipe(at_pipe: Served) -> None:
+    """The drain waits until a slow peer of a pipe has everything that was accepted for
+    it.
     """
     with at_pipe.login("alice") as alice, at_pipe.login("bob") as bob:
         for number in range(40):
@@ -551,9 +555,9 @@ def test_what_is_queued_arrives_before_the_broker_stops(at_pipe: Served) -> None
         assert at_pipe.running.log.wait("daemon.stopped")[0].fields["cut_off"] == 0
 
 
-def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that takes nothing holds up neither the stop nor, for longer than its
-    time, the bridge.
+def test_drain_pipe_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that reads nothing delays the stop no longer than the timeout, and the
+    bridge no longer than LINGER_S.
     """
     monkeypatch.setattr(brokerd_client._common.pipe_bridge, "LINGER_S", 0.05)
     with (
@@ -570,9 +574,9 @@ def test_a_pipe_that_is_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> 
             pipe.wait_until_closed()
 
 
-def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
-    """A pipe taken out of the configuration takes nobody any more, its connections live
-    on; put back, it is served.
+def test_reload_closes_and_opens_pipe_listener(at_pipe: Served) -> None:
+    """A pipe removed from the configuration accepts no connections, and its open ones
+    stay. Put back, it is served.
     """
     daemon = at_pipe.running.daemon
     with_pipe = daemon.config
@@ -590,8 +594,8 @@ def test_a_reload_closes_and_opens_a_pipe(at_pipe: Served) -> None:
             assert alice.recv().body == b"new"
 
 
-def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
-    """The log says so, and who came is served a moment later."""
+def test_pipe_listener_system_error_is_logged_as_paused(at_pipe: Served) -> None:
+    """The log says so, and the peer is accepted a moment later."""
     at_pipe.pipe_server.failures = [OSError(errno.ENOMEM, "no room")]
     with at_pipe.login("alice") as alice:
         alice.ping()
@@ -599,10 +603,10 @@ def test_a_pipe_without_room_pauses(at_pipe: Served) -> None:
     assert paused.fields == {"listener": PIPE.path, "reason": "no room"}
 
 
-def test_no_more_are_accepted_than_the_loop_can_wait_for(
+def test_pipe_listener_at_socket_limit_of_event_loop_pauses(
     at_pipe: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Further peers wait, and one is let in when another has left."""
+    """Further peers wait, and one is accepted when another has disconnected."""
     monkeypatch.setattr(acceptor, "_MOST_SOCKETS", 2)
     alice, bob = at_pipe.login("alice"), at_pipe.login("bob")
     third = at_pipe.raw()
@@ -616,9 +620,9 @@ def test_no_more_are_accepted_than_the_loop_can_wait_for(
     third.close()
 
 
-def test_many_clients_at_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool of a hundred comes at once, each is answered, and all are let go at the
-    end.
+def test_pipe_hundred_clients_are_served_and_drained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of a hundred connects at once, each request gets a reply, and all
+    connections close at the end.
     """
     with served(
         monkeypatch, clients={"crowd": {"connections": 100}}, limits={"handshakes": 200}

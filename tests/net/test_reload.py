@@ -35,8 +35,8 @@ def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
         here.close()
 
 
-def test_a_client_that_is_added_can_connect_and_be_reached(served: ReloadableDaemon) -> None:
-    """A new name works at once, for those who were there before too."""
+def test_reload_added_client_can_connect_and_receive(served: ReloadableDaemon) -> None:
+    """A new name works at once, also for clients connected before."""
     with served.connect("alice", "alices-first-key") as alice:
         with pytest.raises(NoSuchClient):
             alice.send_confirmed("carol", "hello")
@@ -47,16 +47,16 @@ def test_a_client_that_is_added_can_connect_and_be_reached(served: ReloadableDae
             assert carol.recv(timeout=5).payload == "hello"
 
 
-def test_a_client_whose_entry_did_not_change_keeps_its_connection(served: ReloadableDaemon) -> None:
-    """Moving an entry to other lines is no change."""
+def test_reload_unchanged_client_keeps_connection(served: ReloadableDaemon) -> None:
+    """Moving an entry to other lines is not a change."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write("\n\n" + BOB + "  carol: {key: carols-key}\n" + ALICE)
         assert served.reload() == []
         assert not is_disconnected(bob)
 
 
-def test_a_client_that_was_removed_is_disconnected(served: ReloadableDaemon) -> None:
-    """Its name is unknown from then on, and the log says why it went."""
+def test_reload_removed_client_is_disconnected(served: ReloadableDaemon) -> None:
+    """Its name is unknown from then on, and the log gives the reason."""
     with (
         served.connect("alice", "alices-first-key") as alice,
         served.connect("bob", "bobs-first-key") as bob,
@@ -71,7 +71,7 @@ def test_a_client_that_was_removed_is_disconnected(served: ReloadableDaemon) -> 
         served.connect("bob", "bobs-first-key")
 
 
-def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(
+def test_reload_disconnected_client_gets_key_removed(
     served: ReloadableDaemon,
 ) -> None:
     with (
@@ -86,8 +86,8 @@ def test_client_that_is_disconnected_by_a_reload_is_told_key_removed(
                 client.ping()
 
 
-def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: ReloadableDaemon) -> None:
-    """The old key opens nothing more, the new one does."""
+def test_reload_client_whose_key_was_removed_is_disconnected(served: ReloadableDaemon) -> None:
+    """The old key is rejected afterwards, and the new one is accepted."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(ALICE + "  bob: {key: bobs-second-key}\n")
         assert served.reload() == []
@@ -97,16 +97,18 @@ def test_a_client_whose_key_in_use_is_gone_is_disconnected(served: ReloadableDae
     served.connect("bob", "bobs-second-key").close()
 
 
-def test_a_key_is_rotated_without_losing_a_connection(served: ReloadableDaemon) -> None:
-    """While the old key is still listed, whoever used it stays."""
+def test_reload_client_with_second_key_added_keeps_connection(served: ReloadableDaemon) -> None:
+    """While the old key is still listed, a connection that used it stays."""
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(ALICE + "  bob: {keys: [{key: bobs-second-key}, {key: bobs-first-key}]}\n")
         assert served.reload() == []
         assert not is_disconnected(bob)
 
 
-def test_changed_rules_hold_for_connections_that_stay(served: ReloadableDaemon) -> None:
-    """Who was allowed before, and has its route cached, is denied afterwards."""
+def test_reload_changed_policy_applies_to_open_connections(served: ReloadableDaemon) -> None:
+    """A sender that was allowed before, and whose route is cached, is denied
+    afterwards.
+    """
     with (
         served.connect("alice", "alices-first-key") as alice,
         served.connect("bob", "bobs-first-key") as bob,
@@ -121,8 +123,8 @@ def test_changed_rules_hold_for_connections_that_stay(served: ReloadableDaemon) 
         assert not is_disconnected(bob)
 
 
-def test_a_subscription_that_is_not_allowed_any_more_ends(served: ReloadableDaemon) -> None:
-    """The subscriber stays connected and gets nothing more of it."""
+def test_reload_forbidden_subscription_ends(served: ReloadableDaemon) -> None:
+    """The subscriber stays connected and gets no more events of it."""
     with (
         served.connect("alice", "alices-first-key") as alice,
         served.connect("bob", "bobs-first-key") as bob,
@@ -145,10 +147,12 @@ def test_a_subscription_that_is_not_allowed_any_more_ends(served: ReloadableDaem
         ("  alice: [\n", "brokerd.yaml:"),
     ],
 )
-def test_a_bad_file_changes_nothing_and_says_why(
+def test_reload_invalid_file_changes_nothing(
     served: ReloadableDaemon, broken: str, says: str
 ) -> None:
-    """The running configuration stays whole, connections included."""
+    """The error gives the reason. The running configuration stays whole, connections
+    included.
+    """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(broken)
         assert says in "\n".join(served.reload())
@@ -157,7 +161,7 @@ def test_a_bad_file_changes_nothing_and_says_why(
     served.connect("alice", "alices-first-key").close()
 
 
-def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: ReloadableDaemon) -> None:
+def test_reload_missing_include_directory_changes_nothing(served: ReloadableDaemon) -> None:
     """The clients of that directory stay connected until it is back."""
     (served.home / "d").mkdir(mode=0o700)
     (served.home / "d" / "carol.yaml").touch(mode=0o600)
@@ -176,11 +180,9 @@ def test_a_reload_whose_include_directory_is_gone_changes_nothing(served: Reload
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
 @pytest.mark.parametrize("how", ["removed", "stale"])
-def test_a_reload_listens_again_where_a_socket_file_is_gone(
-    served: ReloadableDaemon, how: str
-) -> None:
-    """A cleaner of /tmp took it: connections made before stay, new ones come in, and
-    the log tells.
+def test_reload_missing_socket_file_is_bound_again(served: ReloadableDaemon, how: str) -> None:
+    """A cleaner of /tmp has removed it. Open connections stay, new ones are accepted,
+    and the log says so.
     """
     path = served.home / "sock"
     with served.connect("alice", "alices-first-key") as alice:
@@ -200,9 +202,9 @@ def test_a_reload_listens_again_where_a_socket_file_is_gone(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
-def test_a_reload_leaves_another_brokers_socket_file_alone(served: ReloadableDaemon) -> None:
-    """The log says once that nobody reaches this broker there, and the file stays; what
-    the reload is for happens.
+def test_reload_socket_file_of_another_broker_is_kept(served: ReloadableDaemon) -> None:
+    """The log says once that clients do not reach this broker there. The rest of the
+    reload takes effect.
     """
     path = served.home / "sock"
     path.unlink()
@@ -222,10 +224,12 @@ def test_a_reload_leaves_another_brokers_socket_file_alone(served: ReloadableDae
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no socket files there")
-def test_a_socket_file_that_is_gone_comes_back_by_itself(
+def test_listener_socket_file_removed_is_bound_again_by_timer(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every some seconds the broker looks whether it can be reached; its monitor, too."""
+    """Every few seconds the broker checks whether it can be reached there. So does its
+    monitor.
+    """
     monkeypatch.setattr(daemons, "LOOK_S", 0.05)
     here = ReloadableDaemon(socket_dir)
     here.write(ALICE + f"monitor: {socket_dir}/page\n")
@@ -242,8 +246,8 @@ def test_a_socket_file_that_is_gone_comes_back_by_itself(
     assert {path.name for path in socket_dir.iterdir()} == {"brokerd.yaml"}
 
 
-def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -> None:
-    """One event has the count and the first warnings, none has a key."""
+def test_reload_and_start_warn_of_odd_keys(socket_dir: Path) -> None:
+    """One event has the count and the first warnings. No event contains a key."""
     here = ReloadableDaemon(socket_dir)
     here.write("".join(f"  c{number}: {{key: ' {number} a canary'}}\n" for number in range(30)))
     here.start()
@@ -266,8 +270,8 @@ def test_odd_keys_are_warned_of_at_the_start_and_at_a_reload(socket_dir: Path) -
         here.close()
 
 
-def test_an_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemon) -> None:
-    """A new client in the same file is not there either: all or nothing."""
+def test_reload_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemon) -> None:
+    """A new client in the same file is not added either: all or nothing."""
     (served.home / "plain").write_text("no socket")
     served.write(ALICE + BOB + "  carol: {key: carols-key}\n", listen=f", {served.home / 'plain'}")
     assert "a file that is not a socket" in served.reload()[0]
@@ -276,8 +280,8 @@ def test_an_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemo
     served.connect("alice", "alices-first-key").close()
 
 
-def test_listeners_open_close_and_change(served: ReloadableDaemon) -> None:
-    """A new address is served, a removed one is gone with its file, and one that stays
+def test_reload_opens_closes_and_changes_listeners(served: ReloadableDaemon) -> None:
+    """A new address is served, and a removed one is gone with its file. One that stays
     never stops.
     """
     with served.connect("bob", "bobs-first-key") as bob:
@@ -294,16 +298,16 @@ def test_listeners_open_close_and_change(served: ReloadableDaemon) -> None:
         assert not is_disconnected(bob)
 
 
-def test_subscribers_hear_of_a_reload(served: ReloadableDaemon) -> None:
-    """``$broker.reloaded`` is published when everything is taken over."""
+def test_reload_publishes_reloaded_event(served: ReloadableDaemon) -> None:
+    """``$broker.reloaded`` is published when the whole configuration is in effect."""
     with served.connect("bob", "bobs-first-key") as bob:
         heard = bob.subscribe("$broker.reloaded")
         assert served.reload() == []
         assert next(iter(heard)).topic == "$broker.reloaded"
 
 
-def test_an_administrator_reloads_and_hears_what_is_wrong(served: ReloadableDaemon) -> None:
-    """The operation answers with the lines of the refused file."""
+def test_reload_operation_returns_problems_of_refused_file(served: ReloadableDaemon) -> None:
+    """The reply to the administrator has the lines of the refused file."""
     served.write("  alice: {key: alices-first-key, admin: true}\n" + BOB)
     assert served.reload() == []
     with served.connect("alice", "alices-first-key") as alice:
@@ -315,11 +319,11 @@ def test_an_administrator_reloads_and_hears_what_is_wrong(served: ReloadableDaem
         assert "brokerd.yaml:3:" in answer["problems"][0]
 
 
-def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(
+def test_handshake_peer_uid_without_key_needs_name_only(
     served: ReloadableDaemon,
 ) -> None:
-    """With peer_uid and no key nothing else is needed on a Unix socket; elsewhere a key
-    is.
+    """With peer_uid and without a key, the name is enough on a Unix socket. Elsewhere a
+    key is needed.
     """
     served.write(ALICE + BOB + f"  ops: {{peer_uid: [{os.getuid()}]}}\n")
     assert served.reload() == []
@@ -329,11 +333,11 @@ def test_a_client_that_its_user_vouches_for_connects_with_its_name_alone(
         brokerd_client.connect("127.0.0.1:9", name="ops")
 
 
-def test_a_reload_waits_until_what_the_last_one_forbade_has_ended(
+def test_reload_finishes_pending_revocation_of_previous_one(
     served: ReloadableDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the broker had no time for it yet, the next reload finds nothing left to
-    do, and nothing is there again.
+    """If the broker had no time for it yet, the next reload completes it first. No
+    forbidden subscription returns.
     """
     left: list[int] = []
     finish = Revocation.finish

@@ -45,9 +45,11 @@ def ops(served: ReloadableDaemon) -> Iterator[Any]:
         yield client
 
 
-def test_a_dry_run_says_the_plan_and_changes_nothing(served: ReloadableDaemon, ops: Any) -> None:
-    """Who comes, goes and changes, who would be disconnected, which addresses; and all
-    stays as it was.
+def test_reload_dry_run_returns_plan_and_changes_nothing(
+    served: ReloadableDaemon, ops: Any
+) -> None:
+    """The plan has the added, removed and changed clients, the connections to end and
+    the addresses.
     """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(
@@ -82,9 +84,11 @@ def test_a_dry_run_says_the_plan_and_changes_nothing(served: ReloadableDaemon, o
         assert (served.home / "second").exists()
 
 
-def test_a_dry_run_of_a_bad_file_says_every_mistake(served: ReloadableDaemon, ops: Any) -> None:
-    """With the kind of problem it is; nothing is logged as refused, for nothing was to
-    be done.
+def test_reload_dry_run_of_invalid_file_returns_every_problem(
+    served: ReloadableDaemon, ops: Any
+) -> None:
+    """The reply has the kind of problem. No refusal is logged, since no change was to
+    be made.
     """
     served.write("  ops: {key: k, admin: maybe}\n  bob: {kye: b}\n")
 
@@ -99,10 +103,10 @@ def test_a_dry_run_of_a_bad_file_says_every_mistake(served: ReloadableDaemon, op
     ("address", "says"),
     [("plain", "a file that is not a socket"), ("missing/sock", "make the directory first")],
 )
-def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(
+def test_reload_dry_run_reports_obstacle_to_socket_file(
     served: ReloadableDaemon, ops: Any, address: str, says: str
 ) -> None:
-    """What can be seen without binding is a problem already then."""
+    """An obstacle that can be seen without binding is a problem in the dry run already."""
     (served.home / "plain").write_text("no socket")
     served.write(OPS + BOB, listen=f", {served.home / address}")
 
@@ -113,9 +117,9 @@ def test_a_dry_run_sees_what_is_in_the_way_of_a_socket(
     assert says in refused["problems"][0]
 
 
-def test_a_dry_run_binds_no_address(served: ReloadableDaemon, ops: Any) -> None:
-    """A port that somebody else has is in its way only when it is done; the reply names
-    the address both times.
+def test_reload_dry_run_binds_no_address(served: ReloadableDaemon, ops: Any) -> None:
+    """A port that another program uses is a problem only in the real run. The reply
+    names the address both times.
     """
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
@@ -130,11 +134,9 @@ def test_a_dry_run_binds_no_address(served: ReloadableDaemon, ops: Any) -> None:
     assert "carol" not in served.daemon.config.clients
 
 
-def test_a_wildcard_that_covers_an_old_address_is_refused_whole(
-    served: ReloadableDaemon, ops: Any
-) -> None:
-    """New addresses are opened before old ones are closed; where that can't be, both
-    runs say so.
+def test_reload_wildcard_over_open_address_is_refused(served: ReloadableDaemon, ops: Any) -> None:
+    """New addresses are opened before old ones are closed. Where that is impossible,
+    both runs say so.
     """
     with socket.create_server(("127.1.2.3", 0)) as free:
         port = free.getsockname()[1]
@@ -152,7 +154,7 @@ def test_a_wildcard_that_covers_an_old_address_is_refused_whole(
     assert "carol" not in served.daemon.config.clients
 
 
-def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(
+def test_reload_that_disconnects_its_administrator_is_answered_first(
     served: ReloadableDaemon, ops: Any
 ) -> None:
     """The reply is written before the connection ends, and says that it will."""
@@ -169,8 +171,8 @@ def test_whoever_is_disconnected_by_his_own_reload_has_the_answer(
     assert is_disconnected(ops)
 
 
-def test_a_user_who_is_no_longer_allowed_is_disconnected(served: ReloadableDaemon) -> None:
-    """peer_uid holds for those who are connected already."""
+def test_reload_client_with_forbidden_peer_uid_is_disconnected(served: ReloadableDaemon) -> None:
+    """A changed peer_uid holds for open connections too."""
     uid = os.getuid()
     served.write(OPS + f"  bob: {{key: bobs-first-key, peer_uid: [{uid}]}}\n")
     assert served.reload() == []
@@ -184,9 +186,9 @@ def test_a_user_who_is_no_longer_allowed_is_disconnected(served: ReloadableDaemo
         assert "peer_uid" in served.log.wait("client.disconnected")[-1].fields["reason"]
 
 
-def test_a_key_file_with_another_key_is_a_change(served: ReloadableDaemon) -> None:
-    """The same path, the same entry: the file is read again, and who has the old key
-    goes.
+def test_reload_key_file_with_another_key_disconnects_client(served: ReloadableDaemon) -> None:
+    """The path and the entry stay the same, and the file is read again. A connection
+    with the old key ends.
     """
     file = served.home / "bob.key"
     file.write_text("bobs-first-key\n")
@@ -206,8 +208,8 @@ def test_a_key_file_with_another_key_is_a_change(served: ReloadableDaemon) -> No
     served.connect("bob", "bobs-second-key").close()
 
 
-def test_a_queue_outlives_a_reload(served: ReloadableDaemon, ops: Any) -> None:
-    """Bytes that wait for a client who does not read arrive afterwards, in order."""
+def test_reload_keeps_queued_messages(served: ReloadableDaemon, ops: Any) -> None:
+    """Bytes that wait for a client that does not read arrive afterwards, in order."""
     with served.connect("bob", "bobs-first-key") as bob:
         body, count = bytes(100_000), 40
         for _ in range(count):
@@ -220,11 +222,11 @@ def test_a_queue_outlives_a_reload(served: ReloadableDaemon, ops: Any) -> None:
         assert bob.recv(timeout=TIMEOUT_S).body == b"last"
 
 
-def test_a_mode_that_can_not_be_set_changes_nothing(
+def test_reload_mode_that_cannot_be_set_changes_nothing(
     served: ReloadableDaemon, ops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two sockets that change the second fails: the first has its old mode again,
-    new ones are closed, all stays.
+    """Of two sockets that change, the second fails. The first gets its old mode back,
+    new ones are closed, and all else stays.
     """
     one, two, new = (served.home / name for name in ("one", "two", "new"))
 
@@ -250,8 +252,8 @@ def test_a_mode_that_can_not_be_set_changes_nothing(
     assert stat.S_IMODE(one.stat().st_mode) == 0o666
 
 
-def test_an_unknown_group_changes_nothing(served: ReloadableDaemon) -> None:
-    """A group that this machine does not have is refused with the socket's path, whole."""
+def test_reload_unknown_group_changes_nothing(served: ReloadableDaemon) -> None:
+    """The whole reload is refused, and the error names the socket's path."""
     path = served.home / "sock"
     file = served.home / "brokerd.yaml"
     file.write_text(
@@ -268,8 +270,10 @@ def test_an_unknown_group_changes_nothing(served: ReloadableDaemon) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file to any group")
-def test_a_group_comes_and_goes(served: ReloadableDaemon) -> None:
-    """A group taken out of the configuration gives the file back to the broker's own."""
+def test_reload_group_of_socket_file_is_set_and_reset(served: ReloadableDaemon) -> None:
+    """A group removed from the configuration gives the file back to the broker's own
+    group.
+    """
     path = served.home / "second"
     for group, gid in ((", group: 12345", 12345), ("", os.getgid())):
         served.write(OPS + BOB, listen=f", {{address: {path}, mode: '0660'{group}}}")
@@ -281,10 +285,10 @@ def test_a_group_comes_and_goes(served: ReloadableDaemon) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "between"), [("0600", "0660", 0o600), ("0660", "0600", 0o600)]
 )
-def test_nobody_has_more_than_by_the_old_or_the_new_entry(
+def test_reload_mode_while_group_changes_is_allowed_by_both_entries(
     served: ReloadableDaemon, monkeypatch: pytest.MonkeyPatch, before: str, after: str, between: int
 ) -> None:
-    """While a socket gets another group, its mode is what both entries allow."""
+    """While a socket file gets another group, its mode is what both entries allow."""
     path = served.home / "second"
     served.write(OPS + BOB, listen=f", {{address: {path}, mode: '{before}'}}")
     assert served.reload() == []
@@ -302,9 +306,9 @@ def test_nobody_has_more_than_by_the_old_or_the_new_entry(
     assert stat.S_IMODE(path.stat().st_mode) == int(after, 8)
 
 
-def test_whoever_had_connected_before_a_listener_closes_is_let_in(served: ReloadableDaemon) -> None:
-    """A connection that the system made, and the broker has not seen yet, is not thrown
-    away with the listener.
+def test_reload_closed_listener_accepts_waiting_connection(served: ReloadableDaemon) -> None:
+    """A connection that the system has made, and the broker has not seen yet, is not
+    lost with the listener.
     """
     second = served.home / "second"
     served.write(OPS + BOB, listen=f", {second}")
@@ -333,9 +337,9 @@ def list_open(file: Path) -> int:
 
 
 @linux
-def test_a_disk_that_hangs_holds_up_nobody(served: ReloadableDaemon, ops: Any) -> None:
-    """While a reload waits for its files, messages flow and clients connect; when they
-    come, it goes on.
+def test_reload_waiting_for_file_does_not_block_broker(served: ReloadableDaemon, ops: Any) -> None:
+    """While a reload waits for its files, messages flow and clients connect. When they
+    can be read, it continues.
     """
     fifo = served.home / "slow.yaml"
     os.mkfifo(fifo)
@@ -370,8 +374,8 @@ def test_a_disk_that_hangs_holds_up_nobody(served: ReloadableDaemon, ops: Any) -
     assert second.fields["removed"] == ["carol"]
 
 
-def test_two_reloads_at_once_happen_one_after_the_other(served: ReloadableDaemon) -> None:
-    """Each reads the files anew, and the last one sees the last state of them."""
+def test_reload_several_at_once_run_one_after_another(served: ReloadableDaemon) -> None:
+    """Each reads the files again, and the last one sees their last state."""
     served.write(OPS + BOB + "  carol: {key: c}\n")
     threads = [threading.Thread(target=served.reload) for _ in range(5)]
     for thread in threads:
@@ -383,8 +387,8 @@ def test_two_reloads_at_once_happen_one_after_the_other(served: ReloadableDaemon
     assert [event.fields["added"] for event in events] == [["carol"], [], [], [], []]
 
 
-def test_a_reload_while_draining_is_refused(served: ReloadableDaemon) -> None:
-    """What stops takes over nothing; the log says why."""
+def test_reload_during_drain_is_refused(served: ReloadableDaemon) -> None:
+    """A broker that stops takes no new configuration, and the log gives the reason."""
     served.write(OPS + BOB + "  carol: {key: c}\n")
     served.stop_soon()
 
@@ -393,9 +397,11 @@ def test_a_reload_while_draining_is_refused(served: ReloadableDaemon) -> None:
     assert "carol" not in served.daemon.config.clients
 
 
-def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: ReloadableDaemon) -> None:
-    """Between the proof and the welcome a reload may come: what counts is the
-    configuration at the end.
+def test_handshake_key_removed_by_reload_before_welcome_is_refused(
+    served: ReloadableDaemon,
+) -> None:
+    """A reload may happen between the proof and the welcome. The configuration at the
+    end of the handshake counts.
     """
     raw = Raw(served.daemon.addresses[0])
     raw.write(prefixed(raw.answer(b"bobs-first-key", b"bob")))
@@ -412,9 +418,9 @@ def test_a_key_that_goes_during_the_handshake_lets_nobody_in(served: ReloadableD
     raw.close()
 
 
-def test_uses_of_keys_outlive_a_reload(served: ReloadableDaemon, ops: Any) -> None:
-    """Which key let somebody in, and when; a key that goes and comes back has not been
-    used.
+def test_reload_keeps_last_use_of_keys(served: ReloadableDaemon, ops: Any) -> None:
+    """The broker keeps which key was used and when. A key that was removed and added
+    again counts as unused.
     """
     served.connect("bob", "bobs-first-key").close()
 
@@ -439,9 +445,9 @@ def test_uses_of_keys_outlive_a_reload(served: ReloadableDaemon, ops: Any) -> No
     assert keys()["bob"][0]["last_used"] is None
 
 
-def test_a_connection_stays_when_its_keys_time_is_over(served: ReloadableDaemon, ops: Any) -> None:
-    """The time of a key is about being let in: who is in stays, who comes is refused,
-    and the list says so.
+def test_reload_connection_whose_key_expired_stays(served: ReloadableDaemon, ops: Any) -> None:
+    """The time of a key concerns logins only. The connection stays, a new one is
+    refused, and the list shows it.
     """
     with served.connect("bob", "bobs-first-key") as bob:
         served.write(OPS + "  bob: {keys: [{key: bobs-first-key, not_after: 2001-01-01}]}\n")
@@ -464,10 +470,10 @@ def test_a_connection_stays_when_its_keys_time_is_over(served: ReloadableDaemon,
         assert is_disconnected(bob)
 
 
-def test_a_client_that_its_user_vouches_for_is_listed_without_a_key(
+def test_operation_keys_lists_client_with_peer_uid_without_id(
     served: ReloadableDaemon, ops: Any
 ) -> None:
-    """Its one entry has no id, and counts its uses as any other."""
+    """Its one entry has no id, and counts its uses like any other."""
     served.write(OPS + f"  bob: {{peer_uid: [{os.getuid()}]}}\n")
     assert served.reload() == []
     with brokerd_client.connect(str(served.home / "sock"), name="bob"):

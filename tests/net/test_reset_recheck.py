@@ -16,10 +16,10 @@ from support.running_daemon import configuration, running_daemon
 
 
 @pytest.mark.parametrize("listen", ["unix", "127.0.0.1:0"])
-def test_reset_recheck_reset_behind_unread_bytes_ends_the_connection(
+def test_reset_recheck_reset_after_unread_bytes_ends_connection(
     socket_dir: Path, listen: str
 ) -> None:
-    """The bytes are delivered and the name is free, though the loop reports both with
+    """The bytes are delivered and the name is free, although the loop reports both with
     one event.
     """
     at = str(socket_dir / "sock") if listen == "unix" else listen
@@ -51,8 +51,8 @@ def test_reset_recheck_reset_behind_unread_bytes_ends_the_connection(
 
 
 def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
-    """The second look is the last one until something is read again: an idle broker
-    does not wake up.
+    """The second check is the last one until the next read, so that an idle broker does
+    not wake up.
     """
     with (
         running_daemon(configuration(str(socket_dir / "sock"), "alice")) as here,
@@ -70,8 +70,8 @@ def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
 
 @pytest.mark.parametrize("size", [4_000, 300_000])
 def test_reset_recheck_held_sender_keeps_its_earlier_frames(socket_dir: Path, size: int) -> None:
-    """Who is held by a full queue and goes is not read on by the second look: all of it
-    arrives once there is room.
+    """The second check does not read on from a held sender that has disconnected. All
+    frames arrive when there is room.
     """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
     with (

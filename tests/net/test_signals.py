@@ -31,9 +31,9 @@ def _put(heard: asyncio.Queue[tuple[str, str]], what: str, name: str) -> None:
     ("number", "heard_by"),
     [("SIGTERM", "end"), ("SIGINT", "end"), ("SIGHUP", "reload"), ("SIGUSR2", "upgrade")],
 )
-def test_a_signal_wakes_a_loop_that_knows_none(number: str, heard_by: str) -> None:
-    """The loop, which waits for nothing else, calls what the signal is for; others are
-    no concern; all is undone.
+def test_signal_wakes_event_loop_without_signal_support(number: str, heard_by: str) -> None:
+    """The idle loop calls the signal's function. Other signals are ignored, and every
+    handler is restored in the end.
     """
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
 

@@ -65,8 +65,8 @@ def race(path: Path, starters: int) -> tuple[list[Listening], list[str]]:
 
 
 @pytest.mark.parametrize("starters", [2, 4])
-def test_listen_raced_over_a_stale_file_has_one_winner(socket_dir: Path, starters: int) -> None:
-    """Clients reach the winner, the others are told of it, and nothing is left."""
+def test_listener_race_over_stale_file_has_one_winner(socket_dir: Path, starters: int) -> None:
+    """Clients reach the winner, the other starters get an error, and no file is left."""
     path = socket_dir / "s"
     for _ in range(60):
         won, told = race(path, starters)
@@ -98,9 +98,9 @@ def _start(path: Path, conversation: Connection) -> None:
 
 
 @pytest.mark.slow
-def test_listen_raced_by_processes_has_one_winner(socket_dir: Path) -> None:
-    """Processes exclude each other as threads do: 500 times, two of them over one stale
-    file.
+def test_listener_race_of_processes_has_one_winner(socket_dir: Path) -> None:
+    """Processes exclude each other as threads do: two of them race 500 times over one
+    stale file.
     """
     path = socket_dir / "s"
     fork: Any = multiprocessing.get_context("fork")
@@ -127,10 +127,10 @@ def test_listen_raced_by_processes_has_one_winner(socket_dir: Path) -> None:
         process.join(30)
 
 
-def test_close_raced_by_a_start_never_removes_the_new_brokers_file(
+def test_listener_close_raced_by_start_keeps_file_of_new_broker(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broker that starts between the look at the file and its removal finds the old
+    """A broker that starts between the check of the file and its removal finds the old
     one still listening.
     """
     path = socket_dir / "s"
@@ -155,10 +155,10 @@ def test_close_raced_by_a_start_never_removes_the_new_brokers_file(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
-def test_listen_in_a_locked_directory_waits_for_the_lock(
+def test_listener_in_locked_directory_waits_for_lock(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lock that stays, such as a cleaner's, holds up a start only for a time."""
+    """A lock that stays, such as a cleaner's, delays a start only for a limited time."""
     monkeypatch.setattr(listening, "_LOCK_S", 0.2)
     path = socket_dir / "s"
     handle = os.open(socket_dir, os.O_RDONLY)
@@ -177,10 +177,12 @@ def test_listen_in_a_locked_directory_waits_for_the_lock(
 
 
 @pytest.mark.parametrize("function", ["open", "flock"])
-def test_listen_in_a_directory_that_cannot_be_locked_goes_on(
+def test_listener_in_directory_without_locks_is_opened(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    """One that only admits new files, or a file system without locks, is no obstacle."""
+    """A directory that only admits new files, or a file system without locks, does not
+    prevent a start.
+    """
 
     def fails(*_: object, **__: object) -> None:
         raise PermissionError(13, "planted")

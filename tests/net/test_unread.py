@@ -30,13 +30,13 @@ def test_unread_counter_counts_whole_messages_only(step: int) -> None:
     assert counter.count == 3 + 1 + 1 + 1 + 1
 
 
-def test_unread_counter_passes_over_what_was_judged_already() -> None:
+def test_unread_counter_skips_bytes_already_judged() -> None:
     counter = UnreadCounter(bytes_to_skip=5)
     counter.feed(b"#####" + packed(MESSAGE, "bob"))
     assert counter.count == 1
 
 
-def test_unread_counter_counts_nothing_behind_what_is_not_a_frame() -> None:
+def test_unread_counter_counts_nothing_after_invalid_frame() -> None:
     counter = UnreadCounter()
     counter.feed(packed(MESSAGE, "bob") + b"\x00\x00\x00\x05hello" + packed(MESSAGE, "bob") * 3)
     assert counter.count == 1

@@ -17,9 +17,9 @@ from brokerd.net.handshake import peer_uid as users
 PRIVATE = "         0          0          1\n       997        997          1\n"
 
 
-def test_users_outside_the_map_are_not_seen() -> None:
-    """With PrivateUsers=yes root and the own user are seen; nobody is taken for 65534,
-    which then stands for all.
+def test_peer_uid_outside_user_namespace_is_not_seen() -> None:
+    """With PrivateUsers=yes root and the service's own user are seen. 65534 then stands
+    for all others, and is not taken for the user `nobody`.
     """
     seen = users.ranges_of(PRIVATE)
     assert [uid for uid in (0, 1, 996, 997, 998, 1000, 65534) if users.is_seen(uid, seen)] == [
@@ -30,8 +30,8 @@ def test_users_outside_the_map_are_not_seen() -> None:
     assert users.is_seen(65534, everybody)
 
 
-def test_clients_that_count_on_unseen_users_are_found() -> None:
-    """The clients with such users in peer_uid are named, with those users alone."""
+def test_peer_uid_unseen_users_of_clients_are_found() -> None:
+    """The result has the clients with such users in peer_uid, and those users only."""
     config = configuration(
         "127.0.0.1:0",
         {"root": {"peer_uid": [0]}, "team": {"peer_uid": [0, 1000, 65534]}, "keyed": None},
@@ -39,8 +39,10 @@ def test_clients_that_count_on_unseen_users_are_found() -> None:
     assert users.unseen(config.clients, users.ranges_of(PRIVATE)) == {"team": [1000, 65534]}
 
 
-def test_it_is_warned_of(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the start, and after a reload, the log names clients that nobody can be."""
+def test_peer_uid_unseen_user_is_warned_of(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and after a reload, the log names clients that no user can be."""
     monkeypatch.setattr(users, "_seen", lambda: users.ranges_of("997 997 1"))
     with running_daemon(
         configuration(str(socket_dir / "s"), {"team": {"peer_uid": [1000]}})
@@ -51,10 +53,10 @@ def test_it_is_warned_of(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert "PrivateUsers=no" in warning.fields["reason"]
 
 
-def test_an_unseen_user_is_not_let_in_by_its_number(
+def test_peer_uid_of_unseen_user_is_rejected(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number that the system gives for everybody unseen is not accepted as a user."""
+    """The number that the system gives for every unseen user is not accepted as a user."""
     with running_daemon(
         configuration(str(socket_dir / "s"), {"own": {"peer_uid": [os.getuid()]}})
     ) as broker:

@@ -33,7 +33,7 @@ ERRORS: list[Callable[[], BaseException]] = [
 
 @pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
 @pytest.mark.parametrize("method", ["feed", "read", "write", "output", "handshake"])
-def test_exception_in_tls_is_a_lost_connection(
+def test_aio_client_exception_in_tls_is_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     server: Issued,
@@ -41,8 +41,8 @@ def test_exception_in_tls_is_a_lost_connection(
     method: str,
     make: Callable[[], BaseException],
 ) -> None:
-    """On a ready connection, and in the TLS handshake of the next one; the client
-    connects again, the log has it.
+    """The exception is raised on a ready connection, and in the TLS handshake of the
+    next one. The client connects again, and the log has the exception.
     """
     monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
     real: Any = getattr(Engine, method)
@@ -78,7 +78,7 @@ def test_exception_in_tls_is_a_lost_connection(
 
 @pytest.mark.timing
 @pytest.mark.parametrize("make", ERRORS, ids=["LookupError", "panic"])
-def test_exception_in_the_first_tls_handshake_ends_connect(
+def test_aio_client_exception_in_first_tls_handshake_ends_connect(
     monkeypatch: pytest.MonkeyPatch,
     server: Issued,
     trusting: ssl.SSLContext,

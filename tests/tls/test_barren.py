@@ -81,11 +81,11 @@ def all_at_once(here: RunningDaemon, forger: Forger, flood: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
+def test_empty_records_from_client_are_read_slowly_and_end_connection(
     kind: str, here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
-    """No turn of the loop is spent on it alone, others are served, and the log says why
-    it is gone.
+    """No turn of the loop goes to that client only. Other clients are served, and the
+    log says why it was disconnected.
     """
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
@@ -105,10 +105,12 @@ def test_a_client_with_nothing_to_say_is_taken_in_sips_and_given_up(
     assert sum(most) < 150_000
 
 
-def test_a_stranger_with_nothing_to_say_is_turned_away(
+def test_empty_records_from_pending_connection_end_handshake(
     here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
-    """Who has not proved who it is gets less, and the reason is logged."""
+    """A peer that has not authenticated gets a smaller budget, and the reason is
+    logged.
+    """
     with (
         tls_login(here.address, authority.context(), "bob") as bob,
         Forger(here.address, authority.context(), tmp_path / "secrets") as stranger,
@@ -123,11 +125,11 @@ def test_a_stranger_with_nothing_to_say_is_turned_away(
     assert sum(sips.values()) < 40_000
 
 
-def test_single_bytes_are_put_together_in_turns(
+def test_one_byte_records_are_assembled_in_turns(
     here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
-    """Messages in records of one byte each all arrive, in order; meanwhile the others
-    have their turns.
+    """Messages in records of one byte each all arrive, in order. Meanwhile other
+    clients have their turns.
     """
     count = 500
     data = b"".join(packed(MESSAGE, "bob", bytes(20), message_id=number) for number in range(count))
@@ -145,10 +147,10 @@ def test_single_bytes_are_put_together_in_turns(
     assert most[1] <= 12 * 1024
 
 
-def test_bytes_that_are_no_tls_end_a_connection(
+def test_tls_connection_invalid_record_ends_connection(
     here: RunningDaemon, authority: Authority, tmp_path: Path
 ) -> None:
-    """Frames in the clear in the middle of it are not read as such, and the log says
+    """Plaintext frames in the middle of it are not read as frames, and the log says
     what was wrong.
     """
     with (
@@ -164,11 +166,11 @@ def test_bytes_that_are_no_tls_end_a_connection(
         bob.ping()
 
 
-def test_a_handshake_in_pieces_is_taken_in_turns(
+def test_tls_handshake_in_one_byte_records_is_read_in_turns(
     here: RunningDaemon, sips: Counter[int], authority: Authority
 ) -> None:
-    """A ClientHello as long as may be, each byte in a record of its own, costs the
-    others no long turn.
+    """The longest possible ClientHello, each byte in a record of its own, causes no
+    long turn of the loop.
     """
     hello = b"\x01" + (131_000).to_bytes(3, "big") + b"\x03\x03" + bytes(131_000)
     with tls_login(here.address, authority.context(), "bob") as bob, Raw(here.address) as stranger:
@@ -180,11 +182,11 @@ def test_a_handshake_in_pieces_is_taken_in_turns(
     assert max(sips.values()) <= 36 * 1024
 
 
-def test_a_client_that_leaves_behind_a_flood_is_heard_out(
+def test_empty_records_before_message_of_disconnected_client_are_read(
     here: RunningDaemon, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it said behind much that was nothing counts, though another connection takes
-    its place at once.
+    """A message after many empty records is delivered, although another connection
+    takes the name at once.
     """
     with tls_login(here.address, authority.context(), "bob") as bob:
         alice = forger_of(here.address, authority.context(), tmp_path / "secrets", "alice")
@@ -208,11 +210,11 @@ def test_a_client_that_leaves_behind_a_flood_is_heard_out(
         assert bob.recv().body == b"the last one"
 
 
-def test_tls_connection_bytes_decrypted_during_handshake_are_read(
+def test_tls_connection_decrypted_bytes_are_read_on_presence_check(
     here: RunningDaemon, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is looked at because another one has its name is read on, though the system
-    has nothing more of it.
+    """A second login with the same name makes the broker look at this connection. The
+    broker then reads on, although the socket has no more bytes.
     """
     monkeypatch.setattr(connection_module, "_READS", 1)
     with (
@@ -244,9 +246,9 @@ def test_tls_connection_bytes_decrypted_during_handshake_are_read(
 @pytest.mark.skipif(
     shutil.which("openssl") is None, reason="needs the program openssl (apt-get install openssl)"
 )
-def test_renegotiation_is_refused(server: Issued, authority: Authority) -> None:
-    """A client that asks for another handshake in TLS 1.2, each of which would cost a
-    signature, is told no.
+def test_tls_renegotiation_is_refused(server: Issued, authority: Authority) -> None:
+    """In TLS 1.2 a client may ask for another handshake, each of which would cost a
+    signature. The listener refuses.
     """
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})

@@ -43,25 +43,27 @@ def refusal(here: RunningDaemon) -> str:
     return str(here.log.wait("client.refused")[0].fields["reason"])
 
 
-def test_library_binds_its_key(here: RunningDaemon, face: Face, trusting: ssl.SSLContext) -> None:
-    """The broker's log says what version is spoken and what the key is bound to."""
+def test_channel_binding_of_library_client_is_logged(
+    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+) -> None:
+    """The broker's log has the TLS version and what the key is bound to."""
     face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
 
     fields = here.log.wait("client.connected")[0].fields
     assert (fields["tls"], fields["bound_to"]) == ("TLSv1.3", END_POINT)
 
 
-def test_key_alone_is_found_when_it_is_bound(
+def test_channel_binding_key_without_name_is_found(
     here: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
-    """A client that does not say its name is found by its bound key."""
+    """A client that does not give its name is found by its bound key."""
     assert face.connect(str(here.address), key=key_of("bob"), ssl=trusting).name == "bob"
 
 
-def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
+def test_channel_binding_relay_with_listener_certificate_succeeds(
     here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """The relay of these tests passes everything on rightly: with the same certificate
+    """This relay passes everything on unchanged. With the listener's own certificate
     the handshake succeeds.
     """
     with Relay(here.address, server, trusting) as relay:
@@ -71,12 +73,10 @@ def test_relay_with_the_listener_s_own_certificate_is_a_mere_pipe(
         here.log.wait("client.connected")
 
 
-def test_relay_with_another_certificate_fails(
+def test_channel_binding_relay_with_another_certificate_is_rejected(
     here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
-    """Though the client trusts the certificate of who is in the middle, the broker
-    turns him away.
-    """
+    """The client trusts the relay's certificate, but the broker rejects the relay."""
     rejected = pytest.raises(AuthenticationError, match="rejected our answer")
     with Relay(here.address, authority.issue("middle"), trusting) as relay, rejected:
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
@@ -96,7 +96,7 @@ def test_relay_with_another_certificate_fails(
     ],
     ids=["stripped", "another kind", "unknown kind"],
 )
-def test_mark_can_t_be_stripped_or_changed(
+def test_channel_binding_answer_without_its_mark_is_rejected(
     here: RunningDaemon,
     face: Face,
     authority: Authority,
@@ -104,8 +104,8 @@ def test_mark_can_t_be_stripped_or_changed(
     answer: Callable[[bytes], bytes],
     reason: str,
 ) -> None:
-    """An answer made with a bound key is good for nothing without its mark, or with
-    another.
+    """An answer made with a bound key is invalid without its mark, and with another
+    mark.
     """
     relay = Relay(here.address, authority.issue("middle"), trusting, answer=answer)
     with relay, pytest.raises(AuthenticationError):
@@ -113,12 +113,10 @@ def test_mark_can_t_be_stripped_or_changed(
     assert reason in refusal(here)
 
 
-def test_offer_can_t_be_stripped(
+def test_channel_binding_challenge_without_offer_is_not_answered(
     here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """Even with the listener's own certificate, a challenge without its offer is not
-    answered.
-    """
+    """This holds even with the listener's own certificate."""
 
     def strip(challenge: bytes) -> bytes:
         assert challenge.endswith(b"\0tls-server-end-point 2")
@@ -129,11 +127,11 @@ def test_offer_can_t_be_stripped(
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
 
 
-def test_offer_can_t_be_altered(
+def test_channel_binding_challenge_with_altered_offer_is_rejected(
     here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """Even with the listener's own certificate, a change of the offer in the challenge
-    spoils the answer.
+    makes the answer invalid.
     """
 
     def alter(challenge: bytes) -> bytes:
@@ -147,11 +145,11 @@ def test_offer_can_t_be_altered(
     assert refusal(here) == "wrong key for the given name"
 
 
-def test_relay_to_a_plain_listener_fails(
+def test_channel_binding_relay_to_plain_listener_is_rejected(
     here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
-    """That a plain listener of the same broker offers nothing to bind to does not make
-    the client show a bare key.
+    """A plain listener of the same broker offers no binding. That does not make the
+    client use its bare key.
     """
     for alter in (bytes, lambda challenge: challenge + b"\0tls-server-end-point 2"):
         relay = Relay(here.addresses[1], authority.issue("middle"), None, alter=alter)
@@ -160,11 +158,11 @@ def test_relay_to_a_plain_listener_fails(
     assert "but this connection has none" in refusal(here)
 
 
-def test_client_accepts_no_broker_that_proves_the_bare_key(
+def test_channel_binding_broker_with_bare_key_is_rejected_by_client(
     face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """A listener that knows the key and does not bind it is refused: it would be one
-    that somebody is in front of.
+    """A listener that knows the key and does not bind it is refused, because a relay
+    could stand in front of it.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server.certificate, server.key)
@@ -206,9 +204,11 @@ def test_client_accepts_no_broker_that_proves_the_bare_key(
     assert not thread.is_alive()
 
 
-def test_client_without_binding_is_let_in(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
-    """Stock Python behind a program that adds TLS can still connect, with its bare key,
-    unless that is forbidden.
+def test_channel_binding_missing_is_accepted_by_default(
+    here: RunningDaemon, trusting: ssl.SSLContext
+) -> None:
+    """Stock Python behind a TLS proxy can connect with its bare key, unless that is
+    forbidden.
     """
     with tls_login(here.address, trusting, "alice") as alice:
         assert alice.ask("whoami").json["name"] == "alice"
@@ -216,11 +216,11 @@ def test_client_without_binding_is_let_in(here: RunningDaemon, trusting: ssl.SSL
 
 
 @pytest.mark.parametrize("by", ["listener", "client"])
-def test_binding_can_be_demanded(
+def test_channel_binding_required_rejects_client_without_it(
     by: str, server: Issued, face: Face, trusting: ssl.SSLContext
 ) -> None:
-    """With channel_binding: required a client that does not bind is turned away, and
-    one that does comes in.
+    """With `channel_binding: required` a client that does not bind is rejected, and one
+    that does is accepted.
     """
     need = {"channel_binding": "required"}
     tls = server.entry(**(need if by == "listener" else {}))

@@ -53,9 +53,9 @@ def _traced() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [1, 16384, 65536, 65537, 1_000_000])
-def test_what_is_written_is_read(pair: Pair, size: int) -> None:
-    """Less than a record, many records, more than is decrypted at once: all of it, and
-    nothing is left.
+def test_engine_bytes_written_are_read(pair: Pair, size: int) -> None:
+    """Less than a record, many records, more than is decrypted at once: all of it is
+    read, and nothing is left.
     """
     data = bytes(number % 251 for number in range(size))
     assert pair.carry(data) == data
@@ -63,10 +63,8 @@ def test_what_is_written_is_read(pair: Pair, size: int) -> None:
 
 
 @pytest.mark.usefixtures("_traced")
-def test_a_small_message_takes_no_large_buffer(pair: Pair) -> None:
-    """What is decrypted goes through a buffer that is there already, whichever
-    connection it comes by.
-    """
+def test_engine_small_message_allocates_no_large_buffer(pair: Pair) -> None:
+    """All connections decrypt through one shared buffer."""
     pair.carry(b"first")
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
@@ -74,9 +72,11 @@ def test_a_small_message_takes_no_large_buffer(pair: Pair) -> None:
     assert tracemalloc.get_traced_memory()[1] - before < 16 * 1024
 
 
-def test_threads_do_not_share_that_buffer(server: Issued, trusting: ssl.SSLContext) -> None:
-    """Decrypting lets other threads run: clients in two of them, at the same time, read
-    each their own.
+def test_engine_decryption_buffer_is_not_shared_between_threads(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """Decrypting lets other threads run. Clients in two threads, at the same time, each
+    read their own bytes.
     """
     begin = threading.Barrier(2)
 

@@ -54,8 +54,8 @@ def issued(authority: Authority, tmp_path: Path) -> Issued:
     return Issued(certificate, key)
 
 
-def test_right_files_are_taken(issued: Issued) -> None:
-    """A certificate and its key make a listener with TLS 1.3."""
+def test_tls_files_valid_make_listener_with_tls_1_3(issued: Issued) -> None:
+    """A certificate and its key are enough."""
     (listen,) = load_text(LISTEN.format(issued)).listen
     assert listen.tls is not None
     assert listen.tls.context.minimum_version is ssl.TLSVersion.TLSv1_3
@@ -65,19 +65,21 @@ def test_right_files_are_taken(issued: Issued) -> None:
 @pytest.mark.parametrize(
     ("written", "version"), [('"1.2"', "TLSv1_2"), ("1.2", "TLSv1_2"), ("1.3", "TLSv1_3")]
 )
-def test_minimum_is_text_or_a_number(issued: Issued, written: str, version: str) -> None:
-    """YAML takes a version without quotes for a number; it is understood all the same."""
+def test_tls_minimum_may_be_text_or_number(issued: Issued, written: str, version: str) -> None:
+    """YAML reads a version without quotes as a number, and the configuration accepts
+    both.
+    """
     (listen,) = load_text(LISTEN.format(issued) + f"    minimum: {written}\n").listen
     assert listen.tls is not None
     assert listen.tls.context.minimum_version.name == version
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system has no files in memory")
-def test_each_file_is_opened_once(
+def test_tls_files_are_opened_once(
     authority: Authority, issued: Issued, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was checked is what is used: a file replaced in that very moment changes
-    nothing.
+    """The content that was checked is the content used. A file replaced between the two
+    changes nothing.
     """
     ca = tmp_path / "ca.pem"
     ca.write_bytes(authority.file.read_bytes())
@@ -111,7 +113,7 @@ def test_each_file_is_opened_once(
     os.name != "posix" or not hasattr(os, "geteuid"), reason="there are no modes here"
 )
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
-def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
+def test_tls_key_readable_by_other_users_is_refused(issued: Issued, mode: int) -> None:
     """The error names the chmod to run."""
     issued.key.chmod(mode)
     (problem,) = problems(LISTEN.format(issued))
@@ -121,8 +123,8 @@ def test_key_that_others_can_read_is_refused(issued: Issued, mode: int) -> None:
     assert f"(chmod 600 {issued.key})" in problem
 
 
-def test_key_among_credentials_may_be_its_group_s(issued: Issued) -> None:
-    """Below systemd's directory of credentials the modes are systemd's business."""
+def test_tls_key_in_credentials_directory_may_be_group_readable(issued: Issued) -> None:
+    """In systemd's credentials directory the modes are up to systemd."""
     issued.key.chmod(0o440)
     environ = {"CREDENTIALS_DIRECTORY": str(issued.key.parent)}
     assert load_text(LISTEN.format(issued), "b.yaml", environ).listen[0].tls is not None
@@ -171,11 +173,11 @@ DAMAGES: list[tuple[Callable[[Issued, Authority], object], str, str]] = [
 @pytest.mark.parametrize(
     ("damage", "place", "words"), DAMAGES, ids=[words for _, _, words in DAMAGES]
 )
-def test_every_mistake_has_its_place(
+def test_tls_file_error_names_its_place(
     issued: Issued, authority: Authority, damage: Callable[..., Any], place: str, words: str
 ) -> None:
-    """What is wrong with a file is said where the file is named, with what would be
-    right.
+    """An error in a file is reported at the line that names the file, with what would
+    be right.
     """
     damage(issued, authority)
     (problem,) = problems(LISTEN.format(issued))
@@ -184,7 +186,7 @@ def test_every_mistake_has_its_place(
     assert problem.endswith(")")
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_tls_file_errors_are_reported_together(tmp_path: Path) -> None:
     """Each of three missing files has an error of its own."""
     nothing = Issued(tmp_path / "c", tmp_path / "k")
     found = problems(LISTEN.format(nothing) + "    client_ca: ca\n")
@@ -203,17 +205,17 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ("{address: 'tls://h:1'}", "listen[0].address: tls:// belongs in a client's address"),
     ],
 )
-def test_what_has_no_sense_is_refused(entry: str, error: str) -> None:
-    """TLS belongs to TCP, and the way clients write it does not belong into the
+def test_tls_option_at_wrong_address_is_refused(entry: str, error: str) -> None:
+    """TLS applies to TCP only. The tls:// of a client's address is not valid in the
     configuration.
     """
     (problem,) = problems(f"listen:\n- {entry}\n")
     assert error in problem
 
 
-def test_contradictions_are_refused(issued: Issued) -> None:
-    """TLS that is said not to be there, and client certificates without anybody to
-    issue them.
+def test_tls_contradicting_options_are_refused(issued: Issued) -> None:
+    """The file has tls together with `plain: true`, and client certificates without a
+    client_ca to issue them.
     """
     text = LISTEN.format(issued) + "    client_certificate: optional\n  plain: true\n"
     assert [each.split(": ")[1] for each in problems(text)] == [
@@ -222,8 +224,8 @@ def test_contradictions_are_refused(issued: Issued) -> None:
     ]
 
 
-def test_certificate_out_of_its_time(authority: Authority) -> None:
-    """One that has expired is refused; one that soon will is warned of."""
+def test_tls_certificate_expired_is_refused_and_expiring_is_warned_of(authority: Authority) -> None:
+    """A certificate that has expired is an error. One that expires soon is a warning."""
     now = datetime.now(UTC)
     old = authority.issue("old", until=now - timedelta(seconds=5))
     (problem,) = problems(LISTEN.format(old))
@@ -249,9 +251,9 @@ def test_certificate_out_of_its_time(authority: Authority) -> None:
         ("/run/b", False),
     ],
 )
-def test_check_warns_of_plain_tcp(address: str, warned: bool) -> None:
-    """A listener that other machines can reach without TLS is warned of, naming the
-    option, unless it is meant.
+def test_tls_missing_at_reachable_address_is_warned_of(address: str, warned: bool) -> None:
+    """The warning for a listener that other machines can reach without TLS names the
+    option. With `plain: true` there is no warning.
     """
     clients = "clients: {a: {key: k}}\n"
     found = lint_warnings(
@@ -271,8 +273,8 @@ def test_check_warns_of_plain_tcp(address: str, warned: bool) -> None:
         )
 
 
-def test_check_command_tells_both(issued: Issued, tmp_path: Path) -> None:
-    """``brokerd check`` shows the warning and ends well, and shows the mistake and ends
+def test_check_command_prints_tls_warning_and_tls_error(issued: Issued, tmp_path: Path) -> None:
+    """``brokerd check`` prints a warning and exits with 0. It prints an error and exits
     with 78.
     """
     file = tmp_path / "b.yaml"
@@ -287,9 +289,9 @@ def test_check_command_tells_both(issued: Issued, tmp_path: Path) -> None:
     assert (result.exit_code, "chmod 600" in result.stderr) == (78, True)
 
 
-def test_daemon_warns_of_plain_tcp_once(server: Issued) -> None:
-    """One event at the start for each such listener, and none for those that are local,
-    have TLS or are meant so.
+def test_tls_missing_at_start_is_logged_once_per_listener(server: Issued) -> None:
+    """One event at the start names each such listener. Listeners that are local, have
+    TLS or have `plain: true` are not named.
     """
     listen = [
         "0.0.0.0:0",
@@ -313,11 +315,11 @@ def serial_of(raw: TlsRaw) -> int:
     return int(shown["serialNumber"], 16)
 
 
-def test_renewed_certificate_under_traffic(
+def test_tls_certificate_renewed_by_reload_loses_no_message(
     issued: Issued, authority: Authority, trusting: ssl.SSLContext, socket_dir: Path
 ) -> None:
-    """New connections get the new certificate; those that are there go on, and no
-    message is lost or late.
+    """New connections get the new certificate. Open connections continue, and no
+    message is lost.
     """
     listen = [{"address": "127.0.0.1:0", "tls": issued.entry()}, str(socket_dir / "sock")]
     with (
@@ -370,11 +372,11 @@ def test_renewed_certificate_under_traffic(
         )
 
 
-def test_bad_certificate_leaves_everything_as_it_was(
+def test_tls_certificate_invalid_at_reload_changes_nothing(
     issued: Issued, authority: Authority, trusting: ssl.SSLContext, tmp_path: Path
 ) -> None:
-    """A reload with files that do not fit is refused whole, says why, and the old
-    certificate serves on.
+    """A reload with files that do not match is refused, with the reason. The old
+    certificate stays in use.
     """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
@@ -390,9 +392,11 @@ def test_bad_certificate_leaves_everything_as_it_was(
             assert serial_of(new) == before
 
 
-def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext) -> None:
-    """An address that had none speaks TLS after a reload, to those who come then; who
-    is there stays, in the clear.
+def test_tls_added_to_listener_by_reload_applies_to_new_connections(
+    issued: Issued, trusting: ssl.SSLContext
+) -> None:
+    """An address without TLS speaks TLS after the reload. Connections opened before
+    stay in plaintext.
     """
     with running_daemon(configuration("127.0.0.1:0")) as here:
         address = {"address": f"127.0.0.1:{here.address.port}"}
@@ -408,8 +412,8 @@ def test_listener_gets_tls_by_a_reload(issued: Issued, trusting: ssl.SSLContext)
             alice.ping()
 
 
-def test_memory_of_tls_is_in_the_bound(issued: Issued) -> None:
-    """Each connection and each unfinished handshake counts, where there is TLS at all."""
+def test_tls_memory_is_part_of_memory_bound(issued: Issued) -> None:
+    """Each connection and each pending handshake counts, if any listener has TLS."""
     clients = {"alice": {"connections": 7}}
     limits = {"handshakes": 5}
     without = memory_bound(configuration("127.0.0.1:0", clients, limits=limits))
@@ -437,11 +441,11 @@ def test_memory_of_tls_is_in_the_bound(issued: Issued) -> None:
         ),
     ],
 )
-def test_subject_in_text_is_that_of_the_certificate(
+def test_tls_subject_written_as_text_equals_subject_of_certificate(
     text: str, pairs: list[tuple[str, str]] | None
 ) -> None:
-    """What people write is compared with what the certificate has, in any order, and
-    shown as it can be written.
+    """A subject in the configuration may list its parts in any order. It is shown in
+    the form that can be written.
     """
     subject = parse(text)
     assert parse(show(subject)) == subject
@@ -450,14 +454,14 @@ def test_subject_in_text_is_that_of_the_certificate(
 
 
 @pytest.mark.parametrize("text", ["", "alice", "CN=", "CN=alice,", "=alice", "CN=a,,O=b", "CN=a\\"])
-def test_odd_subject_is_refused(text: str) -> None:
-    """The error shows the form."""
+def test_tls_subject_invalid_is_refused(text: str) -> None:
+    """The error shows the right form."""
     with pytest.raises(ValueError, match="CN=alice,O=Example"):
         parse(text)
 
 
-def test_subject_must_be_whole() -> None:
-    """A part of a subject is not it, nor is one with something more."""
+def test_tls_subject_must_match_completely() -> None:
+    """A part of a subject does not match, nor does one with an additional part."""
     whole = parse("CN=alice,O=Example")
     assert whole != parse("CN=alice")
     assert whole != parse("CN=alice,O=Example,OU=x")
@@ -467,9 +471,9 @@ def test_subject_must_be_whole() -> None:
 # brokerctl
 
 
-def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path) -> None:
-    """--ca is what it takes, or BROKERD_CA; without either the error says so, and what
-    is not for TLS is refused.
+def test_brokerctl_over_tls_needs_ca(server: Issued, authority: Authority, tmp_path: Path) -> None:
+    """The option --ca or the variable BROKERD_CA is enough. Without either the error
+    says so. Options for TLS are refused for a plain address.
     """
     key_file = tmp_path / "alice"
     key_file.write_bytes(key_of("alice"))
@@ -503,8 +507,10 @@ def test_brokerctl_over_tls(server: Issued, authority: Authority, tmp_path: Path
         assert (plain.exit_code, "are for TLS" in plain.stderr) == (2, True)
 
 
-def test_testing_broker_speaks_tls(server: Issued, trusting: ssl.SSLContext) -> None:
-    """brokerd.testing takes tls as a listen entry does, and its clients a context."""
+def test_testing_broker_accepts_tls(server: Issued, trusting: ssl.SSLContext) -> None:
+    """brokerd.testing accepts tls as a listen entry does, and its clients accept a
+    context.
+    """
     with running(tls=server.entry()) as broker:
         alice, bob = broker.connect("alice", ssl=trusting), broker.connect("bob", ssl=trusting)
         alice.send("bob", "hello")

@@ -64,11 +64,11 @@ def demanding(server: Issued, authority: Authority, alice: dict[str, Any], **tls
     return configuration(entry, {"alice": alice, "bob": {}})
 
 
-def test_certificate_of_the_right_subject_is_let_in(
+def test_client_certificate_of_right_subject_is_accepted(
     face: Face, server: Issued, authority: Authority
 ) -> None:
-    """With key and certificate as its entry demands a client comes in; the log says
-    whom the certificate is about.
+    """A client with the key and certificate that its entry demands is accepted. The log
+    has the certificate's subject.
     """
     shown = authority.issue("alice", "alice.example", common_name="alice")
     demanded = {"certificate": {"fingerprint": shown.fingerprint.upper()}}
@@ -83,10 +83,10 @@ def test_certificate_of_the_right_subject_is_let_in(
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
-def test_certificate_does_not_replace_the_key(
+def test_client_certificate_does_not_replace_key(
     face: Face, server: Issued, authority: Authority
 ) -> None:
-    """The right certificate with a wrong key is worth nothing."""
+    """The right certificate with a wrong key is rejected."""
     shown = authority.issue("alice", "alice.example", common_name="alice")
     with running_daemon(
         demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
@@ -97,11 +97,11 @@ def test_certificate_does_not_replace_the_key(
 
 
 @pytest.mark.parametrize("demanded", ["subject", "fingerprint"])
-def test_another_certificate_is_turned_away(
+def test_client_certificate_of_another_subject_is_rejected(
     demanded: str, face: Face, server: Issued, authority: Authority
 ) -> None:
-    """Somebody else's certificate, though as good as any, does not do; the log says
-    what it is.
+    """A certificate of another client is rejected although the CA issued it. The log
+    has its subject or fingerprint.
     """
     theirs = authority.issue("mallory", "mallory.example", common_name="mallory")
     mine = authority.issue("alice", "alice.example", common_name="alice")
@@ -114,7 +114,7 @@ def test_another_certificate_is_turned_away(
         assert here.log.named("client.refused")[0].fields["name"] == "alice"
 
 
-def test_no_certificate_where_one_is_demanded(
+def test_client_certificate_missing_is_rejected(
     face: Face, server: Issued, authority: Authority
 ) -> None:
     """Both sides say that a client's certificate is missing."""
@@ -127,7 +127,7 @@ def test_no_certificate_where_one_is_demanded(
         )
 
 
-def test_certificate_of_a_stranger_s_authority(
+def test_client_certificate_of_unknown_ca_is_rejected(
     face: Face, server: Issued, authority: Authority, tmp_path: Any
 ) -> None:
     """A certificate that client_ca did not issue is refused, and both sides say so."""
@@ -140,8 +140,12 @@ def test_certificate_of_a_stranger_s_authority(
         assert "the client's certificate is not accepted" in refusal(here)
 
 
-def test_certificates_may_be_optional(face: Face, server: Issued, authority: Authority) -> None:
-    """With client_certificate: optional only who has it in its entry needs one."""
+def test_client_certificate_optional_is_needed_only_if_entry_demands_it(
+    face: Face, server: Issued, authority: Authority
+) -> None:
+    """With `client_certificate: optional` only a client whose entry demands a
+    certificate needs one.
+    """
     shown = authority.issue("alice", "alice.example")
     alice = {"certificate": {"fingerprint": [shown.fingerprint, "0" * 64]}}
     with running_daemon(demanding(server, authority, alice, client_certificate="optional")) as here:
@@ -152,11 +156,11 @@ def test_certificates_may_be_optional(face: Face, server: Issued, authority: Aut
         face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
-def test_changed_demand_closes_connections_that_miss_it(
+def test_client_certificate_changed_by_reload_disconnects_client(
     server: Issued, authority: Authority
 ) -> None:
-    """A reload that demands another certificate lets go of who has shown the old one,
-    with the reason; others stay.
+    """A reload that demands another certificate disconnects the client with the old one
+    and gives the reason. Other clients stay.
     """
     shown = authority.issue("alice", "alice.example")
     context = authority.context(shown)
@@ -184,11 +188,11 @@ def test_changed_demand_closes_connections_that_miss_it(
 # Who speaks what
 
 
-def test_unknown_issuer_is_said_on_both_sides(
+def test_tls_listener_certificate_of_unknown_ca_is_reported_by_both_sides(
     here: RunningDaemon, face: Face, tmp_path: Any
 ) -> None:
-    """The client says that it can't verify the certificate, and what would help; the
-    log, that it was not accepted.
+    """The client says that it can't verify the certificate, and what would help. The
+    log says that it was not accepted.
     """
     with pytest.raises(TlsError, match=r"can't be verified.*cafile"):
         face.connect(str(here.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context())
@@ -196,8 +200,10 @@ def test_unknown_issuer_is_said_on_both_sides(
     assert here.log.named("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
-def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority: Authority) -> None:
-    """A certificate for another host is refused by name."""
+def test_tls_listener_certificate_of_another_host_is_rejected(
+    face: Face, authority: Authority
+) -> None:
+    """The client's error names the host, and the broker's log has the refusal."""
     other = authority.issue("other", "other.example")
     with running_daemon(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
         with pytest.raises(TlsError, match=r"is for another host.*127\.0\.0\.1"):
@@ -205,7 +211,7 @@ def test_another_host_s_certificate_is_said_on_both_sides(face: Face, authority:
         assert "the client does not accept this listener's certificate" in refusal(here)
 
 
-def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext) -> None:
+def test_tls_client_at_plain_listener_is_error(face: Face, trusting: ssl.SSLContext) -> None:
     """Both sides say at once that the listener has no TLS, and what to do."""
     with running_daemon(configuration("127.0.0.1:0")) as here:
         with pytest.raises(
@@ -215,9 +221,11 @@ def test_client_of_tls_at_a_plain_listener(face: Face, trusting: ssl.SSLContext)
         assert "peer speaks TLS, and this listener does not" in refusal(here)
 
 
-def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) -> None:
-    """A plain client waits for the broker's word; at the deadline it gets one that says
-    what would be right.
+def test_tls_listener_tells_silent_plain_client_at_handshake_timeout(
+    face: Face, server: Issued
+) -> None:
+    """A plain client waits for the broker to speak first. At the deadline it gets a
+    failure that says what would be right.
     """
     limits = {"handshake_timeout": "200ms"}
     with running_daemon(
@@ -230,8 +238,8 @@ def test_silent_plain_client_at_a_listener_with_tls(face: Face, server: Issued) 
         assert "a client without TLS waits for the broker to speak first" in refusal(here)
 
 
-def test_plain_client_that_speaks_at_a_listener_with_tls(here: RunningDaemon) -> None:
-    """Bytes that are no TLS are refused as such."""
+def test_tls_listener_rejects_plain_client_that_sends_first(here: RunningDaemon) -> None:
+    """Bytes that are not TLS are refused with that reason."""
     with Raw(here.address) as raw:
         raw.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40)))
         raw.read_to_end()
@@ -239,11 +247,11 @@ def test_plain_client_that_speaks_at_a_listener_with_tls(here: RunningDaemon) ->
 
 
 @pytest.mark.parametrize("minimum", ["1.2", "1.3"])
-def test_old_version_needs_the_minimum_lowered(
+def test_tls_listener_rejects_version_below_minimum(
     minimum: str, face: Face, server: Issued, authority: Authority
 ) -> None:
-    """A client that stops at TLS 1.2 is let in only where minimum says so; else both
-    sides name the version.
+    """A client limited to TLS 1.2 is accepted only where minimum allows it. Otherwise
+    both sides name the version.
     """
     context = authority.context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -263,11 +271,11 @@ def test_old_version_needs_the_minimum_lowered(
 
 
 @pytest.mark.timing
-def test_half_open_handshakes_delay_nobody(
+def test_tls_handshakes_unfinished_do_not_delay_other_clients(
     here: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
-    """A crowd that begins TLS and stops, at every point, holds up neither those who
-    come nor those who are there.
+    """Sixty peers begin TLS and stop, each at another point. New and open connections
+    are served without delay.
     """
     first = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
     hello = _client_hello(trusting)
@@ -287,11 +295,11 @@ def test_half_open_handshakes_delay_nobody(
             raw.close()
 
 
-def test_one_handshake_a_turn_of_the_loop(
+def test_tls_handshakes_are_answered_one_per_turn(
     here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a crowd whose first bytes are all there, the broker answers one, and lets
-    everybody else have a turn.
+    """The first bytes of forty peers are all there. The broker answers one of them, and
+    then other connections have a turn.
     """
     turns = 0
     steps: list[int] = []
@@ -325,8 +333,12 @@ def test_one_handshake_a_turn_of_the_loop(
     assert len(set(steps[:40])) == 40
 
 
-def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLContext) -> None:
-    """Who begins TLS and stops is turned away when limits.handshake_timeout is over."""
+def test_tls_handshake_unfinished_is_closed_after_handshake_timeout(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """A peer that begins TLS and stops is disconnected when limits.handshake_timeout is
+    over.
+    """
     limits = {"handshake_timeout": "200ms"}
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
@@ -341,10 +353,10 @@ def test_half_open_handshake_has_a_deadline(server: Issued, trusting: ssl.SSLCon
         assert refusal(here, 1) == "handshake not finished within limits.handshake_timeout"
 
 
-def test_half_open_handshakes_are_bounded_in_number(
+def test_tls_handshakes_above_limit_drop_oldest(
     server: Issued, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One more than limits.handshakes drops the oldest, once its grace is over."""
+    """One more than limits.handshakes drops the oldest one when its grace is over."""
     monkeypatch.setattr(admission, "GRACE_S", 0.1)
     limits = {"handshakes": 3}
     with running_daemon(
@@ -364,12 +376,10 @@ def _client_hello(context: ssl.SSLContext) -> bytes:
     return outgoing.read()
 
 
-def test_bytes_behind_the_handshake_are_not_lost(
+def test_tls_frames_in_same_record_as_welcome_are_routed(
     here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
-    """Frames that come in one record with the last #WELCOME#, more than one read of a
-    pending connection, are all routed.
-    """
+    """They are more than one read of a pending connection, and all of them are routed."""
     count = 500
     with tls_login(here.address, trusting, "bob") as bob:
         early = b"".join(
@@ -379,7 +389,7 @@ def test_bytes_behind_the_handshake_are_not_lost(
             assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
-def test_second_connection_of_a_name_is_told_over_tls(
+def test_tls_connection_second_of_same_name_gets_name_taken(
     here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     with tls_login(here.address, trusting, "alice") as alice:
@@ -390,11 +400,11 @@ def test_second_connection_of_a_name_is_told_over_tls(
         alice.ping()
 
 
-def test_talking_on_shortens_no_slowed_failure(
+def test_tls_delayed_failure_is_not_shortened_by_more_bytes(
     here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
-    """Who has failed often is told so late, whatever it has said behind its answer, be
-    it more than one read of it.
+    """A peer that has failed often gets its failure late, even if it sends more than
+    one read behind its answer.
     """
     pending_connections = 12
     for number in range(pending_connections):
@@ -406,9 +416,11 @@ def test_talking_on_shortens_no_slowed_failure(
     } == {"unknown key"}
 
 
-def test_handshake_in_single_bytes(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
-    """Records cut into single bytes, and a frame in a record for each byte, are put
-    together again.
+def test_tls_handshake_in_one_byte_records_is_accepted(
+    here: RunningDaemon, trusting: ssl.SSLContext
+) -> None:
+    """Records of single bytes are assembled, and so is a frame with a record for each
+    byte.
     """
     with TlsRaw(here.address, trusting) as raw:
         raw.write_bytewise(prefixed(raw.answer(key_of("alice"), b"alice")))
@@ -422,7 +434,7 @@ def test_handshake_in_single_bytes(here: RunningDaemon, trusting: ssl.SSLContext
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_large_messages_both_ways_at_once(
+def test_tls_large_messages_in_both_directions_arrive(
     version: ssl.TLSVersion, face: Face, server: Issued, authority: Authority
 ) -> None:
     """Megabytes in both directions at the same time, more than any buffer holds, arrive
@@ -455,11 +467,11 @@ def test_large_messages_both_ways_at_once(
             thread.join(PATIENCE)
 
 
-def test_sender_waits_for_its_own_bytes_only(
+def test_tls_client_send_does_not_wait_for_bytes_inside_tls(
     here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once all that was to be sent is taken, sends go on, though a piece of it waits in
-    TLS for its leave.
+    """Once the transport has accepted all bytes of a send, further sends proceed. A
+    piece may still wait inside TLS.
     """
     with brokerd_client.connect(str(here.address), "alice", key_of("alice"), ssl=trusting) as alice:
         with monkeypatch.context() as patched:
@@ -472,11 +484,11 @@ def test_sender_waits_for_its_own_bytes_only(
 
 
 @pytest.mark.parametrize("when_full", ["refuse", "drop_oldest", "wait"])
-def test_slow_reader_gets_what_was_accepted_in_order(
+def test_tls_slow_consumer_gets_accepted_messages_in_order(
     when_full: str, server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """A reader stops, and the accounts balance: what is not answered with an error
-    comes later, whole.
+    """The reader pauses. Every message that was not answered with an error arrives
+    later, whole.
     """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
     clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}}
@@ -514,10 +526,10 @@ def test_slow_reader_gets_what_was_accepted_in_order(
         bob.ping()
 
 
-def test_goodbye_is_said_after_everything_was_written(
+def test_drain_over_tls_sends_close_notify_after_last_message(
     server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """A broker that drains writes what waits, ends TLS as TLS is ended, and only then
+    """A draining broker writes the queued messages, ends TLS properly, and only then
     closes.
     """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
@@ -538,11 +550,11 @@ def test_goodbye_is_said_after_everything_was_written(
         assert bob.is_closed("shutting_down")
 
 
-def test_piece_that_tls_holds_is_written_before_the_end(
+def test_drain_over_tls_waits_for_bytes_inside_tls(
     here: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
-    """When the outbox is empty and only TLS still holds something, a drain waits for
-    that too.
+    """When the outbox is empty and only TLS still holds bytes, a drain waits for those
+    too.
     """
 
     def held() -> bool:
@@ -573,9 +585,9 @@ def test_piece_that_tls_holds_is_written_before_the_end(
         assert bob.is_closed("shutting_down")
 
 
-def test_client_that_vanishes_is_noticed(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
-    """A connection that ends without TLS's goodbye, or is reset, is a client that
-    closed; the name is free again.
+def test_tls_connection_reset_frees_name(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
+    """A connection that is reset, or ends without close_notify, counts as closed by the
+    client. The name is free again.
     """
     for _ in range(3):
         alice = tls_login(here.address, trusting, "alice")
@@ -588,8 +600,10 @@ def test_client_that_vanishes_is_noticed(here: RunningDaemon, trusting: ssl.SSLC
         pass
 
 
-def test_tls_link_can_t_be_handed_over(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
-    """Whoever wants to hand connections to another process is told that this one stays."""
+def test_tls_connection_can_not_be_handed_over(
+    here: RunningDaemon, trusting: ssl.SSLContext
+) -> None:
+    """The connection reports that it stays in this process."""
     with tls_login(here.address, trusting, "alice") as alice:
         alice.ping()
         (connection,) = here.call(lambda: list(here.daemon._server.connections))  # type: ignore[union-attr]
@@ -604,11 +618,11 @@ def test_tls_link_can_t_be_handed_over(here: RunningDaemon, trusting: ssl.SSLCon
 
 
 @pytest.mark.timing
-def test_close_is_quick_and_what_was_sent_arrives(
+def test_tls_client_close_delivers_sent_messages_without_delay(
     here: RunningDaemon, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that sends and closes at once has everything delivered, and is not
-    closed by a time that runs out.
+    """A client that sends and closes at once has everything delivered, and does not
+    wait for a timeout.
     """
     for module in (dialog, aio.base, blocking.base):
         monkeypatch.setattr(module, "LINGER_S", 3 * PATIENCE)
@@ -623,8 +637,10 @@ def test_close_is_quick_and_what_was_sent_arrives(
     assert [bob.recv(PATIENCE).payload for _ in range(200)] == list(range(200))
 
 
-def test_reconnect_over_tls(here: RunningDaemon, face: Face, trusting: ssl.SSLContext) -> None:
-    """A connection that is lost is made again, TLS and all."""
+def test_tls_client_disconnected_reconnects(
+    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+) -> None:
+    """A lost connection is opened again, with TLS."""
     alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
     here.call(lambda: here.daemon.cut_off("alice"))
     here.log.wait("client.connected", 2)
@@ -640,17 +656,17 @@ def test_reconnect_over_tls(here: RunningDaemon, face: Face, trusting: ssl.SSLCo
         ("h:1", ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "a client's context"),
     ],
 )
-def test_odd_combinations_are_refused(address: str, given: Any, error: str) -> None:
-    """What can't be meant is refused before anything is opened, with what would be
-    right.
+def test_tls_client_invalid_options_are_refused(address: str, given: Any, error: str) -> None:
+    """An invalid combination is refused before any connection is opened, with what
+    would be right.
     """
     with pytest.raises((BrokerdError, TypeError, ValueError), match=error):
         brokerd_client.connect(address, "alice", "k", ssl=given)
 
 
-def test_address_decides_when_nothing_is_given(here: RunningDaemon) -> None:
-    """tls:// alone means to trust what the system trusts, which does not know this CA;
-    so does ssl=True.
+def test_tls_client_without_context_trusts_system_cas(here: RunningDaemon) -> None:
+    """An address with tls:// alone trusts the CAs of the system, which do not include
+    this one. So does ssl=True.
     """
     for address, given in (
         (str(here.address), None),

@@ -23,9 +23,11 @@ from brokerd.cli.main import main
 @pytest.mark.skipif(
     not hasattr(signal, "SIGUSR2") or os.name != "posix", reason="no process replaces itself here"
 )
-def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLContext) -> None:
-    """When the daemon replaces itself, connections over TLS are closed in order and
-    made again; plain ones stay.
+def test_upgrade_tls_connections_are_closed_and_reconnect(
+    socket_dir: Path, server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """When the daemon replaces itself, TLS connections are closed in order and opened
+    again. Plain ones stay.
     """
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}]
     with BrokerProcess(
@@ -56,9 +58,9 @@ def test_upgrade_with_tls(socket_dir: Path, server: Issued, trusting: ssl.SSLCon
         assert broker.exit_status() == 0
 
 
-def test_health_over_tls(socket_dir: Path, server: Issued, authority: Authority) -> None:
-    """A health check finds the broker well over TLS, with or without a demand for
-    certificates.
+def test_health_over_tls_is_well(socket_dir: Path, server: Issued, authority: Authority) -> None:
+    """A health check succeeds over TLS, whether the listener demands client
+    certificates or not.
     """
     listen = [
         {"address": "127.0.0.1:0", "tls": server.entry()},

@@ -10,8 +10,8 @@ from brokerd_client.tls.budget import MOST_EMPTY, RecordBudget
 MOST = 32 * 1024
 
 
-def test_record_budget_reads_little_until_payload_came() -> None:
-    """The first reads are small; reads are large once most of the bytes are payload."""
+def test_record_budget_read_size_is_small_before_first_payload() -> None:
+    """The first reads are small. Reads are large once most of the bytes are payload."""
     budget = RecordBudget()
     assert budget.read_size(100, MOST) == 200
     assert budget.read_size(MOST, MOST) == 4096
@@ -21,7 +21,7 @@ def test_record_budget_reads_little_until_payload_came() -> None:
     assert budget.read_size(100, MOST) == MOST
 
 
-def test_record_budget_reads_little_after_a_record_with_little_payload() -> None:
+def test_record_budget_read_size_is_small_after_record_with_little_payload() -> None:
     """More than a record with less than a fifth of payload makes the reads small again."""
     budget = RecordBudget()
     budget.charge(payload=900, received=1000)

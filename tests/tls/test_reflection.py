@@ -115,7 +115,7 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-def test_broker_without_the_key_is_not_believed(
+def test_reflection_attack_on_library_clients_fails(
     tls: bool, face: Face, authority: Authority, trusting: ssl.SSLContext, two: ThreadPoolExecutor
 ) -> None:
     """Both clients turn away: the second from a client's challenge, the first from a
@@ -139,8 +139,8 @@ def test_broker_without_the_key_is_not_believed(
     assert any(isinstance(error, AuthenticationError) for error in errors)
 
 
-def test_listener_without_the_key_is_not_believed(two: ThreadPoolExecutor) -> None:
-    """The direct API's Client: the attacker's pickle is never read."""
+def test_reflection_attack_on_connection_client_fails(two: ThreadPoolExecutor) -> None:
+    """The Client of the direct API never reads the attacker's pickle."""
     with Attacker(None, b"") as attacker:
         errors = both(
             two,
@@ -153,11 +153,11 @@ def test_listener_without_the_key_is_not_believed(two: ThreadPoolExecutor) -> No
     assert any("client's challenge" in str(error) for error in errors)
 
 
-def test_listener_without_the_key_is_not_believed_by_calls_of_its_own(
+def test_reflection_attack_on_answer_challenge_fails(
     two: ThreadPoolExecutor,
 ) -> None:
-    """Clients that call answer_challenge and deliver_challenge themselves are protected
-    as well.
+    """Programs that call answer_challenge and deliver_challenge themselves are
+    protected as well.
     """
 
     def connect() -> Any:
@@ -172,9 +172,9 @@ def test_listener_without_the_key_is_not_believed_by_calls_of_its_own(
     assert any("client's challenge" in str(error) for error in errors)
 
 
-def test_stock_clients_believe_a_listener_without_the_key(two: ThreadPoolExecutor) -> None:
-    """The attack of these tests works: the standard library's client unpickles what the
-    attacker says.
+def test_reflection_attack_on_stock_client_succeeds(two: ThreadPoolExecutor) -> None:
+    """This proves that the attack of these tests works: the standard library's client
+    unpickles the attacker's bytes.
     """
     got: list[Any] = []
 
@@ -188,11 +188,11 @@ def test_stock_clients_believe_a_listener_without_the_key(two: ThreadPoolExecuto
     assert got == ["owned"]
 
 
-def test_client_that_shares_its_key_with_a_stock_client_is_still_open(
+def test_reflection_attack_on_key_shared_with_stock_client_succeeds(
     two: ThreadPoolExecutor,
 ) -> None:
-    """What remains (docs/security.md): a stock client answers the marked challenge of
-    one of the library's.
+    """This risk remains (docs/security.md): a stock client answers the marked challenge
+    of a library client.
     """
     with Attacker(None, b"") as attacker:
         ours = two.submit(

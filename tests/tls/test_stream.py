@@ -92,9 +92,9 @@ def both_ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStr
         sock.close()
 
 
-def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None:
-    """A peer that has TLS answer again and again and does not read is given up; little
-    is kept until then.
+def test_tls_stream_unread_answers_are_bounded(trusting: ssl.SSLContext) -> None:
+    """A peer that makes TLS answer again and again and does not read is disconnected.
+    Few bytes are kept until then.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -111,10 +111,12 @@ def test_answers_that_nobody_reads_are_bounded(trusting: ssl.SSLContext) -> None
             stream.recv_into(memoryview(bytearray(1024)))
 
 
-def test_what_came_counts_though_nothing_can_be_written_any_more(
+def test_tls_stream_received_bytes_are_read_after_failed_write(
     ends: tuple[TlsStream, TlsStream],
 ) -> None:
-    """Last bytes of a peer that is gone with unread ones are read, and then its end."""
+    """The last bytes of a peer that has disconnected with unread bytes are read, and
+    then its end.
+    """
     ours, theirs = ends
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -127,11 +129,11 @@ def test_what_came_counts_though_nothing_can_be_written_any_more(
         assert ours.recv(100) == b""
 
 
-def test_what_was_sent_before_the_connection_broke_counts_as_sent(
+def test_tls_stream_bytes_sent_before_reset_count_as_sent(
     ends: tuple[TlsStream, TlsStream],
 ) -> None:
-    """A whole message may be in what has left: it must not be given back as not sent.
-    The next write fails.
+    """The bytes that left may contain a whole message, which must not be returned as
+    not sent. The next write fails.
     """
     ours, theirs = ends
     ours.raw = Breaking(ours.raw, 20_000)  # type: ignore[assignment]
@@ -145,8 +147,10 @@ def test_what_was_sent_before_the_connection_broke_counts_as_sent(
     assert came == b"m" * 16384
 
 
-def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, TlsStream]) -> None:
-    """What was written before counts as written; the rest waits, and trying it fails."""
+def test_tls_transport_bytes_written_before_reset_count_as_written(
+    ends: tuple[TlsStream, TlsStream],
+) -> None:
+    """The rest waits, and an attempt to write it fails."""
     ours, _ = ends
     channel = TlsTransport(
         Address("AF_INET", host="127.0.0.1", port=1, tls=True), ssl.create_default_context()
@@ -162,10 +166,8 @@ def test_a_channel_tells_how_much_went_before_it_broke(ends: tuple[TlsStream, Tl
         channel.close()
 
 
-def test_a_small_read_takes_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -> None:
-    """What is decrypted goes through a buffer that is there already, however much is
-    asked for.
-    """
+def test_tls_stream_small_read_allocates_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -> None:
+    """Decrypted bytes go through an existing buffer, whatever size is asked for."""
     ours, theirs = ends
     theirs.send(b"first")
     assert ours.recv(65536) == b"first"
@@ -180,11 +182,11 @@ def test_a_small_read_takes_no_large_buffer(ends: tuple[TlsStream, TlsStream]) -
         tracemalloc.stop()
 
 
-def test_a_read_of_nothing_does_not_make_up_for_a_flood(
+def test_tls_stream_flood_of_small_records_keeps_reads_small(
     ends: tuple[TlsStream, TlsStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who sends records of single bytes is read in sips, however often the system has
-    had no more of them.
+    """A peer that sends records of single bytes is read in small pieces, even if some
+    reads found no more bytes.
     """
     ours, theirs = ends
     flood = b""
@@ -206,12 +208,10 @@ def test_a_read_of_nothing_does_not_make_up_for_a_flood(
 
 @pytest.mark.parametrize("size", [1, 30, 1000])
 @pytest.mark.parametrize("end", ["close", "shutdown"])
-def test_a_cut_inside_a_record_ends_it(
+def test_tls_stream_cut_within_record_is_end(
     ends: tuple[TlsStream, TlsStream], size: int, end: str
 ) -> None:
-    """Whatever part of a record is missing, nothing of it is read, and then there is
-    the end.
-    """
+    """Whatever part of a record is missing, none of it is read. The end follows."""
     ours, theirs = ends
     theirs.send(b"whole")
     theirs.engine.write(b"x" * 1200)
@@ -231,8 +231,10 @@ def _end(sock: socket.socket, how: str) -> None:
     act[how]()
 
 
-def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStream]) -> None:
-    """It is no failed handshake, which the end of a connection before it would be."""
+def test_tls_stream_write_after_peer_close_is_error(ends: tuple[TlsStream, TlsStream]) -> None:
+    """The error does not speak of a failed handshake, which an earlier end of the
+    connection would be.
+    """
     ours, theirs = ends
     theirs.close()
     assert ours.recv(4096) == b""
@@ -240,11 +242,11 @@ def test_a_write_after_the_end_says_what_happened(ends: tuple[TlsStream, TlsStre
         ours.engine.write(b"x")
 
 
-def test_an_asyncio_write_after_the_end_ends_the_connection(
+def test_aio_tls_transport_write_after_peer_close_aborts(
     ends: tuple[TlsStream, TlsStream],
 ) -> None:
-    """Whoever writes hears of it as of any connection that is gone, not by an error in
-    the middle of a send.
+    """The caller learns of it as of any lost connection, and not by an error in the
+    middle of a send.
     """
 
     class Raw:
@@ -261,11 +263,11 @@ def test_an_asyncio_write_after_the_end_ends_the_connection(
     assert raw.aborted
 
 
-def test_broken_tls_is_an_end_though_the_peer_takes_nothing(
+def test_aio_tls_transport_altered_record_ends_connection_at_once(
     server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """What somebody has altered on the way ends an asyncio connection at once, and not
-    when all is written.
+    """Bytes altered on the way end an asyncio connection at once, and not after all
+    pending bytes are written.
     """
 
     class Told:
@@ -306,11 +308,11 @@ def test_broken_tls_is_an_end_though_the_peer_takes_nothing(
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("read", ["recv", "recv_into"])
-def test_read_of_tls_interrupted_at_any_bytecode_never_skips_bytes(
+def test_tls_stream_read_interrupted_at_any_bytecode_skips_no_bytes(
     server: Issued, trusting: ssl.SSLContext, read: str, step: int
 ) -> None:
-    """The next read begins where the interrupted one did, or fails: never behind bytes
-    that no caller has seen.
+    """The next read begins where the interrupted one did, or fails. It never begins
+    behind bytes that no caller has seen.
     """
     buffer = bytearray(1000)
 
@@ -334,10 +336,12 @@ def test_read_of_tls_interrupted_at_any_bytecode_never_skips_bytes(
     assert bytecode > step * torn > 50
 
 
-def test_write_of_tls_interrupted_at_any_bytecode_is_never_repeated(
+def test_tls_stream_write_interrupted_at_any_bytecode_is_not_repeated(
     server: Issued, trusting: ssl.SSLContext
 ) -> None:
-    """A caller that does not know whether a write was taken can't write on behind it."""
+    """A caller that does not know whether a write was accepted can't continue to write
+    behind it.
+    """
     for bytecode in range(1000):
         with both_ends(server, trusting) as (listener, client):
             interrupted = interrupted_at(bytecode, lambda: client.send(b"first"))

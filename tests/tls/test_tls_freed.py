@@ -16,9 +16,11 @@ from support.tls.raw_client import TlsRaw, tls_login
 from support.waiting import until
 
 
-def test_tls_connections_that_are_over_are_freed(server: Issued, trusting: ssl.SSLContext) -> None:
-    """Who leaves, who breaks off in the handshake, who talks without TLS, and who knows
-    no key.
+def test_tls_connection_closed_is_freed_without_garbage_collector(
+    server: Issued, trusting: ssl.SSLContext
+) -> None:
+    """The clients close, break off in the handshake, send without TLS, and use a wrong
+    key.
     """
     with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
 

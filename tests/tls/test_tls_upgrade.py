@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_encrypted_connections_are_closed_once_written_and_come_back(
+def test_upgrade_tls_connections_are_closed_after_queued_messages(
     socket_dir: Path, server: Issued, authority: Authority
 ) -> None:
-    """What waits for them arrives, the log says why, the library connects again; all
-    others go on.
+    """The queued messages arrive, the log gives the reason, and the library connects
+    again. Plain connections continue.
     """
     clients = {"ops": {"admin": True}, "alice": None, "bob": None, "carol": None}
     with BrokerProcess(
@@ -66,8 +66,8 @@ def test_encrypted_connections_are_closed_once_written_and_come_back(
 def test_upgrade_under_load_loses_no_plain_send_over_tls(
     socket_dir: Path, server: Issued, authority: Authority, upgrades: int
 ) -> None:
-    """Each arrives once, or is reported to its sender once; the clients come back to
-    the new process.
+    """Each message arrives once, or is reported to its sender once. The clients
+    reconnect to the new process.
     """
     clients = {"ops": {"admin": True}, "alice": None, "bob": {"queue": "64MiB"}}
     with BrokerProcess(
