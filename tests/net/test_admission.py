@@ -67,11 +67,11 @@ def test_admission_peer_further_in_handshake_is_dropped_later() -> None:
     peers = {rank: peer("a", admission) for rank in reversed(Rank)}
     for rank, each in peers.items():
         admission.advance(each, rank, 0.0)
-    gone = []
+    dropped = []
     while (least := admission.least(now=100.0)[0]) is not None:
-        gone.append(least.rank)
+        dropped.append(least.rank)
         admission.remove(least)
-    assert gone == [Rank.FAILED, Rank.SILENT, Rank.JUDGED, Rank.PROVED]
+    assert dropped == [Rank.FAILED, Rank.SILENT, Rank.JUDGED, Rank.PROVED]
 
 
 def test_admission_judged_peers_leave_half_of_places_to_silent_peers() -> None:
@@ -83,15 +83,15 @@ def test_admission_judged_peers_leave_half_of_places_to_silent_peers() -> None:
     for each in judged:
         admission.advance(each, Rank.JUDGED, 0.0)
     silent = [peer("a", admission) for _ in range(20)]
-    gone: list[Any] = []
+    dropped: list[Any] = []
     for _ in range(200):
         least, _ = admission.least(now=100.0)
         assert least is not None
         admission.remove(least)
-        gone.append(least)
+        dropped.append(least)
         peer("a", admission, 50.0)
-    assert gone[:90] == judged[:90]
-    assert gone[90:110] == silent
+    assert dropped[:90] == judged[:90]
+    assert dropped[90:110] == silent
 
 
 def test_admission_proved_peer_outranks_silent_peer_of_another_origin() -> None:
@@ -163,37 +163,37 @@ def test_admission_more_clients_than_places_all_log_in(socket_dir: Path) -> None
     listen = str(socket_dir / "sock")
     with running_daemon(
         configuration(listen, dict.fromkeys(names), limits={"handshakes": 8})
-    ) as here:
+    ) as broker:
         with contextlib.ExitStack() as stack:
-            crowd = {name: stack.enter_context(here.raw()) for name in names}
-            assert here.call(lambda: here.daemon.server.handshakes) <= 8
+            crowd = {name: stack.enter_context(broker.raw()) for name in names}
+            assert broker.call(lambda: broker.daemon.server.handshakes) <= 8
             for name, raw in crowd.items():
                 raw.log_in(key_of(name), name.encode()).ping()
-        assert here.log.named("client.refused") == []
+        assert broker.log.named("client.refused") == []
 
 
 def test_admission_peer_disconnected_while_full_shortens_grace() -> None:
     """Otherwise a flood whose connections end within their grace could lock clients out
     permanently.
     """
-    with running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 3})) as here:
-        handshakes = here.daemon.server.pending_handshakes
+    with running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 3})) as broker:
+        handshakes = broker.daemon.server.pending_handshakes
 
         def grace() -> float:
             return handshakes._admission.grace("127.0.0.1", handshakes._loop.time())
 
         for taken in (2, 3):
-            crowd = [here.raw() for _ in range(taken)]
+            crowd = [broker.raw() for _ in range(taken)]
             for each in crowd:
                 each.read_body()
-            before = here.call(lambda: grace())
+            before = broker.call(lambda: grace())
             assert before == GRACE_S
             for each in crowd:
                 each.close()
             deadline = time.monotonic() + 30
-            while here.call(lambda: len(handshakes)):
+            while broker.call(lambda: len(handshakes)):
                 assert time.monotonic() < deadline
-        assert here.call(grace) < GRACE_S
+        assert broker.call(grace) < GRACE_S
 
 
 def test_admission_listeners_with_pending_connections_take_turns() -> None:
@@ -204,8 +204,8 @@ def test_admission_listeners_with_pending_connections_take_turns() -> None:
     listen = ["127.0.0.1:0", "127.0.0.1:0"]
     with running_daemon(
         configuration(listen, dict.fromkeys(names), limits={"handshakes": 1})
-    ) as here:
-        first, second = here.addresses
+    ) as broker:
+        first, second = broker.addresses
         with contextlib.ExitStack() as stack:
             places = [first] * 9 + [second] * 3
             crowd = [stack.enter_context(Raw(each)) for each in places]
@@ -226,7 +226,7 @@ def test_admission_listeners_with_pending_connections_take_turns() -> None:
                 order.append(raw.sock.getpeername()[1])
         last = max(position for position, port in enumerate(order) if port == second.port)
         assert last <= 7, order
-        assert here.log.named("client.refused") == []
+        assert broker.log.named("client.refused") == []
 
 
 def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -> Counter[str]:
@@ -386,11 +386,11 @@ def test_admission_silent_flood_does_not_lock_out_another_address() -> None:
     """
     names = ["alice", "bob", "carol"]
     with (
-        running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 8})) as here,
-        flood(here.address, 250, 20, "nothing"),
+        running_daemon(configuration("127.0.0.1:0", limits={"handshakes": 8})) as broker,
+        flood(broker.address, 250, 20, "nothing"),
     ):
-        here.log.wait("client.refused", 10)
-        outcomes = _succeed(here.address, names, key_of, "127.0.0.2", 0.05)
+        broker.log.wait("client.refused", 10)
+        outcomes = _succeed(broker.address, names, key_of, "127.0.0.2", 0.05)
         assert [type(each) for each in outcomes] == [float] * 3, outcomes
 
 

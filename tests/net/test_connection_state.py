@@ -80,25 +80,25 @@ def test_connection_state_held_sender_follows_table() -> None:
     """A sender is read from, held while the queue is full, and read from again."""
     clients = {"alice": None, "bob": {"queue": "128KiB", "when_full": "wait"}}
     with (
-        running_daemon(configuration("127.0.0.1:0", clients)) as here,
-        here.login("alice") as alice,
-        here.login("bob") as bob,
+        running_daemon(configuration("127.0.0.1:0", clients)) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
     ):
-        (connection,) = here.call(
+        (connection,) = broker.call(
             lambda: [
                 each
-                for each in here.daemon.server.connections
+                for each in broker.daemon.server.connections
                 if each.session.client.name == "alice"
             ]
         )
-        assert here.call(lambda: connection.state) is State.READING
+        assert broker.call(lambda: connection.state) is State.READING
         sent = 0
-        while here.call(lambda: connection.state) is not State.HELD:
+        while broker.call(lambda: connection.state) is not State.HELD:
             alice.send(MESSAGE, "bob", b"x" * 60_000)
             sent += 1
         for _ in range(sent):
             assert len(bob.recv().body) == 60_000
-        assert here.call(lambda: connection.state) is State.READING
+        assert broker.call(lambda: connection.state) is State.READING
         alice.close()
-        here.log.wait("client.disconnected")
-        assert here.call(lambda: connection.state) is State.CLOSED
+        broker.log.wait("client.disconnected")
+        assert broker.call(lambda: connection.state) is State.CLOSED

@@ -236,13 +236,13 @@ def test_pool_member_reconnects_while_another_sends_to_closed_member(
     config = configuration(str(socket_dir / "s"), {"pool": {"connections": 2}})
     with running_daemon(config) as broker, broker.login("pool") as first:
         second = broker.login("pool")
-        server, gone = broker.daemon.server, sessions_of(broker, "pool")[1]
+        server, second_session = broker.daemon.server, sessions_of(broker, "pool")[1]
 
         def look() -> tuple[Room, bool]:
             # In the broker's own thread, so that it knows nothing of this yet.
-            first.send(MESSAGE, gone.address, b"to the other")
+            first.send(MESSAGE, second_session.address, b"to the other")
             second.close()
-            return server.room_for("pool"), gone.open
+            return server.room_for("pool"), second_session.open
 
         assert broker.call(look) == (Room.FREE, False)
         with broker.login("pool") as third:
@@ -494,8 +494,8 @@ def test_connections_hundred_at_once_leave_nothing_behind() -> None:
 def test_recipient_disconnected_full_queue_is_returned_in_turns(socket_dir: Path) -> None:
     """Messages of other clients pass in between. In the end the sender has every error."""
     clients = {"alice": {}, "bob": {"queue": "4MiB", "when_full": "refuse"}, "carol": {}}
-    with running_daemon(configuration(str(socket_dir / "sock"), clients)) as here:
-        alice, bob, carol = (here.login(name) for name in ("alice", "bob", "carol"))
+    with running_daemon(configuration(str(socket_dir / "sock"), clients)) as broker:
+        alice, bob, carol = (broker.login(name) for name in ("alice", "bob", "carol"))
         count = 60_000
         alice.write(
             b"".join(
@@ -503,16 +503,18 @@ def test_recipient_disconnected_full_queue_is_returned_in_turns(socket_dir: Path
             )
         )
         alice.ping()
-        waiting = here.call(lambda: len(here.daemon.broker.exchange.find("bob").outbox.pieces()))  # type: ignore[union-attr]
+        waiting = broker.call(
+            lambda: len(broker.daemon.broker.exchange.find("bob").outbox.pieces())
+        )  # type: ignore[union-attr]
         assert waiting
         bob.close()
-        here.log.wait("client.disconnected")
+        broker.log.wait("client.disconnected")
         carol.ping()
         alice.send(MESSAGE, "carol", b"the end")
         assert carol.recv().body == b"the end"
-        while here.call(lambda: here.daemon.broker.has_deferred_work):
+        while broker.call(lambda: broker.daemon.broker.has_deferred_work):
             carol.ping()
-        errors = here.call(here.daemon.stats)["refused"]["offline"]
+        errors = broker.call(broker.daemon.stats)["refused"]["offline"]
         assert errors > 1000
         assert {alice.recv().code for _ in range(errors)} == {"offline"}
         for each in (alice, carol):
@@ -530,11 +532,11 @@ def test_input_of_disconnected_client_does_not_corrupt_other_frames(socket_dir: 
         "deaf": {"queue": "1KiB"},
     }
     with (
-        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
-        here.login("alice") as alice,
-        here.login("bob") as bob,
-        here.login("mallory") as mallory,
-        here.login("deaf"),
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("mallory") as mallory,
+        broker.login("deaf"),
     ):
         # Held, and with more in the system's buffer than the broker wants to read.
         mallory.sock.settimeout(0.3)

@@ -159,13 +159,13 @@ def test_drain_sender_gets_error_for_each_undelivered_message(socket_dir: Path) 
         queue_for(alice, "bob", 60)
         broker.stop_soon()
         stopped = broker.log.wait("daemon.stopped")[0].fields
-        told = [alice.recv() for _ in range(stopped["reported"])]
+        errors = [alice.recv() for _ in range(stopped["reported"])]
         assert alice.is_closed("shutting_down")
-        assert {(frame.kind, frame.code) for frame in told} == {(ERROR, "offline")}
+        assert {(frame.kind, frame.code) for frame in errors} == {(ERROR, "offline")}
         # Told of each one once, in order, from the first that the system did not take
         # whole.
-        assert [frame.id for frame in told] == list(range(60 - len(told), 60))
-        assert len(told) > 10
+        assert [frame.id for frame in errors] == list(range(60 - len(errors), 60))
+        assert len(errors) > 10
         assert (stopped["cut_off"], stopped["flushed"], stopped["lost"]) == (1, 0, 0)
         bob.close()
 

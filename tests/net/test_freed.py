@@ -117,8 +117,8 @@ WAYS = (
 def test_connection_closed_is_freed_without_garbage_collector(
     listen: str, socket_dir: Path
 ) -> None:
-    """For every way to end, no more objects exist than before, without the help of the
-    garbage collector.
+    """After each kind of end there are no more objects than before, without the help of
+    the garbage collector.
     """
     address = str(socket_dir / "s") if listen == "unix" else listen
     clients = {
@@ -166,9 +166,9 @@ def test_reload_prepared_is_freed_without_garbage_collector(
         assert gc.collect() == 0
 
 
-@pytest.mark.parametrize(("version", "said"), [("0.0.0", True), (reload.__version__, False)])
+@pytest.mark.parametrize(("version", "reported"), [("0.0.0", True), (reload.__version__, False)])
 def test_reload_reports_another_installed_version(
-    version: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str, reported: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plan names it as a reason to restart: only a new process would run that
     version.
@@ -176,4 +176,4 @@ def test_reload_reports_another_installed_version(
     monkeypatch.setattr(reload, "__version__", version)
     running = load(written(tmp_path))
     restart = prepare(running, ActivatedSockets(), {}).plan.restart
-    assert any("is installed, and 0.0.0 runs" in line for line in restart) is said
+    assert any("is installed, and 0.0.0 runs" in line for line in restart) is reported

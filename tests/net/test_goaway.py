@@ -145,13 +145,13 @@ def test_goaway_finished_is_answered_after_errors(socket_dir: Path) -> None:
         broker.stop_soon()
         assert is_draining(alice.recv())
         ask(alice, "finished", 99)
-        told = []
+        failed_ids = []
         while (frame := alice.recv()).id != 99:
             assert frame.code == "offline"
-            told.append(frame.id)
+            failed_ids.append(frame.id)
         assert frame.kind == REPLY
-        assert told == list(range(60 - len(told), 60))
-        assert broker.log.wait("daemon.stopped")[0].fields["reported"] == len(told) > 0
+        assert failed_ids == list(range(60 - len(failed_ids), 60))
+        assert broker.log.wait("daemon.stopped")[0].fields["reported"] == len(failed_ids) > 0
 
 
 @pytest.mark.parametrize("outgoing_requests", [0, 1])

@@ -130,13 +130,13 @@ def test_handshake_wrong_key_tries_same_number_of_keys_for_every_name(
     """As many keys are tried for an unknown name as for the name with the most keys."""
     tried: list[int] = []
 
-    class Watched(KeySearch):
+    class CountedSearch(KeySearch):
         def step(self) -> Any:
             found = super().step()
             tried.append(self.tried)
             return found
 
-    monkeypatch.setattr(handshakes, "KeySearch", Watched)
+    monkeypatch.setattr(handshakes, "KeySearch", CountedSearch)
     keys = [{"key": f"key {number}"} for number in range(5)]
     with served({"alice": {"keys": keys}, "bob": None}) as broker:
         for name in (b"alice", b"bob", b"nobody"):
@@ -352,9 +352,9 @@ def test_keyring_identify_by_key_bounds_search() -> None:
 
         found = {name for name in names if gets_in(name, b"")}
         assert len(found) == 40
-        stranger = next(name for name in names if name not in found)
-        assert gets_in(stranger, stranger.encode())
-        assert gets_in(stranger, b"")
+        unfound = next(name for name in names if name not in found)
+        assert gets_in(unfound, unfound.encode())
+        assert gets_in(unfound, b"")
         assert sum(gets_in(name, b"") for name in found) == 39
 
 

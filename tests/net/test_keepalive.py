@@ -177,7 +177,7 @@ def test_keepalive_zero_sets_no_timer() -> None:
             assert broker.call(lambda: liveness._timer is not None) is bool(limit)
 
 
-class Told:
+class FakeSocket:
     """A socket of which the system says what a test wants."""
 
     family = socket.AF_INET
@@ -196,7 +196,7 @@ def test_keepalive_silence_counts_from_first_observation() -> None:
     """The time that the connection was idle before does not count. An answer ends the
     silence, and so does the end of the connection.
     """
-    sock, silence = Told(), Silence()
+    sock, silence = FakeSocket(), Silence()
     sock.quiet_ms = 3_600_000
     assert silence.lasts(sock, 100.0) == 0
     sock.repeats = 1

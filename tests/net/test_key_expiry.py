@@ -19,14 +19,14 @@ class Clock:
     """The time of day, and what is to be done later: both go on only when told."""
 
     def __init__(self) -> None:
-        self.set_by = timedelta()
+        self.clock_change = timedelta()
         self._elapsed = timedelta()
         self._act: Callable[[], None] | None = None
         self._due = timedelta()
 
     @property
     def now(self) -> datetime:
-        return START + self._elapsed + self.set_by
+        return START + self._elapsed + self.clock_change
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> Clock:
         self._act, self._due = act, self._elapsed + timedelta(seconds=delay_s)
@@ -35,7 +35,7 @@ class Clock:
     def cancel(self) -> None:
         self._act = None
 
-    def go_on(self, **how_long: float) -> None:
+    def advance(self, **how_long: float) -> None:
         """Let time pass, and have done what falls due."""
         until = self._elapsed + timedelta(**how_long)
         while self._act is not None and self._due <= until:
@@ -54,7 +54,7 @@ def config(*clients: str, warning: str = "14d") -> Config:
     )
 
 
-class Watched:
+class MonitoredKeys:
     def __init__(self, found: Config) -> None:
         self.clock, self.log = Clock(), Recorder()
         self.credentials: list[Credential] = []
@@ -63,7 +63,7 @@ class Watched:
         )
         self.watch.watch(found)
 
-    def said(self) -> list[tuple[str, str, str]]:
+    def logged(self) -> list[tuple[str, str, str]]:
         """Return (level, event, client) of everything said since the last time."""
         events, self.log.events = self.log.events, []
         return [(level, event, fields.get("name", "")) for level, event, fields in events]
@@ -71,34 +71,34 @@ class Watched:
 
 def test_key_expiry_keys_without_end_cause_no_warning() -> None:
     """No event is logged and no key is listed."""
-    watched = Watched(config("a: {key: a}", "b: {key: b, not_before: 2001-01-01}"))
-    watched.clock.go_on(days=400)
+    monitored = MonitoredKeys(config("a: {key: a}", "b: {key: b, not_before: 2001-01-01}"))
+    monitored.clock.advance(days=400)
 
-    assert watched.said() == []
-    assert watched.watch.expiries() == {}
+    assert monitored.logged() == []
+    assert monitored.watch.expiries() == {}
 
 
 def test_key_expiry_warning_is_repeated_daily() -> None:
     """Warnings begin limits.expiry_warning before the end. At the end, and every day
     after it, the event says that the key has expired.
     """
-    watched = Watched(config("a: {key: a, not_after: 2026-06-11}", warning="7d"))
-    assert watched.said() == []
-    watched.clock.go_on(days=2, hours=23)
-    assert watched.said() == []
-    watched.clock.go_on(hours=2)
-    assert watched.said() == [("warning", "key.expiring", "a")]
-    watched.clock.go_on(days=6)
-    assert watched.said() == [("warning", "key.expiring", "a")] * 6
-    assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
+    monitored = MonitoredKeys(config("a: {key: a, not_after: 2026-06-11}", warning="7d"))
+    assert monitored.logged() == []
+    monitored.clock.advance(days=2, hours=23)
+    assert monitored.logged() == []
+    monitored.clock.advance(hours=2)
+    assert monitored.logged() == [("warning", "key.expiring", "a")]
+    monitored.clock.advance(days=6)
+    assert monitored.logged() == [("warning", "key.expiring", "a")] * 6
+    assert monitored.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
     # It is 01:00 on the day before; exactly at midnight the key is still accepted.
-    watched.clock.go_on(hours=23)
-    watched.said()
-    watched.clock.go_on(seconds=0.1)
-    assert watched.said() == [("warning", "key.expired", "a")]
-    watched.clock.go_on(days=3)
-    assert watched.said() == [("warning", "key.expired", "a")] * 3
-    assert watched.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
+    monitored.clock.advance(hours=23)
+    monitored.logged()
+    monitored.clock.advance(seconds=0.1)
+    assert monitored.logged() == [("warning", "key.expired", "a")]
+    monitored.clock.advance(days=3)
+    assert monitored.logged() == [("warning", "key.expired", "a")] * 3
+    assert monitored.watch.expiries() == {"a": datetime(2026, 6, 11, tzinfo=UTC)}
 
 
 def test_key_expiry_reload_repeats_warning() -> None:
@@ -107,12 +107,12 @@ def test_key_expiry_reload_repeats_warning() -> None:
         config("a: {key: a, not_after: 2026-06-11}"),
         config("a: {key: a, not_after: 2026-06-11}, {key: b}"),
     )
-    watched = Watched(bad)
-    assert watched.said() == [("warning", "key.expiring", "a")]
-    watched.watch.watch(bad)
-    assert watched.said() == [("warning", "key.expiring", "a")]
-    watched.watch.watch(good)
-    assert watched.said() == []
+    monitored = MonitoredKeys(bad)
+    assert monitored.logged() == [("warning", "key.expiring", "a")]
+    monitored.watch.watch(bad)
+    assert monitored.logged() == [("warning", "key.expiring", "a")]
+    monitored.watch.watch(good)
+    assert monitored.logged() == []
 
 
 def test_key_expiry_old_key_beside_valid_one_is_logged_as_info() -> None:
@@ -120,81 +120,81 @@ def test_key_expiry_old_key_beside_valid_one_is_logged_as_info() -> None:
     it. It is not logged at the next start.
     """
     found = config("a: {key: a, not_after: 2026-06-02}, {key: b}")
-    watched = Watched(found)
+    monitored = MonitoredKeys(found)
     client = found.clients["a"]
-    watched.credentials = [Credential(client, client.keys[0])] * 2 + [
+    monitored.credentials = [Credential(client, client.keys[0])] * 2 + [
         Credential(client, client.keys[1])
     ]
-    watched.clock.go_on(days=5)
+    monitored.clock.advance(days=5)
 
-    (event,) = watched.log.events
+    (event,) = monitored.log.events
     assert (event.level, event.event) == ("info", "key.expired")
     assert (event.fields["key"], event.fields["last"], event.fields["connections"]) == (
         client.keys[0].key_id,
         False,
         2,
     )
-    assert watched.said()
-    watched.watch.watch(found)
-    assert watched.said() == []
+    assert monitored.logged()
+    monitored.watch.watch(found)
+    assert monitored.logged() == []
 
 
 def test_key_expiry_gap_between_two_keys_causes_warning() -> None:
     """A new key that begins after the old one has ended leaves a time without a valid
     key.
     """
-    watched = Watched(
+    monitored = MonitoredKeys(
         config("a: {key: a, not_after: 2026-06-05}, {key: b, not_before: 2026-06-06}")
     )
 
-    assert watched.said() == [("warning", "key.expiring", "a")]
+    assert monitored.logged() == [("warning", "key.expiring", "a")]
 
 
 def test_key_expiry_changed_clock_is_noticed_within_one_hour() -> None:
     """The monitor does not rely on one timer set days ago."""
-    watched = Watched(config("a: {key: a, not_after: 2026-12-01}"))
-    watched.clock.set_by = timedelta(days=200)
-    watched.clock.go_on(hours=1, seconds=1)
+    monitored = MonitoredKeys(config("a: {key: a, not_after: 2026-12-01}"))
+    monitored.clock.clock_change = timedelta(days=200)
+    monitored.clock.advance(hours=1, seconds=1)
 
-    assert watched.said() == [("warning", "key.expired", "a")]
+    assert monitored.logged() == [("warning", "key.expired", "a")]
 
 
 def test_key_expiry_many_clients_are_counted_in_one_event() -> None:
     """Fifty clients get an event each. One event counts the rest."""
-    watched = Watched(
+    monitored = MonitoredKeys(
         config(*(f"c{number}: {{key: k{number}, not_after: 2026-06-05}}" for number in range(200)))
     )
 
-    said = watched.said()
-    assert len(said) == 51
-    assert said[-1] == ("warning", "key.expiring_more", "")
+    logged = monitored.logged()
+    assert len(logged) == 51
+    assert logged[-1] == ("warning", "key.expiring_more", "")
 
 
 def test_key_expiry_warning_time_of_zero_warns_only_at_end() -> None:
     """With `expiry_warning: 0` only the end itself is logged."""
-    watched = Watched(config("a: {key: a, not_after: 2026-06-05}", warning="0"))
-    watched.clock.go_on(days=3)
-    assert watched.said() == []
-    watched.clock.go_on(days=1.5)
-    assert watched.said() == [("warning", "key.expired", "a")]
+    monitored = MonitoredKeys(config("a: {key: a, not_after: 2026-06-05}", warning="0"))
+    monitored.clock.advance(days=3)
+    assert monitored.logged() == []
+    monitored.clock.advance(days=1.5)
+    assert monitored.logged() == [("warning", "key.expired", "a")]
 
 
 def test_key_expiry_closed_monitor_logs_nothing() -> None:
     """When the daemon stops, no timer is left."""
-    watched = Watched(config("a: {key: a, not_after: 2026-06-05}"))
-    watched.said()
-    watched.watch.close()
-    watched.clock.go_on(days=30)
+    monitored = MonitoredKeys(config("a: {key: a, not_after: 2026-06-05}"))
+    monitored.logged()
+    monitored.watch.close()
+    monitored.clock.advance(days=30)
 
-    assert watched.said() == []
+    assert monitored.logged() == []
 
 
 def test_key_expiry_events_contain_no_key() -> None:
     """Events contain ids, sources and times only."""
-    watched = Watched(
+    monitored = MonitoredKeys(
         config("a: {key: a-canary, not_after: 2026-06-05}, {key: canary-b, not_after: 2026-06-06}")
     )
-    watched.clock.go_on(days=10)
+    monitored.clock.advance(days=10)
 
-    assert len(watched.log.events) > 3
-    assert "canary" not in repr(watched.log.events)
+    assert len(monitored.log.events) > 3
+    assert "canary" not in repr(monitored.log.events)

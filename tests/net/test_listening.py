@@ -80,11 +80,11 @@ def test_listener_host_name_skips_addresses_that_do_not_exist(
     """
     # A documentation address stands for the ::1 of a machine on which IPv6 is switched
     # off.
-    gone = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
+    unusable = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
     if missing == "family":
-        gone = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", 0))  # type: ignore[assignment]
-    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [gone, here])
+        unusable = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", 0))  # type: ignore[assignment]
+    existing = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [unusable, existing])
     with running_daemon(configuration([["localhost", 0]])) as broker:
         assert [address.family for address in broker.addresses] == ["AF_INET"]
 

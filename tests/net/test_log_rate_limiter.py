@@ -23,20 +23,20 @@ def test_log_many_refused_connections_are_counted_not_repeated(socket_dir: Path)
     """The first refusals have a line each. The rest share lines with their number, and
     none is left out.
     """
-    with running_daemon(configuration(str(socket_dir / "sock"))) as here:
+    with running_daemon(configuration(str(socket_dir / "sock"))) as broker:
         for _ in range(300):
-            with here.raw() as stranger:
-                stranger.read_body()
-                stranger.write(b"GET / HTTP/1.1\r\n\r\n")
-                assert stranger.is_turned_away()
-        here.log.wait("client.refused_more")
+            with broker.raw() as peer:
+                peer.read_body()
+                peer.write(b"GET / HTTP/1.1\r\n\r\n")
+                assert peer.is_turned_away()
+        broker.log.wait("client.refused_more")
         # All three hundred are accounted for, however many periods they fell into.
-        here.login("alice").close()
-        here.log.wait("client.disconnected")
-        here.stop_soon()
-        here.log.wait("daemon.stopped")
-        more = sum(event.fields["count"] for event in here.log.named("client.refused_more"))
-        assert len(here.log.named("client.refused")) + more == 300
+        broker.login("alice").close()
+        broker.log.wait("client.disconnected")
+        broker.stop_soon()
+        broker.log.wait("daemon.stopped")
+        more = sum(event.fields["count"] for event in broker.log.named("client.refused_more"))
+        assert len(broker.log.named("client.refused")) + more == 300
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_log_exception_in_routing_is_error_and_ends_one_connection(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, bug: Exception
 ) -> None:
     """The log has the traceback and no payload. Other connections are not affected."""
-    with running_daemon(configuration(str(socket_dir / "sock"))) as here:
-        alice, bob = here.login("alice"), here.login("bob")
+    with running_daemon(configuration(str(socket_dir / "sock"))) as broker:
+        alice, bob = broker.login("alice"), broker.login("bob")
         right = routing.feed
 
         def wrong(broker: object, source: object, *rest: object) -> object:
@@ -59,7 +59,7 @@ def test_log_exception_in_routing_is_error_and_ends_one_connection(
         monkeypatch.setattr(routing, "feed", wrong)
         alice.send(1, "bob", b"hello")
         assert alice.is_closed()
-        event = here.log.wait("daemon.bug")[0]
+        event = broker.log.wait("daemon.bug")[0]
         assert event.level == "error"
         assert type(bug).__name__ in event.fields["error"]
         assert "a bug" in "".join(event.fields["trace"])
@@ -73,12 +73,12 @@ def test_log_denied_message_is_warning(socket_dir: Path) -> None:
     """The event has both names, the address, the origin, the code and the reason."""
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
-        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
-        here.login("alice") as alice,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as broker,
+        broker.login("alice") as alice,
     ):
         alice.send(1, "carol", b"hello")
         alice.recv()
-        event = here.log.wait("message.refused")[0]
+        event = broker.log.wait("message.refused")[0]
         assert (event.level, event.fields) == (
             "warning",
             {
@@ -95,28 +95,28 @@ def test_log_denied_message_is_warning(socket_dir: Path) -> None:
 def test_log_message_to_offline_recipient_is_debug(socket_dir: Path) -> None:
     """An error that concerns only its sender does not fill an operator's log."""
     with (
-        running_daemon(configuration(str(socket_dir / "sock"))) as here,
-        here.login("alice") as alice,
+        running_daemon(configuration(str(socket_dir / "sock"))) as broker,
+        broker.login("alice") as alice,
     ):
         alice.send(1, "bob", b"hello")
         alice.recv()
-        assert here.log.wait("message.refused")[0].level == "debug"
+        assert broker.log.wait("message.refused")[0].level == "debug"
 
 
 def test_log_many_refused_messages_are_counted(socket_dir: Path) -> None:
     """Twenty thousand denied messages make a few lines, and every message is counted."""
     clients = {"alice": {"send_to": ["bob"]}, "bob": None, "carol": None}
     with (
-        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
-        here.login("alice") as alice,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as broker,
+        broker.login("alice") as alice,
     ):
         for _ in range(20):
             alice.write(packed(1, "carol", b"hello") * 1000)
             for _ in range(1000):
                 assert alice.recv().code == "denied"
-        here.stop_soon()
-        here.log.wait("daemon.stopped")
-        lines, more = here.log.named("message.refused"), here.log.named("message.refused_more")
+        broker.stop_soon()
+        broker.log.wait("daemon.stopped")
+        lines, more = broker.log.named("message.refused"), broker.log.named("message.refused_more")
         assert len(lines) + len(more) < 30
         counts = [event.fields.get("count", 1) for event in (*lines, *more)]
         assert sum(counts) == 20_000

@@ -62,7 +62,9 @@ def topic(name: bytes) -> bytes:
 @pytest.mark.parametrize("kind", [MESSAGE, REQUEST])
 @pytest.mark.parametrize("codec", [0, 1, 2, 3, 4, 127, 128, 255])
 @pytest.mark.parametrize("message_id", [0, 1, MAX_ID])
-def test_frame_is_delivered_with_kind_codec_id_and_payload(kind: int, codec: int, message_id: int) -> None:
+def test_frame_is_delivered_with_kind_codec_id_and_payload(
+    kind: int, codec: int, message_id: int
+) -> None:
     """Kind, codec, id and payload pass unchanged. The name becomes the authenticated
     sender's.
     """
@@ -364,7 +366,9 @@ def header(
     ],
 )
 @pytest.mark.parametrize("step", [0, 1], ids=["whole", "bytewise"])
-def test_frame_malformed_gets_error_and_closes_connection(body: bytes, message_id: int, step: int) -> None:
+def test_frame_malformed_gets_error_and_closes_connection(
+    body: bytes, message_id: int, step: int
+) -> None:
     """The ERROR ``malformed`` has the id if one was readable. Then the connection ends,
     and later frames are ignored.
     """
@@ -715,8 +719,8 @@ def test_presence_events_arrive_in_order() -> None:
         for number in range(5):
             broker.login("bob").close()
             broker.log.wait("client.disconnected", number + 1)
-        heard = [alice.recv() for _ in range(10)]
-        assert [frame.body[1 : 1 + frame.body[0]] for frame in heard] == [
+        events = [alice.recv() for _ in range(10)]
+        assert [frame.body[1 : 1 + frame.body[0]] for frame in events] == [
             b"$broker.online.bob",
             b"$broker.offline.bob",
         ] * 5

@@ -18,47 +18,47 @@ from brokerd.net.handshake.keyring import Keyring
 from brokerd_client.wire.handshake import LIMIT
 
 
-def failures(here: RunningDaemon) -> list[tuple[str, int]]:
+def failures(broker: RunningDaemon) -> list[tuple[str, int]]:
     """Return whose failures are remembered, and how many."""
     return [
         (origin, count)
-        for origin, count, _ in here.call(
-            lambda: here.daemon.server.pending_handshakes.failures.ages(0.0)
+        for origin, count, _ in broker.call(
+            lambda: broker.daemon.server.pending_handshakes.failures.ages(0.0)
         )
     ]
 
 
-def fail(here: RunningDaemon, times: int) -> None:
+def fail(broker: RunningDaemon, times: int) -> None:
     for _ in range(times):
         with pytest.raises(Rejected):
-            login(here.address, b"wrong")
+            login(broker.address, b"wrong")
 
 
 def test_penalties_accepted_client_clears_failures_of_origin() -> None:
     """A login with the right key clears the earlier failures of the same address."""
-    with running_daemon(configuration("127.0.0.1:0")) as here:
-        fail(here, 3)
-        assert failures(here) == [("127.0.0.1", 3)]
-        here.login("alice").close()
-        assert failures(here) == []
+    with running_daemon(configuration("127.0.0.1:0")) as broker:
+        fail(broker, 3)
+        assert failures(broker) == [("127.0.0.1", 3)]
+        broker.login("alice").close()
+        assert failures(broker) == []
 
 
 def test_penalties_old_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer whose failures are long ago gets its answer without delay."""
     monkeypatch.setattr(failures_module, "_FORGET_AFTER", -1.0)
     monkeypatch.setattr(failures_module, "_FREE_FAILURES", 2)
-    with running_daemon(configuration("127.0.0.1:0")) as here:
-        fail(here, 4)
-        assert failures(here) == [("127.0.0.1", 1)]
+    with running_daemon(configuration("127.0.0.1:0")) as broker:
+        fail(broker, 4)
+        assert failures(broker) == [("127.0.0.1", 1)]
 
 
 def test_penalties_remembered_origins_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many addresses an attacker has, only the latest are kept."""
     monkeypatch.setattr(failures_module, "_REMEMBERED", 3)
-    those = failures_module.Failures()
+    penalties = failures_module.Failures()
     for number in range(10):
-        those.count(f"192.0.2.{number}", float(number))
-    assert those.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
+        penalties.count(f"192.0.2.{number}", float(number))
+    assert penalties.ages(9.0) == [(f"192.0.2.{number}", 1, 9.0 - number) for number in (7, 8, 9)]
 
 
 def test_pending_connection_is_not_read_during_key_search(
@@ -80,25 +80,25 @@ def test_pending_connection_is_not_read_during_key_search(
         # More keys than one slice tries, and the slice after that has to wait.
         patched.setattr(PendingHandshakes, "_search_on", lambda self: None)
         clients = dict.fromkeys(f"c{number}" for number in range(100))
-        with running_daemon(configuration("127.0.0.1:0", clients)) as here, here.raw() as peer:
+        with running_daemon(configuration("127.0.0.1:0", clients)) as broker, broker.raw() as peer:
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
-            (pending,) = here.call(here.daemon.server.pending_handshakes.pending_connections)
+            (pending,) = broker.call(broker.daemon.server.pending_handshakes.pending_connections)
             deadline = monotonic() + 30
-            while here.call(lambda: pending.reader.buffered) <= 2 * LIMIT:
+            while broker.call(lambda: pending.reader.buffered) <= 2 * LIMIT:
                 assert monotonic() < deadline
-            before = here.call(lambda: looks)
+            before = broker.call(lambda: looks)
             for _ in range(20):
-                here.call(lambda: None)
-            assert here.call(lambda: looks) <= before + 1
-            assert here.call(lambda: pending.reader.buffered) <= 4 * LIMIT
+                broker.call(lambda: None)
+            assert broker.call(lambda: looks) <= before + 1
+            assert broker.call(lambda: pending.reader.buffered) <= 4 * LIMIT
 
 
 def test_keyring_after_reload_keeps_order_of_tries() -> None:
     """The next keyring, too, tries used keys first, the latest first."""
     clients = configuration("127.0.0.1:0", "alice bob carol").clients.values()
     former, ring = Keyring(clients), Keyring(clients)
-    for when, name in enumerate(("carol", "bob")):
+    for used_at, name in enumerate(("carol", "bob")):
         (credential,) = former.named(name)
-        former.let_in(credential, float(when))
+        former.let_in(credential, float(used_at))
     ring.adopt_uses(former)
     assert list(ring.candidates(3)) == [key_of(name) for name in ("bob", "carol", "alice")]

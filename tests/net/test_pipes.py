@@ -75,7 +75,7 @@ class Bridged:
             data += piece
         return bytes(data)
 
-    def aside(self, function: Callable[..., object], *arguments: object) -> threading.Thread:
+    def in_thread(self, function: Callable[..., object], *arguments: object) -> threading.Thread:
         thread = threading.Thread(target=function, args=arguments)
         thread.start()
         return thread
@@ -100,7 +100,7 @@ def test_pipe_bridge_message_becomes_frame(bridged: Bridged, size: int) -> None:
     it.
     """
     body = os.urandom(size)
-    writing = bridged.aside(lambda: [bridged.peer.write(each) for each in (body, b"next")])
+    writing = bridged.in_thread(lambda: [bridged.peer.write(each) for each in (body, b"next")])
     assert bridged.read(4 + size) == prefixed(body)
     assert bridged.read(8) == prefixed(b"next")
     writing.join(TIMEOUT_S)
@@ -110,7 +110,7 @@ def test_pipe_bridge_message_becomes_frame(bridged: Bridged, size: int) -> None:
 def test_pipe_bridge_frame_becomes_message(bridged: Bridged, size: int) -> None:
     """The peer gets a frame of any size as one message, and the next frame as another."""
     body = os.urandom(size)
-    writing = bridged.aside(bridged.sock.sendall, prefixed(body) + prefixed(b"next"))
+    writing = bridged.in_thread(bridged.sock.sendall, prefixed(body) + prefixed(b"next"))
     assert bridged.peer.message() == body
     assert bridged.peer.message() == b"next"
     writing.join(TIMEOUT_S)
@@ -129,7 +129,7 @@ def test_pipe_bridge_message_is_not_buffered(bridged: Bridged) -> None:
     than the socket has room for.
     """
     size = 64 * 2**20
-    writing = bridged.aside(_write_until_closed, bridged.peer, size)
+    writing = bridged.in_thread(_write_until_closed, bridged.peer, size)
     assert struct.unpack("!i", bridged.read(4)) == (size,)
     assert bridged.pipe.taken < 4 * 2**20
     bridged.sock.close()
@@ -146,11 +146,11 @@ def test_pipe_bridge_directions_do_not_wait_for_each_other(bridged: Bridged) -> 
     """This holds when both directions are full, too."""
     count, body = 50, os.urandom(100_000)
     work = [
-        bridged.aside(lambda: [bridged.sock.sendall(prefixed(body)) for _ in range(count)]),
-        bridged.aside(lambda: [bridged.peer.write(body) for _ in range(count)]),
+        bridged.in_thread(lambda: [bridged.sock.sendall(prefixed(body)) for _ in range(count)]),
+        bridged.in_thread(lambda: [bridged.peer.write(body) for _ in range(count)]),
     ]
     got: list[bytes] = []
-    work.append(bridged.aside(lambda: got.extend(bridged.peer.message() for _ in range(count))))
+    work.append(bridged.in_thread(lambda: got.extend(bridged.peer.message() for _ in range(count))))
     assert bridged.read(count * (4 + len(body))) == prefixed(body) * count
     for each in work:
         each.join(TIMEOUT_S)
@@ -184,7 +184,7 @@ def test_pipe_bridge_frames_before_shutdown_are_delivered(bridged: Bridged) -> N
     """
     bodies = [os.urandom(50_000) for _ in range(20)]
     got: list[bytes] = []
-    reading = bridged.aside(lambda: got.extend(_messages(bridged.peer)))
+    reading = bridged.in_thread(lambda: got.extend(_messages(bridged.peer)))
     for each in bodies:
         bridged.sock.sendall(prefixed(each))
     bridged.sock.shutdown(socket.SHUT_WR)
@@ -407,13 +407,13 @@ def piped(config: Config) -> Config:
 class Served:
     """A broker that listens at a pipe and at a TCP port."""
 
-    def __init__(self, running_daemon: RunningDaemon, doors: list[FakePipeServer]) -> None:
+    def __init__(self, running_daemon: RunningDaemon, pipe_servers: list[FakePipeServer]) -> None:
         self.running = running_daemon
-        self._doors = doors
+        self._pipe_servers = pipe_servers
 
     @property
     def pipe_server(self) -> FakePipeServer:
-        return self._doors[-1]
+        return self._pipe_servers[-1]
 
     def raw(self) -> PipeRaw:
         return PipeRaw(self.pipe_server.dial())
@@ -432,17 +432,17 @@ class Served:
 
 @contextlib.contextmanager
 def served(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Iterator[Served]:
-    doors: list[FakePipeServer] = []
+    pipe_servers: list[FakePipeServer] = []
 
     def open_fake(name: str) -> PipeListener:
         assert name == PIPE.path
-        doors.append(FakePipeServer())
-        return PipeListener(doors[-1], name)
+        pipe_servers.append(FakePipeServer())
+        return PipeListener(pipe_servers[-1], name)
 
     monkeypatch.setattr(listening, "open_pipe", open_fake)
     with running_daemon(piped(configuration("127.0.0.1:0", **more))) as running:
         assert running.address == PIPE
-        yield Served(running, doors)
+        yield Served(running, pipe_servers)
 
 
 @pytest.fixture
@@ -533,8 +533,8 @@ def test_pipe_client_closed_is_offline(at_pipe: Served) -> None:
             bob.send(MESSAGE, "alice", b"%d" % number)
         bob.close()
         assert [alice.recv().body for _ in range(100)] == [b"%d" % number for number in range(100)]
-        gone = at_pipe.running.log.wait("client.disconnected")[0]
-        assert gone.fields["reason"] == "connection closed by the client"
+        disconnected = at_pipe.running.log.wait("client.disconnected")[0]
+        assert disconnected.fields["reason"] == "connection closed by the client"
         alice.send(MESSAGE, "bob", b"?", message_id=1)
         assert alice.recv().code == "offline"
 

@@ -26,13 +26,13 @@ from brokerd_client.errors import (
 
 @pytest.fixture
 def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
-    here = ReloadableDaemon(socket_dir)
-    here.write(ALICE + BOB)
-    here.start()
+    reloadable = ReloadableDaemon(socket_dir)
+    reloadable.write(ALICE + BOB)
+    reloadable.start()
     try:
-        yield here
+        yield reloadable
     finally:
-        here.close()
+        reloadable.close()
 
 
 def test_reload_added_client_can_connect_and_receive(served: ReloadableDaemon) -> None:
@@ -231,30 +231,32 @@ def test_listener_socket_file_removed_is_bound_again_by_timer(
     monitor.
     """
     monkeypatch.setattr(daemons, "LOOK_S", 0.05)
-    here = ReloadableDaemon(socket_dir)
-    here.write(ALICE + f"monitor: {socket_dir}/page\n")
-    here.start()
+    reloadable = ReloadableDaemon(socket_dir)
+    reloadable.write(ALICE + f"monitor: {socket_dir}/page\n")
+    reloadable.start()
     try:
         for name in ("sock", "page"):
             (socket_dir / name).unlink()
-        here.log.wait("listener.restored", 2)
-        here.connect("alice", "alices-first-key").close()
+        reloadable.log.wait("listener.restored", 2)
+        reloadable.connect("alice", "alices-first-key").close()
         with socket.socket(socket.AF_UNIX) as page:
             page.connect(str(socket_dir / "page"))
     finally:
-        here.close()
+        reloadable.close()
     assert {path.name for path in socket_dir.iterdir()} == {"brokerd.yaml"}
 
 
 def test_reload_and_start_warn_of_odd_keys(socket_dir: Path) -> None:
     """One event has the count and the first warnings. No event contains a key."""
-    here = ReloadableDaemon(socket_dir)
-    here.write("".join(f"  c{number}: {{key: ' {number} a canary'}}\n" for number in range(30)))
-    here.start()
+    reloadable = ReloadableDaemon(socket_dir)
+    reloadable.write(
+        "".join(f"  c{number}: {{key: ' {number} a canary'}}\n" for number in range(30))
+    )
+    reloadable.start()
     try:
-        here.write(ALICE + "  bob: {key: 'bobs key '}\n")
-        assert here.reload() == []
-        first, second = here.log.named("key.odd")
+        reloadable.write(ALICE + "  bob: {key: 'bobs key '}\n")
+        assert reloadable.reload() == []
+        first, second = reloadable.log.named("key.odd")
         assert (first.level, first.fields["count"], len(first.fields["warnings"])) == (
             "warning",
             30,
@@ -262,12 +264,12 @@ def test_reload_and_start_warn_of_odd_keys(socket_dir: Path) -> None:
         )
         assert second.fields["count"] == 1
         assert "a key of client 'bob' ends with white space" in second.fields["warnings"][0]
-        assert "canary" not in str(here.log.events)
-        here.write(ALICE)
-        assert here.reload() == []
-        assert len(here.log.named("key.odd")) == 2
+        assert "canary" not in str(reloadable.log.events)
+        reloadable.write(ALICE)
+        assert reloadable.reload() == []
+        assert len(reloadable.log.named("key.odd")) == 2
     finally:
-        here.close()
+        reloadable.close()
 
 
 def test_reload_address_that_cannot_be_bound_changes_nothing(served: ReloadableDaemon) -> None:
@@ -301,9 +303,9 @@ def test_reload_opens_closes_and_changes_listeners(served: ReloadableDaemon) -> 
 def test_reload_publishes_reloaded_event(served: ReloadableDaemon) -> None:
     """``$broker.reloaded`` is published when the whole configuration is in effect."""
     with served.connect("bob", "bobs-first-key") as bob:
-        heard = bob.subscribe("$broker.reloaded")
+        subscription = bob.subscribe("$broker.reloaded")
         assert served.reload() == []
-        assert next(iter(heard)).topic == "$broker.reloaded"
+        assert next(iter(subscription)).topic == "$broker.reloaded"
 
 
 def test_reload_operation_returns_problems_of_refused_file(served: ReloadableDaemon) -> None:

@@ -30,13 +30,13 @@ OPS = "  ops: {key: the-key-of-ops, admin: true}\n"
 
 @pytest.fixture
 def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
-    here = ReloadableDaemon(socket_dir)
-    here.write(OPS + BOB)
-    here.start()
+    reloadable = ReloadableDaemon(socket_dir)
+    reloadable.write(OPS + BOB)
+    reloadable.start()
     try:
-        yield here
+        yield reloadable
     finally:
-        here.close()
+        reloadable.close()
 
 
 @pytest.fixture

@@ -23,20 +23,20 @@ def test_reset_recheck_reset_after_unread_bytes_ends_connection(
     one event.
     """
     at = str(socket_dir / "sock") if listen == "unix" else listen
-    with running_daemon(configuration(at, "alice bob")) as here, here.login("bob") as bob:
-        alice = here.login("alice")
+    with running_daemon(configuration(at, "alice bob")) as broker, broker.login("bob") as bob:
+        alice = broker.login("alice")
         # Something it has not read makes its end a reset, on a Unix socket too.
         bob.send(MESSAGE, "alice", b"unread")
         bob.ping()
-        stands_still, go_on = threading.Event(), threading.Event()
+        blocked, go_on = threading.Event(), threading.Event()
 
-        def stand_still() -> None:
-            stands_still.set()
+        def block() -> None:
+            blocked.set()
             assert go_on.wait(30)
 
-        waiting = threading.Thread(target=here.call, args=(stand_still,))
+        waiting = threading.Thread(target=broker.call, args=(block,))
         waiting.start()
-        assert stands_still.wait(30)
+        assert blocked.wait(30)
         alice.send(MESSAGE, "bob", b"the last")
         if listen != "unix":
             alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -46,8 +46,8 @@ def test_reset_recheck_reset_after_unread_bytes_ends_connection(
 
         if listen == "unix":
             assert bob.recv().body == b"the last"
-        here.log.wait("client.disconnected")
-        here.login("alice").close()
+        broker.log.wait("client.disconnected")
+        broker.login("alice").close()
 
 
 def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
@@ -55,16 +55,16 @@ def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
     not wake up.
     """
     with (
-        running_daemon(configuration(str(socket_dir / "sock"), "alice")) as here,
-        here.login("alice") as alice,
+        running_daemon(configuration(str(socket_dir / "sock"), "alice")) as broker,
+        broker.login("alice") as alice,
     ):
         # The first may still have been read while the connection was pending.
         alice.ping()
         alice.ping()
-        watch = here.daemon._server.context.reset_recheck  # type: ignore[union-attr]
-        assert here.call(lambda: watch._timer is not None)
-        here.call(watch._look)
-        assert here.call(lambda: (watch._timer, watch._connections)) == (None, set())
+        recheck = broker.daemon._server.context.reset_recheck  # type: ignore[union-attr]
+        assert broker.call(lambda: recheck._timer is not None)
+        broker.call(recheck._look)
+        assert broker.call(lambda: (recheck._timer, recheck._connections)) == (None, set())
         alice.ping()
 
 
@@ -75,23 +75,23 @@ def test_reset_recheck_held_sender_keeps_its_earlier_frames(socket_dir: Path, si
     """
     clients = {"alice": None, "bob": {"queue": "64KiB", "when_full": "wait"}}
     with (
-        running_daemon(configuration(str(socket_dir / "sock"), clients)) as here,
-        here.login("bob") as bob,
+        running_daemon(configuration(str(socket_dir / "sock"), clients)) as broker,
+        broker.login("bob") as bob,
     ):
-        alice = here.login("alice")
+        alice = broker.login("alice")
         alice.ping()
-        (session,) = here.daemon.broker.exchange.clients["alice"].sessions.values()
-        before = here.call(lambda: session.messages_in)
+        (session,) = broker.daemon.broker.exchange.clients["alice"].sessions.values()
+        before = broker.call(lambda: session.messages_in)
         sent, deadline = 0, time.monotonic() + 30
-        while here.call(lambda: session.held_by) is None:
+        while broker.call(lambda: session.held_by) is None:
             alice.send(MESSAGE, "bob", b"%7d" % sent + bytes(size))
             sent += 1
-            while here.call(lambda: session.messages_in) < before + sent:
+            while broker.call(lambda: session.messages_in) < before + sent:
                 assert time.monotonic() < deadline
         alice.close()
-        watch = here.daemon._server.context.reset_recheck  # type: ignore[union-attr]
+        recheck = broker.daemon._server.context.reset_recheck  # type: ignore[union-attr]
         for _ in range(3):
-            here.call(lambda: (watch.note(session.connection), watch._look()))
+            broker.call(lambda: (recheck.note(session.connection), recheck._look()))
 
         assert [int(bob.recv().body[:7]) for _ in range(sent)] == list(range(sent))
-        here.log.wait("client.disconnected")
+        broker.log.wait("client.disconnected")

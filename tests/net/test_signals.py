@@ -16,15 +16,15 @@ import pytest
 from brokerd.daemon.process import _signals_go_to
 
 
-class Deaf(asyncio.SelectorEventLoop):
+class LoopWithoutSignals(asyncio.SelectorEventLoop):
     """A loop that knows no signals."""
 
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
         raise NotImplementedError
 
 
-def _put(heard: asyncio.Queue[tuple[str, str]], what: str, name: str) -> None:
-    heard.put_nowait((what, name))
+def _put(received: asyncio.Queue[tuple[str, str]], action: str, name: str) -> None:
+    received.put_nowait((action, name))
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_signal_wakes_event_loop_without_signal_support(number: str, heard_by: s
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
 
     async def main() -> list[tuple[str, str]]:
-        heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        acts = [partial(_put, heard, what) for what in ("end", "reload", "upgrade")]
+        received: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        acts = [partial(_put, received, action) for action in ("end", "reload", "upgrade")]
         with _signals_go_to(*acts):
             handler = signal.signal(signal.SIGUSR1, lambda *_: None)
             loop = asyncio.get_running_loop()
             loop.call_soon(os.kill, os.getpid(), signal.SIGUSR1)
             loop.call_soon(os.kill, os.getpid(), signal.Signals[number])
-            first = await asyncio.wait_for(heard.get(), 30)
+            first = await asyncio.wait_for(received.get(), 30)
             signal.signal(signal.SIGUSR1, handler)
-            return [first, *iter(lambda: None if heard.empty() else heard.get_nowait(), None)]
+            return [first, *iter(lambda: None if received.empty() else received.get_nowait(), None)]
 
-    with asyncio.Runner(loop_factory=Deaf) as runner:
+    with asyncio.Runner(loop_factory=LoopWithoutSignals) as runner:
         assert runner.run(main()) == [(heard_by, number)]
     assert [
         signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)

@@ -47,21 +47,21 @@ def race(path: Path, starters: int) -> tuple[list[Listening], list[str]]:
     leave_stale(path)
     barrier = threading.Barrier(starters)
     won: list[Listening] = []
-    told: list[str] = []
+    errors: list[str] = []
 
     def start() -> None:
         barrier.wait()
         try:
             won.extend(listen(at(path)))
         except ListenError as error:
-            told.append(str(error))
+            errors.append(str(error))
 
     threads = [threading.Thread(target=start) for _ in range(starters)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return won, told
+    return won, errors
 
 
 @pytest.mark.parametrize("starters", [2, 4])
@@ -69,11 +69,11 @@ def test_listener_race_over_stale_file_has_one_winner(socket_dir: Path, starters
     """Clients reach the winner, the other starters get an error, and no file is left."""
     path = socket_dir / "s"
     for _ in range(60):
-        won, told = race(path, starters)
+        won, errors = race(path, starters)
         try:
             assert len(won) == 1
-            assert len(told) == starters - 1
-            assert all("another program is listening there" in each for each in told)
+            assert len(errors) == starters - 1
+            assert all("another program is listening there" in each for each in errors)
             assert is_reached(path, won[0])
         finally:
             for each in won:
@@ -115,8 +115,8 @@ def test_listener_race_of_processes_has_one_winner(socket_dir: Path) -> None:
         leave_stale(path)
         for each in ours:
             each.send(True)
-        said = [each.recv() for each in ours]
-        assert said.count("") == 1, said
+        answers = [each.recv() for each in ours]
+        assert answers.count("") == 1, answers
         for each in ours:
             each.send(None)
         assert [each.recv() for each in ours] == ["closed"] * 2
@@ -135,7 +135,7 @@ def test_listener_close_raced_by_start_keeps_file_of_new_broker(
     """
     path = socket_dir / "s"
     (ending,) = listen(at(path))
-    told: list[str] = []
+    errors: list[str] = []
     look = listening._inode
 
     def look_and_start(path: Path) -> tuple[int, int]:
@@ -143,13 +143,13 @@ def test_listener_close_raced_by_start_keeps_file_of_new_broker(
         try:
             listen(at(path))
         except ListenError as error:
-            told.append(str(error))
+            errors.append(str(error))
         return found
 
     with monkeypatch.context() as patched:
         patched.setattr(listening, "_inode", look_and_start)
         ending.close()
-    (reason,) = told
+    (reason,) = errors
     assert "another program is listening there" in reason
     assert list(socket_dir.iterdir()) == []
 

@@ -46,18 +46,18 @@ def test_aio_client_exception_in_tls_is_lost_connection(
     """
     monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
     real: Any = getattr(Engine, method)
-    left: list[BaseException] = []
+    pending: list[BaseException] = []
 
     def act(*args: Any, **options: Any) -> Any:
         # The broker has engines of its own, in another thread.
-        if left and threading.current_thread() is threading.main_thread():
-            raise left.pop()
+        if pending and threading.current_thread() is threading.main_thread():
+            raise pending.pop()
         return real(*args, **options)
 
     async def main(address: str, key: str) -> None:
         async with aio.connect(address, "alice", key, ssl=trusting) as alice:
             monkeypatch.setattr(Engine, method, act)
-            left.append(make())
+            pending.append(make())
             if method == "handshake":
                 # The one of the next connection.
                 assert alice._transport is not None
@@ -66,7 +66,7 @@ def test_aio_client_exception_in_tls_is_lost_connection(
                 with pytest.raises(Disconnected):
                     await alice.ping()
             deadline = time.monotonic() + 20
-            while left or not alice.connected:
+            while pending or not alice.connected:
                 assert time.monotonic() < deadline, "it did not connect again"
                 await asyncio.sleep(0.005)
             assert await alice.ping() >= 0

@@ -39,14 +39,14 @@ FLOODS: dict[str, Callable[[Forger], bytes]] = {
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[RunningDaemon]:
+def broker(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with one TLS listener."""
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
-        yield here
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as broker:
+        yield broker
 
 
 @pytest.fixture
-def sips(here: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+def bytes_per_turn(broker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Bytes of TLS that the broker has taken in, by the turn of its event loop."""
     taken: Counter[int] = Counter()
     turn = 0
@@ -55,7 +55,7 @@ def sips(here: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     def count() -> None:
         nonlocal turn
         turn += 1
-        here._loop.call_soon(count)
+        broker._loop.call_soon(count)
 
     def note(self: Engine, data: bytes | memoryview) -> None:
         # A client in this process is not meant.
@@ -64,17 +64,17 @@ def sips(here: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
         feed(self, data)
 
     monkeypatch.setattr(Engine, "feed", note)
-    here.call(count)
+    broker.call(count)
     return taken
 
 
-def all_at_once(here: RunningDaemon, forger: Forger, flood: bytes) -> None:
+def write_at_once(broker: RunningDaemon, forger: Forger, flood: bytes) -> None:
     """Have as much of the flood as fits lie before the broker when it looks; the rest
     follows.
     """
     forger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
     first = flood[:200_000]
-    here.call(lambda: forger.write_bare(first))
+    broker.call(lambda: forger.write_bare(first))
     # It may be given up meanwhile.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         forger.write_bare(flood[len(first) :])
@@ -82,51 +82,55 @@ def all_at_once(here: RunningDaemon, forger: Forger, flood: bytes) -> None:
 
 @pytest.mark.parametrize("kind", FLOODS)
 def test_empty_records_from_client_are_read_slowly_and_end_connection(
-    kind: str, here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
+    kind: str,
+    broker: RunningDaemon,
+    bytes_per_turn: Counter[int],
+    authority: Authority,
+    tmp_path: Path,
 ) -> None:
     """No turn of the loop goes to that client only. Other clients are served, and the
     log says why it was disconnected.
     """
     with (
-        tls_login(here.address, authority.context(), "bob") as bob,
-        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+        tls_login(broker.address, authority.context(), "bob") as bob,
+        forger_of(broker.address, authority.context(), tmp_path / "secrets", "alice") as alice,
     ):
         alice.ping()
-        all_at_once(here, alice, FLOODS[kind](alice))
+        write_at_once(broker, alice, FLOODS[kind](alice))
         bob.ping()
-        (gone,) = here.log.wait("client.disconnected")
-        assert "TLS" in str(gone.fields["reason"])
+        (disconnected,) = broker.log.wait("client.disconnected")
+        assert "TLS" in str(disconnected.fields["reason"])
         bob.ping()
     # One piece until it is known for what it is, and no more than two sips a turn from
     # then on.
-    most = sorted(sips.values(), reverse=True)
-    assert most[0] <= 36 * 1024
-    assert most[1] <= 12 * 1024
-    assert sum(most) < 150_000
+    sizes = sorted(bytes_per_turn.values(), reverse=True)
+    assert sizes[0] <= 36 * 1024
+    assert sizes[1] <= 12 * 1024
+    assert sum(sizes) < 150_000
 
 
 def test_empty_records_from_pending_connection_end_handshake(
-    here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
+    broker: RunningDaemon, bytes_per_turn: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
     """A peer that has not authenticated gets a smaller budget, and the reason is
     logged.
     """
     with (
-        tls_login(here.address, authority.context(), "bob") as bob,
-        Forger(here.address, authority.context(), tmp_path / "secrets") as stranger,
+        tls_login(broker.address, authority.context(), "bob") as bob,
+        Forger(broker.address, authority.context(), tmp_path / "secrets") as peer,
     ):
         bob.ping()
-        sips.clear()
-        all_at_once(here, stranger, FLOODS["updates of keys"](stranger))
-        (refused,) = here.log.wait("client.refused")
+        bytes_per_turn.clear()
+        write_at_once(broker, peer, FLOODS["updates of keys"](peer))
+        (refused,) = broker.log.wait("client.refused")
         assert "with nothing in them" in str(refused.fields["reason"])
         bob.ping()
-    assert max(sips.values()) <= 4 * 1024
-    assert sum(sips.values()) < 40_000
+    assert max(bytes_per_turn.values()) <= 4 * 1024
+    assert sum(bytes_per_turn.values()) < 40_000
 
 
 def test_one_byte_records_are_assembled_in_turns(
-    here: RunningDaemon, sips: Counter[int], authority: Authority, tmp_path: Path
+    broker: RunningDaemon, bytes_per_turn: Counter[int], authority: Authority, tmp_path: Path
 ) -> None:
     """Messages in records of one byte each all arrive, in order. Meanwhile other
     clients have their turns.
@@ -134,62 +138,62 @@ def test_one_byte_records_are_assembled_in_turns(
     count = 500
     data = b"".join(packed(MESSAGE, "bob", bytes(20), message_id=number) for number in range(count))
     with (
-        tls_login(here.address, authority.context(), "bob") as bob,
-        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+        tls_login(broker.address, authority.context(), "bob") as bob,
+        forger_of(broker.address, authority.context(), tmp_path / "secrets", "alice") as alice,
     ):
         alice.ping()
-        all_at_once(here, alice, alice.records(data, 1))
+        write_at_once(broker, alice, alice.records(data, 1))
         assert [bob.recv().id for _ in range(count)] == list(range(count))
         alice.ping()
-        assert here.log.named("client.disconnected") == []
-    most = sorted(sips.values(), reverse=True)
-    assert most[0] <= 36 * 1024
-    assert most[1] <= 12 * 1024
+        assert broker.log.named("client.disconnected") == []
+    sizes = sorted(bytes_per_turn.values(), reverse=True)
+    assert sizes[0] <= 36 * 1024
+    assert sizes[1] <= 12 * 1024
 
 
 def test_tls_connection_invalid_record_ends_connection(
-    here: RunningDaemon, authority: Authority, tmp_path: Path
+    broker: RunningDaemon, authority: Authority, tmp_path: Path
 ) -> None:
     """Plaintext frames in the middle of it are not read as frames, and the log says
     what was wrong.
     """
     with (
-        tls_login(here.address, authority.context(), "bob") as bob,
-        forger_of(here.address, authority.context(), tmp_path / "secrets", "alice") as alice,
+        tls_login(broker.address, authority.context(), "bob") as bob,
+        forger_of(broker.address, authority.context(), tmp_path / "secrets", "alice") as alice,
     ):
         alice.send(MESSAGE, "bob", b"encrypted")
         alice.write_bare(packed(MESSAGE, "bob", b"in the clear"))
-        (gone,) = here.log.wait("client.disconnected")
-        assert "TLS" in str(gone.fields["reason"])
-        assert "minimum" not in str(gone.fields["reason"])
+        (disconnected,) = broker.log.wait("client.disconnected")
+        assert "TLS" in str(disconnected.fields["reason"])
+        assert "minimum" not in str(disconnected.fields["reason"])
         assert bob.recv().body == b"encrypted"
         bob.ping()
 
 
 def test_tls_handshake_in_one_byte_records_is_read_in_turns(
-    here: RunningDaemon, sips: Counter[int], authority: Authority
+    broker: RunningDaemon, bytes_per_turn: Counter[int], authority: Authority
 ) -> None:
     """The longest possible ClientHello, each byte in a record of its own, causes no
     long turn of the loop.
     """
     hello = b"\x01" + (131_000).to_bytes(3, "big") + b"\x03\x03" + bytes(131_000)
-    with tls_login(here.address, authority.context(), "bob") as bob, Raw(here.address) as stranger:
+    with tls_login(broker.address, authority.context(), "bob") as bob, Raw(broker.address) as peer:
         flood = b"".join(b"\x16\x03\x01\0\1" + hello[at : at + 1] for at in range(len(hello)))
-        stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
-        here.call(lambda: stranger.write(flood[:200_000]))
-        stranger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+        broker.call(lambda: peer.write(flood[:200_000]))
+        peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         bob.ping()
-    assert max(sips.values()) <= 36 * 1024
+    assert max(bytes_per_turn.values()) <= 36 * 1024
 
 
 def test_empty_records_before_message_of_disconnected_client_are_read(
-    here: RunningDaemon, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broker: RunningDaemon, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message after many empty records is delivered, although another connection
     takes the name at once.
     """
-    with tls_login(here.address, authority.context(), "bob") as bob:
-        alice = forger_of(here.address, authority.context(), tmp_path / "secrets", "alice")
+    with tls_login(broker.address, authority.context(), "bob") as bob:
+        alice = forger_of(broker.address, authority.context(), tmp_path / "secrets", "alice")
         alice.ping()
         flood = b"".join(alice.key_update() for _ in range(2000))
         last = alice.records(packed(MESSAGE, "bob", b"the last one"))
@@ -201,25 +205,25 @@ def test_empty_records_before_message_of_disconnected_client_are_read(
             alice.close()
             (connection,) = [
                 connection
-                for connection in here.daemon._server.connections
+                for connection in broker.daemon._server.connections
                 if connection.session.address == "alice"
             ]  # type: ignore[union-attr]
             return connection.is_gone()
 
-        assert here.call(leave)
+        assert broker.call(leave)
         assert bob.recv().body == b"the last one"
 
 
 def test_tls_connection_decrypted_bytes_are_read_on_presence_check(
-    here: RunningDaemon, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    broker: RunningDaemon, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second login with the same name makes the broker look at this connection. The
     broker then reads on, although the socket has no more bytes.
     """
     monkeypatch.setattr(connection_module, "_READS", 1)
     with (
-        tls_login(here.address, authority.context(), "bob") as bob,
-        tls_login(here.address, authority.context(), "alice") as alice,
+        tls_login(broker.address, authority.context(), "bob") as bob,
+        tls_login(broker.address, authority.context(), "alice") as alice,
     ):
         alice.ping()
         count = 20
@@ -230,16 +234,16 @@ def test_tls_connection_decrypted_bytes_are_read_on_presence_check(
         def look() -> bool:
             # In the broker's own thread, so that it does not read before everything is
             # there; and more than it has room for at once.
-            here.daemon.server.context.buffer = memoryview(bytearray(8192))
+            broker.daemon.server.context.buffer = memoryview(bytearray(8192))
             alice.write(data)
             (connection,) = [
                 connection
-                for connection in here.daemon.server.connections
+                for connection in broker.daemon.server.connections
                 if connection.session.address == "alice"
             ]
             return connection.is_gone()
 
-        assert not here.call(look)
+        assert not broker.call(look)
         assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
@@ -252,17 +256,17 @@ def test_tls_renegotiation_is_refused(server: Issued, authority: Authority) -> N
     """
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")})
-    ) as here:
-        command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{here.address.port}"]
+    ) as broker:
+        command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{broker.address.port}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, **pipes) as asking:  # type: ignore[call-overload]
-            said = b""
+        with subprocess.Popen(command, **pipes) as openssl:  # type: ignore[call-overload]
+            output = b""
             # What the broker says first would come into the middle of it.
-            while b"#CHALLENGE#" not in said:
-                said += (piece := os.read(asking.stdout.fileno(), 4096))
-                assert piece, said
-            said += asking.communicate(b"R\n" * 50, timeout=30)[0]
-        assert b"RENEGOTIATING" in said
-        assert b"no renegotiation" in said
-        with tls_login(here.address, authority.context(), "bob") as bob:
+            while b"#CHALLENGE#" not in output:
+                output += (piece := os.read(openssl.stdout.fileno(), 4096))
+                assert piece, output
+            output += openssl.communicate(b"R\n" * 50, timeout=30)[0]
+        assert b"RENEGOTIATING" in output
+        assert b"no renegotiation" in output
+        with tls_login(broker.address, authority.context(), "bob") as bob:
             bob.ping()

@@ -25,11 +25,11 @@ from brokerd_client.wire.handshake import Proof, Receive, as_listener
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[RunningDaemon]:
+def broker(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with a TLS listener and, beside it, a plain one."""
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}, "127.0.0.1:0"]
-    with running_daemon(configuration(listen)) as here:
-        yield here
+    with running_daemon(configuration(listen)) as broker:
+        yield broker
 
 
 @pytest.fixture(params=[Blocking, Asyncio])
@@ -39,49 +39,49 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
     face.close()
 
 
-def refusal(here: RunningDaemon) -> str:
-    return str(here.log.wait("client.refused")[0].fields["reason"])
+def refusal(broker: RunningDaemon) -> str:
+    return str(broker.log.wait("client.refused")[0].fields["reason"])
 
 
 def test_channel_binding_of_library_client_is_logged(
-    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """The broker's log has the TLS version and what the key is bound to."""
-    face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+    face.connect(str(broker.address), "alice", key_of("alice"), ssl=trusting)
 
-    fields = here.log.wait("client.connected")[0].fields
+    fields = broker.log.wait("client.connected")[0].fields
     assert (fields["tls"], fields["bound_to"]) == ("TLSv1.3", END_POINT)
 
 
 def test_channel_binding_key_without_name_is_found(
-    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """A client that does not give its name is found by its bound key."""
-    assert face.connect(str(here.address), key=key_of("bob"), ssl=trusting).name == "bob"
+    assert face.connect(str(broker.address), key=key_of("bob"), ssl=trusting).name == "bob"
 
 
 def test_channel_binding_relay_with_listener_certificate_succeeds(
-    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """This relay passes everything on unchanged. With the listener's own certificate
     the handshake succeeds.
     """
-    with Relay(here.address, server, trusting) as relay:
+    with Relay(broker.address, server, trusting) as relay:
         # It ends after the handshake, so that the introduction never comes.
         with pytest.raises(BrokerdError):
             face.connect(relay.address, "alice", key_of("alice"), ssl=trusting, reconnect=False)
-        here.log.wait("client.connected")
+        broker.log.wait("client.connected")
 
 
 def test_channel_binding_relay_with_another_certificate_is_rejected(
-    here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     """The client trusts the relay's certificate, but the broker rejects the relay."""
     rejected = pytest.raises(AuthenticationError, match="rejected our answer")
-    with Relay(here.address, authority.issue("middle"), trusting) as relay, rejected:
+    with Relay(broker.address, authority.issue("middle"), trusting) as relay, rejected:
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert refusal(here) == "wrong key for the given name"
-    assert here.log.named("client.connected") == []
+    assert refusal(broker) == "wrong key for the given name"
+    assert broker.log.named("client.connected") == []
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_channel_binding_relay_with_another_certificate_is_rejected(
     ids=["stripped", "another kind", "unknown kind"],
 )
 def test_channel_binding_answer_without_its_mark_is_rejected(
-    here: RunningDaemon,
+    broker: RunningDaemon,
     face: Face,
     authority: Authority,
     trusting: ssl.SSLContext,
@@ -107,14 +107,14 @@ def test_channel_binding_answer_without_its_mark_is_rejected(
     """An answer made with a bound key is invalid without its mark, and with another
     mark.
     """
-    relay = Relay(here.address, authority.issue("middle"), trusting, answer=answer)
+    relay = Relay(broker.address, authority.issue("middle"), trusting, answer=answer)
     with relay, pytest.raises(AuthenticationError):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert reason in refusal(here)
+    assert reason in refusal(broker)
 
 
 def test_channel_binding_challenge_without_offer_is_not_answered(
-    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """This holds even with the listener's own certificate."""
 
@@ -123,12 +123,12 @@ def test_channel_binding_challenge_without_offer_is_not_answered(
         return challenge.removesuffix(b"\0tls-server-end-point 2")
 
     refused = pytest.raises(AuthenticationError, match="version 2")
-    with Relay(here.address, server, trusting, alter=strip) as relay, refused:
+    with Relay(broker.address, server, trusting, alter=strip) as relay, refused:
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
 
 
 def test_channel_binding_challenge_with_altered_offer_is_rejected(
-    here: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, server: Issued, trusting: ssl.SSLContext
 ) -> None:
     """Even with the listener's own certificate, a change of the offer in the challenge
     makes the answer invalid.
@@ -138,24 +138,24 @@ def test_channel_binding_challenge_with_altered_offer_is_rejected(
         return challenge.replace(b"tls-server-end-point", b"tls-unheard-of")
 
     with (
-        Relay(here.address, server, trusting, alter=alter) as relay,
+        Relay(broker.address, server, trusting, alter=alter) as relay,
         pytest.raises(AuthenticationError),
     ):
         face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert refusal(here) == "wrong key for the given name"
+    assert refusal(broker) == "wrong key for the given name"
 
 
 def test_channel_binding_relay_to_plain_listener_is_rejected(
-    here: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     """A plain listener of the same broker offers no binding. That does not make the
     client use its bare key.
     """
     for alter in (bytes, lambda challenge: challenge + b"\0tls-server-end-point 2"):
-        relay = Relay(here.addresses[1], authority.issue("middle"), None, alter=alter)
+        relay = Relay(broker.addresses[1], authority.issue("middle"), None, alter=alter)
         with relay, pytest.raises(AuthenticationError):
             face.connect(relay.address, "alice", key_of("alice"), ssl=trusting)
-    assert "but this connection has none" in refusal(here)
+    assert "but this connection has none" in refusal(broker)
 
 
 def test_channel_binding_broker_with_bare_key_is_rejected_by_client(
@@ -205,14 +205,14 @@ def test_channel_binding_broker_with_bare_key_is_rejected_by_client(
 
 
 def test_channel_binding_missing_is_accepted_by_default(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """Stock Python behind a TLS proxy can connect with its bare key, unless that is
     forbidden.
     """
-    with tls_login(here.address, trusting, "alice") as alice:
+    with tls_login(broker.address, trusting, "alice") as alice:
         assert alice.ask("whoami").json["name"] == "alice"
-    assert here.log.wait("client.connected")[0].fields["bound_to"] == "nothing"
+    assert broker.log.wait("client.connected")[0].fields["bound_to"] == "nothing"
 
 
 @pytest.mark.parametrize("by", ["listener", "client"])
@@ -227,13 +227,13 @@ def test_channel_binding_required_rejects_client_without_it(
     clients = {"alice": need if by == "client" else {}}
     with running_daemon(
         configuration([{"address": "127.0.0.1:0", "tls": tls}, "127.0.0.1:0"], clients)
-    ) as here:
+    ) as broker:
         with pytest.raises(Rejected):
-            tls_login(here.address, trusting, "alice")
-        assert "channel_binding: required" in refusal(here)
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+            tls_login(broker.address, trusting, "alice")
+        assert "channel_binding: required" in refusal(broker)
+        face.connect(str(broker.address), "alice", key_of("alice"), ssl=trusting)
         if by == "client":
             with pytest.raises(AuthenticationError):
-                face.connect(str(here.addresses[1]), "alice", key_of("alice"))
-            reason = here.log.wait("client.refused", 2)[1].fields["reason"]
+                face.connect(str(broker.addresses[1]), "alice", key_of("alice"))
+            reason = broker.log.wait("client.refused", 2)[1].fields["reason"]
             assert "connection is not over TLS" in reason

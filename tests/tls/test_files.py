@@ -299,10 +299,10 @@ def test_tls_missing_at_start_is_logged_once_per_listener(server: Issued) -> Non
         {"address": "0.0.0.0:0", "plain": True},
         {"address": "0.0.0.0:0", "tls": server.entry()},
     ]
-    with running_daemon(configuration(listen)) as here:
-        (event,) = here.log.named("listener.plain")
+    with running_daemon(configuration(listen)) as broker:
+        (event,) = broker.log.named("listener.plain")
         assert event.level == "warning"
-        assert event.fields["listener"] == str(here.addresses[0])
+        assert event.fields["listener"] == str(broker.addresses[0])
         assert "tls: {certificate: FILE, key: FILE}" in event.fields["reason"]
 
 
@@ -323,19 +323,17 @@ def test_tls_certificate_renewed_by_reload_loses_no_message(
     """
     listen = [{"address": "127.0.0.1:0", "tls": issued.entry()}, str(socket_dir / "sock")]
     with (
-        running_daemon(configuration(listen)) as here,
-        login(here.addresses[1], key_of("carol"), b"carol") as carol,
+        running_daemon(configuration(listen)) as broker,
+        login(broker.addresses[1], key_of("carol"), b"carol") as carol,
     ):
-        old = TlsRaw(here.address, trusting)
-        where = str(here.address)
+        old = TlsRaw(broker.address, trusting)
+        url = str(broker.address)
         with (
             old,
             brokerd_client.connect(
-                where, "alice", key_of("alice"), ssl=trusting, reconnect=False
+                url, "alice", key_of("alice"), ssl=trusting, reconnect=False
             ) as alice,
-            brokerd_client.connect(
-                where, "bob", key_of("bob"), ssl=trusting, reconnect=False
-            ) as bob,
+            brokerd_client.connect(url, "bob", key_of("bob"), ssl=trusting, reconnect=False) as bob,
         ):
             stop = threading.Event()
             sent = 0
@@ -356,17 +354,17 @@ def test_tls_certificate_renewed_by_reload_loses_no_message(
                 issued.certificate.write_bytes(renewed.certificate.read_bytes())
                 issued.key.write_bytes(renewed.key.read_bytes())
                 config = configuration(listen)
-                here.call(lambda: here.daemon.apply(config, "the test"))
-                with TlsRaw(here.address, trusting) as new:
+                broker.call(lambda: broker.daemon.apply(config, "the test"))
+                with TlsRaw(broker.address, trusting) as new:
                     assert serial_of(new) != serial_of(old)
             finally:
                 stop.set()
                 thread.join(PATIENCE)
             assert [bob.recv(PATIENCE).payload for _ in range(sent - 1)] == list(range(1, sent))
-            (change,) = here.log.wait("daemon.reloaded")[0].fields["altered"].values()
+            (change,) = broker.log.wait("daemon.reloaded")[0].fields["altered"].values()
             assert change[0].startswith("tls: ")
         carol.ping()
-        assert [event.fields["name"] for event in here.log.named("client.disconnected")] in (
+        assert [event.fields["name"] for event in broker.log.named("client.disconnected")] in (
             ["alice", "bob"],
             ["bob", "alice"],
         )
@@ -381,14 +379,17 @@ def test_tls_certificate_invalid_at_reload_changes_nothing(
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
     file.write_text(LISTEN.format(issued) + 'clients: {alice: {key: "alice\'s key is a canary"}}\n')
-    with running_daemon(load(file)) as here, tls_login(here.address, trusting, "alice") as alice:
+    with (
+        running_daemon(load(file)) as broker,
+        tls_login(broker.address, trusting, "alice") as alice,
+    ):
         before = serial_of(alice)
         _another_key(issued, authority)
-        here.call(lambda: here.daemon.reload_soon("the test"))
-        problems = here.log.wait("daemon.reload_refused")[0].fields["problems"]
+        broker.call(lambda: broker.daemon.reload_soon("the test"))
+        problems = broker.log.wait("daemon.reload_refused")[0].fields["problems"]
         assert "is not the key of" in problems[0]
         alice.ping()
-        with TlsRaw(here.address, trusting) as new:
+        with TlsRaw(broker.address, trusting) as new:
             assert serial_of(new) == before
 
 
@@ -398,16 +399,16 @@ def test_tls_added_to_listener_by_reload_applies_to_new_connections(
     """An address without TLS speaks TLS after the reload. Connections opened before
     stay in plaintext.
     """
-    with running_daemon(configuration("127.0.0.1:0")) as here:
-        address = {"address": f"127.0.0.1:{here.address.port}"}
-        with here.login("alice") as alice:
+    with running_daemon(configuration("127.0.0.1:0")) as broker:
+        address = {"address": f"127.0.0.1:{broker.address.port}"}
+        with broker.login("alice") as alice:
             plain, tls = configuration(address), configuration({**address, "tls": issued.entry()})
-            here.call(lambda: setattr(here.daemon, "config", plain))
-            for listening in here.daemon._server.listening:  # type: ignore[union-attr]
+            broker.call(lambda: setattr(broker.daemon, "config", plain))
+            for listening in broker.daemon._server.listening:  # type: ignore[union-attr]
                 listening.config = plain.listen[0]
-            here.call(lambda: here.daemon.apply(tls, "the test"))
-            assert str(here.address) == f"tls://127.0.0.1:{here.address.port}"
-            with tls_login(here.address, trusting, "bob") as bob:
+            broker.call(lambda: broker.daemon.apply(tls, "the test"))
+            assert str(broker.address) == f"tls://127.0.0.1:{broker.address.port}"
+            with tls_login(broker.address, trusting, "bob") as bob:
                 bob.ping()
             alice.ping()
 
@@ -479,8 +480,8 @@ def test_brokerctl_over_tls_needs_ca(server: Issued, authority: Authority, tmp_p
     key_file.write_bytes(key_of("alice"))
     tls = server.entry(client_ca=authority.file)
     shown = authority.issue("alice", "alice.example")
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": tls})) as here:
-        access = ["--address", str(here.address), "--name", "alice", "--key-file", str(key_file)]
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": tls})) as broker:
+        access = ["--address", str(broker.address), "--name", "alice", "--key-file", str(key_file)]
         cert = ["--cert", str(shown.certificate), "--cert-key", str(shown.key)]
         run = CliRunner().invoke
         assert run(brokerctl, [*access, "--ca", str(authority.file), *cert, "ping"]).exit_code == 0

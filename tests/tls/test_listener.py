@@ -46,14 +46,14 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 
 @pytest.fixture
-def here(server: Issued) -> Iterator[RunningDaemon]:
+def broker(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with one TLS listener."""
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
-        yield here
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as broker:
+        yield broker
 
 
-def refusal(here: RunningDaemon, number: int = 0) -> str:
-    return str(here.log.wait("client.refused", number + 1)[number].fields["reason"])
+def refusal(broker: RunningDaemon, number: int = 0) -> str:
+    return str(broker.log.wait("client.refused", number + 1)[number].fields["reason"])
 
 
 # Certificates of clients
@@ -72,15 +72,15 @@ def test_client_certificate_of_right_subject_is_accepted(
     """
     shown = authority.issue("alice", "alice.example", common_name="alice")
     demanded = {"certificate": {"fingerprint": shown.fingerprint.upper()}}
-    with running_daemon(demanding(server, authority, demanded)) as here:
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
-        subject = here.log.wait("client.connected")[0].fields["subject"]
+    with running_daemon(demanding(server, authority, demanded)) as broker:
+        face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context(shown))
+        subject = broker.log.wait("client.connected")[0].fields["subject"]
     assert "CN=alice" in subject
 
     with running_daemon(
         demanding(server, authority, {"certificate": {"subject": subject}})
-    ) as here:
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
+    ) as broker:
+        face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
 def test_client_certificate_does_not_replace_key(
@@ -90,14 +90,14 @@ def test_client_certificate_does_not_replace_key(
     shown = authority.issue("alice", "alice.example", common_name="alice")
     with running_daemon(
         demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
-    ) as here:
+    ) as broker:
         with pytest.raises(AuthenticationError):
-            face.connect(str(here.address), "alice", "not the key", ssl=authority.context(shown))
-        assert refusal(here) == "wrong key for the given name"
+            face.connect(str(broker.address), "alice", "not the key", ssl=authority.context(shown))
+        assert refusal(broker) == "wrong key for the given name"
 
 
 @pytest.mark.parametrize("demanded", ["subject", "fingerprint"])
-def test_client_certificate_of_another_subject_is_rejected(
+def test_client_certificate_other_than_demanded_is_rejected(
     demanded: str, face: Face, server: Issued, authority: Authority
 ) -> None:
     """A certificate of another client is rejected although the CA issued it. The log
@@ -106,24 +106,26 @@ def test_client_certificate_of_another_subject_is_rejected(
     theirs = authority.issue("mallory", "mallory.example", common_name="mallory")
     mine = authority.issue("alice", "alice.example", common_name="alice")
     right = "CN=alice,O=x" if demanded == "subject" else mine.fingerprint
-    with running_daemon(demanding(server, authority, {"certificate": {demanded: right}})) as here:
+    with running_daemon(demanding(server, authority, {"certificate": {demanded: right}})) as broker:
         with pytest.raises(AuthenticationError):
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(theirs))
-        assert f"(certificate: {demanded})" in refusal(here)
-        assert ("CN=mallory" if demanded == "subject" else theirs.fingerprint) in refusal(here)
-        assert here.log.named("client.refused")[0].fields["name"] == "alice"
+            face.connect(
+                str(broker.address), "alice", key_of("alice"), ssl=authority.context(theirs)
+            )
+        assert f"(certificate: {demanded})" in refusal(broker)
+        assert ("CN=mallory" if demanded == "subject" else theirs.fingerprint) in refusal(broker)
+        assert broker.log.named("client.refused")[0].fields["name"] == "alice"
 
 
 def test_client_certificate_missing_is_rejected(
     face: Face, server: Issued, authority: Authority
 ) -> None:
     """Both sides say that a client's certificate is missing."""
-    with running_daemon(demanding(server, authority, {})) as here:
+    with running_daemon(demanding(server, authority, {})) as broker:
         with pytest.raises(TlsError, match="requires a client certificate"):
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
+            face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context())
         assert (
             "the client sent no certificate, and this listener requires one (client_ca)"
-            in refusal(here)
+            in refusal(broker)
         )
 
 
@@ -132,12 +134,12 @@ def test_client_certificate_of_unknown_ca_is_rejected(
 ) -> None:
     """A certificate that client_ca did not issue is refused, and both sides say so."""
     stranger = Authority(tmp_path).issue("alice", "alice.example")
-    with running_daemon(demanding(server, authority, {})) as here:
+    with running_daemon(demanding(server, authority, {})) as broker:
         with pytest.raises(TlsError, match="does not accept our certificate"):
             face.connect(
-                str(here.address), "alice", key_of("alice"), ssl=authority.context(stranger)
+                str(broker.address), "alice", key_of("alice"), ssl=authority.context(stranger)
             )
-        assert "the client's certificate is not accepted" in refusal(here)
+        assert "the client's certificate is not accepted" in refusal(broker)
 
 
 def test_client_certificate_optional_is_needed_only_if_entry_demands_it(
@@ -148,12 +150,14 @@ def test_client_certificate_optional_is_needed_only_if_entry_demands_it(
     """
     shown = authority.issue("alice", "alice.example")
     alice = {"certificate": {"fingerprint": [shown.fingerprint, "0" * 64]}}
-    with running_daemon(demanding(server, authority, alice, client_certificate="optional")) as here:
-        face.connect(str(here.address), "bob", key_of("bob"), ssl=authority.context())
+    with running_daemon(
+        demanding(server, authority, alice, client_certificate="optional")
+    ) as broker:
+        face.connect(str(broker.address), "bob", key_of("bob"), ssl=authority.context())
         with pytest.raises(AuthenticationError):
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
-        assert "client shows no certificate, and its entry demands one" in refusal(here)
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context(shown))
+            face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context())
+        assert "client shows no certificate, and its entry demands one" in refusal(broker)
+        face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context(shown))
 
 
 def test_client_certificate_changed_by_reload_disconnects_client(
@@ -166,19 +170,17 @@ def test_client_certificate_changed_by_reload_disconnects_client(
     context = authority.context(shown)
     with running_daemon(
         demanding(server, authority, {"certificate": {"fingerprint": shown.fingerprint}})
-    ) as here:
-        where = str(here.address)
+    ) as broker:
+        url = str(broker.address)
         with (
             brokerd_client.connect(
-                where, "alice", key_of("alice"), ssl=context, reconnect=False
+                url, "alice", key_of("alice"), ssl=context, reconnect=False
             ) as alice,
-            brokerd_client.connect(
-                where, "bob", key_of("bob"), ssl=context, reconnect=False
-            ) as bob,
+            brokerd_client.connect(url, "bob", key_of("bob"), ssl=context, reconnect=False) as bob,
         ):
             changed = demanding(server, authority, {"certificate": {"fingerprint": "0" * 64}})
-            here.call(lambda: here.daemon.apply(changed, "the test"))
-            reason = here.log.wait("client.disconnected")[0].fields["reason"]
+            broker.call(lambda: broker.daemon.apply(changed, "the test"))
+            reason = broker.log.wait("client.disconnected")[0].fields["reason"]
             assert shown.fingerprint in reason
             with pytest.raises(Disconnected):
                 alice.recv(PATIENCE)
@@ -189,15 +191,17 @@ def test_client_certificate_changed_by_reload_disconnects_client(
 
 
 def test_tls_listener_certificate_of_unknown_ca_is_reported_by_both_sides(
-    here: RunningDaemon, face: Face, tmp_path: Any
+    broker: RunningDaemon, face: Face, tmp_path: Any
 ) -> None:
     """The client says that it can't verify the certificate, and what would help. The
     log says that it was not accepted.
     """
     with pytest.raises(TlsError, match=r"can't be verified.*cafile"):
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context())
-    assert "the client does not accept this listener's certificate" in refusal(here)
-    assert here.log.named("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
+        face.connect(
+            str(broker.address), "alice", key_of("alice"), ssl=Authority(tmp_path).context()
+        )
+    assert "the client does not accept this listener's certificate" in refusal(broker)
+    assert broker.log.named("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
 def test_tls_listener_certificate_of_another_host_is_rejected(
@@ -205,20 +209,20 @@ def test_tls_listener_certificate_of_another_host_is_rejected(
 ) -> None:
     """The client's error names the host, and the broker's log has the refusal."""
     other = authority.issue("other", "other.example")
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": other.entry()})) as broker:
         with pytest.raises(TlsError, match=r"is for another host.*127\.0\.0\.1"):
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=authority.context())
-        assert "the client does not accept this listener's certificate" in refusal(here)
+            face.connect(str(broker.address), "alice", key_of("alice"), ssl=authority.context())
+        assert "the client does not accept this listener's certificate" in refusal(broker)
 
 
 def test_tls_client_at_plain_listener_is_error(face: Face, trusting: ssl.SSLContext) -> None:
     """Both sides say at once that the listener has no TLS, and what to do."""
-    with running_daemon(configuration("127.0.0.1:0")) as here:
+    with running_daemon(configuration("127.0.0.1:0")) as broker:
         with pytest.raises(
             TlsError, match="does not speak TLS: a plain listener is reached without tls://"
         ):
-            face.connect(f"tls://{here.address}", "alice", key_of("alice"), ssl=trusting)
-        assert "peer speaks TLS, and this listener does not" in refusal(here)
+            face.connect(f"tls://{broker.address}", "alice", key_of("alice"), ssl=trusting)
+        assert "peer speaks TLS, and this listener does not" in refusal(broker)
 
 
 def test_tls_listener_tells_silent_plain_client_at_handshake_timeout(
@@ -230,20 +234,20 @@ def test_tls_listener_tells_silent_plain_client_at_handshake_timeout(
     limits = {"handshake_timeout": "200ms"}
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
-    ) as here:
+    ) as broker:
         with pytest.raises(
             AuthenticationError, match="this listener speaks TLS: use tls://HOST:PORT"
         ):
-            face.connect(("127.0.0.1", here.address.port), "alice", key_of("alice"))
-        assert "a client without TLS waits for the broker to speak first" in refusal(here)
+            face.connect(("127.0.0.1", broker.address.port), "alice", key_of("alice"))
+        assert "a client without TLS waits for the broker to speak first" in refusal(broker)
 
 
-def test_tls_listener_rejects_plain_client_that_sends_first(here: RunningDaemon) -> None:
+def test_tls_listener_rejects_plain_client_that_sends_first(broker: RunningDaemon) -> None:
     """Bytes that are not TLS are refused with that reason."""
-    with Raw(here.address) as raw:
+    with Raw(broker.address) as raw:
         raw.write(prefixed(CHALLENGE + b"{sha256}" + bytes(40)))
         raw.read_to_end()
-    assert "the client does not speak TLS, which this listener requires" in refusal(here)
+    assert "the client does not speak TLS, which this listener requires" in refusal(broker)
 
 
 @pytest.mark.parametrize("minimum", ["1.2", "1.3"])
@@ -257,14 +261,14 @@ def test_tls_listener_rejects_version_below_minimum(
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry(minimum=minimum)})
-    ) as here:
+    ) as broker:
         if minimum == "1.2":
-            face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
-            assert here.log.wait("client.connected")[0].fields["tls"] == "TLSv1.2"
+            face.connect(str(broker.address), "alice", key_of("alice"), ssl=context)
+            assert broker.log.wait("client.connected")[0].fields["tls"] == "TLSv1.2"
         else:
             with pytest.raises(TlsError, match="no TLS version that is allowed"):
-                face.connect(str(here.address), "alice", key_of("alice"), ssl=context)
-            assert 'minimum: "1.2"' in refusal(here)
+                face.connect(str(broker.address), "alice", key_of("alice"), ssl=context)
+            assert 'minimum: "1.2"' in refusal(broker)
 
 
 # Others are not held up
@@ -272,31 +276,31 @@ def test_tls_listener_rejects_version_below_minimum(
 
 @pytest.mark.timing
 def test_tls_handshakes_unfinished_do_not_delay_other_clients(
-    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """Sixty peers begin TLS and stop, each at another point. New and open connections
     are served without delay.
     """
-    first = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
+    first = face.connect(str(broker.address), "bob", key_of("bob"), ssl=trusting)
     hello = _client_hello(trusting)
     silent = []
     try:
         for number in range(60):
-            silent.append(Raw(here.address))
+            silent.append(Raw(broker.address))
             silent[-1].write(hello[: number * len(hello) // 59])
         began = time.monotonic()
-        face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+        face.connect(str(broker.address), "alice", key_of("alice"), ssl=trusting)
         assert first.ping() < 1
         # The deadline of the silent ones is 5 s.
         assert time.monotonic() - began < 3
-        assert here.log.named("client.refused") == []
+        assert broker.log.named("client.refused") == []
     finally:
         for raw in silent:
             raw.close()
 
 
 def test_tls_handshakes_are_answered_one_per_turn(
-    here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    broker: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first bytes of forty peers are all there. The broker answers one of them, and
     then other connections have a turn.
@@ -308,24 +312,24 @@ def test_tls_handshakes_are_answered_one_per_turn(
     def count() -> None:
         nonlocal turns
         turns += 1
-        here._loop.call_soon(count)
+        broker._loop.call_soon(count)
 
     def step(self: TlsHandshakes, pending: Any) -> None:
         steps.append(turns)
         go_on(self, pending)
 
     monkeypatch.setattr(TlsHandshakes, "_go_on", step)
-    crowd = [Raw(here.address) for _ in range(40)]
+    crowd = [Raw(broker.address) for _ in range(40)]
     hello = _client_hello(trusting)
 
-    def shout() -> None:
+    def write_hellos() -> None:
         # In the broker's own thread, so that all of it is there before the broker
         # looks.
         for raw in crowd:
             raw.write(hello)
         count()
 
-    here.call(shout)
+    broker.call(write_hellos)
     for raw in crowd:
         assert raw.read(1) == b"\x16"
         raw.close()
@@ -342,15 +346,15 @@ def test_tls_handshake_unfinished_is_closed_after_handshake_timeout(
     limits = {"handshake_timeout": "200ms"}
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
-    ) as here:
-        with Raw(here.address) as raw:
+    ) as broker:
+        with Raw(broker.address) as raw:
             raw.write(_client_hello(trusting)[:50])
             raw.read_to_end()
-        assert refusal(here) == "TLS handshake not finished within limits.handshake_timeout"
-        with TlsRaw(here.address, trusting) as silent:
+        assert refusal(broker) == "TLS handshake not finished within limits.handshake_timeout"
+        with TlsRaw(broker.address, trusting) as silent:
             silent.read_body()
             assert silent.read_to_end() == prefixed(b"#FAILURE#")
-        assert refusal(here, 1) == "handshake not finished within limits.handshake_timeout"
+        assert refusal(broker, 1) == "handshake not finished within limits.handshake_timeout"
 
 
 def test_tls_handshakes_above_limit_drop_oldest(
@@ -361,10 +365,10 @@ def test_tls_handshakes_above_limit_drop_oldest(
     limits = {"handshakes": 3}
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
-    ) as here:
-        crowd = [Raw(here.address) for _ in range(4)]
+    ) as broker:
+        crowd = [Raw(broker.address) for _ in range(4)]
         assert crowd[0].is_closed()
-        assert "limits.handshakes" in refusal(here)
+        assert "limits.handshakes" in refusal(broker)
         for raw in crowd:
             raw.close()
 
@@ -377,52 +381,52 @@ def _client_hello(context: ssl.SSLContext) -> bytes:
 
 
 def test_tls_frames_in_same_record_as_welcome_are_routed(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """They are more than one read of a pending connection, and all of them are routed."""
     count = 500
-    with tls_login(here.address, trusting, "bob") as bob:
+    with tls_login(broker.address, trusting, "bob") as bob:
         early = b"".join(
             packed(MESSAGE, "bob", b"%d" % number, message_id=number) for number in range(count)
         )
-        with tls_login(here.address, trusting, "alice", behind=early):
+        with tls_login(broker.address, trusting, "alice", behind=early):
             assert [bob.recv().id for _ in range(count)] == list(range(count))
 
 
 def test_tls_connection_second_of_same_name_gets_name_taken(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
-    with tls_login(here.address, trusting, "alice") as alice:
+    with tls_login(broker.address, trusting, "alice") as alice:
         with tls_login(
-            here.address, trusting, "alice", behind=packed(MESSAGE, "alice", b"unread")
+            broker.address, trusting, "alice", behind=packed(MESSAGE, "alice", b"unread")
         ) as second:
             assert second.is_closed("name_taken")
         alice.ping()
 
 
 def test_tls_delayed_failure_is_not_shortened_by_more_bytes(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """A peer that has failed often gets its failure late, even if it sends more than
     one read behind its answer.
     """
     pending_connections = 12
     for number in range(pending_connections):
-        with TlsRaw(here.address, trusting) as raw:
+        with TlsRaw(broker.address, trusting) as raw:
             raw.write(prefixed(raw.answer(b"wrong")) + prefixed(b"?") * 400)
             assert raw.read_to_end() == prefixed(b"#FAILURE#"), number
     assert {
-        event.fields["reason"] for event in here.log.wait("client.refused", pending_connections)
+        event.fields["reason"] for event in broker.log.wait("client.refused", pending_connections)
     } == {"unknown key"}
 
 
 def test_tls_handshake_in_one_byte_records_is_accepted(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """Records of single bytes are assembled, and so is a frame with a record for each
     byte.
     """
-    with TlsRaw(here.address, trusting) as raw:
+    with TlsRaw(broker.address, trusting) as raw:
         raw.write_bytewise(prefixed(raw.answer(key_of("alice"), b"alice")))
         assert raw.read_body() == b"#WELCOME#"
         raw.challenge(key_of("alice"))
@@ -444,9 +448,9 @@ def test_tls_large_messages_in_both_directions_arrive(
     context.minimum_version = context.maximum_version = version
     queue = {"queue": "64MiB"}
     entry = {"address": "127.0.0.1:0", "tls": server.entry(minimum="1.2")}
-    with running_daemon(configuration(entry, {"alice": queue, "bob": queue})) as here:
+    with running_daemon(configuration(entry, {"alice": queue, "bob": queue})) as broker:
         clients = {
-            name: face.connect(str(here.address), name, key_of(name), ssl=context, inbox=2**26)
+            name: face.connect(str(broker.address), name, key_of(name), ssl=context, inbox=2**26)
             for name in ("alice", "bob")
         }
         bodies = {name: [bytes([number]) * 3_000_001 for number in range(5)] for name in clients}
@@ -468,12 +472,14 @@ def test_tls_large_messages_in_both_directions_arrive(
 
 
 def test_tls_client_send_does_not_wait_for_bytes_inside_tls(
-    here: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    broker: RunningDaemon, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the transport has accepted all bytes of a send, further sends proceed. A
     piece may still wait inside TLS.
     """
-    with brokerd_client.connect(str(here.address), "alice", key_of("alice"), ssl=trusting) as alice:
+    with brokerd_client.connect(
+        str(broker.address), "alice", key_of("alice"), ssl=trusting
+    ) as alice:
         with monkeypatch.context() as patched:
             patched.setattr(alice._transport, "unwritten", lambda: True)
             with alice._lock:
@@ -494,9 +500,9 @@ def test_tls_slow_consumer_gets_accepted_messages_in_order(
     clients = {"alice": {"queue": "1MiB"}, "bob": {"queue": "256KiB", "when_full": when_full}}
     config = configuration(entry, clients, limits={"wait_timeout": "100ms"})
     with (
-        running_daemon(config) as here,
-        tls_login(here.address, trusting, "bob") as bob,
-        tls_login(here.address, trusting, "alice") as alice,
+        running_daemon(config) as broker,
+        tls_login(broker.address, trusting, "bob") as bob,
+        tls_login(broker.address, trusting, "alice") as alice,
     ):
         answered: dict[int, int] = {}
         sent = 0
@@ -534,14 +540,14 @@ def test_drain_over_tls_sends_close_notify_after_last_message(
     """
     entry = {"address": "127.0.0.1:0", "tls": server.entry()}
     with (
-        running_daemon(configuration(entry)) as here,
-        tls_login(here.address, trusting, "bob") as bob,
+        running_daemon(configuration(entry)) as broker,
+        tls_login(broker.address, trusting, "bob") as bob,
     ):
-        with tls_login(here.address, trusting, "alice") as alice:
+        with tls_login(broker.address, trusting, "alice") as alice:
             for number in range(50):
                 alice.send(1, "bob", b"x" * 10_000, message_id=number)
             alice.ping()
-            here.stop_soon()
+            broker.stop_soon()
             ids = [bob.recv().id for _ in range(50)]
         assert ids == list(range(50))
         # Without close_notify this raises an SSLError: nobody is to take a cut for the
@@ -551,7 +557,7 @@ def test_drain_over_tls_sends_close_notify_after_last_message(
 
 
 def test_drain_over_tls_waits_for_bytes_inside_tls(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """When the outbox is empty and only TLS still holds bytes, a drain waits for those
     too.
@@ -560,53 +566,53 @@ def test_drain_over_tls_waits_for_bytes_inside_tls(
     def held() -> bool:
         (connection,) = [
             connection
-            for connection in here.daemon._server.connections
+            for connection in broker.daemon._server.connections
             if connection.session.address == "bob"
         ]  # type: ignore[union-attr]
         assert isinstance(connection, TlsConnection)
         return connection._stream.unsent and not connection.session.outbox.waiting
 
     with (
-        tls_login(here.address, trusting, "bob") as bob,
-        tls_login(here.address, trusting, "alice") as alice,
+        tls_login(broker.address, trusting, "bob") as bob,
+        tls_login(broker.address, trusting, "alice") as alice,
     ):
         count = 0
-        while not here.call(held):
+        while not broker.call(held):
             assert count < 10_000, "the sockets never filled"
             alice.send(MESSAGE, "bob", b"x" * 20_000, message_id=count)
             alice.ping()
             count += 1
-        here.stop_soon()
+        broker.stop_soon()
         # Alice's; a turn of the loop later bob's has been told to end too.
-        here.log.wait("client.disconnected")
-        here.call(lambda: None)
+        broker.log.wait("client.disconnected")
+        broker.call(lambda: None)
         assert [bob.recv().id for _ in range(count)] == list(range(count))
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         assert bob.is_closed("shutting_down")
 
 
-def test_tls_connection_reset_frees_name(here: RunningDaemon, trusting: ssl.SSLContext) -> None:
+def test_tls_connection_reset_frees_name(broker: RunningDaemon, trusting: ssl.SSLContext) -> None:
     """A connection that is reset, or ends without close_notify, counts as closed by the
     client. The name is free again.
     """
     for _ in range(3):
-        alice = tls_login(here.address, trusting, "alice")
+        alice = tls_login(broker.address, trusting, "alice")
         alice.ping()
         bare = socket.socket(fileno=alice.sock.detach())
         bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         bare.close()
-    here.log.wait("client.disconnected", 3)
-    with pytest.raises(Rejected), tls_login(here.address, trusting, "nobody"):
+    broker.log.wait("client.disconnected", 3)
+    with pytest.raises(Rejected), tls_login(broker.address, trusting, "nobody"):
         pass
 
 
 def test_tls_connection_can_not_be_handed_over(
-    here: RunningDaemon, trusting: ssl.SSLContext
+    broker: RunningDaemon, trusting: ssl.SSLContext
 ) -> None:
     """The connection reports that it stays in this process."""
-    with tls_login(here.address, trusting, "alice") as alice:
+    with tls_login(broker.address, trusting, "alice") as alice:
         alice.ping()
-        (connection,) = here.call(lambda: list(here.daemon._server.connections))  # type: ignore[union-attr]
+        (connection,) = broker.call(lambda: list(broker.daemon._server.connections))  # type: ignore[union-attr]
         assert connection.can_hand_over is False
     with running_daemon(configuration("127.0.0.1:0")) as plain, plain.login("alice") as raw:
         raw.ping()
@@ -619,7 +625,7 @@ def test_tls_connection_can_not_be_handed_over(
 
 @pytest.mark.timing
 def test_tls_client_close_delivers_sent_messages_without_delay(
-    here: RunningDaemon, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    broker: RunningDaemon, face: Face, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that sends and closes at once has everything delivered, and does not
     wait for a timeout.
@@ -627,8 +633,8 @@ def test_tls_client_close_delivers_sent_messages_without_delay(
     for module in (dialog, aio.base, blocking.base):
         monkeypatch.setattr(module, "LINGER_S", 3 * PATIENCE)
     monkeypatch.setattr(blocking.base, "_THREAD_GRACE_S", 3 * PATIENCE)
-    bob = face.connect(str(here.address), "bob", key_of("bob"), ssl=trusting)
-    alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
+    bob = face.connect(str(broker.address), "bob", key_of("bob"), ssl=trusting)
+    alice = face.connect(str(broker.address), "alice", key_of("alice"), ssl=trusting)
     for number in range(200):
         alice.send("bob", number)
     began = time.monotonic()
@@ -638,12 +644,12 @@ def test_tls_client_close_delivers_sent_messages_without_delay(
 
 
 def test_tls_client_disconnected_reconnects(
-    here: RunningDaemon, face: Face, trusting: ssl.SSLContext
+    broker: RunningDaemon, face: Face, trusting: ssl.SSLContext
 ) -> None:
     """A lost connection is opened again, with TLS."""
-    alice = face.connect(str(here.address), "alice", key_of("alice"), ssl=trusting)
-    here.call(lambda: here.daemon.cut_off("alice"))
-    here.log.wait("client.connected", 2)
+    alice = face.connect(str(broker.address), "alice", key_of("alice"), ssl=trusting)
+    broker.call(lambda: broker.daemon.cut_off("alice"))
+    broker.log.wait("client.connected", 2)
     assert alice.ping() > 0
 
 
@@ -664,13 +670,13 @@ def test_tls_client_invalid_options_are_refused(address: str, given: Any, error:
         brokerd_client.connect(address, "alice", "k", ssl=given)
 
 
-def test_tls_client_without_context_trusts_system_cas(here: RunningDaemon) -> None:
+def test_tls_client_without_context_trusts_system_cas(broker: RunningDaemon) -> None:
     """An address with tls:// alone trusts the CAs of the system, which do not include
     this one. So does ssl=True.
     """
     for address, given in (
-        (str(here.address), None),
-        (str(here.address).removeprefix("tls://"), True),
+        (str(broker.address), None),
+        (str(broker.address).removeprefix("tls://"), True),
     ):
         with pytest.raises(TlsError, match="can't be verified"):
             brokerd_client.connect(address, "alice", key_of("alice"), ssl=given)

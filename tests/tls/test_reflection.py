@@ -161,10 +161,10 @@ def test_reflection_attack_on_answer_challenge_fails(
     """
 
     def connect() -> Any:
-        with connection.Client(attacker.address, timeout=TIMEOUT_S) as here:
-            answer_challenge(here, KEY)
-            deliver_challenge(here, KEY)
-            return here.recv()
+        with connection.Client(attacker.address, timeout=TIMEOUT_S) as client:
+            answer_challenge(client, KEY)
+            deliver_challenge(client, KEY)
+            return client.recv()
 
     with Attacker(None, b"") as attacker:
         errors = both(two, connect)
@@ -179,8 +179,8 @@ def test_reflection_attack_on_stock_client_succeeds(two: ThreadPoolExecutor) -> 
     got: list[Any] = []
 
     def connect() -> None:
-        with multiprocessing.connection.Client(attacker.address, authkey=KEY) as here:
-            got.append(here.recv())
+        with multiprocessing.connection.Client(attacker.address, authkey=KEY) as client:
+            got.append(client.recv())
 
     with Attacker(None, b"") as attacker:
         both(two, connect)

@@ -185,8 +185,8 @@ def test_tls_stream_small_read_allocates_no_large_buffer(ends: tuple[TlsStream, 
 def test_tls_stream_flood_of_small_records_keeps_reads_small(
     ends: tuple[TlsStream, TlsStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A peer that sends records of single bytes is read in small pieces, even if some
-    reads found no more bytes.
+    """A peer that sends records of single bytes is read in small pieces. Reads that find no
+    bytes do not change that.
     """
     ours, theirs = ends
     flood = b""
@@ -270,7 +270,7 @@ def test_aio_tls_transport_altered_record_ends_connection_at_once(
     pending bytes are written.
     """
 
-    class Told:
+    class Owner:
         def __init__(self) -> None:
             self.opened, self.lost = asyncio.Event(), asyncio.get_running_loop().create_future()
 
@@ -291,17 +291,17 @@ def test_aio_tls_transport_altered_record_ends_connection_at_once(
         return context.wrap_socket(listener.accept()[0], server_side=True)
 
     async def main() -> None:
-        told = Told()
+        owner = Owner()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             shaken = asyncio.create_task(asyncio.to_thread(shake_hands, listener))
             await dial_tls(
-                Address("AF_INET", *listener.getsockname(), tls=True), trusting, told, Resolver()
+                Address("AF_INET", *listener.getsockname(), tls=True), trusting, owner, Resolver()
             )
             peer = await shaken
-            await told.opened.wait()
+            await owner.opened.wait()
             with socket.socket(fileno=peer.detach()) as bare:
                 bare.send(b"\x17\x03\x03\x00\x20" + bytes(32))
-                assert isinstance(await asyncio.wait_for(told.lost, 10), TlsError)
+                assert isinstance(await asyncio.wait_for(owner.lost, 10), TlsError)
 
     asyncio.run(main())
 
@@ -349,17 +349,17 @@ def test_tls_stream_write_interrupted_at_any_bytecode_is_not_repeated(
                 client.send(b"second")
             with contextlib.suppress(OSError):
                 client.flush()
-            heard = b""
+            received = b""
             # A record that was lost spoils what follows, and the peer's TLS says so.
             with contextlib.suppress(BlockingIOError, TlsError):
                 while True:
-                    heard += listener.recv(1000)
+                    received += listener.recv(1000)
             assert (
-                heard in (b"", b"first", b"second")
+                received in (b"", b"first", b"second")
                 or not interrupted
                 or interrupted in AT_THE_RETURN
             ), bytecode
             if not interrupted:
-                assert heard == b"firstsecond"
+                assert received == b"firstsecond"
                 break
     assert bytecode > 50

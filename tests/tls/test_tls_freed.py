@@ -22,23 +22,23 @@ def test_tls_connection_closed_is_freed_without_garbage_collector(
     """The clients close, break off in the handshake, send without TLS, and use a wrong
     key.
     """
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as here:
+    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as broker:
 
-        def come_and_go() -> None:
-            tls_login(here.address, trusting, "alice").close()
-            with suppress(Rejected), TlsRaw(here.address, trusting) as raw:
+        def connect_and_leave() -> None:
+            tls_login(broker.address, trusting, "alice").close()
+            with suppress(Rejected), TlsRaw(broker.address, trusting) as raw:
                 raw.log_in(b"not the key", b"alice")
-            for said in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"):
-                with socket.create_connection((here.address.host, here.address.port)) as sock:
-                    sock.sendall(said)
+            for data in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n"):
+                with socket.create_connection((broker.address.host, broker.address.port)) as sock:
+                    sock.sendall(data)
 
-        come_and_go()
-        until(lambda: is_idle(here), "the first have not left")
+        connect_and_leave()
+        until(lambda: is_idle(broker), "the first have not left")
         with uncollected():
             before = objects()
             for _ in range(3):
-                come_and_go()
-            until(lambda: is_idle(here), "they have not left")
+                connect_and_leave()
+            until(lambda: is_idle(broker), "they have not left")
             with suppress(AssertionError):
-                until(lambda: not here.call(objects) - before, "see below", TIMEOUT_S / 3)
+                until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
             assert not objects() - before
