@@ -1,5 +1,5 @@
-"""Runs `brokerctl` against a real broker: in this process where that is enough, as a
-process where it is not.
+"""Runs `brokerctl` against a real broker: in this process if that is enough, else in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Ctl:
         )
 
     def wait_online(self, watcher: Any, name: str) -> None:
-        """Return when the broker says that the client is connected."""
+        """Wait until the broker publishes that the client is connected."""
         with watcher.watch_presence() as feed:
             while True:
                 presence = feed.recv(timeout=TIMEOUT_S)
@@ -80,13 +80,13 @@ class Ctl:
 
 @pytest.fixture
 def ctl(broker: RunningBroker, tmp_path: Path) -> Ctl:
-    """`brokerctl` at a fresh broker."""
+    """Return `brokerctl` for a new broker."""
     return Ctl(broker, tmp_path)
 
 
 @pytest.fixture
 def begin() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start processes, and leave none behind."""
+    """Start processes, and kill those left at the end."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:

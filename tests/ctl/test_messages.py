@@ -1,5 +1,5 @@
 """send, request, listen, publish and subscribe: what arrives, what is printed, and the
-status a script sees.
+exit status.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
 # -- send
 
 
-def test_what_is_sent_arrives(ctl: Any) -> None:
+def test_ctl_send_delivers_payload(ctl: Any) -> None:
     """The payload's bytes arrive as they were typed, from the client that the key
     belongs to.
     """
@@ -38,9 +38,9 @@ def test_what_is_sent_arrives(ctl: Any) -> None:
     assert (message.sender, message.body) == ("alice", "grüße".encode())
 
 
-def test_a_receipt_is_printed_on_demand(ctl: Any) -> None:
-    """send always waits for the broker; with --receipt it also says that the broker has
-    taken the message.
+def test_ctl_send_with_receipt_option_prints_it(ctl: Any) -> None:
+    """send always waits for the broker; with --receipt it also prints that the broker
+    has accepted the message.
     """
     ctl.broker.connect("bob")
 
@@ -54,7 +54,7 @@ def test_a_receipt_is_printed_on_demand(ctl: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["-"]], ids=["missing", "dash"])
-def test_a_payload_is_read_from_the_standard_input(ctl: Any, arguments: list[str]) -> None:
+def test_ctl_send_reads_payload_from_standard_input(ctl: Any, arguments: list[str]) -> None:
     """Any bytes can be piped in; none is added or lost."""
     bob = ctl.broker.connect("bob")
 
@@ -64,7 +64,7 @@ def test_a_payload_is_read_from_the_standard_input(ctl: Any, arguments: list[str
     assert bob.recv(timeout=TIMEOUT_S).body == b"\x00\xff\r\n"
 
 
-def test_json_is_sent_as_json(ctl: Any) -> None:
+def test_ctl_send_json_is_received_as_value(ctl: Any) -> None:
     """With --codec json the recipient gets a value, not text."""
     bob = ctl.broker.connect("bob")
 
@@ -73,16 +73,16 @@ def test_json_is_sent_as_json(ctl: Any) -> None:
     assert bob.recv(timeout=TIMEOUT_S).payload == {"n": 7}
 
 
-def test_json_that_is_none_is_a_wrong_command(ctl: Any) -> None:
-    """Nothing is sent that the recipient could not read."""
+def test_ctl_send_invalid_json_is_usage_error(ctl: Any) -> None:
+    """A payload that the recipient could not read is not sent."""
     result = ctl("alice", "send", "bob", "{n: 7}", "--codec", "json")
 
     assert result.exit_code == Status.USAGE
     assert "the payload is not valid JSON" in result.output
 
 
-def test_every_line_becomes_a_message(ctl: Any) -> None:
-    """With --lines the lines arrive in order, more of them than fit in one batch."""
+def test_ctl_send_lines_sends_message_per_line(ctl: Any) -> None:
+    """With --lines the lines arrive in order, even more of them than fit in one batch."""
     bob = ctl.broker.connect("bob")
     lines = [f"line {number}" for number in range(600)]
 
@@ -91,7 +91,7 @@ def test_every_line_becomes_a_message(ctl: Any) -> None:
     assert [bob.recv(timeout=TIMEOUT_S).text() for _ in lines] == lines
 
 
-def test_lines_that_are_refused_are_counted(ctl: Any) -> None:
+def test_ctl_send_lines_refused_are_counted(ctl: Any) -> None:
     """One line that can't be delivered is enough for a failure."""
     ctl.broker.add("bob")
 
@@ -102,12 +102,14 @@ def test_lines_that_are_refused_are_counted(ctl: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--lines", "payload"], ["--lines", "--ttl", "1"]])
-def test_lines_go_with_nothing_that_contradicts_them(ctl: Any, arguments: list[str]) -> None:
-    """A contradiction is a wrong command, and nothing is sent."""
+def test_ctl_send_lines_with_contradicting_option_is_usage_error(
+    ctl: Any, arguments: list[str]
+) -> None:
+    """Contradicting options are a usage error, and nothing is sent."""
     assert ctl("alice", "send", "bob", *arguments).exit_code == Status.USAGE
 
 
-def test_a_message_to_nobody_is_refused(ctl: Any) -> None:
+def test_ctl_send_undeliverable_is_refused_with_code(ctl: Any) -> None:
     """An absent client, an unknown one and a forbidden one each have their code in the
     message.
     """
@@ -123,10 +125,10 @@ def test_a_message_to_nobody_is_refused(ctl: Any) -> None:
     assert forbidden.output.startswith("brokerctl: denied: ")
 
 
-# -- Getting in
+# -- Connecting
 
 
-def test_a_wrong_key_is_refused(ctl: Any, tmp_path: Path) -> None:
+def test_ctl_wrong_key_is_refused(ctl: Any, tmp_path: Path) -> None:
     """The status is that of a refusal; the message shows no key."""
     wrong = tmp_path / "wrong"
     wrong.write_text("not alice's key\n")
@@ -138,7 +140,7 @@ def test_a_wrong_key_is_refused(ctl: Any, tmp_path: Path) -> None:
     assert "not alice's key" not in result.output
 
 
-def test_name_that_is_connected_already_is_refused(ctl: Any) -> None:
+def test_ctl_name_connected_already_is_refused(ctl: Any) -> None:
     ctl.broker.connect("alice")
 
     result = ctl("alice", "send", "bob", "x")
@@ -147,8 +149,8 @@ def test_name_that_is_connected_already_is_refused(ctl: Any) -> None:
     assert result.output.startswith("brokerctl: the broker closes the connection (name_taken): ")
 
 
-def test_nobody_at_the_address_is_unreachable(ctl: Any, tmp_path: Path) -> None:
-    """A script can tell a broker that is down from one that says no."""
+def test_ctl_address_without_broker_is_unreachable(ctl: Any, tmp_path: Path) -> None:
+    """A script can tell a broker that is down from one that refuses."""
     result = ctl("alice", "ping", "--address", str(tmp_path / "nothing.sock"))
 
     assert result.exit_code == Status.UNREACHABLE
@@ -166,14 +168,16 @@ def test_nobody_at_the_address_is_unreachable(ctl: Any, tmp_path: Path) -> None:
         ["dance"],
     ],
 )
-def test_a_wrong_command_line_is_a_usage_error(ctl: Any, arguments: list[str]) -> None:
-    """What is wrong before anything is sent has a status of its own."""
+def test_ctl_invalid_command_line_is_usage_error(ctl: Any, arguments: list[str]) -> None:
+    """A mistake that is found before anything is sent has a status of its own."""
     assert ctl("alice", *arguments).exit_code == Status.USAGE
 
 
-def test_the_environment_says_who_and_where(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctl_environment_gives_address_name_and_key(
+    ctl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without options, BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE count; an
-    option goes before.
+    option overrides its variable.
     """
     monkeypatch.setenv("BROKERD_ADDRESS", ctl.broker.address)
     monkeypatch.setenv("BROKERD_NAME", "alice")
@@ -186,7 +190,7 @@ def test_the_environment_says_who_and_where(ctl: Any, monkeypatch: pytest.Monkey
     assert other.output.startswith("bob: ")
 
 
-def test_no_key_is_a_usage_error(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctl_missing_key_is_usage_error(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names the option and the variable."""
     monkeypatch.delenv("BROKERD_KEY_FILE", raising=False)
 
@@ -196,15 +200,15 @@ def test_no_key_is_a_usage_error(ctl: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert "BROKERD_KEY_FILE" in result.output
 
 
-def test_the_options_may_stand_behind_the_command(ctl: Any) -> None:
-    """Where the options of the connection stand makes no difference."""
+def test_ctl_options_may_follow_command(ctl: Any) -> None:
+    """The options of the connection may stand before or behind the command."""
     result = CliRunner().invoke(brokerctl, ["ping", *ctl.access("alice")])
 
     assert (result.exit_code, result.output.partition(":")[0]) == (Status.DONE, "alice")
 
 
-def test_the_name_is_found_by_the_key(ctl: Any) -> None:
-    """A client that gives only its key learns its name from the broker."""
+def test_ctl_without_name_learns_it_from_broker(ctl: Any) -> None:
+    """A client that gives only its key is told its name by the broker."""
     arguments = ["--address", ctl.broker.address, "--key-file", str(ctl.key_file("alice")), "ping"]
 
     assert CliRunner().invoke(brokerctl, arguments).output.startswith("alice: ")
@@ -213,8 +217,8 @@ def test_the_name_is_found_by_the_key(ctl: Any) -> None:
 # -- request
 
 
-def test_a_request_prints_its_reply(ctl: Any) -> None:
-    """The reply's text, and a line end, are all that is printed."""
+def test_ctl_request_prints_reply(ctl: Any) -> None:
+    """Only the reply's text and a line end are printed."""
     bob = ctl.broker.connect("bob")
     bob.on_request(lambda message: message.body.upper())
 
@@ -223,9 +227,9 @@ def test_a_request_prints_its_reply(ctl: Any) -> None:
     assert (result.exit_code, result.stdout) == (Status.DONE, "HELLO\n")
 
 
-def test_a_reply_can_be_written_raw_or_as_json(ctl: Any) -> None:
-    """--raw writes exactly the bytes; --json an object, with base64 where the bytes are
-    no text.
+def test_ctl_request_prints_reply_raw_or_as_json(ctl: Any) -> None:
+    """--raw writes exactly the bytes. --json writes an object, with base64 if the bytes
+    are not text.
     """
     bob = ctl.broker.connect("bob")
     bob.on_request(lambda message: b"\xff\x00" if message.body == b"bytes" else {"n": 7})
@@ -242,7 +246,7 @@ def test_a_reply_can_be_written_raw_or_as_json(ctl: Any) -> None:
     assert "payload" not in json.loads(binary.stdout)
 
 
-def test_a_request_that_fails_is_refused(ctl: Any) -> None:
+def test_ctl_request_failed_by_recipient_is_refused(ctl: Any) -> None:
     """The other client's own code and words are shown."""
     bob = ctl.broker.connect("bob")
     answering = threading.Thread(
@@ -259,8 +263,8 @@ def test_a_request_that_fails_is_refused(ctl: Any) -> None:
     )
 
 
-def test_a_request_without_an_answer_times_out(ctl: Any) -> None:
-    """The status says that the time ran out, not that somebody said no."""
+def test_ctl_request_without_answer_times_out(ctl: Any) -> None:
+    """The status says that the time is over, not that the request was refused."""
     ctl.broker.connect("bob")
 
     result = ctl("alice", "request", "bob", "hello", "--timeout", "0.1")
@@ -268,8 +272,8 @@ def test_a_request_without_an_answer_times_out(ctl: Any) -> None:
     assert result.exit_code == Status.TIMED_OUT
 
 
-def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
-    """Nobody knows whether it was carried out, and the status says so."""
+def test_ctl_request_with_broken_connection_is_in_doubt(ctl: Any) -> None:
+    """It is not known whether the request was carried out, and the status says so."""
     bob = ctl.broker.connect("bob")
     results: list[Result] = []
     asking = threading.Thread(
@@ -285,10 +289,8 @@ def test_a_request_whose_connection_breaks_is_in_doubt(ctl: Any) -> None:
     assert results[0].output.startswith("brokerctl: in doubt: ")
 
 
-def test_request_abandoned_by_its_recipient_ends_in_doubt(ctl: Any) -> None:
-    """The recipient had the request, so that a script must not repeat it without
-    thought.
-    """
+def test_ctl_request_abandoned_by_recipient_is_in_doubt(ctl: Any) -> None:
+    """The recipient had read the request, so that a script must not simply repeat it."""
     bob = ctl.broker.connect("bob")
     leaving = threading.Thread(target=lambda: (bob.recv(timeout=TIMEOUT_S), bob.close()))
     leaving.start()
@@ -306,15 +308,17 @@ def test_request_abandoned_by_its_recipient_ends_in_doubt(ctl: Any) -> None:
 
 
 def listening(ctl: Any, begin: Begin, *arguments: str) -> tuple[subprocess.Popen[bytes], Any]:
-    """Return a `listen` of bob's that is connected, and a client to send to it."""
+    """Start `listen` as bob and wait until it is connected; return it and a client that
+    sends to it.
+    """
     alice = ctl.broker.connect("alice")
     process = begin(ctl.start("bob", "listen", *arguments))
     ctl.wait_online(alice, "bob")
     return process, alice
 
 
-def hear(feed: Any, name: str, *, online: bool) -> None:
-    """Return when a client is said to have come or gone."""
+def wait_presence(feed: Any, name: str, *, online: bool) -> None:
+    """Wait for the presence event of a client."""
     while True:
         presence = feed.recv(timeout=TIMEOUT_S)
         if (presence.name, presence.online) == (name, online):
@@ -322,14 +326,14 @@ def hear(feed: Any, name: str, *, online: bool) -> None:
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
-    """Return the status, output and error output of a process when it has ended."""
+    """Wait for the end of a process; return its status, output and error output."""
     out, err = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, out.decode(), err.decode()
 
 
-def test_listen_prints_who_sent_what(ctl: Any, begin: Begin) -> None:
-    """In a pipe: one line a message, sender and payload apart by a tab; line ends and
-    controls are escaped.
+def test_ctl_listen_in_pipe_prints_sender_and_payload_per_line(ctl: Any, begin: Begin) -> None:
+    """Sender and payload are separated by a tab; line ends and control characters are
+    escaped.
     """
     process, alice = listening(ctl, begin, "--count", "3")
 
@@ -344,8 +348,8 @@ def test_listen_prints_who_sent_what(ctl: Any, begin: Begin) -> None:
     )
 
 
-def test_listen_prints_json_lines(ctl: Any, begin: Begin) -> None:
-    """One object a message, with everything that a script could want."""
+def test_ctl_listen_with_json_prints_object_per_line(ctl: Any, begin: Begin) -> None:
+    """One object is printed per message, with every field that a script could need."""
     process, alice = listening(ctl, begin, "--count", "2", "--json")
 
     first = alice.send("bob", {"n": 7}, extension={"traceparent": "00"})
@@ -365,9 +369,9 @@ def test_listen_prints_json_lines(ctl: Any, begin: Begin) -> None:
     ]
 
 
-def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> None:
-    """Escapes of one byte, of two, and those that turn the text around come as JSON's;
-    a script reads the same.
+def test_ctl_listen_with_json_escapes_control_characters(ctl: Any, begin: Begin) -> None:
+    """Escapes of one byte, of two, and those that change the text direction are printed
+    as JSON escapes. A script reads the same text.
     """
     process, alice = listening(ctl, begin, "--count", "1", "--json")
     text = "grüße \x1b[31m \x7f \x9b31m \x85 \u202e \u2028 \U000e0041"
@@ -381,9 +385,9 @@ def test_json_holds_nothing_that_a_terminal_obeys(ctl: Any, begin: Begin) -> Non
     assert "grüße" in out
 
 
-def test_text_holds_nothing_that_a_terminal_or_an_editor_obeys(ctl: Any, begin: Begin) -> None:
-    """Line ends of every kind, and what turns the text around, are escapes; a message
-    is one line whatever reads it.
+def test_ctl_listen_in_pipe_escapes_control_characters(ctl: Any, begin: Begin) -> None:
+    """Line ends of every kind, and characters that change the text direction, are
+    escaped. A message is one line for every reader.
     """
     process, alice = listening(ctl, begin, "--count", "1")
 
@@ -394,8 +398,8 @@ def test_text_holds_nothing_that_a_terminal_or_an_editor_obeys(ctl: Any, begin: 
     assert out == "alice\tgrüße \\x9b31m \\x85 \\u202e \\u2066 \\u2028 \\u2029 \\U000e0041 end\n"
 
 
-def test_listen_writes_bare_bytes(ctl: Any, begin: Begin) -> None:
-    """With --raw the payloads come out as they are, one behind the other."""
+def test_ctl_listen_with_raw_writes_payload_bytes(ctl: Any, begin: Begin) -> None:
+    """With --raw the payloads are written as they are, one after another."""
     alice = ctl.broker.connect("alice")
     process = begin(ctl.start("bob", "listen", "--count", "2", "--raw"))
     ctl.wait_online(alice, "bob")
@@ -407,8 +411,8 @@ def test_listen_writes_bare_bytes(ctl: Any, begin: Begin) -> None:
     assert (process.returncode, out) == (Status.DONE, b"\x00\xff\n")
 
 
-def test_listen_answers_requests(ctl: Any, begin: Begin) -> None:
-    """With --reply everybody who asks gets the text, and the request is printed."""
+def test_ctl_listen_with_reply_answers_requests(ctl: Any, begin: Begin) -> None:
+    """With --reply every requester gets the text, and the request is printed."""
     process, alice = listening(ctl, begin, "--count", "1", "--reply", "I am bob")
 
     assert alice.request("bob", b"who?", timeout=TIMEOUT_S).text() == "I am bob"
@@ -416,8 +420,8 @@ def test_listen_answers_requests(ctl: Any, begin: Begin) -> None:
     assert ended(process)[:2] == (Status.DONE, "alice\twho?\n")
 
 
-def test_listen_refuses_requests_it_has_no_answer_to(ctl: Any, begin: Begin) -> None:
-    """Who asks a listener without --reply hears so at once."""
+def test_ctl_listen_without_reply_refuses_requests(ctl: Any, begin: Begin) -> None:
+    """The requester is told at once that the listener has no --reply."""
     from brokerd_client import RequestFailed
 
     process, alice = listening(ctl, begin, "--count", "1")
@@ -427,8 +431,8 @@ def test_listen_refuses_requests_it_has_no_answer_to(ctl: Any, begin: Begin) -> 
     assert ended(process)[0] == Status.DONE
 
 
-def test_listen_fails_if_too_few_arrive(ctl: Any) -> None:
-    """With --count the end of the time is a failure; without, it is the end."""
+def test_ctl_listen_with_count_times_out_if_too_few_arrive(ctl: Any) -> None:
+    """With --count the timeout is a failure; without it, it is the normal end."""
     too_few = ctl("bob", "listen", "--count", "1", "--timeout", "0.1")
     enough = ctl("bob", "listen", "--timeout", "0.1")
 
@@ -442,9 +446,11 @@ def test_listen_fails_if_too_few_arrive(ctl: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status"), [([], Status.DONE), (["--count", "5"], Status.INTERRUPTED)]
 )
-def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status: Status) -> None:
-    """Ctrl-C is the good end of listening for ever, and the bad end of waiting for five
-    messages.
+def test_ctl_listen_interrupted_by_ctrl_c_ends(
+    ctl: Any, begin: Begin, arguments: list[str], status: Status
+) -> None:
+    """Ctrl-C is the normal end of listening without --count, and a failure when five
+    messages are expected.
     """
     process, alice = listening(ctl, begin, *arguments)
     alice.send("bob", b"one")
@@ -458,12 +464,12 @@ def test_ctrl_c_ends_listen(ctl: Any, begin: Begin, arguments: list[str], status
 
 
 @pytest.mark.parametrize("arguments", [[], ["--count", "2"], ["--timeout", "60"]])
-def test_listen_ends_with_its_broker(ctl: Any, begin: Begin, arguments: list[str]) -> None:
-    """A listener whose broker goes away says so and how to have it wait: nobody takes
-    that for an end asked for.
+def test_ctl_listen_fails_when_broker_stops(ctl: Any, begin: Begin, arguments: list[str]) -> None:
+    """A listener whose broker stops says so, and names the option that makes it wait.
+    Its status is not that of a normal end.
     """
     process, alice = listening(ctl, begin, *arguments)
-    # The broker says that bob is there before bob's own process knows it.
+    # The broker publishes that bob is online before bob's own process knows it.
     alice.send("bob", b"are you there?")
     assert process.stdout is not None
     assert process.stdout.readline() == b"alice\tare you there?\n"
@@ -476,8 +482,8 @@ def test_listen_ends_with_its_broker(ctl: Any, begin: Begin, arguments: list[str
     assert err.endswith("(--reconnect waits for it)\n")
 
 
-def test_listen_can_outlive_its_broker(ctl: Any, begin: Begin) -> None:
-    """With --reconnect it comes back as the library does, and goes on counting."""
+def test_ctl_listen_with_reconnect_continues_after_disconnect(ctl: Any, begin: Begin) -> None:
+    """With --reconnect it reconnects as the library does, and continues to count."""
     process, alice = listening(ctl, begin, "--reconnect", "--count", "2")
     alice.send("bob", "before")
     assert process.stdout is not None
@@ -485,8 +491,8 @@ def test_listen_can_outlive_its_broker(ctl: Any, begin: Begin) -> None:
 
     with alice.watch_presence() as feed:
         ctl.broker.disconnect("bob")
-        hear(feed, "bob", online=False)
-        hear(feed, "bob", online=True)
+        wait_presence(feed, "bob", online=False)
+        wait_presence(feed, "bob", online=True)
     alice.send("bob", "after")
 
     assert ended(process) == (Status.DONE, "alice\tafter\n", "")
@@ -495,8 +501,8 @@ def test_listen_can_outlive_its_broker(ctl: Any, begin: Begin) -> None:
 # -- publish and subscribe
 
 
-def test_what_is_published_is_printed_by_its_subscribers(ctl: Any, begin: Begin) -> None:
-    """An event shows its topic and who published it."""
+def test_ctl_publish_is_printed_by_subscribe(ctl: Any, begin: Begin) -> None:
+    """An event shows its topic and its publisher."""
     process = begin(ctl.start("bob", "subscribe", "jobs.>", "--count", "1", "--json"))
     while process.poll() is None:
         assert ctl("alice", "publish", "jobs.new", "first").exit_code == Status.DONE
@@ -512,8 +518,8 @@ def test_what_is_published_is_printed_by_its_subscribers(ctl: Any, begin: Begin)
     assert event["payload"] in ("first", "second")
 
 
-def test_publishing_where_it_is_forbidden_is_refused(ctl: Any) -> None:
-    """The broker's word is the message."""
+def test_ctl_publish_on_forbidden_topic_is_refused(ctl: Any) -> None:
+    """The message is that of the broker."""
     ctl.broker.add("shy", publish=["quiet.>"])
 
     assert ctl("shy", "publish", "loud", "x").output.startswith("brokerctl: denied: ")
@@ -521,6 +527,8 @@ def test_publishing_where_it_is_forbidden_is_refused(ctl: Any) -> None:
 
 
 @pytest.mark.parametrize("command", [["publish", "a..b", "x"], ["subscribe", "a.>.b"]])
-def test_a_topic_that_is_none_is_a_usage_error(ctl: Any, command: list[str]) -> None:
-    """Nothing is sent for a topic that can't exist."""
+def test_ctl_publish_or_subscribe_invalid_topic_is_usage_error(
+    ctl: Any, command: list[str]
+) -> None:
+    """Nothing is sent for an invalid topic."""
     assert ctl("alice", *command).exit_code == Status.USAGE

@@ -1,5 +1,5 @@
-"""clients, ping, stats, can, disconnect, reload, upgrade, drain, completion: what the
-broker says, and the status.
+"""clients, ping, stats, can, disconnect, reload, upgrade, drain, completion: output and
+exit status.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TIMEOUT_S = 30
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
 
 
-def test_ping_says_how_long_it_took(ctl: Any) -> None:
-    """As often as it was asked for, for people and for scripts."""
+def test_ctl_ping_prints_duration(ctl: Any) -> None:
+    """It prints one line per ping, or a JSON object for scripts."""
     plain = ctl("alice", "ping", "--count", "2", "--interval", "0")
     as_json = ctl("alice", "ping", "--json")
 
@@ -33,9 +33,9 @@ def test_ping_says_how_long_it_took(ctl: Any) -> None:
     assert 0 < json.loads(as_json.stdout)["seconds"] < TIMEOUT_S
 
 
-def test_clients_are_listed_with_who_is_online(ctl: Any) -> None:
-    """In a pipe: a line a client, its fields apart by tabs; with --json a list of
-    objects.
+def test_ctl_clients_lists_presence(ctl: Any) -> None:
+    """In a pipe it prints one line per client, with fields separated by tabs; with
+    --json a list of objects.
     """
     ctl.broker.connect("bob")
     ctl.broker.add("carol")
@@ -54,8 +54,8 @@ def test_clients_are_listed_with_who_is_online(ctl: Any) -> None:
     }
 
 
-def test_clients_can_be_watched(ctl: Any, begin: Begin) -> None:
-    """Who comes is printed at once; Ctrl-C is the end that was asked for."""
+def test_ctl_clients_with_watch_prints_changes(ctl: Any, begin: Begin) -> None:
+    """A client that connects is printed at once; Ctrl-C is the normal end."""
     ctl.broker.add("bob")
     process = begin(ctl.start("alice", "clients", "--watch", "--json"))
     assert process.stdout is not None
@@ -82,8 +82,8 @@ def test_clients_can_be_watched(ctl: Any, begin: Begin) -> None:
     ],
     ids=lambda command: command[0],
 )
-def test_only_administrators_may_look_inside(ctl: Any, command: list[str]) -> None:
-    """Everybody else is refused, and the broker goes on."""
+def test_ctl_admin_command_without_admin_is_refused(ctl: Any, command: list[str]) -> None:
+    """Every other client is refused, and the broker keeps running."""
     result = ctl("alice", *command)
 
     assert result.exit_code == Status.REFUSED
@@ -91,8 +91,8 @@ def test_only_administrators_may_look_inside(ctl: Any, command: list[str]) -> No
     assert ctl("alice", "ping").exit_code == Status.DONE
 
 
-def test_stats_are_the_brokers_counters(ctl: Any) -> None:
-    """As an object for scripts, and as a name and a value a line in a pipe."""
+def test_ctl_stats_prints_counters(ctl: Any) -> None:
+    """They are an object for scripts, and a name and a value per line in a pipe."""
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
 
@@ -102,8 +102,8 @@ def test_stats_are_the_brokers_counters(ctl: Any) -> None:
     assert dict(line.split("\t") for line in plain.stdout.splitlines())["online"] == "2"
 
 
-def test_can_explains_the_rule(ctl: Any) -> None:
-    """Yes is 0, no is 1; either names what decided it."""
+def test_ctl_can_prints_deciding_rule(ctl: Any) -> None:
+    """The status is 0 for yes and 1 for no; both answers name what decided."""
     ctl.broker.add("ops", admin=True)
     ctl.broker.add("bob")
     ctl.broker.add("shy", send_to=["b*"])
@@ -119,8 +119,8 @@ def test_can_explains_the_rule(ctl: Any) -> None:
     assert json.loads(as_json.stdout)["allowed"] is True
 
 
-def test_can_of_an_unknown_client_is_refused(ctl: Any) -> None:
-    """No answer is not the answer no: the message says who is unknown."""
+def test_ctl_can_of_unknown_client_is_refused(ctl: Any) -> None:
+    """This is a failure, not the answer no: the message names the unknown client."""
     ctl.broker.add("ops", admin=True)
 
     result = ctl("ops", "can", "nobody", "send", "ops")
@@ -129,8 +129,8 @@ def test_can_of_an_unknown_client_is_refused(ctl: Any) -> None:
     assert "no_such_client" in result.output
 
 
-def test_disconnect_ends_the_connection(ctl: Any) -> None:
-    """It names the addresses; a client that is not there is refused."""
+def test_ctl_disconnect_closes_connection(ctl: Any) -> None:
+    """It names the addresses; a client that is unknown is refused."""
     from brokerd_client import Disconnected
 
     ctl.broker.add("ops", admin=True)
@@ -144,7 +144,7 @@ def test_disconnect_ends_the_connection(ctl: Any) -> None:
     assert ctl("ops", "disconnect", "nobody").output.startswith("brokerctl: no_such_client: ")
 
 
-def test_bench_measures_and_reports(ctl: Any) -> None:
+def test_ctl_bench_reports_consistent_numbers(ctl: Any) -> None:
     """Every message arrived, and the numbers fit together."""
     result = ctl("alice", "bench", "--messages", "2000", "--pings", "10", "--size", "100", "--json")
 
@@ -155,8 +155,8 @@ def test_bench_measures_and_reports(ctl: Any) -> None:
     assert 0 < measured["round_trip_median"] <= measured["round_trip_p99"]
 
 
-def test_bench_fails_where_messages_are_refused(ctl: Any) -> None:
-    """A client that may not send to itself measures nothing, and says why."""
+def test_ctl_bench_of_client_denied_to_itself_is_refused(ctl: Any) -> None:
+    """A client that may not send to itself measures nothing, and the message says why."""
     ctl.broker.add("shy", send_to=["other.*"])
 
     result = ctl("shy", "bench", "--messages", "10", "--pings", "1")
@@ -165,8 +165,8 @@ def test_bench_fails_where_messages_are_refused(ctl: Any) -> None:
     assert result.output.startswith("brokerctl: denied: ")
 
 
-def test_bench_says_that_the_time_was_too_short(ctl: Any) -> None:
-    """What has not arrived in time is a failure, not a smaller number."""
+def test_ctl_bench_with_short_timeout_times_out(ctl: Any) -> None:
+    """Messages that have not arrived in time are a failure, not a smaller number."""
     result = ctl("alice", "bench", "--messages", "1000000", "--pings", "1", "--timeout", "0.01")
 
     assert result.exit_code == Status.TIMED_OUT
@@ -174,16 +174,16 @@ def test_bench_says_that_the_time_was_too_short(ctl: Any) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_printed_for_a_shell(shell: str) -> None:
-    """The script calls back this command by its name."""
+def test_ctl_completion_prints_script_for_shell(shell: str) -> None:
+    """The script calls this command by its name."""
     result = CliRunner().invoke(brokerctl, ["completion", shell])
 
     assert result.exit_code == Status.DONE
     assert f"_BROKERCTL_COMPLETE={shell}_complete" in result.stdout
 
 
-def test_help_lists_every_exit_status() -> None:
-    """Whoever writes a script finds all the statuses in --help."""
+def test_ctl_help_lists_every_exit_status() -> None:
+    """The author of a script finds all statuses in --help."""
     result = CliRunner().invoke(brokerctl, ["--help"])
 
     assert result.exit_code == Status.DONE
@@ -191,8 +191,10 @@ def test_help_lists_every_exit_status() -> None:
         assert f"\n    {status.value}  " in result.output
 
 
-def test_the_page_names_every_command_and_status() -> None:
-    """docs/brokerctl.md has a line for each, so that nothing can be added in secret."""
+def test_docs_list_every_ctl_command_and_status() -> None:
+    """docs/brokerctl.md has a line for each, so that none is added without
+    documentation.
+    """
     page = (Path(__file__).resolve().parents[2] / "docs" / "brokerctl.md").read_text(
         encoding="utf-8"
     )
@@ -204,9 +206,9 @@ def test_the_page_names_every_command_and_status() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(brokerctl.commands))
-def test_every_command_explains_itself(command: str) -> None:
-    """Each has a sentence, and shows how to say where the broker is, if it talks to
-    one.
+def test_ctl_help_of_command_has_sentence_and_options(command: str) -> None:
+    """Each command has a sentence. One that talks to a broker shows the options of the
+    connection.
     """
     result = CliRunner().invoke(brokerctl, [command, "--help"])
 
@@ -215,11 +217,9 @@ def test_every_command_explains_itself(command: str) -> None:
     assert ("--key-file" in result.output) == (command != "completion")
 
 
-def test_reload_upgrade_and_drain_reach_the_daemon(begin: Begin, socket_dir: Path) -> None:
-    """A good configuration is taken over, a bad one is refused with its errors, and
-    draining ends the process.
-
-    Both by a reload and by a new process.
+def test_ctl_reload_upgrade_and_drain_reach_daemon(begin: Begin, socket_dir: Path) -> None:
+    """A valid configuration is applied, an invalid one is refused with its errors, and
+    draining ends the process. This holds for a reload and for an upgrade.
     """
     key = socket_dir / "key"
     key.write_text("the key of ops\n")

@@ -1,5 +1,5 @@
-"""What an administrator types to reload and to look after keys: output for people, for
-scripts, and the exit status.
+"""The commands for reloads and keys: output for people and scripts, and the exit
+status.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GOOD = (
 
 
 class Site:
-    """A daemon as a process, its configuration, and the commands typed beside it."""
+    """A daemon as a process, its configuration, and commands that talk to it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -69,23 +69,23 @@ class Site:
 
 @pytest.fixture
 def site(begin: Begin, socket_dir: Path) -> Site:
-    here = Site(socket_dir)
+    running_site = Site(socket_dir)
     command = [
         sys.executable,
         "-c",
         "from brokerd.cli.main import main; main()",
         "--config",
-        str(here.config),
+        str(running_site.config),
     ]
     daemon = begin(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     assert daemon.stderr is not None
     assert b"daemon.started" in daemon.stderr.readline()
-    return here
+    return running_site
 
 
-def test_a_dry_run_prints_the_plan(site: Site) -> None:
-    """A line for each thing; the exit status is 0, as the reload would work, and
-    nothing has changed.
+def test_ctl_reload_dry_run_prints_plan(site: Site) -> None:
+    """It prints a line for each change. The exit status is 0, as the reload would work,
+    and nothing has changed.
     """
     with brokerd_client.connect(
         f"{site.home}/b.sock", name="bob", key="the key of bob", reconnect=False
@@ -115,22 +115,22 @@ def test_a_dry_run_prints_the_plan(site: Site) -> None:
         assert bob.ping() > 0
 
     done = site.ctl("reload")
-    # Bob has left by himself.
+    # bob has disconnected in the meantime.
     assert done.stdout.splitlines() == [
         *(line for line in plain.stdout.splitlines() if "bob (" not in line),
         "reloaded",
     ]
 
 
-def test_nothing_to_change_is_said(site: Site) -> None:
+def test_ctl_reload_dry_run_without_changes_says_so(site: Site) -> None:
     """An empty plan is a line too."""
     assert site.ctl("reload", "--dry-run").stdout == "nothing changes\n"
     assert site.check().stdout == "nothing changes\n"
     assert site.ctl("reload").stdout == "reloaded\n"
 
 
-def test_a_bad_file_is_78_with_its_mistakes(site: Site) -> None:
-    """For a dry run, a check and a reload alike."""
+def test_ctl_reload_invalid_configuration_has_status_78(site: Site) -> None:
+    """This holds for a dry run, a check and a reload."""
     site.write(GOOD + "nonsense: 1\n")
 
     for result in (site.ctl("reload", "--dry-run"), site.ctl("reload"), site.check()):
@@ -138,8 +138,8 @@ def test_a_bad_file_is_78_with_its_mistakes(site: Site) -> None:
         assert "unknown key 'nonsense'" in result.stderr
 
 
-def test_a_key_pasted_for_a_file_is_in_no_output(site: Site) -> None:
-    """None of the commands repeats it, as text or as JSON."""
+def test_ctl_reload_key_in_place_of_file_name_is_not_printed(site: Site) -> None:
+    """None of the commands prints it, as text or as JSON."""
     key = "pV8k3Jz-0aQ_9dFhXw2mTtE7yLrUuNcB4sGiK1oZvIA"
     for field in ("key_file", "key_env", "key_credential"):
         site.write(GOOD + f"  carol: {{{field}: {key}}}\n")
@@ -157,8 +157,10 @@ def test_a_key_pasted_for_a_file_is_in_no_output(site: Site) -> None:
         assert all(key not in each.output for each in results)
 
 
-def test_an_address_in_the_way_is_1(site: Site) -> None:
-    """The files are right, and it can't be done: another status, and the reason."""
+def test_ctl_reload_with_unusable_address_has_status_1(site: Site) -> None:
+    """The files are valid, but the listener can't be opened: the status differs, and
+    the reason is printed.
+    """
     (site.home / "plain").write_text("no socket")
     site.write(GOOD.replace("[b.sock]", "[b.sock, ./plain]"))
 
@@ -167,9 +169,9 @@ def test_an_address_in_the_way_is_1(site: Site) -> None:
         assert "a file that is not a socket is there" in result.stderr
 
 
-def test_check_finds_an_administrator_by_itself(site: Site) -> None:
-    """Without an environment it is one of the configuration; with one, that client; one
-    without rights is refused.
+def test_check_against_running_finds_administrator(site: Site) -> None:
+    """Without variables it is one of the configuration; with them, the client they
+    name. A client without the right is refused.
     """
     key = site.home / "bob.key"
     key.write_text("the key of bob\n")
@@ -183,8 +185,8 @@ def test_check_finds_an_administrator_by_itself(site: Site) -> None:
     assert json.loads(site.check("--json").stdout)["dry_run"] is True
 
 
-def test_check_says_if_the_broker_reads_another_file(site: Site) -> None:
-    """What it would say of its own file would be no answer."""
+def test_check_against_running_with_other_file_is_usage_error(site: Site) -> None:
+    """The plan of another file would be wrong for the running broker."""
     other = site.home / "other.yaml"
     other.write_text(GOOD)
     other.chmod(0o600)
@@ -195,10 +197,12 @@ def test_check_says_if_the_broker_reads_another_file(site: Site) -> None:
     assert f"the running broker reads {site.config}, not {other}" in result.stderr
 
 
-def test_check_says_if_nobody_answers(tmp_path: Path) -> None:
-    """No broker, and a configuration without an administrator, are told apart."""
+def test_check_against_running_without_broker_or_admin_fails(tmp_path: Path) -> None:
+    """A missing broker and a configuration without an administrator have different
+    messages.
+    """
     file = tmp_path / "b.yaml"
-    for text, status, says in (
+    for text, status, message in (
         (
             "listen: [b.sock]\nclients: {ops: {key: k, admin: true}}\n",
             Status.UNREACHABLE,
@@ -216,11 +220,11 @@ def test_check_says_if_nobody_answers(tmp_path: Path) -> None:
             main, ["check", "--against-running", str(file)], env={"BROKERD_NAME": None}
         )
         assert result.exit_code == status
-        assert says in result.stderr
+        assert message in result.stderr
 
 
-def test_keys_are_listed_by_their_ids(site: Site) -> None:
-    """Id, state, time, last use and source of each; no key."""
+def test_ctl_clients_with_keys_lists_key_ids(site: Site) -> None:
+    """Id, state, time, last use and source of each key are listed, but no key."""
     key = load(site.config).clients["bob"].keys[0].key_id
     plain, as_json = site.ctl("clients", "--keys"), site.ctl("clients", "--keys", "--json")
 
@@ -236,13 +240,13 @@ def test_keys_are_listed_by_their_ids(site: Site) -> None:
     assert site.ctl("clients", "--keys", "--watch").exit_code == Status.USAGE
 
 
-def test_only_administrators_see_the_keys(ctl: Any) -> None:
-    """Even ids and times are no business of others."""
+def test_ctl_clients_with_keys_without_admin_is_refused(ctl: Any) -> None:
+    """Even ids and times are only for administrators."""
     assert ctl("alice", "clients", "--keys").exit_code == Status.REFUSED
 
 
-def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
-    """The command, the reload it names, and the command it gives for the client: each
+def test_key_add_client_to_running_broker_works_as_printed(site: Site) -> None:
+    """The command, the reload it names, and the command it prints for the client: each
     works as it is printed.
     """
     added = site.brokerd("--config", str(site.config), "key", "--add", "carol")
@@ -269,16 +273,16 @@ def test_a_client_is_added_while_the_broker_runs(site: Site) -> None:
     assert pinged.stdout.startswith("carol: ")
 
 
-def test_a_client_is_not_added_twice(site: Site) -> None:
-    """The second time nothing changes, and the exit status is 1; a bad configuration is
-    78; a bad name 2.
+def test_key_add_client_twice_has_status_1(site: Site) -> None:
+    """The second time nothing changes, and the exit status is 1. An invalid
+    configuration has 78, an invalid name 2.
     """
     options = ("key", "--config", str(site.config), "--add")
 
     assert site.brokerd(*options, "carol").exit_code == 0
-    again = site.brokerd(*options, "carol")
-    assert (again.exit_code, again.stdout) == (1, "")
-    assert "client 'carol' is configured already" in again.stderr
+    second = site.brokerd(*options, "carol")
+    assert (second.exit_code, second.stdout) == (1, "")
+    assert "client 'carol' is configured already" in second.stderr
     assert site.brokerd(*options, "no name").exit_code == 2
     assert site.brokerd(*options).exit_code == 2
     site.write("nonsense: 1\n")
@@ -286,8 +290,10 @@ def test_a_client_is_not_added_twice(site: Site) -> None:
     assert not (site.home / "keys" / "dave").exists()
 
 
-def test_a_plan_for_people_is_harmless() -> None:
-    """What moves a cursor is shown and not sent; every kind of change has its line."""
+def test_ctl_plan_as_text_escapes_control_characters() -> None:
+    """Characters that move a cursor are printed as escapes; every kind of change has
+    its line.
+    """
     answer = {
         "plan": {
             "altered": {"/run/\x1b[2J": ["mode: 0600 -> 0660"]},

@@ -50,8 +50,8 @@ def row(address: str, *, waiting: int = 0, errors: int = 0, **rates: float) -> R
     )
 
 
-def test_a_rate_is_what_came_between_two_looks() -> None:
-    """The difference of the counter, divided by the seconds between the answers."""
+def test_ctl_top_rate_is_difference_per_second() -> None:
+    """The difference of the counter is divided by the seconds between the answers."""
     rates = Rates()
     rates.rows([connection("bob", messages_in=100, bytes_out=1000)], now=10.0)
 
@@ -65,17 +65,19 @@ def test_a_rate_is_what_came_between_two_looks() -> None:
     }
 
 
-def test_a_new_connection_has_no_rate_yet() -> None:
-    """Nor has one that came back under its old address, whose counters begin again."""
+def test_ctl_top_new_connection_has_no_rate() -> None:
+    """A connection that reconnected with its old address has none either: its counters
+    begin again.
+    """
     rates = Rates()
     (first,) = rates.rows([connection("bob", messages_in=100)], now=10.0)
-    (again,) = rates.rows([connection("bob", since=2.0, messages_in=5)], now=11.0)
+    (reconnected,) = rates.rows([connection("bob", since=2.0, messages_in=5)], now=11.0)
 
-    assert first.rates["messages_in"] == again.rates["messages_in"] == 0.0
+    assert first.rates["messages_in"] == reconnected.rates["messages_in"] == 0.0
 
 
-def test_the_state_says_who_is_slow() -> None:
-    """Slow goes before held: it is the cause."""
+def test_ctl_top_state_of_slow_and_held_connection_is_slow() -> None:
+    """Slow takes precedence over held: it is the cause."""
     states = [
         Rates().rows([connection("bob", slow=slow, held=held)], now=1.0)[0].state
         for slow, held in ((False, False), (False, True), (True, False), (True, True))
@@ -88,8 +90,8 @@ def test_the_state_says_who_is_slow() -> None:
     ("order", "first"),
     [("waiting", "w"), ("in", "i"), ("out", "o"), ("bytes", "b"), ("errors", "e"), ("name", "a")],
 )
-def test_each_order_puts_its_own_first(order: str, first: str) -> None:
-    """Most first, except for names; equal ones by name."""
+def test_ctl_top_order_sorts_by_its_column(order: str, first: str) -> None:
+    """The largest is first, except for names; equal rows are sorted by name."""
     rows = [
         row("w", waiting=5),
         row("i", messages_in=5),
@@ -105,32 +107,32 @@ def test_each_order_puts_its_own_first(order: str, first: str) -> None:
     assert ordered[1:] == sorted(ordered[1:])
 
 
-def test_every_order_has_a_key_of_its_own() -> None:
-    """No two orders share a key, and none has that which ends it."""
+def test_ctl_top_orders_have_distinct_keys() -> None:
+    """No two orders share a key, and none has the key that quits."""
     keys = [key for key, _ in SORT_ORDERS.values()]
 
     assert len({*keys, "q"}) == len(keys) + 1
 
 
-def test_top_prints_json_lines(ctl: Any) -> None:
-    """One object a look, with every connection in it."""
+def test_ctl_top_with_json_prints_object_per_interval(ctl: Any) -> None:
+    """Each object lists every connection."""
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
 
     result = ctl("ops", "top", "--json", "--count", "2", "--interval", "0.1", "--sort", "name")
 
     assert result.exit_code == Status.DONE
-    looks = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(looks) == 2
-    assert [entry["address"] for entry in looks[1]["connections"]] == ["bob", "ops"]
-    assert looks[1]["stats"]["connections"] == 2
-    # The looks themselves are messages of ops.
-    assert looks[1]["connections"][1]["messages_in_per_second"] > 0
+    views = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(views) == 2
+    assert [entry["address"] for entry in views[1]["connections"]] == ["bob", "ops"]
+    assert views[1]["stats"]["connections"] == 2
+    # The requests of top itself are messages of ops.
+    assert views[1]["connections"][1]["messages_in_per_second"] > 0
 
 
-def test_top_in_a_pipe_looks_once(ctl: Any) -> None:
-    """Without a terminal there is nothing to keep up to date: one line a connection,
-    and the end.
+def test_ctl_top_in_pipe_prints_once(ctl: Any) -> None:
+    """Without a terminal there is nothing to keep up to date: it prints one line per
+    connection, and ends.
     """
     ctl.broker.add("ops", admin=True)
 
@@ -141,7 +143,7 @@ def test_top_in_a_pipe_looks_once(ctl: Any) -> None:
 
 
 class Terminal:
-    """A terminal of its own for one process; keeps everything shown on it."""
+    """A pseudo-terminal for one process; keeps everything shown on it."""
 
     def __init__(self, command: list[str], begin: Begin, **environ: str) -> None:
         self._control, terminal = pty.openpty()
@@ -168,8 +170,8 @@ class Terminal:
         self.shown = self.everything = b""
 
     def wait_for(self, text: bytes) -> None:
-        """Return when the text has been shown since the last call; forget what was
-        before it.
+        """Wait until the text has been shown since the last call; forget everything before
+        it.
         """
         deadline = time.monotonic() + TIMEOUT_S
         while text not in self.shown:
@@ -189,19 +191,19 @@ class Terminal:
         os.write(self._control, keys)
 
     def end(self) -> int:
-        """Return the exit status, when it has ended."""
+        """Wait for the end of the process; return its exit status."""
         try:
             while self._read():
                 pass
         except OSError:
-            # Linux says so when the other side is closed.
+            # Linux reports the closed other side as an error.
             pass
         os.close(self._control)
         return self.process.wait(TIMEOUT_S)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
+def test_ctl_top_on_terminal_is_live(ctl: Any, begin: Begin) -> None:
     """It shows the connections, a key changes the order, and q ends it."""
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
@@ -225,9 +227,9 @@ def test_top_is_live_on_a_terminal(ctl: Any, begin: Begin) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_top_scrolls_on_a_terminal_that_can_do_nothing_else(ctl: Any, begin: Begin) -> None:
-    """With TERM=dumb looks are printed one below the other, without a single escape,
-    for as many as are wanted.
+def test_ctl_top_on_dumb_terminal_scrolls(ctl: Any, begin: Begin) -> None:
+    """With TERM=dumb each view is printed below the one before, without escapes, as
+    often as --count says.
     """
     ctl.broker.add("ops", admin=True)
     ctl.broker.connect("bob")
@@ -250,9 +252,9 @@ def test_top_scrolls_on_a_terminal_that_can_do_nothing_else(ctl: Any, begin: Beg
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_top_on_a_narrow_terminal_shows_less_and_that_whole(ctl: Any, begin: Begin) -> None:
-    """At 40 columns some are left out; what is shown is not cut, and how it ends can
-    still be read.
+def test_ctl_top_on_narrow_terminal_omits_columns(ctl: Any, begin: Begin) -> None:
+    """At 40 columns some are omitted. Those shown are not cut, and the key that quits
+    is still shown.
     """
     ctl.broker.add("ops", admin=True)
     command = [
@@ -273,7 +275,7 @@ def test_top_on_a_narrow_terminal_shows_less_and_that_whole(ctl: Any, begin: Beg
     assert terminal.end() == Status.DONE
 
 
-#: As wide as columns with large numbers are.
+#: The widths of columns with large numbers.
 NEEDED = {
     "address": 25,
     "from": 21,
@@ -290,9 +292,9 @@ NEEDED = {
 
 @pytest.mark.parametrize("order", SORT_ORDERS)
 @pytest.mark.parametrize("width", [300, 140, 100, 80, 60, 40, 30, 12, 1])
-def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
-    """What is sorted by stays longest, and next who is slow; of an address enough is
-    left to know it by.
+def test_ctl_top_columns_without_room_are_omitted(width: int, order: str) -> None:
+    """The column that is sorted by stays longest, then the state. Enough of an address
+    is shown to recognize it.
     """
     columns = columns_in(width, NEEDED, order)
     assert columns[0] == "address"
@@ -311,7 +313,7 @@ def test_columns_have_room_or_are_left_out(width: int, order: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_a_payload_can_not_command_the_terminal(ctl: Any, begin: Begin) -> None:
+def test_ctl_listen_on_terminal_escapes_control_characters(ctl: Any, begin: Begin) -> None:
     """The control characters of a message are shown as escapes: a sender can't move the
     cursor or set the title.
     """

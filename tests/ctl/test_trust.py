@@ -1,5 +1,5 @@
-"""brokerctl's options for TLS: what they mean together, and what can't be meant is said
-before anything is opened.
+"""brokerctl's options for TLS: how they combine, and that a mistake is reported before
+a connection is opened.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_options_that_can_t_be_meant_are_refused(
+def test_ctl_tls_options_invalid_are_usage_error(
     address: str | None, given: tuple[str | None, ...], complaint: str
 ) -> None:
-    """Each is a mistake of the command line, with what would be right."""
+    """Each is a mistake of the command line, and the message says what would be right."""
     with pytest.raises(Failure) as caught:
         context_of(address, *given)
 
@@ -46,7 +46,7 @@ def test_options_that_can_t_be_meant_are_refused(
     assert complaint in caught.value.format_message()
 
 
-def test_a_file_that_is_no_certificate_is_named_and_not_shown(tmp_path: Path) -> None:
+def test_ctl_tls_invalid_certificate_file_is_named_and_not_shown(tmp_path: Path) -> None:
     """The message says which file, and what belongs there; nothing of its content."""
     (tmp_path / "cert").write_text("hunter2\n")
 
@@ -58,11 +58,11 @@ def test_a_file_that_is_no_certificate_is_named_and_not_shown(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("by_option", [set(), {"cert"}, {"key"}, {"cert", "key"}])
-def test_each_option_goes_before_its_own_variable(
+def test_ctl_tls_option_overrides_its_own_variable(
     by_option: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A certificate and its key may come by different ways; what is given by an option
-    is not taken from elsewhere.
+    """A certificate and its key may be given in different ways. A value given by an
+    option is not taken from a variable.
     """
     issued = trustme.CA().issue_cert("mine")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -79,9 +79,9 @@ def test_each_option_goes_before_its_own_variable(
     assert context_of(TLS, None, *given) is not None
 
 
-def test_variables_count_for_tls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without TLS they mean nothing, and with it the same as the options; with neither
-    there is nothing to set up.
+def test_ctl_tls_variables_count_for_tls_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TLS they are ignored, and with it they mean the same as the options. With
+    neither there is no context.
     """
     assert context_of(TLS, None, None, None) is None
     monkeypatch.setenv("BROKERD_CA", "no/such.pem")

@@ -1,5 +1,5 @@
-"""The dashboard, the alert rules and the page of documentation speak of metrics that
-exist, and of each that does.
+"""The dashboard, the alert rules and the documentation name existing metrics, and the
+documentation names all of them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _SELECTOR = re.compile(r"\b((?:brokerd|process)_[a-z0-9_]+)\{([^}]*)\}")
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, set[str]]:
-    """Every series of a broker's /metrics, by the name of the sample, with its labels."""
+def labels_by_name() -> dict[str, set[str]]:
+    """Return the labels of every sample of a broker's /metrics, by the sample's name."""
     clients = {
         "alice": {"keys": [{"key": "k", "not_after": datetime.now(UTC) + timedelta(days=9)}]},
         "bob": {},
     }
     with watched(clients, monitor={"address": "127.0.0.1:0", "per_client": True}) as broker:
-        found = families(broker)
+        by_name = families(broker)
     labels: dict[str, set[str]] = {}
-    for family in found.values():
+    for family in by_name.values():
         for sample in family.samples:
             labels.setdefault(sample.name, set()).update(sample.labels)
     return labels
@@ -57,22 +57,22 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
-def test_every_expression_asks_for_what_exists(
-    where: str, expression: str, known: dict[str, set[str]]
+def test_dashboard_and_alerts_use_existing_metrics_and_labels(
+    where: str, expression: str, labels_by_name: dict[str, set[str]]
 ) -> None:
-    """Each metric is one of /metrics, each label one that it has, and the brackets
+    """Each metric is one of /metrics, each label is one that it has, and the brackets
     match.
     """
-    outgoing_requests = _METRIC.findall(expression)
-    assert outgoing_requests or where == "alert BrokerdDown"
-    assert set(outgoing_requests) <= known.keys()
+    metrics = _METRIC.findall(expression)
+    assert metrics or where == "alert BrokerdDown"
+    assert set(metrics) <= labels_by_name.keys()
     for name, selector in _SELECTOR.findall(expression):
-        assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= known[name] | {
+        assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) <= labels_by_name[name] | {
             "job",
             "instance",
         }
     for grouped in re.findall(r"by \(([^)]*)\)", expression):
-        labels = {label for name in outgoing_requests for label in known[name]} | {
+        labels = {label for name in metrics for label in labels_by_name[name]} | {
             "job",
             "instance",
         }
@@ -80,8 +80,8 @@ def test_every_expression_asks_for_what_exists(
     assert [expression.count(each) for each in "([{"] == [expression.count(each) for each in ")]}"]
 
 
-def test_every_counter_is_asked_for_as_a_rate() -> None:
-    """A counter by itself says nothing on a dashboard, and a gauge has no rate."""
+def test_dashboard_and_alerts_use_counters_as_rates() -> None:
+    """A counter alone says nothing on a dashboard, and a gauge has no rate."""
     for where, expression in expressions():
         for match in re.finditer(r"(\w+\()?((?:brokerd|process)_\w+)(\{[^}]*\})?(\[)?", expression):
             counts = match[2].endswith(("_total", "_bucket"))
@@ -89,23 +89,23 @@ def test_every_counter_is_asked_for_as_a_rate() -> None:
             assert counts == (match[1] in ("rate(", "increase(")), (where, expression)
 
 
-def test_the_dashboard_is_well_formed() -> None:
-    """Panels have names, numbers of their own and a place that no other has."""
+def test_dashboard_panels_have_title_id_and_own_place() -> None:
+    """Panels have titles, unique ids, and places that do not overlap."""
     panels: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
 
     assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
+    occupied: set[tuple[int, int]] = set()
     for panel in panels:
         assert panel["title"]
         at = panel["gridPos"]
         cells = {(at["x"] + dx, at["y"] + dy) for dx in range(at["w"]) for dy in range(at["h"])}
-        assert not cells & taken, panel["title"]
+        assert not cells & occupied, panel["title"]
         assert at["x"] + at["w"] <= 24
-        taken |= cells
+        occupied |= cells
 
 
-def test_the_alerts_are_well_formed() -> None:
-    """Every rule has a name of its own, a severity and a sentence."""
+def test_alerts_have_unique_name_severity_and_summary() -> None:
+    """Every rule has a unique name, a severity and a sentence."""
     (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
     rules = group["rules"]
 
@@ -117,8 +117,8 @@ def test_the_alerts_are_well_formed() -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_commands_of_the_page_do_what_it_says() -> None:
-    """What an operator is told to type works as it stands, but for the port."""
+def test_docs_monitoring_commands_work_as_printed() -> None:
+    """The commands in the documentation work as they are printed, except for the port."""
     section = (
         PAGE.read_text(encoding="utf-8").partition("\n## Monitoring\n")[2].partition("\n## ")[0]
     )
@@ -133,11 +133,11 @@ def test_the_commands_of_the_page_do_what_it_says() -> None:
     assert "\nbrokerd_connections 0.0\n" in done.stdout
 
 
-def test_the_page_tells_of_every_metric_and_of_no_other(known: dict[str, set[str]]) -> None:
+def test_docs_list_every_metric_and_no_other(labels_by_name: dict[str, set[str]]) -> None:
     """docs/operations.md has a row for each of the broker's metrics."""
     page = PAGE.read_text(encoding="utf-8")
     described = set(re.findall(r"(?m)^\| `(brokerd_\w+)` \|", page))
-    bases = {re.sub(r"(?<=_lag_seconds)_(bucket|count|sum)$", "", name) for name in known}
+    bases = {re.sub(r"(?<=_lag_seconds)_(bucket|count|sum)$", "", name) for name in labels_by_name}
 
     assert described == {name for name in bases if name.startswith("brokerd_")}
     assert {name for name in bases if name.startswith("process_")} <= set(

@@ -1,5 +1,5 @@
-"""The Host header: what the monitor answers, so that no web page reads it under a name
-of its own.
+"""The Host header: which requests the monitor answers, so that no web page can read it
+under a name of its own (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ NAMES = frozenset({"broker.example"})
         "",
     ],
 )
-def test_host_that_no_web_page_can_have_fits(value: str) -> None:
-    """IP addresses of any kind, localhost and configured names, with a port or without."""
+def test_monitor_host_of_ip_address_localhost_or_configured_name_fits(value: str) -> None:
+    """IP addresses of any kind, localhost and configured names fit, with a port or
+    without.
+    """
     assert fits([value], NAMES)
     assert fits([], NAMES)
 
@@ -58,16 +60,20 @@ def test_host_that_no_web_page_can_have_fits(value: str) -> None:
         "0x7f.1",
     ],
 )
-def test_host_of_another_name_does_not_fit(value: str) -> None:
-    """However much of it looks like one that fits; also where a second value fits."""
+def test_monitor_host_of_another_name_does_not_fit(value: str) -> None:
+    """It does not fit however similar it is to one that fits, or if a second value
+    fits.
+    """
     assert not fits([value], NAMES)
     assert not fits(["127.0.0.1", value], NAMES)
     assert not fits([value, "127.0.0.1"], NAMES)
 
 
 @pytest.mark.parametrize("page", ["/livez", "/readyz", "/metrics", "/nowhere"])
-def test_request_for_another_name_is_misdirected(page: str) -> None:
-    """421, with a sentence that says what would be right, and nothing of the page."""
+def test_monitor_request_for_another_name_is_misdirected(page: str) -> None:
+    """The answer is 421, with a sentence that says what would be right, and nothing of
+    the page.
+    """
     with watched() as broker:
         answer = get(broker, page, headers={"Host": "evil.example"})
         after = get(broker, page, headers={"Host": "10.0.0.7:6060"})
@@ -78,8 +84,8 @@ def test_request_for_another_name_is_misdirected(page: str) -> None:
     assert after.status == (404 if page == "/nowhere" else 200)
 
 
-def test_request_for_a_configured_name_is_answered() -> None:
-    """The names of ``hosts``, and the one in the address itself."""
+def test_monitor_request_for_configured_name_is_answered() -> None:
+    """The names in ``hosts`` are accepted, and the one in the address itself."""
     with watched(monitor={"address": "localhost:0", "hosts": ["Broker.Example"]}) as broker:
         statuses = [
             get(broker, "/livez", headers={"Host": host}).status
@@ -90,7 +96,7 @@ def test_request_for_a_configured_name_is_answered() -> None:
 
 
 def raw(at: Address, request: bytes) -> bytes:
-    """Return the first line of the answer to a request as it stands."""
+    """Send a request unchanged; return the first line of its answer."""
     with socket.create_connection(at.sockaddr, timeout=TIMEOUT_S) as sock:
         sock.sendall(request)
         return sock.makefile("rb").readline()
@@ -107,15 +113,15 @@ def raw(at: Address, request: bytes) -> bytes:
     ],
     ids=["no header", "URL of another name", "header of another name", "URL", "URL in the query"],
 )
-def test_request_that_a_health_check_writes_itself_is_judged_by_all_its_names(
+def test_monitor_request_is_judged_by_url_and_host_header(
     request_text: bytes, status: bytes
 ) -> None:
-    """Health checks without a Host header, as of HTTP/1.0, are answered."""
+    """A health check without a Host header, as in HTTP/1.0, is answered."""
     with watched() as broker:
         assert raw(broker.daemon.monitor_addresses[0], request_text).split()[1] == status
 
 
-def test_request_at_a_unix_socket_may_have_any_host(socket_dir: Path) -> None:
-    """No browser reaches one, and programs put anything there."""
+def test_monitor_request_at_unix_socket_may_have_any_host(socket_dir: Path) -> None:
+    """No browser can connect to one, and programs send any value there."""
     with watched(monitor=str(socket_dir / "monitor")) as broker:
         assert get(broker, "/livez", headers={"Host": "docker"}).status == 200

@@ -1,5 +1,5 @@
-"""Whoever asks, however badly: the broker's clients and the next one who asks notice
-nothing.
+"""Limits of the monitor: no request, however bad, affects the broker's clients or the
+next request.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from brokerd.monitor import http_server as site
 
 
 @pytest.mark.timing
-def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred connections say nothing: the pages come at once, messages pass, and
-    only a few are kept open.
+def test_monitor_with_silent_connections_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred connections send nothing: the pages are answered at once, messages
+    pass, and only a few connections are kept open.
     """
-    # So that none of them is closed for having lasted too long.
+    # No connection is closed because of its age.
     monkeypatch.setattr(site, "_LONGEST", 120.0)
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         silent = [connect(broker) for _ in range(100)]
@@ -49,10 +49,10 @@ def test_silent_connections_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=["nothing", "half a line", "half a header", "no body"],
 )
-def test_a_connection_lasts_some_seconds_at_most(
+def test_monitor_connection_without_whole_request_is_closed(
     monkeypatch: pytest.MonkeyPatch, beginning: bytes
 ) -> None:
-    """Whatever it has begun, it is closed."""
+    """The connection is closed after some seconds, whatever it has sent."""
     monkeypatch.setattr(site, "_LONGEST", 0.3)
     with watched() as broker, connect(broker) as slow:
         slow.sendall(beginning)
@@ -60,7 +60,7 @@ def test_a_connection_lasts_some_seconds_at_most(
         assert ended(slow)
 
 
-def test_a_connection_is_for_one_request() -> None:
+def test_monitor_connection_answers_one_request() -> None:
     """A second request on the same connection is not answered, however it was sent."""
     with watched() as broker, connect(broker) as sock:
         sock.sendall(
@@ -99,10 +99,10 @@ def test_a_connection_is_for_one_request() -> None:
         "smuggled",
     ],
 )
-def test_nonsense_is_answered_and_forgotten(
+def test_monitor_invalid_request_ends_connection_without_log(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request_text: bytes
 ) -> None:
-    """The connection ends, nothing is logged or printed, and the next one who asks is
+    """The connection ends, nothing is logged or printed, and the next request is
     served.
     """
     monkeypatch.setattr(site, "_LONGEST", 1.0)
@@ -118,9 +118,9 @@ def test_nonsense_is_answered_and_forgotten(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It asks for megabytes and does not read: others get theirs, and it is cut off in
-    the end.
+def test_monitor_slow_reader_of_long_page_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It requests megabytes and does not read. Other requests are served, and the slow
+    connection is closed in the end.
     """
     monkeypatch.setattr(site, "_LONGEST", 2.0)
     clients = {f"client-with-a-long-name-{number:040}": {} for number in range(3000)}
@@ -135,7 +135,7 @@ def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.Monkey
         assert get(broker, "/livez").status == 200
 
         deadline = monotonic() + 30
-        while guests(broker):
+        while connection_count(broker):
             assert monotonic() < deadline
         with contextlib.suppress(ConnectionError):
             while data := slow.recv(65536):
@@ -144,16 +144,16 @@ def test_a_slow_reader_of_a_long_page_holds_up_nobody(monkeypatch: pytest.Monkey
     assert len(answer) < len(page)
 
 
-def guests(broker: RunningDaemon) -> int:
-    """Return how many connections the monitor has."""
+def connection_count(broker: RunningDaemon) -> int:
+    """Return the number of the monitor's connections."""
     this = broker.daemon._monitor._site
     assert this is not None
     return broker.call(lambda: len(this._guests._there))
 
 
-def test_reading_the_counters_takes_a_small_share_of_the_time() -> None:
-    """However often it is asked for: after each reading there is a rest, nine times as
-    long.
+def test_metrics_collection_is_followed_by_nine_times_its_duration() -> None:
+    """However often the page is requested, each collection is followed by a pause nine
+    times as long.
     """
     with watched() as broker:
         this = broker.daemon._monitor._site
@@ -162,19 +162,19 @@ def test_reading_the_counters_takes_a_small_share_of_the_time() -> None:
         assert get(broker, "/metrics").status == 200
         rested_at = broker.call(lambda: this._rested_at)
         ended_at = broker.call(this._loop.time)
-        rest = broker.call(this._loop.time) + 1.0
-        broker.call(lambda: setattr(this, "_rested_at", rest))
+        pause_end = broker.call(this._loop.time) + 1.0
+        broker.call(lambda: setattr(this, "_rested_at", pause_end))
         assert get(broker, "/metrics").status == 200
         read_at = broker.call(this._loop.time)
 
-    # The rest is nine times the reading, and the reading took at most the time that we
-    # waited for it.
+    # The pause is nine times as long as the collection, which took at most the time that
+    # the request took.
     assert began < rested_at <= ended_at + site._REST * (ended_at - began)
-    assert read_at >= rest - 0.01
+    assert read_at >= pause_end - 0.01
 
 
-def test_other_pages_do_not_wait_for_the_counters() -> None:
-    """While /metrics rests, health checks are answered at once."""
+def test_monitor_health_pages_do_not_wait_for_metrics() -> None:
+    """While /metrics pauses, health checks are answered at once."""
     with watched() as broker, connect(broker) as metrics:
         this = broker.daemon._monitor._site
         assert this is not None
@@ -188,10 +188,8 @@ def test_other_pages_do_not_wait_for_the_counters() -> None:
             metrics.recv(1)
 
 
-def test_a_crowd_is_let_in_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past so many connections in a second, the others wait for the next second; none
-    is lost.
-    """
+def test_monitor_connections_per_second_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections beyond a number per second wait for the next second; none is lost."""
     monkeypatch.setattr(site, "_A_SECOND", 5)
     with watched() as broker:
         began = monotonic()
@@ -202,8 +200,8 @@ def test_a_crowd_is_let_in_at_a_bounded_pace(monkeypatch: pytest.MonkeyPatch) ->
     assert took > 1.5
 
 
-def test_whoever_has_gone_waits_for_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests whose connections have ended are not worked off: nobody could make a
+def test_metrics_request_of_closed_connection_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of closed connections are not served, so that no client can build up a
     queue of them.
     """
     with watched() as broker:

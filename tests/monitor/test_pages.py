@@ -1,4 +1,4 @@
-"""The pages of the monitor, asked for over real HTTP from a real broker."""
+"""The pages of the monitor, requested over real HTTP from a real broker."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from support.raw_client import MESSAGE, RECEIPT, WANT_RECEIPT
 from support.scraping import get, watched
 
 
-def test_a_running_broker_is_live_and_ready() -> None:
-    """Both health pages answer 200 with a word for people."""
+def test_monitor_running_broker_is_live_and_ready() -> None:
+    """Both health pages answer 200 with a readable word."""
     with watched() as broker:
         live, ready = get(broker, "/livez"), get(broker, "/readyz")
 
@@ -19,8 +19,10 @@ def test_a_running_broker_is_live_and_ready() -> None:
     assert ready.headers["cache-control"] == "no-store"
 
 
-def test_a_draining_broker_is_live_but_not_ready() -> None:
-    """While it drains, new clients are sent elsewhere; nobody restarts it for that."""
+def test_monitor_draining_broker_is_live_but_not_ready() -> None:
+    """During a drain new clients are sent elsewhere, and no supervisor restarts the
+    broker.
+    """
     with (
         watched(limits={"drain_timeout": "60s"}) as broker,
         broker.login("alice") as alice,
@@ -42,8 +44,8 @@ def test_a_draining_broker_is_live_but_not_ready() -> None:
     assert "\nbrokerd_ready 0.0\n" in metrics.body
 
 
-def test_there_is_no_monitor_unless_it_is_asked_for() -> None:
-    """Without ``monitor:`` nothing listens."""
+def test_monitor_not_configured_does_not_listen() -> None:
+    """Without ``monitor:`` no socket is opened."""
     with watched(monitor=None) as broker:
         assert broker.daemon.monitor_addresses == []
         assert broker.log.named("monitor.listening") == []
@@ -52,25 +54,23 @@ def test_there_is_no_monitor_unless_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     "page", ["/", "/metrics/", "/metricsx", "/../etc/passwd", "/livez%2f", "/?/livez"]
 )
-def test_an_unknown_page_is_not_found(page: str) -> None:
-    """Whatever else is asked for is 404, and the answer says what there is."""
+def test_monitor_unknown_page_is_not_found(page: str) -> None:
+    """Any other path is answered by 404, with the list of pages."""
     with watched() as broker:
         answer = get(broker, page)
 
     assert (answer.status, answer.body) == (404, "there are /livez, /readyz, /metrics\n")
 
 
-def test_a_query_changes_nothing() -> None:
-    """What stands behind a question mark is not looked at: some health checks add
-    something there.
-    """
+def test_monitor_query_string_is_ignored() -> None:
+    """The part behind a question mark is not read: some health checks add a query."""
     with watched() as broker:
         assert get(broker, "/livez?verbose").status == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"])
-def test_a_page_can_only_be_read(method: str) -> None:
-    """Every other method is refused."""
+def test_monitor_method_other_than_get_is_refused(method: str) -> None:
+    """Every other method than GET and HEAD is refused."""
     with watched() as broker:
         answer = get(broker, "/metrics", method=method, body=b"x" * 100)
 
@@ -79,8 +79,8 @@ def test_a_page_can_only_be_read(method: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["/livez", "/readyz", "/metrics"])
-def test_head_is_get_without_the_body(page: str) -> None:
-    """HEAD says how long the page is, and does not send it."""
+def test_monitor_head_is_get_without_body(page: str) -> None:
+    """HEAD returns the length of the page without the page."""
     with watched() as broker:
         answer = get(broker, page, method="HEAD")
 
@@ -105,13 +105,13 @@ def test_head_is_get_without_the_body(page: str) -> None:
             "application/openmetrics-text; version=1.0.0; charset=utf-8",
         ),
         ("application/openmetrics-text; version=9.0.0", "text/plain; version=0.0.4; charset=utf-8"),
-        # A version that is none.
+        # An invalid version.
         ("application/openmetrics-text;version=x.y", "text/plain; version=0.0.4; charset=utf-8"),
     ],
 )
-def test_the_format_is_the_one_asked_for(accept: str, content_type: str) -> None:
-    """OpenMetrics for who asks for it, else Prometheus's own format; nothing that is
-    asked for is an error.
+def test_metrics_format_follows_accept_header(accept: str, content_type: str) -> None:
+    """A client that accepts OpenMetrics gets it, every other one gets Prometheus's own
+    format. No value of the header is an error.
     """
     with watched() as broker:
         answer = get(broker, "/metrics", headers={"Accept": accept})
@@ -122,7 +122,7 @@ def test_the_format_is_the_one_asked_for(accept: str, content_type: str) -> None
     assert int(answer.headers["content-length"]) == len(answer.body.encode())
 
 
-def test_a_unix_socket_is_its_owners_alone(socket_dir: Path) -> None:
+def test_monitor_unix_socket_is_only_for_its_owner(socket_dir: Path) -> None:
     """The monitor's socket file can be opened by the broker's user only, and is removed
     at the end.
     """
@@ -134,9 +134,9 @@ def test_a_unix_socket_is_its_owners_alone(socket_dir: Path) -> None:
     assert not path.exists()
 
 
-def test_an_address_that_others_reach_is_warned_of() -> None:
-    """The log says once what it means to be reachable, and of a local address says
-    nothing.
+def test_monitor_exposed_address_is_warned_of() -> None:
+    """The log warns once of an address that other hosts can reach, and does not warn of
+    a local one.
     """
     with watched(monitor="0.0.0.0:0") as broker:
         warnings = broker.log.named("monitor.exposed")

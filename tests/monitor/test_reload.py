@@ -1,5 +1,5 @@
-"""The monitor across reloads: switched on, moved, switched off, and left alone where
-the reload is refused.
+"""The monitor across reloads: switched on, moved, switched off, and unchanged if the
+reload is refused.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from brokerd.daemon.process import loop_factory
 from brokerd_client.address import Address
 
 
-class FromFile:
-    """A daemon that serves one directory's brokerd.yaml, and can be told to read it
-    again.
-    """
+class ReloadableDaemon:
+    """A daemon with one directory's brokerd.yaml, which it can reload."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -60,31 +58,29 @@ class FromFile:
 
 
 @pytest.fixture
-def served(socket_dir: Path) -> Iterator[FromFile]:
-    here = FromFile(socket_dir)
-    here.write("")
-    here.start()
+def served(socket_dir: Path) -> Iterator[ReloadableDaemon]:
+    reloadable = ReloadableDaemon(socket_dir)
+    reloadable.write("")
+    reloadable.start()
     try:
-        yield here
+        yield reloadable
     finally:
-        here.close()
+        reloadable.close()
 
 
-def house_of(served: FromFile) -> RunningDaemon:
+def running_daemon_of(served: ReloadableDaemon) -> RunningDaemon:
     return RunningDaemon(served.daemon, served.log, served.loop)
 
 
-def is_deaf(address: Address) -> bool:
-    """Return whether nobody listens there any more."""
+def is_closed(address: Address) -> bool:
+    """Return whether no socket listens at the address."""
     family = socket.AF_UNIX if address.family == "AF_UNIX" else socket.AF_INET
     with socket.socket(family) as probe:
         return probe.connect_ex(address.sockaddr) != 0
 
 
-def test_it_is_switched_on_and_off(served: FromFile) -> None:
-    """A reload opens the monitor and closes it again; a client's connection lives
-    through both.
-    """
+def test_monitor_reload_opens_and_closes_it(served: ReloadableDaemon) -> None:
+    """A client's connection stays open through both reloads."""
     with brokerd_client.connect(
         str(served.home / "sock"), name="alice", key="k", reconnect=False
     ) as alice:
@@ -94,11 +90,11 @@ def test_it_is_switched_on_and_off(served: FromFile) -> None:
         assert served.reload("") == []
 
         assert served.daemon.monitor_addresses == []
-        assert is_deaf(address)
+        assert is_closed(address)
         alice.ping()
 
 
-def test_it_moves(served: FromFile) -> None:
+def test_monitor_reload_with_new_address_moves_it(served: ReloadableDaemon) -> None:
     """It answers at the new address and not at the old one; its socket file is removed."""
     path = served.home / "monitor"
     assert served.reload(f"monitor: {path}\n") == []
@@ -110,12 +106,12 @@ def test_it_moves(served: FromFile) -> None:
     (after,) = served.daemon.monitor_addresses
     assert after.family == "AF_INET"
     assert get(after, "/livez").status == 200
-    assert is_deaf(before)
+    assert is_closed(before)
     assert not path.exists()
 
 
-def test_a_reload_about_other_things_leaves_it_alone(served: FromFile) -> None:
-    """Same address: same socket, and a connection that has begun to ask is answered."""
+def test_monitor_reload_with_same_address_keeps_its_connections(served: ReloadableDaemon) -> None:
+    """Its socket stays the same, and a request that had begun to arrive is answered."""
     assert served.reload("monitor: 127.0.0.1:0\n") == []
     (address,) = served.daemon.monitor_addresses
     with socket.create_connection(address.sockaddr, timeout=30) as half:
@@ -131,12 +127,12 @@ def test_a_reload_about_other_things_leaves_it_alone(served: FromFile) -> None:
 
         assert half.recv(1000).startswith(b"HTTP/1.1 200")
     assert served.daemon.monitor_addresses == [address]
-    assert "brokerd_client_connections{client=alice}" in samples(house_of(served))
+    assert "brokerd_client_connections{client=alice}" in samples(running_daemon_of(served))
 
 
-def test_an_address_that_is_taken_refuses_the_whole_reload(served: FromFile) -> None:
-    """The other new listener is not left open, the running monitor goes on, and the
-    metrics say what happened.
+def test_monitor_reload_with_address_in_use_is_refused(served: ReloadableDaemon) -> None:
+    """The other new listener is closed, the running monitor stays, and the metrics show
+    the refusal.
     """
     assert served.reload("monitor: 127.0.0.1:0\n") == []
     (address,) = served.daemon.monitor_addresses
@@ -152,20 +148,20 @@ def test_an_address_that_is_taken_refuses_the_whole_reload(served: FromFile) -> 
     ]
     assert not (served.home / "second").exists()
     assert served.daemon.monitor_addresses == [address]
-    found = samples(house_of(served))
-    assert found["brokerd_reloads_total{result=accepted}"] == 1
-    assert found["brokerd_reloads_total{result=refused}"] == 1
-    assert found["brokerd_config_last_reload_successful"] == 0
-    loaded_at = found["brokerd_config_loaded_timestamp_seconds"]
+    values = samples(running_daemon_of(served))
+    assert values["brokerd_reloads_total{result=accepted}"] == 1
+    assert values["brokerd_reloads_total{result=refused}"] == 1
+    assert values["brokerd_config_last_reload_successful"] == 0
+    loaded_at = values["brokerd_config_loaded_timestamp_seconds"]
 
     assert served.reload("monitor: 127.0.0.1:0\n") == []
-    found = samples(house_of(served))
-    assert found["brokerd_config_last_reload_successful"] == 1
-    assert found["brokerd_config_loaded_timestamp_seconds"] > loaded_at
+    values = samples(running_daemon_of(served))
+    assert values["brokerd_config_last_reload_successful"] == 1
+    assert values["brokerd_config_loaded_timestamp_seconds"] > loaded_at
 
 
-def test_an_address_that_overlaps_its_own_is_refused_with_the_reason(served: FromFile) -> None:
-    """From one address of the machine to all of them, on the same port: that takes a
+def test_monitor_reload_with_overlapping_address_is_refused(served: ReloadableDaemon) -> None:
+    """A change from one address of the host to all of them, on the same port, takes a
     restart.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -181,8 +177,8 @@ def test_an_address_that_overlaps_its_own_is_refused_with_the_reason(served: Fro
     assert get(served.daemon.monitor_addresses[0], "/livez").status == 200
 
 
-def test_a_clients_listener_that_is_taken_leaves_the_monitor_off(served: FromFile) -> None:
-    """All or nothing, the other way round."""
+def test_monitor_reload_with_client_listener_in_use_leaves_it_off(served: ReloadableDaemon) -> None:
+    """All or nothing also holds the other way round."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         (served.home / "more.yaml").write_text(f"listen: ['127.0.0.1:{other.getsockname()[1]}']\n")
         assert served.reload(f"include: [more.yaml]\nmonitor: {served.home / 'monitor'}\n") != []
@@ -191,19 +187,19 @@ def test_a_clients_listener_that_is_taken_leaves_the_monitor_off(served: FromFil
     assert not (served.home / "monitor").exists()
 
 
-def test_a_monitor_that_cant_listen_keeps_the_broker_from_starting(socket_dir: Path) -> None:
-    """As with any address: the start fails, and nothing is left open."""
-    here = FromFile(socket_dir)
+def test_monitor_address_in_use_prevents_start(socket_dir: Path) -> None:
+    """As with any address, the start fails, and no socket stays open."""
+    reloadable = ReloadableDaemon(socket_dir)
     with socket.create_server(("127.0.0.1", 0)) as other:
-        here.write(f"monitor: 127.0.0.1:{other.getsockname()[1]}\n")
+        reloadable.write(f"monitor: 127.0.0.1:{other.getsockname()[1]}\n")
         with pytest.raises(Exception, match=r"can't listen at 127\.0\.0\.1"):
-            here.start()
-    here.close()
+            reloadable.start()
+    reloadable.close()
 
     assert not (socket_dir / "sock").exists()
 
 
-def test_it_is_exposed_once_more_only_where_it_changed(served: FromFile) -> None:
+def test_monitor_exposed_warning_is_not_repeated_by_other_reloads(served: ReloadableDaemon) -> None:
     """A reload about other things does not repeat the warning."""
     exposed = "monitor: 0.0.0.0:0\n"
     assert served.reload(exposed) == []
@@ -212,10 +208,10 @@ def test_it_is_exposed_once_more_only_where_it_changed(served: FromFile) -> None
     assert len(served.log.named("monitor.exposed")) == 1
 
 
-def test_reload_that_changes_the_names_takes_them_over(served: FromFile) -> None:
-    """Names of ``hosts`` count at once, and the monitor stays where it is."""
+def test_monitor_reload_with_new_hosts_accepts_them_at_once(served: ReloadableDaemon) -> None:
+    """The monitor keeps its sockets."""
     assert served.reload("monitor: {address: '127.0.0.1:0'}\n") == []
-    running_daemon = house_of(served)
+    running_daemon = running_daemon_of(served)
     before = running_daemon.daemon.monitor_addresses
     headers = {"Host": "broker.example"}
     assert get(running_daemon, "/livez", headers=headers).status == 421

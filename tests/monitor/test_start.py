@@ -1,4 +1,4 @@
-"""What the monitor costs where it is off: nothing."""
+"""A monitor that is off costs nothing at start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ asyncio.run(main())
 """
 
 
-def loaded(monitor: str | None) -> str:
+def loaded_dependencies(monitor: str | None) -> str:
+    """Start a daemon; return the monitor's dependencies that it imported."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM % monitor],
         capture_output=True,
@@ -32,9 +33,9 @@ def loaded(monitor: str | None) -> str:
     return done.stdout.strip()
 
 
-def test_without_a_monitor_nothing_of_it_is_imported() -> None:
-    """A daemon without it starts as quickly as if it did not exist; one with it has
-    what it needs.
+def test_monitor_not_configured_imports_no_dependency() -> None:
+    """A daemon without a monitor starts without its dependencies. One with a monitor
+    imports them.
     """
-    assert loaded(None) == ""
-    assert loaded("127.0.0.1:0") == "aiohttp prometheus_client"
+    assert loaded_dependencies(None) == ""
+    assert loaded_dependencies("127.0.0.1:0") == "aiohttp prometheus_client"

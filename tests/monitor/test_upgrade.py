@@ -1,5 +1,5 @@
-"""The monitor across an upgrade of the daemon: the same sockets, and counters that go
-on.
+"""The monitor across an upgrade of the daemon: the same sockets, and counters that
+continue.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def value(at: Address, name: str) -> float:
     return families[name].samples[0].value
 
 
-def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
-    """Two upgrades while a health check asks without a pause: nobody is refused, and
-    the counters go on.
+def test_monitor_answers_throughout_two_upgrades(socket_dir: Path) -> None:
+    """A health check runs without a pause during two upgrades: no request is refused,
+    and the counters continue.
 
-    Whoever was being answered by the old process in its last moment may be cut off,
-    once an upgrade.
+    A request that the old process answers in its last moment may be cut off, once per
+    upgrade.
     """
     with BrokerProcess(socket_dir, CLIENTS, monitor="127.0.0.1:0", log={"level": "info"}) as broker:
         at = listening_at(broker)
@@ -79,18 +79,20 @@ def test_whoever_asks_is_answered_throughout(socket_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("after", ["moved", "off"])
-def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: str) -> None:
-    """The new process has the monitor where its configuration says, and the old one's
-    socket file is gone.
+def test_monitor_upgrade_with_new_configuration_moves_or_closes_it(
+    socket_dir: Path, after: str
+) -> None:
+    """The new process has the monitor where its configuration says, and the old socket
+    file is removed.
     """
     path = socket_dir / "monitor"
     with BrokerProcess(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         assert get(listening_at(broker), "/livez").status == 200
-        whole = yaml.safe_load(broker.config.read_text())
-        whole |= {"monitor": str(socket_dir / "other")} if after == "moved" else {}
+        config = yaml.safe_load(broker.config.read_text())
+        config |= {"monitor": str(socket_dir / "other")} if after == "moved" else {}
         if after == "off":
-            del whole["monitor"]
-        broker.config.write_text(yaml.safe_dump(whole))
+            del config["monitor"]
+        broker.config.write_text(yaml.safe_dump(config))
         with broker.login("ops") as ops:
             answer = ops.ask("upgrade").json
         assert answer["upgraded"], answer
@@ -101,17 +103,17 @@ def test_an_upgrade_takes_over_another_configuration(socket_dir: Path, after: st
             assert get(parse(str(socket_dir / "other")), "/livez").status == 200
 
 
-def test_an_upgrade_that_fails_leaves_the_monitor_alone(socket_dir: Path) -> None:
-    """The new process can't listen at another address: the old monitor answers on, its
-    socket file stays.
+def test_monitor_failed_upgrade_leaves_it_listening(socket_dir: Path) -> None:
+    """The new process can't listen at another address: the old monitor still answers,
+    and its socket file stays.
     """
     path = socket_dir / "monitor"
     with BrokerProcess(socket_dir, CLIENTS, monitor=str(path), log={"level": "info"}) as broker:
         at = listening_at(broker)
         with socket.create_server(("127.0.0.1", 0)) as taken, broker.login("ops") as ops:
-            whole = yaml.safe_load(broker.config.read_text())
-            whole["listen"].append(f"127.0.0.1:{taken.getsockname()[1]}")
-            broker.config.write_text(yaml.safe_dump(whole))
+            config = yaml.safe_load(broker.config.read_text())
+            config["listen"].append(f"127.0.0.1:{taken.getsockname()[1]}")
+            broker.config.write_text(yaml.safe_dump(config))
             answer = ops.ask("upgrade").json
 
             assert not answer["upgraded"]
