@@ -1,4 +1,4 @@
-"""A client added by a command: both files or none."""
+"""Adding a client by a command: both files are written, or none."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def main_file(directory: Path, text: str = MAIN) -> Path:
 
 def everything(directory: Path) -> dict[str, bytes | None]:
     """Return every file and directory below, temporary ones among them."""
-    found = {str(path.relative_to(directory)): path for path in directory.rglob("*")}
-    return {name: path.read_bytes() if path.is_file() else None for name, path in found.items()}
+    paths = {str(path.relative_to(directory)): path for path in directory.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in paths.items()}
 
 
 @pytest.mark.parametrize("name", ["alice", "on", "123", "a.b-c", "2026-01-01", "null"])
-def test_a_client_is_added(tmp_path: Path, name: str) -> None:
-    """The entry names the key file, the key is 43 characters for its owner alone, and
-    nothing else is left.
+def test_add_client_writes_entry_and_key_file(tmp_path: Path, name: str) -> None:
+    """The entry names the key file. The key has 43 characters and is readable by its
+    owner only. No other file is left.
     """
     file = main_file(tmp_path)
 
@@ -53,8 +53,8 @@ def test_a_client_is_added(tmp_path: Path, name: str) -> None:
         assert not added.entry.stat().st_mode & 0o022
 
 
-def test_each_client_gets_a_key_of_its_own(tmp_path: Path) -> None:
-    """Directories that are there are used."""
+def test_add_client_generates_own_key_for_each_client(tmp_path: Path) -> None:
+    """Existing directories are used."""
     file = main_file(tmp_path)
 
     add_client("a", file)
@@ -65,7 +65,7 @@ def test_each_client_gets_a_key_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "message"),
     [
         ("ops", MAIN, "client 'ops' is configured already, at "),
         ("a", "listen: [b.sock]\n", 'add this line to it: include: ["clients.d/*.yaml"]'),
@@ -73,24 +73,26 @@ def test_each_client_gets_a_key_of_its_own(tmp_path: Path) -> None:
         ("a", 'listen: [b.sock]\ninclude: ["clients.d/*.yml"]\n', "does not include"),
     ],
 )
-def test_what_is_in_the_way_is_said(tmp_path: Path, name: str, text: str, says: str) -> None:
-    """With what would be right; nothing is written."""
+def test_add_client_not_possible_says_reason_and_remedy(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    """The message says what would be right; no file is written."""
     file = main_file(tmp_path, text)
     before = everything(tmp_path)
 
     with pytest.raises(NotAdded) as refused:
         add_client(name, file)
 
-    assert says in str(refused.value)
+    assert message in str(refused.value)
     assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     "include", ["clients.d/a.yaml", "*/*.yaml", "./clients.d/[ab].yaml", "x/../clients.d/*"]
 )
-def test_any_pattern_that_reads_the_entry_will_do(tmp_path: Path, include: str) -> None:
-    """A plain path, which must exist and so is empty now, is a file that is there
-    already; patterns are fine.
+def test_add_client_with_any_matching_include_pattern_works(tmp_path: Path, include: str) -> None:
+    """A plain path must exist, so that it is an existing file, which is empty now;
+    patterns are accepted.
     """
     (tmp_path / "x").mkdir()
     plain = "*" not in include and "[" not in include
@@ -107,8 +109,8 @@ def test_any_pattern_that_reads_the_entry_will_do(tmp_path: Path, include: str) 
         assert "a" in load(file).clients
 
 
-def test_an_include_of_an_included_file_counts(tmp_path: Path) -> None:
-    """It need not be the main file that reads clients.d."""
+def test_add_client_with_include_in_included_file_works(tmp_path: Path) -> None:
+    """It need not be the main file that includes clients.d."""
     (tmp_path / "more.yaml").write_text('include: ["clients.d/*.yaml"]\n')
     file = main_file(tmp_path, "listen: [b.sock]\ninclude: [more.yaml]\n")
 
@@ -117,13 +119,15 @@ def test_an_include_of_an_included_file_counts(tmp_path: Path) -> None:
     assert "a" in load(file).clients
 
 
-@pytest.mark.parametrize("there", ["keys/a", "clients.d/a.yaml"])
+@pytest.mark.parametrize("existing", ["keys/a", "clients.d/a.yaml"])
 @pytest.mark.parametrize("dangling", [False, True])
-def test_no_file_is_ever_replaced(tmp_path: Path, there: str, dangling: bool) -> None:
-    """A file, or a link to nowhere, that has one of the names stays as it is, and the
-    other file is not made.
+def test_add_client_never_replaces_existing_file(
+    tmp_path: Path, existing: str, dangling: bool
+) -> None:
+    """A file with one of the names, or a link without a target, stays as it is. The
+    other file is not written.
     """
-    path = tmp_path / there
+    path = tmp_path / existing
     path.parent.mkdir()
     if dangling:
         path.symlink_to(tmp_path / "nowhere")
@@ -138,17 +142,17 @@ def test_no_file_is_ever_replaced(tmp_path: Path, there: str, dangling: bool) ->
     assert everything(tmp_path) == before
 
 
-def test_a_file_made_at_the_same_moment_is_not_replaced(
+def test_add_client_never_replaces_file_created_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's entry, made after the look and before the write, stays, and the
-    key is taken back.
+    """Another program's entry, created after the check and before the write, stays, and
+    the key is removed again.
     """
     file = main_file(tmp_path)
-    right = add_client_module._make_directory
+    make_directory = add_client_module._make_directory
 
-    def slow(path: Path, *rest: object) -> None:
-        right(path, *rest)  # type: ignore[arg-type]
+    def slow(path: Path, *arguments: object) -> None:
+        make_directory(path, *arguments)  # type: ignore[arg-type]
         if path.name == "clients.d":
             (path / "a.yaml").write_text("# theirs\n")
 
@@ -161,10 +165,10 @@ def test_a_file_made_at_the_same_moment_is_not_replaced(
     assert not (tmp_path / "keys").exists()
 
 
-def test_everything_is_taken_back_if_the_whole_is_bad(
+def test_add_client_with_invalid_result_removes_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the configuration with the new files has a mistake, none of them is left."""
+    """If the configuration with the new files has a mistake, none of them is left."""
     file = main_file(tmp_path)
     monkeypatch.setattr(add_client_module.secrets, "token_urlsafe", lambda size: "k")
     before = everything(tmp_path)
@@ -175,10 +179,10 @@ def test_everything_is_taken_back_if_the_whole_is_bad(
     assert everything(tmp_path) == before
 
 
-def test_a_file_system_without_links_will_do(
+def test_add_client_without_hard_links_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The files are the same there, and still none is replaced."""
+    """The files are the same on such a file system, and none is replaced there either."""
     file = main_file(tmp_path)
 
     def unknown(source: Path, target: Path) -> None:
@@ -198,16 +202,18 @@ def test_a_file_system_without_links_will_do(
     }
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the system at the second file takes the first one back."""
+def test_add_client_on_full_disk_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system error at the second file removes the first one again."""
     file = main_file(tmp_path)
     before = everything(tmp_path)
-    right = os.link
+    link = os.link
 
     def full(source: Path, target: Path) -> None:
         if target.suffix == ".yaml":
             raise OSError(28, "No space left on device", str(target))
-        right(source, target)
+        link(source, target)
 
     monkeypatch.setattr(add_client_module.os, "link", full)
 

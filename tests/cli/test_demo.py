@@ -17,7 +17,7 @@ from rich.console import Console
 from brokerd.cli import demo
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
+def run_demo(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
     """Run the demo in this process with its files in the directory; return its exit
     status and what it printed.
     """
@@ -27,9 +27,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, directory: Path) -> tuple[int, str]:
     return status, output.getvalue()
 
 
-def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
-    """The command shows three clients talking, exits with 0 and leaves no file,
-    whatever the configuration is.
+def test_demo_shows_messages_and_leaves_no_file(socket_dir: Path) -> None:
+    """The command shows three clients exchanging messages, exits with 0 and leaves no
+    file, whatever the configuration is.
     """
     done = subprocess.run(
         [sys.executable, "-m", "brokerd.cli.main", "demo"],
@@ -51,20 +51,22 @@ def test_the_demo_as_it_is_typed(socket_dir: Path) -> None:
     assert list(socket_dir.iterdir()) == []
 
 
-def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lines that the stock Python runs are printed as they are, however narrow the
-    terminal, and no key is.
+def test_demo_prints_whole_stock_client_and_no_key(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines that the stock Python runs are printed unchanged, however narrow the
+    terminal is. No key is printed.
     """
     keys: list[str] = []
     new_key = demo.new_key
 
-    def noted_key() -> str:
+    def recorded_key() -> str:
         keys.append(new_key())
         return keys[-1]
 
-    monkeypatch.setattr(demo, "new_key", noted_key)
+    monkeypatch.setattr(demo, "new_key", recorded_key)
 
-    status, text = shown(monkeypatch, socket_dir)
+    status, text = run_demo(monkeypatch, socket_dir)
 
     assert status == 0
     for line in demo.STOCK_CLIENT.splitlines():
@@ -78,23 +80,23 @@ def test_the_stock_client_is_shown_whole(socket_dir: Path, monkeypatch: pytest.M
     [
         # Never connects.
         ("raise SystemExit(3)", "TimedOut"),
-        # Says what it should, and hears nothing.
+        # Sends what it should, and does not print what it receives.
         (demo.STOCK_CLIENT.rpartition("print(")[0], "the stock Python received"),
-        # Says something else.
+        # Sends something else.
         (demo.STOCK_CLIENT.replace("hello from", "greetings from"), ", expected"),
     ],
     ids=["silent", "deaf", "wrong"],
 )
-def test_the_demo_fails_when_a_message_does_not_arrive(
+def test_demo_with_missing_message_fails(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
 ) -> None:
-    """Without every message seen, the exit status is 1, the reason is printed, and
-    nothing is left all the same.
+    """Unless every message is seen, the exit status is 1, and the reason is printed. No
+    file is left then either.
     """
     monkeypatch.setattr(demo, "STOCK_CLIENT", program)
     monkeypatch.setattr(demo, "_TIMEOUT_S", 3.0)
 
-    status, text = shown(monkeypatch, socket_dir)
+    status, text = run_demo(monkeypatch, socket_dir)
 
     assert status == 1
     assert "The demo failed: " in text
@@ -103,11 +105,11 @@ def test_the_demo_fails_when_a_message_does_not_arrive(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the interpreters here are shell scripts")
-def test_an_interpreter_that_does_not_run_is_passed_over(
+def test_demo_interpreter_that_does_not_run_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest Python on the PATH that starts and is what its name says is taken;
-    else this one.
+    """The newest Python on the PATH that starts and has the version in its name is
+    used, else the running one.
     """
 
     def script(name: str, body: str) -> None:
@@ -126,13 +128,13 @@ def test_an_interpreter_that_does_not_run_is_passed_over(
     assert demo.find_interpreter() == demo.Interpreter(sys.executable, sys.version_info[:2])
 
 
-def test_a_modern_python_is_its_own_stock_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where this Python knows HMAC-SHA256, no other is looked for, and MD5 is not
-    needed.
+def test_demo_interpreter_of_modern_python_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the current Python supports HMAC-SHA256, no other one is searched for, and MD5
+    is not needed.
     """
     monkeypatch.setattr(demo, "_MODERN", (3, 0))
     monkeypatch.setenv("PATH", "")
 
-    found = demo.find_interpreter()
+    interpreter = demo.find_interpreter()
 
-    assert (found.path, found.needs_md5) == (sys.executable, False)
+    assert (interpreter.path, interpreter.needs_md5) == (sys.executable, False)

@@ -1,5 +1,5 @@
-"""brokerd health: a sign of life from the broker where its configuration says it
-listens, with no key in hand.
+"""brokerd health: a sign of life from the broker at the address in its configuration,
+without a key.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def health(*arguments: str | Path, **environ: str) -> Result:
     return CliRunner().invoke(main, list(map(str, arguments)), env=env)
 
 
-def found(text: str, directory: Path) -> list[str]:
+def listen_addresses(text: str, directory: Path) -> list[str]:
     """Return the addresses in a configuration, those with TLS marked."""
     file = directory / "b.yaml"
     file.write_text(text)
@@ -49,9 +49,7 @@ def found(text: str, directory: Path) -> list[str]:
 
 @contextmanager
 def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[Address]:
-    """Give the address of a server that sends these bytes to its first connection and
-    closes it.
-    """
+    """Serve one connection: send it these bytes and close it. Yields the address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(30)
 
@@ -63,7 +61,7 @@ def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[
                     for part in parts:
                         stream.sendall(part)
             except OSError:
-                # The client may leave in the middle of TLS.
+                # The client may disconnect during the TLS handshake.
                 peer.close()
 
         thread = threading.Thread(target=serve)
@@ -74,9 +72,9 @@ def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[
             thread.join(30)
 
 
-def test_a_living_broker_is_healthy_and_logs_nothing(tmp_path: Path) -> None:
-    """Exit status 0 with one line; the broker counts nobody as refused and says nothing
-    above level debug.
+def test_health_of_running_broker_is_healthy_without_log(tmp_path: Path) -> None:
+    """The exit status is 0, with one line. The broker counts no refusal and logs
+    nothing above level debug.
     """
     with served() as broker:
         file = tmp_path / "b.yaml"
@@ -90,8 +88,8 @@ def test_a_living_broker_is_healthy_and_logs_nothing(tmp_path: Path) -> None:
         assert not broker.log.named("client.refused")
 
 
-def test_who_sends_a_byte_and_leaves_is_refused() -> None:
-    """Only a peer that said nothing at all is passed over in the log."""
+def test_handshake_peer_leaving_after_one_byte_is_refused() -> None:
+    """Only a peer that has sent nothing at all is not logged as refused."""
     with served() as broker:
         with broker.raw() as peer:
             peer.read_body()
@@ -100,19 +98,19 @@ def test_who_sends_a_byte_and_leaves_is_refused() -> None:
         assert not broker.log.named("client.left")
 
 
-def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
-    """A health check that gave up on a frozen broker leaves no warning when the broker
-    goes on.
+def test_handshake_peer_leaving_before_challenge_is_not_refused() -> None:
+    """A health check that gave up on a frozen broker causes no warning when the broker
+    continues.
     """
     with served() as broker:
         peer = broker.raw()
 
         def freeze() -> None:
-            # The loop stands still meanwhile. A reset: the broker's own bytes are lost,
-            # and it is told so.
-            gone = broker.raw()
-            gone.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            gone.close()
+            # The event loop is blocked meanwhile. The peer resets its connection: the
+            # broker's own bytes are lost, and its next write fails.
+            reset = broker.raw()
+            reset.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset.close()
 
         peer.close()
         broker.call(freeze)
@@ -121,9 +119,9 @@ def test_who_left_before_the_challenge_was_sent_is_not_refused() -> None:
 
 
 @pytest.mark.timing
-def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
-    """A listening socket that the system answers for, with nobody behind it, is exit
-    status 1 within the timeout.
+def test_health_of_frozen_broker_is_unhealthy(tmp_path: Path) -> None:
+    """A listening socket that only the system answers for gives exit status 1 within
+    the timeout.
     """
     with socket.create_server(("127.0.0.1", 0)) as frozen:
         host, port = frozen.getsockname()
@@ -140,16 +138,16 @@ def test_a_frozen_broker_is_not_healthy(tmp_path: Path) -> None:
     )
 
 
-def test_no_broker_is_not_healthy(socket_dir: Path) -> None:
-    """Nobody listening, no socket, no configuration: exit status 1 and the reason, in
-    one line.
+def test_health_without_broker_or_configuration_is_unhealthy(socket_dir: Path) -> None:
+    """A missing socket or configuration file gives exit status 1 and the reason, in one
+    line.
     """
-    nobody = health("health", "--address", str(socket_dir / "no.sock"))
+    no_socket = health("health", "--address", str(socket_dir / "no.sock"))
     no_file = health("--config", socket_dir / "no.yaml", "health")
 
-    assert (nobody.exit_code, no_file.exit_code) == (1, 1)
+    assert (no_socket.exit_code, no_file.exit_code) == (1, 1)
     assert (
-        nobody.stderr == f"unhealthy: {socket_dir}/no.sock: No such file or directory "
+        no_socket.stderr == f"unhealthy: {socket_dir}/no.sock: No such file or directory "
         "(is the broker running, and is this its address?)\n"
     )
     assert (
@@ -158,13 +156,15 @@ def test_no_broker_is_not_healthy(socket_dir: Path) -> None:
     )
 
 
-def test_no_address_at_all_is_a_usage_error() -> None:
-    """What is no address is exit status 2."""
+def test_health_with_invalid_address_is_usage_error() -> None:
+    """An invalid address gives exit status 2."""
     assert health("health", "--address", "[").exit_code == 2
 
 
-def test_a_full_socket_is_not_healthy(socket_dir: Path) -> None:
-    """A Unix socket whose queue is full because nobody accepts is stuck, not absent."""
+def test_health_of_full_unix_socket_is_unhealthy(socket_dir: Path) -> None:
+    """A Unix socket whose queue is full because no process accepts is stuck, not
+    absent.
+    """
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(socket_dir / "b"))
         server.listen(0)
@@ -192,21 +192,21 @@ def test_a_full_socket_is_not_healthy(socket_dir: Path) -> None:
         (frame(b"#WELCOME#"), "the answer is not a broker's"),
     ],
 )
-def test_what_is_no_challenge_is_not_healthy(sent: bytes, reason: str) -> None:
-    """Neither silence nor another program's greeting passes for a broker."""
+def test_health_with_answer_other_than_challenge_is_unhealthy(sent: bytes, reason: str) -> None:
+    """Neither silence nor another program's greeting is accepted as a broker."""
     with answering(sent) as address, pytest.raises(Unhealthy, match=reason):
         probe(Entrance(address), 10)
 
 
-def test_a_challenge_in_pieces_is_one() -> None:
+def test_health_with_challenge_in_pieces_is_healthy() -> None:
     """The challenge may arrive one byte at a time."""
     with answering(*(CHALLENGE[i : i + 1] for i in range(len(CHALLENGE)))) as address:
         assert probe(Entrance(address), 10) < 10
 
 
-def test_tls(tmp_path: Path) -> None:
-    """Behind TLS the challenge counts whoever signed the certificate, and so does the
-    wish for one of ours.
+def test_health_with_tls_accepts_any_certificate(tmp_path: Path) -> None:
+    """With TLS the challenge counts, whatever the signer of the certificate. It also
+    counts if the broker wants a client certificate.
     """
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
@@ -243,14 +243,14 @@ def test_tls(tmp_path: Path) -> None:
         probe(Entrance(address, tls=True), 10)
 
 
-def test_a_port_that_speaks_no_tls_is_not_healthy() -> None:
-    """Where TLS is configured and something else answers, that is no sign of life."""
+def test_health_with_tls_at_port_without_tls_is_unhealthy() -> None:
+    """If TLS is configured, any other answer is not a sign of life."""
     with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as address, pytest.raises(Unhealthy):
         probe(Entrance(address, tls=True), 10)
 
 
 class Clock:
-    """The time of the health check, which passes only when a test says so."""
+    """The clock of the health check, which only a test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -260,13 +260,15 @@ class Clock:
         return self.now
 
 
-def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a slow look-up nor addresses that do not answer, one after the other,
-    make it longer.
+def test_health_timeout_covers_lookup_and_all_addresses_of_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a slow look-up nor several addresses that do not answer extend the
+    timeout.
     """
-    clock, given = Clock(monkeypatch), []
+    clock, timeouts = Clock(monkeypatch), []
 
-    def look_up(*outgoing_requests: object, **more: object) -> list[tuple[object, ...]]:
+    def look_up(*arguments: object, **options: object) -> list[tuple[object, ...]]:
         clock.now += 1
         return [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 1))
@@ -274,8 +276,8 @@ def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.Mo
         ]
 
     def connect(sock: socket.socket, place: object) -> None:
-        given.append(sock.gettimeout())
-        clock.now += given[-1] or 0
+        timeouts.append(sock.gettimeout())
+        clock.now += timeouts[-1] or 0
         raise TimeoutError
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
@@ -283,25 +285,27 @@ def test_the_time_is_for_all_addresses_of_a_host_together(monkeypatch: pytest.Mo
     with pytest.raises(Unhealthy, match="no challenge within 10 s"):
         probe(Entrance(parse("somewhere:1")), 10)
 
-    assert given == pytest.approx([3, 3, 3])
+    assert timeouts == pytest.approx([3, 3, 3])
 
 
-def test_the_second_address_of_a_host_may_be_the_broker_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody listens at the first."""
-    with served() as broker, socket.create_server(("127.0.0.1", 0)) as nobody:
-        places = [("127.0.0.1", nobody.getsockname()[1]), ("127.0.0.1", broker.address.port)]
-        nobody.close()
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *outgoing_requests, **more: found)
+def test_health_of_host_with_broker_at_second_address_is_healthy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No program listens at the first address."""
+    with served() as broker, socket.create_server(("127.0.0.1", 0)) as unused:
+        places = [("127.0.0.1", unused.getsockname()[1]), ("127.0.0.1", broker.address.port)]
+        unused.close()
+        results = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: results)
         assert probe(Entrance(parse("somewhere:1")), 10) < 10
 
 
-def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What connecting took is not there for the handshake of TLS any more."""
-    clock, given = Clock(monkeypatch), []
+def test_health_timeout_includes_tls_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that the connect took is no longer available for the TLS handshake."""
+    clock, timeouts = Clock(monkeypatch), []
 
     def wrap(context: ssl.SSLContext, sock: socket.socket) -> None:
-        given.append(sock.gettimeout())
+        timeouts.append(sock.gettimeout())
         raise TimeoutError
 
     def connect(sock: socket.socket, place: object) -> None:
@@ -312,12 +316,12 @@ def test_the_time_goes_on_while_tls_begins(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(Unhealthy, match="no challenge within 10 s"):
         probe(Entrance(parse("127.0.0.1:1"), tls=True), 10)
 
-    assert given == [6]
+    assert timeouts == [6]
 
 
-def test_the_nearest_entrance_is_asked() -> None:
-    """A Unix socket first, then a port without TLS, then one with it; everywhere means
-    this machine.
+def test_health_prefers_unix_socket_then_plain_port_then_tls() -> None:
+    """A Unix socket is first, then a port without TLS, then one with TLS. A wildcard
+    address means this host.
     """
     unix, plain, tls = (
         Entrance(parse("/run/b")),
@@ -334,8 +338,8 @@ def test_the_nearest_entrance_is_asked() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "127.0.0.1"])
-def test_a_broker_at_every_interface_is_asked_at_this_one(host: str) -> None:
-    """An address to bind to is not one to connect to."""
+def test_health_of_wildcard_address_connects_to_loopback(host: str) -> None:
+    """An address to bind to may not be one to connect to."""
     with served(f"[{host}]:0" if ":" in host else f"{host}:0") as broker:
         entrance = Entrance(Address(broker.address.family, host=host, port=broker.address.port))
         assert probe(entrance, 10) < 10
@@ -365,31 +369,35 @@ def test_a_broker_at_every_interface_is_asked_at_this_one(host: str) -> None:
         ("listen: [/run/b", ""),
     ],
 )
-def test_where_a_configuration_listens(tmp_path: Path, text: str, addresses: str) -> None:
-    """The addresses are found whatever follows them, mistakes among it."""
-    assert " ".join(found(text, tmp_path)) == addresses
+def test_health_finds_listen_addresses_in_configuration(
+    tmp_path: Path, text: str, addresses: str
+) -> None:
+    """The addresses are found whatever follows them, even mistakes."""
+    assert " ".join(listen_addresses(text, tmp_path)) == addresses
 
 
-def test_a_relative_socket_is_beside_its_file(tmp_path: Path) -> None:
+def test_health_relative_socket_path_starts_from_configuration_file(tmp_path: Path) -> None:
     """As for the daemon, the path starts from the directory of the file."""
-    assert found("listen: [b.sock]\n", tmp_path) == [f"{tmp_path}/b.sock"]
+    assert listen_addresses("listen: [b.sock]\n", tmp_path) == [f"{tmp_path}/b.sock"]
 
 
-def test_included_files_are_asked_where_the_main_one_has_no_listener(tmp_path: Path) -> None:
-    """The first included file with a listener counts; what is missing, broken or was
-    read before is passed over.
+def test_health_without_listener_in_main_file_reads_included_files(tmp_path: Path) -> None:
+    """The first included file with a listener counts. Files that are missing, broken or
+    read before are skipped.
     """
     (tmp_path / "c.d").mkdir()
     (tmp_path / "c.d" / "1.yaml").write_text("clients: {}\ninclude: [../b.yaml, '*.yaml']\n")
     (tmp_path / "c.d" / "2.yaml").write_bytes(b"\xff")
     (tmp_path / "c.d" / "3.yaml").write_text("listen: [b.sock]\n")
 
-    assert found("include: [gone.yaml, 7, 'c.d/*.yaml']\n", tmp_path) == [f"{tmp_path}/c.d/b.sock"]
+    assert listen_addresses("include: [gone.yaml, 7, 'c.d/*.yaml']\n", tmp_path) == [
+        f"{tmp_path}/c.d/b.sock"
+    ]
 
 
-def test_a_large_configuration_costs_no_more_than_its_beginning(tmp_path: Path) -> None:
-    """Nothing behind the addresses is read: a file that no parser could read on is no
-    hindrance.
+def test_health_reads_configuration_only_up_to_its_addresses(tmp_path: Path) -> None:
+    """Nothing behind the addresses is read: a file that no parser can read to its end
+    does no harm.
     """
     text = (
         "listen: [/run/b]\nclients:\n"
@@ -397,10 +405,10 @@ def test_a_large_configuration_costs_no_more_than_its_beginning(tmp_path: Path) 
         + "\t]}["
     )
 
-    assert found(text, tmp_path) == ["/run/b"]
+    assert listen_addresses(text, tmp_path) == ["/run/b"]
 
 
-def test_the_configuration_may_stand_in_the_environment() -> None:
+def test_health_with_configuration_in_environment_finds_broker() -> None:
     """With BROKERD_CONFIG_YAML the health check finds the broker as the daemon does."""
     with served() as broker:
         result = health("health", BROKERD_CONFIG_YAML=f"listen: ['{broker.address}']\n")

@@ -1,5 +1,5 @@
-"""The command brokerd, as it is typed: what it prints where, its exit status, and what
-it must not do.
+"""The command brokerd, as it is typed: its output, its exit status, and what it must
+not do.
 """
 
 from __future__ import annotations
@@ -43,23 +43,25 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
     return path
 
 
-def test_check_says_ok_and_where_the_broker_will_listen(tmp_path: Path) -> None:
-    """A good file is one line on standard output, and one for each address; exit status
-    0.
+def test_check_valid_file_prints_ok_and_addresses(tmp_path: Path) -> None:
+    """It prints one line on standard output, and one for each address; the exit status
+    is 0.
     """
     file = write(tmp_path / "b.yaml", GOOD)
 
     result = brokerd("check", file)
 
-    right = (
+    expected = (
         f"{file}: ok, 2 clients, 1 listener\n  listens at {tmp_path}/b.sock (Unix socket, mode"
         " 0600)\n"
     )
-    assert (result.exit_code, result.stdout, result.stderr) == (0, right, "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, expected, "")
 
 
 def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative path is shown whole, so that a file in the wrong place is noticed."""
+    """A relative path is printed as an absolute one, so that a file in the wrong place
+    is noticed.
+    """
     monkeypatch.chdir(tmp_path)
     authority = trustme.CA()
     issued = authority.issue_cert("broker.example")
@@ -84,9 +86,9 @@ def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.M
         ]
 
 
-def test_check_refuses_an_address_that_is_not_plainly_a_path(tmp_path: Path) -> None:
-    """A port alone, a host alone and a path behind a scheme become no socket files;
-    each error says what is missing.
+def test_check_ambiguous_address_is_refused(tmp_path: Path) -> None:
+    """A port alone, a host alone and a path behind a scheme do not become socket files.
+    Each error says what is missing.
     """
     file = write(
         tmp_path / "b.yaml",
@@ -119,7 +121,7 @@ def test_check_refuses_an_address_that_is_not_plainly_a_path(tmp_path: Path) -> 
     ]
 
 
-def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
+def test_package_runs_like_command(tmp_path: Path) -> None:
     """``python -m brokerd`` is the command, name and exit status included."""
     this = [sys.executable, "-m", "brokerd"]
     version = subprocess.run(
@@ -139,10 +141,8 @@ def test_the_package_runs_as_the_command_does(tmp_path: Path) -> None:
     assert check.returncode == 78
 
 
-def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
-    """A bad file is its lines on standard error, nothing on standard output, and exit
-    status 78.
-    """
+def test_check_invalid_file_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
+    """The mistakes are lines on standard error, and nothing is on standard output."""
     file = write(tmp_path / "b.yaml", BAD)
 
     result = brokerd("check", file)
@@ -154,8 +154,8 @@ def test_check_prints_every_mistake_and_exits_78(tmp_path: Path) -> None:
     ]
 
 
-def test_check_warns_on_standard_error(tmp_path: Path) -> None:
-    """What is odd and allowed is a warning, and the exit status stays 0."""
+def test_check_with_warnings_prints_them_and_exits_0(tmp_path: Path) -> None:
+    """A setting that is odd but allowed is a warning on standard error."""
     file = write(
         tmp_path / "b.yaml",
         "listen: [b.sock]\nclients: {a: {keys: [{key: k, not_after: 2001-01-01}]}}\n",
@@ -172,7 +172,7 @@ def test_check_warns_on_standard_error(tmp_path: Path) -> None:
     )
 
 
-def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path: Path) -> None:
+def test_check_file_comes_from_argument_then_option_then_environment(tmp_path: Path) -> None:
     """check takes FILE, then --config, then $BROKERD_CONFIG; without any,
     /etc/brokerd/brokerd.yaml.
     """
@@ -188,9 +188,9 @@ def test_the_file_is_the_argument_else_the_option_else_the_environment(tmp_path:
     assert "/etc/brokerd/brokerd.yaml" in brokerd("--help").stdout
 
 
-def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
-    """With --memory, a line for each part and one for all; a bigger queue shows in its
-    part and in the sum.
+def test_check_with_memory_prints_limits_and_their_sum(tmp_path: Path) -> None:
+    """It prints a line for each part and one for all. A bigger queue increases its part
+    and the sum.
     """
 
     def sizes(queue: str) -> dict[str, int]:
@@ -202,14 +202,14 @@ def test_check_says_how_much_memory_may_be_needed(tmp_path: Path) -> None:
 
     small, big = sizes("16MiB"), sizes("116MiB")
     assert big["queues"] - small["queues"] == big["at most"] - small["at most"] >= 100
-    # Each is rounded by itself.
+    # Each number is rounded separately.
     assert abs(sum(small.values()) - 2 * small["at most"]) <= len(small)
 
 
 def test_check_opens_no_socket_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checking leaves the directory as it was and never makes a socket."""
+    """The check leaves the directory unchanged and never opens a socket."""
     file = write(tmp_path / "b.yaml", GOOD)
 
     def refuse(*_: object, **__: object) -> None:
@@ -222,7 +222,7 @@ def test_check_opens_no_socket_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_run_hands_the_configuration_to_the_daemon(
+def test_run_passes_configuration_to_daemon_and_returns_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a command the daemon runs with the file, and its exit status is the
@@ -245,12 +245,10 @@ def test_run_hands_the_configuration_to_the_daemon(
 @pytest.mark.parametrize(
     "arguments", [["--config", "b.yaml"], ["check", "b.yaml"], ["--config", "b.yaml", "check"]]
 )
-def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(
+def test_run_and_check_invalid_file_exit_78_without_traceback(
     tmp_path: Path, arguments: list[str]
 ) -> None:
-    """As a command, run and check alike print plain lines on standard error and exit
-    with 78.
-    """
+    """In a process of its own, each prints plain lines on standard error."""
     write(tmp_path / "b.yaml", BAD)
 
     done = subprocess.run(
@@ -270,8 +268,8 @@ def test_a_bad_file_is_78_and_no_traceback_in_a_process_of_its_own(
     assert [path.name for path in tmp_path.iterdir()] == ["b.yaml"]
 
 
-def test_an_address_that_can_be_none_is_78_before_anything_is_listened_at(tmp_path: Path) -> None:
-    """Brackets around what is no IPv6 address, and four numbers that are no IPv4
+def test_run_and_check_invalid_ip_address_exit_78(tmp_path: Path) -> None:
+    """Brackets around an invalid IPv6 address, and four numbers that are not an IPv4
     address, are mistakes of the file.
     """
     write(
@@ -289,7 +287,7 @@ def test_an_address_that_can_be_none_is_78_before_anything_is_listened_at(tmp_pa
         ]
 
 
-def test_no_file_is_one_line(tmp_path: Path) -> None:
+def test_run_and_check_missing_file_print_one_line_and_exit_78(tmp_path: Path) -> None:
     """A file that does not exist is one line and 78, for run and check."""
     for arguments in (["--config", tmp_path / "no.yaml"], ["check", tmp_path / "no.yaml"]):
         done = subprocess.run(
@@ -305,7 +303,7 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
         )
 
 
-def test_a_key_is_32_random_bytes() -> None:
+def test_key_prints_32_random_bytes() -> None:
     """brokerd key prints one line of base64url that is 32 bytes, another one each time."""
     keys = {brokerd("key").stdout for _ in range(5)}
 
@@ -317,26 +315,26 @@ def test_a_key_is_32_random_bytes() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="the command is for a shell")
 @pytest.mark.parametrize("name", ["alice", "on", "123", "a.b-c"])
-def test_what_key_prints_for_a_name_works_as_pasted(tmp_path: Path, name: str) -> None:
-    """With a NAME come a shell command and YAML; both, pasted as they are, make a
+def test_key_with_name_prints_command_and_yaml_that_work(tmp_path: Path, name: str) -> None:
+    """With a NAME it prints a shell command and YAML; pasted unchanged, they define a
     client with that key.
     """
     result = brokerd("key", name)
 
-    fresh, _, rest = result.stdout.partition("\n")
-    command = re.search(r"#   (\(umask.*\))\n", rest)
+    key, _, text = result.stdout.partition("\n")
+    command = re.search(r"#   (\(umask.*\))\n", text)
     assert command is not None
     subprocess.run(["sh", "-c", command[1]], cwd=tmp_path, check=True)
-    file = write(tmp_path / "b.yaml", "listen: [b.sock]\n" + rest, mode=0o644)
+    file = write(tmp_path / "b.yaml", "listen: [b.sock]\n" + text, mode=0o644)
     config = load(file)
     assert [(client.name, client.keys[0].value) for client in config.clients.values()] == [
-        (name, fresh.encode())
+        (name, key.encode())
     ]
-    assert list(yaml.safe_load(rest)) == ["clients"]
+    assert list(yaml.safe_load(text)) == ["clients"]
 
 
-def test_key_refuses_what_is_no_name() -> None:
-    """A NAME that no client can have is a mistake in the command, and no key is made."""
+def test_key_with_invalid_name_is_usage_error() -> None:
+    """An invalid NAME is a mistake in the command, and no key is generated."""
     result = brokerd("key", "a b")
 
     assert result.exit_code == 2
@@ -344,7 +342,7 @@ def test_key_refuses_what_is_no_name() -> None:
     assert result.stdout == ""
 
 
-def test_schema_is_a_json_schema() -> None:
+def test_schema_prints_valid_json_schema() -> None:
     """brokerd schema prints a valid JSON Schema and nothing else."""
     result = brokerd("schema")
 
@@ -354,12 +352,12 @@ def test_schema_is_a_json_schema() -> None:
     assert set(schema["properties"]) == {"listen", "clients", "include", "limits", "log", "monitor"}
 
 
-def test_version() -> None:
+def test_version_option_prints_version() -> None:
     """--version prints the version."""
     assert brokerd("--version").stdout == f"brokerd, version {__version__}\n"
 
 
-def test_the_offline_commands_load_no_event_loop() -> None:
+def test_check_and_key_import_no_event_loop() -> None:
     """check and key start fast: neither imports asyncio nor the daemon."""
     for arguments in (["key"], ["check", "/nonexistent.yaml"]):
         code = (
@@ -373,9 +371,9 @@ def test_the_offline_commands_load_no_event_loop() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_configuration_in_the_environment() -> None:
-    """BROKERD_CONFIG_YAML holds the configuration itself; its mistakes carry its name,
-    and --config goes before it.
+def test_check_reads_configuration_from_environment() -> None:
+    """BROKERD_CONFIG_YAML holds the configuration itself. Mistakes are reported under
+    its name, and --config overrides it.
     """
     text = "listen: [b.sock]\nclients: {a: {key_env: A_KEY}}\n"
 
@@ -395,8 +393,8 @@ def test_a_configuration_in_the_environment() -> None:
     assert "there is no file /no/such" in other.stderr
 
 
-def test_two_configurations_in_the_environment_are_one_too_many(tmp_path: Path) -> None:
-    """A file and a text that are both named are refused; an empty text is none."""
+def test_check_with_file_and_text_in_environment_is_refused(tmp_path: Path) -> None:
+    """A file and a text that are both set are refused; an empty text counts as not set."""
     file = write(tmp_path / "b.yaml", GOOD)
 
     both = brokerd("check", BROKERD_CONFIG=str(file), BROKERD_CONFIG_YAML=GOOD)
@@ -415,10 +413,8 @@ def test_two_configurations_in_the_environment_are_one_too_many(tmp_path: Path) 
 @pytest.mark.skipif(
     Path("/etc/brokerd/brokerd.yaml").exists(), reason="this machine has a configuration of its own"
 )
-def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
-    """Whoever starts the broker with nothing learns what it looks for, and exit status
-    78.
-    """
+def test_run_without_configuration_names_every_way_to_give_one() -> None:
+    """The message lists the places that are searched, and the exit status is 78."""
     result = brokerd()
 
     assert (result.exit_code, result.stdout) == (78, "")
@@ -431,11 +427,11 @@ def test_without_any_configuration_every_way_to_give_one_is_named() -> None:
 
 
 @pytest.mark.parametrize("file", ["broker.yaml", "missing.yml", "there"])
-def test_a_file_in_the_place_of_a_command_is_answered_with_the_option(
+def test_file_in_place_of_command_suggests_config_option(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`brokerd FILE` is told to be `brokerd --config FILE`; any other word is no
-    command, and nothing more.
+    """`brokerd FILE` is answered with `brokerd --config FILE`; any other word is only
+    an unknown command.
     """
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "there", GOOD)

@@ -485,8 +485,8 @@ def test_sender_held_for_wait_timeout_is_refused() -> None:
 def test_recipient_reading_little_holds_sender_for_small_part_of_time(
     taken: int, replaced: bool
 ) -> None:
-    """However much the recipient reads every 29 seconds, its sender is not held for
-    most of the time, and gets `full` at once.
+    """However much the recipient reads every 29 seconds, its sender is held for little
+    of the time. It gets `full` at once.
     """
     net, ann, bob = full(WhenFull.WAIT)
     held = 0.0
@@ -1151,7 +1151,7 @@ def test_subscriptions_of_closed_session_are_removed_in_slices() -> None:
 
 
 def test_request_to_new_session_is_not_mixed_up_with_former_one() -> None:
-    """While the former session's requests are being reported, a request with the same
+    """The former session's requests are still being reported. A request with the same
     id reaches the new session, and its answer comes back.
     """
     net = FakeNet(client("a"), client("b"))

@@ -188,7 +188,7 @@ def test_policy_admin_operation_without_admin_is_denied(op: str, flags: int) -> 
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.REQUEST])
-def test_policy_frame_other_than_request_is_not_an_operation(kind: Kind) -> None:
+def test_policy_frame_other_than_request_is_no_operation(kind: Kind) -> None:
     """No other kind of frame makes the broker do anything, even from an administrator."""
     net, peers = network()
     payload = json.dumps({"op": "drain"}).encode()
@@ -216,7 +216,7 @@ def test_policy_sender_name_is_set_by_broker(claim: str) -> None:
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 def test_policy_request_permits_one_answer_to_forbidden_client(kind: Kind) -> None:
     """A request from a client that eve may not send to can be answered once, with its
-    id, and to no other client.
+    id. No other client receives the answer.
     """
     _, peers = network()
     eve, bob = peers["eve"], peers["bob"]
@@ -272,7 +272,7 @@ def test_policy_unknown_name_is_answered_like_denied_name(to: str) -> None:
 
 def test_policy_table_covers_every_kind() -> None:
     """A kind added to the protocol fails here: it has to be sent above, and its rights
-    have to be decided.
+    decided.
     """
     assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5, 6, 7]
     assert parse(memoryview(envelope_of(1, 0, "bob"))[4:]).name == "bob"

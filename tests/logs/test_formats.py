@@ -1,4 +1,4 @@
-"""What an event looks like: one line in every form, whatever a client put into it."""
+"""The formats of log events: one line in each, whatever text a client has sent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rendered(form: Format, event: Mapping[str, Any]) -> bytes:
 
 
 def is_harmless(text: str, colors: bool = False) -> bool:
-    """Return whether nothing in the text does anything but be shown."""
+    """Return whether the text has only printable characters, besides colours."""
     if colors:
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return text.isprintable()
@@ -60,9 +60,9 @@ def is_harmless(text: str, colors: bool = False) -> bool:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("place", ["value", "list", "key", "nested"])
-def test_a_line_is_one_line_whatever_is_in_it(form: str, text: str, place: str) -> None:
-    """One line, every character of it printable, wherever the text stands: the colours
-    are our own.
+def test_log_line_with_hostile_text_is_one_printable_line(form: str, text: str, place: str) -> None:
+    """Every character of the line is printable, wherever the text occurs; only the
+    log's own colours are escapes.
     """
     value = {
         "value": text,
@@ -78,29 +78,29 @@ def test_a_line_is_one_line_whatever_is_in_it(form: str, text: str, place: str) 
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_json_says_what_was_there(text: str) -> None:
+def test_log_json_is_read_back_unchanged(text: str) -> None:
     """A program reads back exactly what was logged."""
     assert json.loads(rendered(JSON, entry(to=text))) == {**entry(to=text)}
 
 
-def test_an_escape_in_a_colour_is_not_believed() -> None:
-    """An escape sequence of the client's is shown, not sent to the terminal."""
+def test_log_console_with_colours_escapes_control_sequences() -> None:
+    """A client's escape sequence is shown, not sent to the terminal."""
     line = rendered(console(colors=True), entry(to="\x1b[31mred")).decode()
 
     assert "\\x1b[31mred" in line
 
 
 @pytest.mark.parametrize("form", ["console", "prefixed"])
-def test_no_field_can_be_forged(form: str) -> None:
-    """A text that looks like more fields stands in quotes."""
+def test_log_line_with_field_like_text_quotes_it(form: str) -> None:
+    """A text that looks like more fields is put in quotes."""
     line = rendered(FORMS[form], entry(to='bob level=error event="daemon.killed"')).decode()
 
     assert re.search(r"""to=(["']).*daemon\.killed.*\1""", line)
 
 
 def fields_of(data: bytes) -> dict[str, str]:
-    """Return the fields of a journal entry, as journald reads them: none may have the
-    form with a length.
+    """Return the fields of a journal entry, as journald reads them. No field may be in
+    the form with a length.
     """
     lines = data.decode().split("\n")
     assert lines.pop() == ""
@@ -113,9 +113,9 @@ def fields_of(data: bytes) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")]
 )
-def test_the_journal_gets_priority_message_and_fields(level: str, priority: str) -> None:
-    """A level is a priority, the event a message for people, and each field one of the
-    entry's.
+def test_log_journal_entry_has_priority_message_and_fields(level: str, priority: str) -> None:
+    """A level becomes a priority, the event a readable message, and each field one of
+    the entry's.
     """
     event = {**entry(name="alice", to="bob", count=3, reason="no way"), "level": level}
 
@@ -132,9 +132,9 @@ def test_the_journal_gets_priority_message_and_fields(level: str, priority: str)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_no_journal_field_can_be_forged(text: str) -> None:
-    """The fields are those there should be, harmless and not too long, whatever stands
-    in one.
+def test_log_journal_fields_can_not_be_forged(text: str) -> None:
+    """The fields are the expected ones, printable and not too long, whatever a value
+    contains.
     """
     fields = fields_of(rendered(JOURNAL, entry(to=text, more=[text])))
 
@@ -150,9 +150,9 @@ def test_no_journal_field_can_be_forged(text: str) -> None:
     assert fields["PRIORITY"] == "4"
 
 
-def test_a_journal_entry_fits_a_datagram() -> None:
-    """However many long fields there are, an entry stays within what a datagram may be,
-    and keeps its message.
+def test_log_journal_entry_fits_into_datagram() -> None:
+    """However many long fields there are, an entry is not larger than a datagram, and
+    keeps its message.
     """
     data = rendered(JOURNAL, entry(**{f"field{number}": "y" * 40_000 for number in range(20)}))
 
@@ -163,14 +163,14 @@ def test_a_journal_entry_fits_a_datagram() -> None:
 @pytest.mark.parametrize(
     ("level", "priority"), [("debug", "7"), ("info", "6"), ("warning", "4"), ("error", "3")]
 )
-def test_the_prefix_is_the_priority(level: str, priority: str) -> None:
-    """Where only text can be written, systemd reads the priority in front of it."""
+def test_log_prefix_is_priority(level: str, priority: str) -> None:
+    """Where only text can be written, systemd reads the priority before the text."""
     line = rendered(PREFIXED, {**entry(name="alice"), "level": level})
 
     assert line == f"<{priority}>message.refused name=alice\n".encode()
 
 
 @pytest.mark.parametrize("form", [*FORMS.values(), JOURNAL])
-def test_what_is_no_json_is_shown_somehow(form: Format) -> None:
-    """A field that no format knows does not end the daemon."""
+def test_log_value_without_json_form_is_shown_as_text(form: Format) -> None:
+    """A field of a type that no format knows does not end the daemon."""
     assert b"Path" in rendered(form, entry(what=__import__("pathlib").PurePosixPath("x")))

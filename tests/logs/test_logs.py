@@ -1,6 +1,4 @@
-"""The log of a daemon: levels by area, the audit, where it goes, and that nothing stops
-for it.
-"""
+"""The log of a daemon: levels by area, the audit, and where they are written."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ TIMEOUT_S = 30.0
 
 @contextmanager
 def logging_to(stream: io.StringIO, **settings: Any) -> Iterator[DaemonLog]:
-    """Have a log for the length of the block; all its lines are in the stream then."""
+    """Yield a log; when the block has ended, all its lines are in the stream."""
     log = DaemonLog(Log.model_validate(settings), stream)
     yield log
     assert log.flush(TIMEOUT_S)
@@ -39,8 +37,8 @@ def events(stream: io.StringIO) -> list[str]:
     return [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
 
 
-def test_an_event_has_time_level_name_and_fields() -> None:
-    """In this order, one JSON object a line."""
+def test_log_line_has_time_level_event_and_fields() -> None:
+    """They are in this order, one JSON object per line."""
     stream = io.StringIO()
     with logging_to(stream) as log:
         log.logger.warning("client.slow", name="bob", waiting=5)
@@ -51,8 +49,10 @@ def test_an_event_has_time_level_name_and_fields() -> None:
     assert (entry["level"], entry["event"]) == ("warning", "client.slow")
 
 
-def test_an_area_has_a_level_of_its_own() -> None:
-    """Events of the area are as its level says, all others as the level for all does."""
+def test_log_area_with_own_level_uses_it() -> None:
+    """The level of an area decides on its events, the general level on every other
+    event.
+    """
     stream = io.StringIO()
     with logging_to(stream, level="warning", areas={"client": "debug", "daemon": "error"}) as log:
         log.logger.debug("client.held")
@@ -64,9 +64,9 @@ def test_an_area_has_a_level_of_its_own() -> None:
     assert events(stream) == ["client.held", "message.dropped", "daemon.failed"]
 
 
-def test_a_level_changes_while_it_runs_and_back() -> None:
-    """For one area, for all, back to what the configuration says; each change is an
-    event that says who asked.
+def test_log_level_changes_at_runtime_and_back() -> None:
+    """It changes for one area, for all, and back to the configuration. Each change is
+    an event with the name of the client that made it.
     """
     stream = io.StringIO()
     with logging_to(stream) as log:
@@ -94,8 +94,8 @@ def test_a_level_changes_while_it_runs_and_back() -> None:
     }
 
 
-def test_a_level_may_change_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the time is over it is as before, without anybody doing anything."""
+def test_log_level_with_duration_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the time is over, the former level holds again."""
     now = 100.0
     monkeypatch.setattr(logs.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
     log = DaemonLog(Log(), io.StringIO())
@@ -109,15 +109,15 @@ def test_a_level_may_change_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     log.close()
 
 
-def test_a_reload_ends_what_was_changed() -> None:
-    """The configuration's levels hold again, its new ones at once."""
+def test_log_reload_resets_changed_levels() -> None:
+    """The configuration's levels hold again, and its new ones at once."""
     stream = io.StringIO()
     with logging_to(stream) as log:
         log.change_level("client", "debug", by="root")
         log.take_over(Log.model_validate({"areas": {"message": "debug"}}))
         assert {
-            area: found["level"]
-            for area, found in log.levels().items()
+            area: state["level"]
+            for area, state in log.levels().items()
             if area in ("client", "message")
         } == {
             "client": "info",
@@ -131,7 +131,7 @@ def test_a_reload_ends_what_was_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("cliant", "debug"), "area is not valid"),
         ((None, "debug"), "area is not valid"),
@@ -144,20 +144,20 @@ def test_a_reload_ends_what_was_changed() -> None:
         (("client", "default", "1m"), "has no end"),
     ],
 )
-def test_a_wrong_level_is_refused(arguments: Any, says: str) -> None:
+def test_log_level_invalid_is_refused(arguments: Any, message: str) -> None:
     """Nothing changes, and the message says what would be right."""
     log = DaemonLog(Log(), io.StringIO())
 
-    with pytest.raises(LevelRefused, match=says):
+    with pytest.raises(LevelRefused, match=message):
         log.change_level(*arguments, by="root")
 
-    assert not any(found["changed"] for found in log.levels().values())
+    assert not any(state["changed"] for state in log.levels().values())
     log.close()
 
 
-def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
-    """Whatever the levels: who came and was refused, what administrators did, what
-    changed; nothing else.
+def test_audit_records_access_admin_operations_and_changes(tmp_path: Path) -> None:
+    """Whatever the levels are, it records accepted and refused connections, admin
+    operations and changes; nothing else.
     """
     path = tmp_path / "audit"
     with logging_to(io.StringIO(), level="error", audit=str(path)) as log:
@@ -186,9 +186,9 @@ def test_the_audit_has_what_an_auditor_asks_for(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_audit_is_begun_anew_where_it_was_moved(tmp_path: Path) -> None:
-    """Lines before that are in the old file, lines after it in the new one, none is in
-    neither.
+def test_audit_reopened_after_rename_loses_no_line(tmp_path: Path) -> None:
+    """Earlier lines are in the old file, later lines in the new one, and none is
+    missing.
     """
     path = tmp_path / "audit"
     with logging_to(io.StringIO(), audit=str(path)) as log:
@@ -203,7 +203,7 @@ def test_the_audit_is_begun_anew_where_it_was_moved(tmp_path: Path) -> None:
     assert json.loads(new[0])["number"] == 50 or len(old) >= 50
 
 
-def test_an_audit_that_cannot_be_opened_again_goes_on(tmp_path: Path) -> None:
+def test_audit_reopen_failed_continues_with_old_file(tmp_path: Path) -> None:
     """The old file is still written, and the log says why there is no new one."""
     directory = tmp_path / "d"
     directory.mkdir()
@@ -217,9 +217,9 @@ def test_an_audit_that_cannot_be_opened_again_goes_on(tmp_path: Path) -> None:
     assert "daemon.reloaded" in (tmp_path / "moved" / "audit").read_text()
 
 
-def test_an_audit_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    """At the start, and when a reload names it: then nothing has changed. The message
-    says which file and why.
+def test_audit_file_that_can_not_be_opened_is_refused(tmp_path: Path) -> None:
+    """It is an error at the start and in a reload, which then changes nothing. The
+    message names the file and the reason.
     """
     bad = Log.model_validate({"audit": str(tmp_path / "none" / "audit")})
     with pytest.raises(AuditError, match=r"none/audit can't be opened: No such file or directory"):
@@ -232,8 +232,8 @@ def test_an_audit_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     log.close()
 
 
-def test_the_audit_comes_and_goes_with_reloads(tmp_path: Path) -> None:
-    """A reload may name a file, another one, and none."""
+def test_audit_reload_opens_replaces_and_closes_file(tmp_path: Path) -> None:
+    """A reload may name a file, another file, or none."""
     first, second = tmp_path / "1", tmp_path / "2"
     with logging_to(io.StringIO()) as log:
         for audit in (str(first), str(second), None):
@@ -261,8 +261,8 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def journal_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, int]]:
-    """A standard error that systemd has connected to the journal, and where what is
-    written to it can be read.
+    """Return a standard error that systemd has connected to the journal, and a descriptor
+    from which its bytes can be read.
     """
     reading, writing = os.pipe()
     status = os.fstat(writing)
@@ -272,11 +272,11 @@ def journal_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stream, in
     os.close(writing)
 
 
-def test_under_systemd_events_go_to_the_journal(
+def test_log_under_systemd_goes_to_journal(
     socket_dir: Path, journal_stream: tuple[Stream, int]
 ) -> None:
-    """Standard error is the journal: entries with priorities and fields; a JSON log is
-    asked for by name.
+    """If standard error is the journal, entries have priorities and fields. A JSON log
+    has to be configured.
     """
     stream, reading = journal_stream
     path = str(socket_dir / "journal")
@@ -301,10 +301,10 @@ def test_under_systemd_events_go_to_the_journal(
         log.close()
 
 
-def test_without_the_journals_socket_its_prefixes_do(
+def test_log_under_systemd_without_journal_socket_uses_prefixes(
     socket_dir: Path, journal_stream: tuple[Stream, int]
 ) -> None:
-    """Where a sandbox hides the socket, priorities still reach the journal."""
+    """If a sandbox hides the socket, priorities still reach the journal."""
     stream, reading = journal_stream
     log = DaemonLog(Log(), stream, journal=str(socket_dir / "none"))
     log.logger.error("daemon.failed", reason="no")
@@ -312,9 +312,11 @@ def test_without_the_journals_socket_its_prefixes_do(
     log.close()
 
 
-def test_another_stream_is_not_the_journal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_log_stream_other_than_journal_gets_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A program started by a service inherits the variable, but its standard error may
-    go elsewhere.
+    be another file.
     """
     monkeypatch.setenv("JOURNAL_STREAM", "1:2")
     with (tmp_path / "log").open("w") as stream:
@@ -326,21 +328,21 @@ def test_another_stream_is_not_the_journal(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def called_events() -> set[str]:
     """Return every event that the daemon logs or notes, read from its source."""
-    found = set()
+    names = set()
     for path in (ROOT / "brokerd").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
                 if name in ("debug", "info", "warning", "error", "note", "_say"):
-                    given = [leaf for each in node.args for leaf in _either(each)]
-                    texts = [each.value for each in given if isinstance(each, ast.Constant)]
-                    found |= {
+                    leaves = [leaf for each in node.args for leaf in _either(each)]
+                    texts = [each.value for each in leaves if isinstance(each, ast.Constant)]
+                    names |= {
                         text
                         for text in texts
                         if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
                     }
-    # Their counted form is described for all together.
-    return {event for event in found if event.removesuffix("_more") not in found - {event}}
+    # The counted forms are documented together, not one by one.
+    return {event for event in names if event.removesuffix("_more") not in names - {event}}
 
 
 def _either(node: ast.expr) -> list[ast.expr]:
@@ -348,7 +350,7 @@ def _either(node: ast.expr) -> list[ast.expr]:
     return [*_either(node.body), *_either(node.orelse)] if isinstance(node, ast.IfExp) else [node]
 
 
-def test_every_event_is_documented_and_every_documented_one_exists() -> None:
+def test_docs_list_every_log_event_and_no_other() -> None:
     """The source, the list in brokerd/log/logger.py and the table in docs/operations.md
     name the same events.
     """
@@ -369,6 +371,6 @@ def test_every_event_is_documented_and_every_documented_one_exists() -> None:
     assert table == called
 
 
-def test_every_area_of_an_event_can_have_a_level() -> None:
+def test_log_areas_of_configuration_are_those_of_events() -> None:
     """The areas of the configuration are the first words of the events."""
     assert {event.partition(".")[0] for event in called_events()} == set(LogAreas.model_fields)

@@ -23,11 +23,11 @@ from brokerd_client.errors import AuthenticationError
 TIMEOUT_S = 30.0
 
 
-def test_processor_planted_in_a_broker_sees_and_changes_every_event(
+def test_log_processor_sees_and_changes_every_event(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever a broker logs is an event of structlog: its daemon, listeners and
-    clients.
+    """Everything that a broker logs is an event of structlog, from its daemon,
+    listeners and clients.
     """
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
@@ -65,7 +65,7 @@ def test_processor_planted_in_a_broker_sees_and_changes_every_event(
     } <= set(seen)
 
 
-def test_processors_of_two_logs_and_of_the_program_stay_apart() -> None:
+def test_log_processors_of_two_logs_and_of_program_are_separate() -> None:
     """A log uses neither another log's processors nor structlog's configuration."""
 
     def fail(logger: object, method_name: str, event_dict: Any) -> Any:
@@ -89,7 +89,7 @@ def test_processors_of_two_logs_and_of_the_program_stay_apart() -> None:
     assert "[info" in second.getvalue()
 
 
-def test_logger_bound_before_a_reload_follows_the_reload(tmp_path: Path) -> None:
+def test_log_bound_logger_follows_reload(tmp_path: Path) -> None:
     """A connection's logger uses the format, levels and audit file of the running
     configuration.
     """
@@ -115,16 +115,16 @@ def test_logger_bound_before_a_reload_follows_the_reload(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["debug", "info", "warning", "error"])
-def test_quiet_log_of_a_library_accepts_every_call(method: str) -> None:
+def test_log_quiet_one_accepts_every_call(method: str) -> None:
     """A program that embeds a broker sees nothing of its log."""
     log = quiet_log().bind(name="alice")
 
     assert getattr(log, method)("client.connected", peer="unix") is None
 
 
-def test_logger_event_below_its_level_reaches_no_processor(tmp_path: Path) -> None:
-    """A filtered-out event costs no more than its call; with an audit file, only events
-    for that file pass.
+def test_log_event_below_level_reaches_no_processor(tmp_path: Path) -> None:
+    """An event below the level costs no more than its call. With an audit file, only
+    events for that file pass.
     """
     seen: list[str] = []
 

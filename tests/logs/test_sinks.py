@@ -1,5 +1,5 @@
-"""Where lines go: in order, whole, counted where they are lost, and never with anybody
-waiting.
+"""Where log lines are written: in order, whole, counted if they are lost, and without
+a wait of the caller.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def lost_line(count: int) -> bytes:
 
 
 class Gate:
-    """A target that takes a line when it is let, and says what it has."""
+    """A target that accepts a line once it is opened, and keeps the lines."""
 
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.opened = threading.Event()
-        self.recipients = threading.Event()
+        self.called = threading.Event()
         self.full = False
         self.closed = False
 
     def write(self, line: bytes) -> None:
-        self.recipients.set()
+        self.called.set()
         assert self.opened.wait(TIMEOUT_S)
         if self.full:
             raise OSError(errno.ENOSPC, "no space left")
@@ -54,8 +54,8 @@ def gate() -> Iterator[Gate]:
     gate.opened.set()
 
 
-def test_lines_come_out_in_order(gate: Gate) -> None:
-    """Ten thousand lines from one thread arrive as they were put."""
+def test_sink_writes_lines_in_order(gate: Gate) -> None:
+    """Five thousand lines from one thread arrive in the order in which they were put."""
     sink = Sink(gate, lost_line)
     gate.opened.set()
     for number in range(5000):
@@ -67,13 +67,13 @@ def test_lines_come_out_in_order(gate: Gate) -> None:
     assert gate.closed
 
 
-def test_whoever_logs_never_waits(gate: Gate) -> None:
-    """With nobody reading, putting goes on; what found no room is counted, and the
-    count stands where it was lost.
+def test_sink_put_without_reader_never_waits(gate: Gate) -> None:
+    """While no line is written, put returns at once. Lines without room are counted,
+    and the count is written in their place.
     """
     sink = Sink(gate, lost_line)
     sink.put(b"first\n")
-    assert gate.recipients.wait(TIMEOUT_S)
+    assert gate.called.wait(TIMEOUT_S)
     for number in range(3 * sinks.MOST_LINES):
         sink.put(b"%d\n" % number)
 
@@ -92,11 +92,11 @@ def test_whoever_logs_never_waits(gate: Gate) -> None:
     ]
 
 
-def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
-    """Long lines are fewer."""
+def test_sink_waiting_bytes_are_bounded(gate: Gate) -> None:
+    """Fewer long lines may wait than short ones."""
     sink = Sink(gate, lost_line)
     sink.put(b"first\n")
-    assert gate.recipients.wait(TIMEOUT_S)
+    assert gate.called.wait(TIMEOUT_S)
     line = bytes(100_000)
     for _ in range(100):
         sink.put(line)
@@ -108,9 +108,9 @@ def test_what_waits_is_bounded_in_bytes(gate: Gate) -> None:
     assert gate.lines == [b"first\n", *[line] * kept, b"lost %d\n" % (100 - kept)]
 
 
-def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
-    """While nothing can be written lines are lost; the first one afterwards is the
-    count.
+def test_sink_on_full_disk_counts_lost_lines(gate: Gate) -> None:
+    """While nothing can be written, lines are lost; the first line afterwards is their
+    number.
     """
     sink = Sink(gate, lost_line)
     gate.opened.set()
@@ -126,10 +126,10 @@ def test_a_full_disk_loses_lines_and_says_how_many(gate: Gate) -> None:
     assert gate.lines == [b"lost 7\n", b"here\n"]
 
 
-def test_the_count_does_not_wait_for_the_next_line(
+def test_sink_writes_lost_count_without_next_line(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a quiet broker it is tried again by itself."""
+    """On a quiet broker the write is tried again after some time."""
     monkeypatch.setattr(sinks, "_TRY_AGAIN", 0.01)
     sink = Sink(gate, lost_line)
     gate.opened.set()
@@ -146,13 +146,13 @@ def test_the_count_does_not_wait_for_the_next_line(
 
 
 @pytest.mark.timing
-def test_closing_gives_up_in_time(gate: Gate) -> None:
-    """Nobody reads: the end comes when the time is over, and what is put after it goes
-    nowhere.
+def test_sink_close_without_reader_ends_at_timeout(gate: Gate) -> None:
+    """While no line is written, close returns when its time is over. Lines put after it
+    are discarded.
     """
     sink = Sink(gate, lost_line)
     sink.put(b"first\n")
-    assert gate.recipients.wait(TIMEOUT_S)
+    assert gate.called.wait(TIMEOUT_S)
     sink.put(b"second\n")
     began = monotonic()
 
@@ -163,19 +163,19 @@ def test_closing_gives_up_in_time(gate: Gate) -> None:
     gate.opened.set()
 
 
-def test_closing_what_was_never_used_closes_it(gate: Gate) -> None:
-    """No thread is begun for it."""
+def test_sink_close_without_use_closes_target(gate: Gate) -> None:
+    """No thread is started for it."""
     sink = Sink(gate, lost_line)
 
     assert sink.close(1)
     assert gate.closed
 
 
-def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up within a line: its rest comes before the next one, so that
-    no line is ever in another.
+def test_descriptor_completes_partly_written_line_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk becomes full within a line. The rest of the line is written before the
+    next one, so that lines never mix.
     """
-    taken: list[bytes] = []
+    written: list[bytes] = []
     room = 4
 
     def write(descriptor: int, data: bytes) -> int:
@@ -184,11 +184,11 @@ def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError(errno.ENOSPC, "no space left")
         size = min(room, len(data))
         room -= size
-        taken.append(bytes(data[:size]))
+        written.append(bytes(data[:size]))
         return size
 
     monkeypatch.setattr(os, "write", write)
-    # A number that is not in use: the end of an open file would be looked at.
+    # A number that is not in use: the end of an open file would be read.
     target = Descriptor(10_000)
     target.write(b"a line\n")
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_a_line_cut_short_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> 
     room = 100
     target.write(b"next\n")
 
-    assert b"".join(taken) == b"a line\nnext\n"
+    assert b"".join(written) == b"a line\nnext\n"
 
 
 @pytest.mark.skipif(
@@ -221,8 +221,8 @@ def test_descriptor_of_file_with_line_cut_short_begins_new_line(
     assert path.read_bytes().splitlines() == [*before.splitlines(), b"next"]
 
 
-def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
-    """Nothing is lost when it says that it would block; and it stays as it was."""
+def test_descriptor_non_blocking_is_waited_for() -> None:
+    """Nothing is lost when a write would block, and the descriptor stays non-blocking."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     sink = Sink(Descriptor(writing, owned=True), lost_line)
@@ -239,9 +239,9 @@ def test_a_descriptor_that_others_made_non_blocking_is_waited_for() -> None:
     os.close(reading)
 
 
-def test_a_blocking_descriptor_stays_blocking() -> None:
-    """Standard error may be shared with others, who do not expect it to say that it
-    would block.
+def test_descriptor_blocking_stays_blocking() -> None:
+    """Standard error may be shared with other programs, which do not expect it to
+    become non-blocking.
     """
     reading, writing = os.pipe()
     sink = Sink(Descriptor(writing, owned=True), lost_line)
@@ -252,10 +252,8 @@ def test_a_blocking_descriptor_stays_blocking() -> None:
     os.close(reading)
 
 
-def test_a_stream_without_a_descriptor_is_written_as_text() -> None:
-    """A program may keep its standard error in memory; one that it has closed loses
-    lines.
-    """
+def test_sink_stream_without_descriptor_is_written_as_text() -> None:
+    """A program may keep its standard error in memory; a closed stream loses lines."""
     stream = io.StringIO()
     target = of_stream(stream)
     target.write(b"line\n")
@@ -267,8 +265,8 @@ def test_a_stream_without_a_descriptor_is_written_as_text() -> None:
     target.close()
 
 
-def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
-    """It is made with mode 0600 and appended to; the mode of one that is there stays."""
+def test_descriptor_new_file_has_mode_0600(tmp_path: Path) -> None:
+    """Lines are appended to the file; the mode of an existing file is unchanged."""
     path = tmp_path / "log"
     target = Descriptor(open_for_append(str(path)), owned=True)
     target.write(b"one\n")
@@ -281,9 +279,9 @@ def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_the_journal_is_found_again(socket_dir: Path) -> None:
-    """When it was started anew, entries reach the new one; while there is none, writing
-    fails.
+def test_journal_restarted_receives_entries(socket_dir: Path) -> None:
+    """When the journal has been restarted, entries reach the new one; while there is
+    none, writing fails.
     """
     path = str(socket_dir / "journal")
 

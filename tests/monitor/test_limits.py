@@ -18,7 +18,7 @@ from brokerd.monitor import http_server as site
 
 @pytest.mark.timing
 def test_monitor_with_silent_connections_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred connections send nothing: the pages are answered at once, messages
+    """A hundred connections send nothing. The pages are answered at once, messages
     pass, and only a few connections are kept open.
     """
     # No connection is closed because of its age.

@@ -240,8 +240,8 @@ def test_metrics_per_client_of_many_clients_are_one_family() -> None:
 
 
 def test_metrics_show_key_expiry_in_advance() -> None:
-    """The page shows the next client without a valid key, the number of those already
-    without one, and each key that expires.
+    """The page shows the next client to lose its last valid key, and the number of
+    clients without one. It also shows each key that expires.
     """
     now = datetime.now(UTC)
     soon, later, past = now + timedelta(days=3), now + timedelta(days=30), now - timedelta(days=1)
