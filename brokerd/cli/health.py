@@ -96,13 +96,14 @@ def _connected(address: Address, deadline: float) -> socket.socket:
     if address.family in ("AF_INET", "AF_INET6"):
         host = _LOOPBACK.get(address.host, address.host)
         addresses = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)
-        for rest, (family, _, _, _, place) in zip(
+        for addresses_left, (family, _, _, _, place) in zip(
             range(len(addresses), 1, -1), addresses, strict=False
         ):
             # Each address gets a part of the time, so that a silent one does not use it
             # all.
             with contextlib.suppress(OSError):
-                return _connected_to(family, place, time.monotonic() + _left(deadline) / rest)
+                share_s = _left(deadline) / addresses_left
+                return _connected_to(family, place, time.monotonic() + share_s)
         family, _, _, _, place = addresses[-1]
         return _connected_to(family, place, deadline)
     if address.family == "AF_PIPE" or not hasattr(socket, "AF_UNIX"):

@@ -44,7 +44,7 @@ class Findings:
         self.files: dict[str, None] = {file: None}
         #: Whether every file could be read. If not, an unknown name may be defined in
         #: the unread file.
-        self.whole = True
+        self.complete = True
         self.limits = Limits()
         self.log = Log()
         self.monitor: MonitorConfig | None = None
@@ -96,24 +96,24 @@ class Findings:
         )
 
     def _check_listeners(self) -> None:
-        if not self.listens and self.whole:
+        if not self.listens and self.complete:
             fault = "is missing (give at least one address, such as /run/brokerd/brokerd.sock)"
             self.problems.append(Problem(Place(self.file, 1, 1), "listen", fault))
 
     def _check_recipients(self) -> None:
         """Report names in send_to that belong to no client."""
         comparisons = _COMPARISONS
-        known: dict[str, str] = {}
+        suggestions: dict[str, str] = {}
         for name, document, path in self.recipients:
             if name in self.names:
                 continue
-            meant = known.get(name, "")
-            if name not in known and comparisons >= len(self.names):
+            meant = suggestions.get(name, "")
+            if name not in suggestions and comparisons >= len(self.names):
                 comparisons -= len(self.names)
-                meant = known[name] = did_you_mean(name, self.names)
+                meant = suggestions[name] = did_you_mean(name, self.names)
             # If a file can't be read, the name may be defined there. Then only names
             # that resemble a known name are reported.
-            if self.whole or meant:
+            if self.complete or meant:
                 place, shown = document.place(path)
                 remedy = meant or "give a name from clients:, or a pattern with '*'"
                 self.problems.append(

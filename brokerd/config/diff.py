@@ -76,9 +76,9 @@ def compare(running: Config, new: Config) -> Plan:
     """Return the differences between the running configuration and a new one."""
     before, after = running.clients, new.clients
     listening = {entry.address: entry for entry in running.listen}
-    wanted = {entry.address: entry for entry in new.listen}
-    opened = tuple(entry for address, entry in wanted.items() if address not in listening)
-    closed = tuple(entry for address, entry in listening.items() if address not in wanted)
+    new_entries = {entry.address: entry for entry in new.listen}
+    opened = tuple(entry for address, entry in new_entries.items() if address not in listening)
+    closed = tuple(entry for address, entry in listening.items() if address not in new_entries)
     moves = _monitor_address(running) != _monitor_address(new)
     return Plan(
         added=tuple(name for name in after if name not in before),
@@ -92,7 +92,7 @@ def compare(running: Config, new: Config) -> Plan:
         closed=closed,
         altered=tuple(
             (entry, tuple(_changes(listening[address], entry, _LISTENER_WORDS)))
-            for address, entry in wanted.items()
+            for address, entry in new_entries.items()
             if listening.get(address, entry) != entry
         ),
         limits=tuple(_changes(running.limits, new.limits, _LIMIT_WORDS)),
@@ -205,8 +205,8 @@ def _changes(
     for name in names:
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
-            said = words.get(name, _said)
-            yield f"{name}: {said(old)} -> {said(new)}"
+            words_of = words.get(name, _said)
+            yield f"{name}: {words_of(old)} -> {words_of(new)}"
 
 
 def _monitor_changes(before: MonitorConfig | None, after: MonitorConfig | None) -> Iterator[str]:

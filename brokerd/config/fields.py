@@ -158,8 +158,8 @@ def _name_pattern(value: object) -> str:
     if text.startswith("$"):
         raise ValueError("is the broker itself (take it out: every client may send to $broker)")
     # Square brackets hold a set of characters, as in a shell.
-    rest = re.sub(r"\[!?\]?[^\]]*\]", "", text)
-    if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", rest):
+    outside = re.sub(r"\[!?\]?[^\]]*\]", "", text)
+    if not text or not re.fullmatch(r"[A-Za-z0-9_.*?-]*", outside):
         raise ValueError(
             "can't match any client (give a client's name, or a pattern such as report.*)"
         )
@@ -189,8 +189,10 @@ def _subject(value: object) -> tuple[tuple[str, str], ...]:
 
 def _fingerprints(value: object) -> tuple[str, ...]:
     listed = value if isinstance(value, (list, tuple)) else [value]
-    fingerprints = [_text(each).replace(":", "").replace(" ", "").lower() for each in listed]
-    if not fingerprints or not all(re.fullmatch(r"[0-9a-f]{64}", each) for each in fingerprints):
+    fingerprints = [_text(entry).replace(":", "").replace(" ", "").lower() for entry in listed]
+    if not fingerprints or not all(
+        re.fullmatch(r"[0-9a-f]{64}", fingerprint) for fingerprint in fingerprints
+    ):
         raise ValueError(
             "is not a valid SHA-256 fingerprint (give 64 hexadecimal digits: openssl x509 -noout"
             " -fingerprint -sha256 -in FILE)"

@@ -146,7 +146,7 @@ class _Files:
         self._read(content, self._main, None, File)
 
     def _refuse_main(self, error: Unreadable) -> None:
-        self.findings.whole = False
+        self.findings.complete = False
         place = Place(self._main, error.line or 1, error.column or 1)
         self.findings.problems.append(Problem(place, "", str(error)))
 
@@ -172,7 +172,7 @@ class _Files:
         """
         findings = self.findings
         findings.problems += document.problems
-        findings.whole = findings.whole and document.whole
+        findings.complete = findings.complete and document.complete
         root = document.root
         if isinstance(root, dict):
             entries = Entries(findings, document, base, status, model)
@@ -184,10 +184,10 @@ class _Files:
         if root is None:
             # An included file may hold only comments, as an example does. A main file
             # of comments alone is a mistake.
-            if model is not File or not document.whole:
+            if model is not File or not document.complete:
                 return
             fault = "is empty (a configuration has listen: and clients:)"
-        findings.whole = False
+        findings.complete = False
         findings.problems.append(Problem(Place(document.file, 1, 1), "", fault))
 
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
@@ -211,7 +211,7 @@ class _Files:
                 text, status = text_of(file)
             except Unreadable as error:
                 if error.line:
-                    self.findings.whole = False
+                    self.findings.complete = False
                     self.findings.files[file] = None
                     place = Place(file, error.line, error.column)
                     self.findings.problems.append(Problem(place, "", str(error)))
@@ -224,6 +224,6 @@ class _Files:
 
     def _refuse_include(self, document: Document, path: Path, fault: str) -> None:
         """Report an entry of ``include`` if any of its files can't be read."""
-        self.findings.whole = False
+        self.findings.complete = False
         place, shown = document.place(path)
         self.findings.problems.append(Problem(place, shown, fault))

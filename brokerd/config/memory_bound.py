@@ -81,10 +81,10 @@ def memory_bound(config: Config) -> Bound:
     """Return the memory bound for a configuration."""
     limits = config.limits
     connections = list(_most_costly(config))
-    known = len(config.clients)
+    clients = len(config.clients)
     return Bound(
         base=BASE,
-        clients=known * _CLIENT,
+        clients=clients * _CLIENT,
         handshakes=limits.handshakes * _HANDSHAKE,
         queues=_sum(_queue(client, limits.max_message) for client in connections),
         partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections),
@@ -94,7 +94,7 @@ def memory_bound(config: Config) -> Bound:
         * (limits.handshakes + len(connections))
         * any(listen.tls is not None for listen in config.listen),
         caches=sum(
-            _CONNECTION + _PUBLISHED * bool(client.publish) + known * _REACHED
+            _CONNECTION + _PUBLISHED * bool(client.publish) + clients * _REACHED
             for client in connections
         ),
     )

@@ -37,14 +37,14 @@ def complaint(error: ErrorDetails, model: type[BaseModel]) -> str:
     return words_for(error) if words_for else f"is not valid here ({error['msg']})"
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
+def unknown_key(key: str, keys: Iterable[str]) -> str:
     """Return the message for a key that the model does not have."""
     short = name_alone(key)
-    known = sorted(known)
-    if short.removesuffix(":...") in known:
+    keys = sorted(keys)
+    if short.removesuffix(":...") in keys:
         return f"unknown key {short!r} (put a space after the colon)"
-    meant = did_you_mean(short, known)
-    return f"unknown key {short!r} ({meant or 'known here: ' + ', '.join(known)})"
+    meant = did_you_mean(short, keys)
+    return f"unknown key {short!r} ({meant or 'known here: ' + ', '.join(keys)})"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -39,9 +39,9 @@ def warnings_of(files: Iterable[tuple[str, str]]) -> Iterator[str]:
     for (_, owner), entries in foreign.items():
         owned, place = entries[0]
         more = len({folder for folder, _ in entries}) - 1
-        rest = f", as {more} more there do," if more else ""
+        others = f", as {more} more there do," if more else ""
         yield (
-            f"{place}: {owned} belongs{rest} to user {_name_of(owner)}, who can replace it "
+            f"{place}: {owned} belongs{others} to user {_name_of(owner)}, who can replace it "
             "(give it to root, or to the broker's user)"
         )
     for directory, (path, place) in open_to_all.items():

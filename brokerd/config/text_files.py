@@ -96,8 +96,8 @@ def _matching(pattern: str, base: str) -> list[str]:
             if not name_pattern.startswith("."):
                 names = [name for name in names if not name.startswith(".")]
             paths += [os.path.join(directory, name) for name in fnmatch.filter(names, name_pattern)]  # noqa: PTH118
-        elif _is_there(whole := os.path.join(directory, name_pattern)):  # noqa: PTH118 - the same
-            paths.append(whole)
+        elif _is_there(path := os.path.join(directory, name_pattern)):  # noqa: PTH118 - the same
+            paths.append(path)
     return paths
 
 

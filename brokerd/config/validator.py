@@ -74,11 +74,11 @@ class Entries:
         #: The file's includes: the path of each entry, and its pattern.
         self.includes: list[tuple[Path, str]] = []
         #: Problems already found in the text, which are not reported again.
-        self._known = {(problem.place, problem.path) for problem in document.problems}
+        self._reported = {(problem.place, problem.path) for problem in document.problems}
 
     def _problem(self, path: Path, fault: str, *, at_key: bool = False) -> None:
         place, shown = self._document.place(path, at_key=at_key)
-        if (place, shown) not in self._known:
+        if (place, shown) not in self._reported:
             self._findings.problems.append(Problem(place, shown, fault))
 
     def _validated(
@@ -141,8 +141,8 @@ class Entries:
         audit = getattr(section, "audit", None)
         if audit is None:
             return section
-        whole = os.path.join(self._base, os.path.expanduser(audit))  # noqa: PTH111, PTH118 - as written
-        return section.model_copy(update={"audit": whole})
+        path = os.path.join(self._base, os.path.expanduser(audit))  # noqa: PTH111, PTH118 - as written
+        return section.model_copy(update={"audit": path})
 
     def _validated_section(self, key: str, root: dict[str, Any]) -> None:
         """Report a section that is not a list, or not a mapping, as the model does."""
@@ -343,9 +343,9 @@ class Entries:
         listed = raw.get(field)
         if listed is None:
             return _DEFAULT_RULES[field]
-        known = self._findings.rules.get(id(listed))
-        if known is not None:
-            return known[1]
+        parsed = self._findings.rules.get(id(listed))
+        if parsed is not None:
+            return parsed[1]
         lines = (
             [mark.line + 1 for mark in listed.marks]
             if isinstance(listed, Seq)

@@ -93,13 +93,13 @@ class Document:
     """The parsed text of one file.
 
     root: the value, None for an empty file or invalid YAML.
-    problems: the faults of the text itself. whole: whether it was read to its end.
+    problems: the faults of the text itself. complete: whether it was read to its end.
     """
 
     file: str
     root: object = None
     problems: list[Problem] = field(default_factory=list)
-    whole: bool = True
+    complete: bool = True
 
     def place(self, path: Path, *, at_key: bool = False) -> tuple[Place, str]:
         """Return the place that a path leads to, and the part of the path that exists.
@@ -145,15 +145,15 @@ def read(text: str, file: str) -> Document:
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
         fault = f"a text file can't hold the character U+{ord(bad.group()):04X} (take it out)"
         document.problems.append(Problem(Place(file, line + 1, column + 1), "", fault))
-        document.whole = False
+        document.complete = False
         return document
     composer = _Composer(text, document)
     try:
         composer.compose()
     except _Stop:
-        document.whole = False
+        document.complete = False
     except yaml.YAMLError as error:
-        document.whole = False
+        document.complete = False
         if not isinstance(error, yaml.MarkedYAMLError):
             composer.report(None, "not YAML: it can't be read as text (save it as UTF-8)")
             return document

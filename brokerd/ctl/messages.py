@@ -130,14 +130,14 @@ def send(
         bodies = [_encode(line, codec) for line in _read_payload(payload).splitlines()]
         with access.connect(timeout=timeout) as client:
             _send_many(client, to, bodies, codec, timeout)
-        taken = f"{len(bodies)} messages"
+        accepted = f"{len(bodies)} messages"
     else:
         body = _encode(_read_payload(payload), codec)
         with access.connect(timeout=timeout) as client:
             client.send_confirmed(to, body, codec=codec, ttl=ttl, timeout=timeout)
-        taken = "1 message"
+        accepted = "1 message"
     if receipt:
-        click.echo(f"the broker has accepted {taken} for {to}")
+        click.echo(f"the broker has accepted {accepted} for {to}")
 
 
 def _send_many(

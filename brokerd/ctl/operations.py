@@ -60,14 +60,14 @@ def clients(access: Access, as_json: bool, watch: bool, keys: bool) -> None:
             with ended_by_ctrl_c(is_the_end=True):
                 _watch(client, as_json)
             return
-        found = sorted(client.clients(), key=lambda info: info.name)
+        infos = sorted(client.clients(), key=lambda info: info.name)
     if as_json:
         print_json(
-            [{"name": info.name, "online": info.online, "since": info.since} for info in found]
+            [{"name": info.name, "online": info.online, "since": info.since} for info in infos]
         )
     else:
         rows = [
-            (info.name, "online" if info.online else "offline", since(info.since)) for info in found
+            (info.name, "online" if info.online else "offline", since(info.since)) for info in infos
         ]
         print_table(("name", "", "since"), rows)
 
@@ -118,11 +118,11 @@ def ping(access: Access, count: int, interval: float, as_json: bool) -> None:
 def stats(access: Access, as_json: bool, timeout: float) -> None:
     """Show the broker's counters."""
     with access.connect(timeout=timeout) as client:
-        found = client.control("stats", timeout=timeout)
+        answer = client.control("stats", timeout=timeout)
     if as_json:
-        print_json(found)
+        print_json(answer)
     else:
-        print_values(dict(_readable(found)))
+        print_values(dict(_readable(answer)))
 
 
 def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -186,8 +186,8 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
     if as_json:
         print_json(answer)
     else:
-        for gone in answer["disconnected"]:
-            click.echo(f"disconnected {gone}")
+        for address in answer["disconnected"]:
+            click.echo(f"disconnected {address}")
 
 
 @click.command()
@@ -295,19 +295,19 @@ def log_level(
     """
     if (area is None) != (level is None) or (area is None and for_ is not None):
         raise Failure(Status.USAGE, "give an area and a level, such as client debug; or neither")
-    wanted = {"area": area, "level": level, "for": for_}
+    arguments = {"area": area, "level": level, "for": for_}
     with access.connect(timeout=timeout) as client:
-        given = {key: value for key, value in wanted.items() if value is not None}
-        answer = client.control("log_level", timeout=timeout, **given)
+        fields = {key: value for key, value in arguments.items() if value is not None}
+        answer = client.control("log_level", timeout=timeout, **fields)
     if as_json:
         print_json(answer)
         return
     rows = []
-    for name, found in answer["levels"].items():
+    for name, state in answer["levels"].items():
         left = (
-            f"for {found['seconds']:.0f} s more" if "seconds" in found else "until the next reload"
+            f"for {state['seconds']:.0f} s more" if "seconds" in state else "until the next reload"
         )
-        rows.append((name, found["level"], left if found["changed"] else ""))
+        rows.append((name, state["level"], left if state["changed"] else ""))
     print_table(("area", "level", "changed"), rows)
 
 

@@ -49,7 +49,10 @@ def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     if not text.isprintable():
         # These characters occur only in strings. json.dumps escapes only the control
         # characters of ASCII.
-        text = "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+        text = "".join(
+            character if character.isprintable() else json.dumps(character)[1:-1]
+            for character in text
+        )
     click.echo(text)
     sys.stdout.flush()
 

@@ -37,15 +37,16 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for name, changes in plan.get("changed", {}).items():
         yield from (f"~ client {name}: {change}" for change in changes)
     yield from (f"- client {name}" for name in plan.get("removed", ()))
-    for gone in plan.get("disconnected", ()):
-        yield f"! disconnected: {gone['address']} ({gone['peer']}): {gone['reason']}"
+    for connection in plan.get("disconnected", ()):
+        address, peer = connection["address"], connection["peer"]
+        yield f"! disconnected: {address} ({peer}): {connection['reason']}"
     yield from (f"+ listener {address}" for address in plan.get("opened", ()))
     for address, changes in plan.get("altered", {}).items():
         yield from (f"~ listener {address}: {change}" for change in changes)
     yield from (f"- listener {address}" for address in plan.get("closed", ()))
     for section in ("limits", "log", "monitor"):
         yield from (f"~ {section}.{change}" for change in plan.get(section, ()))
-    yield from (f"! needs a restart: {what}" for what in plan.get("restart", ()))
+    yield from (f"! needs a restart: {setting}" for setting in plan.get("restart", ()))
 
 
 def judge(answer: Mapping[str, Any]) -> None:
@@ -56,6 +57,6 @@ def judge(answer: Mapping[str, Any]) -> None:
     if not answer["problems"]:
         return
     status = Status.CONFIG if answer.get("cause") == "config" else Status.REFUSED
-    said = "would be refused" if answer.get("dry_run") else "the configuration stays as it was"
+    heading = "would be refused" if answer.get("dry_run") else "the configuration stays as it was"
     problems = "\n".join(map(printable, answer["problems"]))
-    raise Failure(status, f"{said}:\n{problems}")
+    raise Failure(status, f"{heading}:\n{problems}")

@@ -300,8 +300,8 @@ def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
         *(column for column in _LEAST if column not in kept),
         *(column for column in _LEAST if column in kept),
     ):
-        wanted = sum(needed[column] for column in columns[1:]) + min(needed[columns[0]], _ADDRESS)
-        if wanted + _GAP * (len(columns) - 1) <= width:
+        total = sum(needed[column] for column in columns[1:]) + min(needed[columns[0]], _ADDRESS)
+        if total + _GAP * (len(columns) - 1) <= width:
             break
         columns.remove(least)
     return columns

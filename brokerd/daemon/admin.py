@@ -101,8 +101,10 @@ class AdminCommands:
                     await asyncio.sleep(0)
         finally:
             self._long -= 1
-        rest = "".join(f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items())
-        payload = f'{{"{name}": [{", ".join(pieces)}]{rest}}}'.encode()
+        more_fields = "".join(
+            f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items()
+        )
+        payload = f'{{"{name}": [{", ".join(pieces)}]{more_fields}}}'.encode()
         daemon.broker.replies.reply_json(order.source, order.id, payload)
         daemon.server.settle()
 

@@ -202,12 +202,12 @@ class Daemon:
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
         stays = config.monitor is not None and any(
-            each.config.address == config.monitor.address for each in former
+            listening.config.address == config.monitor.address for listening in former
         )
-        wanted = [entry for entry in config.listen if entry.address not in offered]
+        entries = [entry for entry in config.listen if entry.address not in offered]
         monitor = [] if config.monitor is None or stays else [config.monitor.listen]
         opened, monitored = await run_in_thread(
-            lambda: _open(wanted, monitor, assigned), discard=_close_all
+            lambda: _open(entries, monitor, assigned), discard=_close_all
         )
         if self.stopping:
             _close_all((opened, monitored))
@@ -217,12 +217,12 @@ class Daemon:
         # These take milliseconds per ten thousand clients. After an upgrade's pause has
         # begun, nothing may.
         expiring, users_unseen = ending(config.clients.values()), unseen(config.clients)
-        told: dict[str, Any] = {}
+        upgrade_fields: dict[str, Any] = {}
         if old_process is None:
             self._server.start(opened)
         else:
             try:
-                told = old_process.take_over(self._server, config.listen, opened)
+                upgrade_fields = old_process.take_over(self._server, config.listen, opened)
             except BaseException:
                 for listening in (*opened, *monitored):
                     listening.close()
@@ -249,7 +249,7 @@ class Daemon:
             clients=len(config.clients),
             config=config.path,
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
-            **told,
+            **upgrade_fields,
         )
         self._warn({entry.address for entry in config.listen}, users_unseen)
         self._key_expiry_monitor.watch(config, expiring)
@@ -433,8 +433,8 @@ class Daemon:
             self._key_expiry_monitor.watch(config, prepared.ending)
         # Last: an administrator that must be disconnected gets its answer before
         # connections close.
-        for session, why in leaving:
-            self.broker.replies.close(session, why, code=ErrorCode.KEY_REMOVED)
+        for session, fault in leaving:
+            self.broker.replies.close(session, fault, code=ErrorCode.KEY_REMOVED)
         return ReloadOutcome(fields, warnings=prepared.warnings)
 
     async def _look_after_files(self) -> None:
@@ -449,9 +449,9 @@ class Daemon:
         connections stay.
         """
         listening = [*self.server.listening, *self._monitor.listening]
-        lost = await run_in_thread(lambda: [each for each in listening if each.is_lost()])
-        for each in lost:
-            await self._listen_again(each)
+        lost = await run_in_thread(lambda: [item for item in listening if item.is_lost()])
+        for former in lost:
+            await self._listen_again(former)
 
     async def _listen_again(self, former: Listening) -> None:
         config, address = former.config, former.address
@@ -465,8 +465,8 @@ class Daemon:
                 self._lost.add(address)
                 log.error("listener.lost", reason=str(error))
             return
-        of_server = any(each is former for each in self.server.listening)
-        of_monitor = any(each is former for each in self._monitor.listening)
+        of_server = any(listening is former for listening in self.server.listening)
+        of_monitor = any(listening is former for listening in self._monitor.listening)
         if not self.serves or not (of_server or of_monitor) or former.config is not config:
             # A reload or the shutdown was faster.
             _close_all((opened,))

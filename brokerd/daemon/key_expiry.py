@@ -158,7 +158,7 @@ class KeyExpiryMonitor:
     def _fields(self, client: ClientConfig, key: Key) -> dict[str, Any]:
         if self._using is None:
             self._using = Counter(
-                (each.client.name, each.key.value) for each in self._credentials()
+                (credential.client.name, credential.key.value) for credential in self._credentials()
             )
         assert key.not_after is not None, "a key without an end does not expire"
         return {
@@ -189,7 +189,7 @@ def uses_of(
     windows. A client authenticated by its operating-system user has one entry without
     an id.
     """
-    using = Counter((each.client.name, each.key.value) for each in credentials)
+    using = Counter((credential.client.name, credential.key.value) for credential in credentials)
     return (
         {
             "name": client.name,

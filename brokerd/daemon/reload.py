@@ -144,30 +144,30 @@ def compare_running(
 ) -> Prepared:
     """Return a loaded configuration, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
-    wanted = activated.assign(config.listen)
-    new = (*(entry for entry in plan.opened if entry not in wanted), *plan.monitor_opened)
+    new_sockets = activated.assign(config.listen)
+    new = (*(entry for entry in plan.opened if entry not in new_sockets), *plan.monitor_opened)
     blocked = overlaps(new, (*plan.closed, *plan.monitor_closed))
     return Prepared(
         config,
         plan,
         Keyring(config.clients.values(), config.limits.identify_by_key),
         ending(config.clients.values()),
-        wanted,
-        (*blocked, *_swaps(plan, assigned, wanted)),
+        new_sockets,
+        (*blocked, *_swaps(plan, assigned, new_sockets)),
     )
 
 
 def _swaps(
     plan: Plan,
     assigned: dict[ListenConfig, list[ActivatedSocket]],
-    wanted: dict[ListenConfig, list[ActivatedSocket]],
+    new_sockets: dict[ListenConfig, list[ActivatedSocket]],
 ) -> Iterator[str]:
     """Yield a problem for each address that stays but would get other sockets than
     before.
     """
     before = {entry.address: sockets for entry, sockets in assigned.items()}
     for entry, _ in plan.altered:
-        if wanted.get(entry, []) != before.get(entry.address, []):
+        if new_sockets.get(entry, []) != before.get(entry.address, []):
             yield (
                 f"{entry.address}: with name: {entry.name} another socket of the service manager's"
                 " would be listened at (restart the broker for that)"
@@ -181,10 +181,10 @@ def _another_version() -> list[str]:
     # For a folder that does not exist, importlib builds new objects on each call, in
     # cycles that wait for the collector.
     there = [entry for entry in sys.path if entry and Path(entry).is_dir()]
-    found = next(iter(importlib.metadata.distributions(name="brokerd", path=there)), None)
-    if found is None or found.version == __version__:
+    installed = next(iter(importlib.metadata.distributions(name="brokerd", path=there)), None)
+    if installed is None or installed.version == __version__:
         return []
-    return [f"version {found.version} is installed, and {__version__} runs"]
+    return [f"version {installed.version} is installed, and {__version__} runs"]
 
 
 def blockers(prepared: Prepared) -> list[str]:
@@ -207,6 +207,6 @@ def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str,
         **plan.as_fields(),
         "disconnected": [
             {"address": session.address, "peer": session.peer, "reason": reason}
-            for session, reason in sorted(leaving, key=lambda each: each[0].address)
+            for session, reason in sorted(leaving, key=lambda pair: pair[0].address)
         ],
     }

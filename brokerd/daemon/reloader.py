@@ -34,7 +34,7 @@ class Reloading:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._one = asyncio.Lock()
-        self._begun = asyncio.Event()
+        self._serving = asyncio.Event()
         #: Whether a reload that a signal requested has not begun yet.
         self._waits = False
         #: Why reloads are blocked during an upgrade (the new process would miss them);
@@ -46,7 +46,7 @@ class Reloading:
 
         Called when the daemon has started.
         """
-        self._begun.set()
+        self._serving.set()
 
     def wait(self) -> bool:
         """Mark one reload as waiting to begin; return False if one waits already.
@@ -60,7 +60,7 @@ class Reloading:
         """Reload, or only report what a reload would do; the caller settles."""
         daemon = self._daemon
         log = daemon.log.bind(reason=reason)
-        await self._begun.wait()
+        await self._serving.wait()
         if self._kept_still:
             self._waits = False
             if not dry_run:
@@ -139,13 +139,13 @@ class Reloading:
             await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager
-    async def undisturbed(self, why: str) -> AsyncIterator[None]:
+    async def undisturbed(self, reason: str) -> AsyncIterator[None]:
         """Prevent reloads inside the block.
 
-        why: the reason that a client gets when it requests a reload.
+        reason: the reason that a client gets when it requests a reload.
         """
-        await self._begun.wait()
-        self._kept_still = why
+        await self._serving.wait()
+        self._kept_still = reason
         try:
             await self._daemon.wait_until_settled()
             async with self._one:

@@ -41,7 +41,7 @@ class Supervisor:
         self._address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
         self._watchdog_s = watchdog_s
         self._status: Callable[[], str] = str
-        self._told = ""
+        self._reported = ""
         self._stopping = False
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -84,8 +84,8 @@ class Supervisor:
         if self._stopping:
             return
         self._status = status
-        self._told = status()
-        self.notify(READY=1, STATUS=self._told)
+        self._reported = status()
+        self.notify(READY=1, STATUS=self._reported)
         if not self._address:
             return
         self._every(_STATUS_EVERY, "status", self._tell_status)
@@ -105,12 +105,12 @@ class Supervisor:
         if not self._stopping:
             # Shown in the manager's status until the counts next change; the log keeps
             # it.
-            self._told = (
+            self._reported = (
                 f"reload refused, the old configuration stays: {problem}"
                 if problem
                 else self._status()
             )
-            self.notify(READY=1, STATUS=self._told)
+            self.notify(READY=1, STATUS=self._reported)
 
     def stopping(self, drain_timeout_s: float) -> None:
         """Report that the broker drains, and how long that may take."""
@@ -122,13 +122,15 @@ class Supervisor:
             EXTEND_TIMEOUT_USEC=int((drain_timeout_s + _END_WITHIN) * 1e6),
         )
 
-    def failed(self, why: str, number: int | None = None) -> None:
+    def failed(self, reason: str, number: int | None = None) -> None:
         """Report why the broker could not start.
 
         number: the system's errno, if known.
         """
         # Error numbers of a name service are below 0, and are not errnos.
-        self.notify(STATUS=why, **({"ERRNO": number} if number is not None and number > 0 else {}))
+        self.notify(
+            STATUS=reason, **({"ERRNO": number} if number is not None and number > 0 else {})
+        )
 
     def close(self) -> None:
         """Stop the timed messages: the loop ends, or another process takes over."""
@@ -137,8 +139,8 @@ class Supervisor:
 
     def _tell_status(self) -> None:
         status = self._status()
-        if status != self._told and self._send({"STATUS": status}, 0):
-            self._told = status
+        if status != self._reported and self._send({"STATUS": status}, 0):
+            self._reported = status
 
     def _tell_alive(self) -> None:
         # Only ever from a timer of the loop: a blocked loop must not reset the

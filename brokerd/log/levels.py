@@ -74,14 +74,14 @@ class AreaLevels:
             For each area, its ``level`` and whether it was ``changed`` at run time.
             A change that ends by itself has the ``seconds`` left.
         """
-        found: dict[str, dict[str, Any]] = {}
+        states: dict[str, dict[str, Any]] = {}
         for area in _AREAS:
             level = self._level_of(area)
             changed = self._changed.get(area)
-            found[area] = {"level": level.value, "changed": changed is not None}
+            states[area] = {"level": level.value, "changed": changed is not None}
             if changed is not None and changed[1] is not None:
-                found[area]["seconds"] = round(changed[1] - time.monotonic(), 1)
-        return found
+                states[area]["seconds"] = round(changed[1] - time.monotonic(), 1)
+        return states
 
     def change(self, area: object, level: object, for_: object = None) -> dict[str, Any]:
         """Set the level of one area or of all, until the next reload or for a time.
@@ -109,11 +109,11 @@ class AreaLevels:
         if level == "default" and seconds is not None:
             raise LevelRefused("a configured level has no end (give a level, or no time)")
         until = None if seconds is None else time.monotonic() + seconds
-        for each in areas:
+        for name in areas:
             if level == "default":
-                self._changed.pop(each, None)
+                self._changed.pop(name, None)
             else:
-                self._changed[each] = (LogLevel(str(level)), until)
+                self._changed[name] = (LogLevel(str(level)), until)
         time_s = {} if seconds is None else {"for_s": seconds}
         return {"area": area, "to": str(level), **time_s}
 

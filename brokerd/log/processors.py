@@ -89,7 +89,7 @@ def to_journal_fields(logger: WrappedLogger, method_name: str, event_dict: Event
 
     They are MESSAGE for people, and a field BROKERD_... for each field of the event.
     """
-    known = {
+    header = {
         "PRIORITY": str(PRIORITIES[event_dict["level"]]),
         "SYSLOG_IDENTIFIER": "brokerd",
         "MESSAGE": message(event_dict)[:_LONGEST_FIELD],
@@ -100,7 +100,7 @@ def to_journal_fields(logger: WrappedLogger, method_name: str, event_dict: Event
         for key, value in event_dict.items()
         if key not in HEADER_FIELDS
     }
-    return {**known, **more}
+    return {**header, **more}
 
 
 def message(event_dict: EventDict) -> str:

@@ -59,22 +59,22 @@ class Descriptor:
     def __init__(self, descriptor: int, *, owned: bool = False) -> None:
         self._descriptor = descriptor
         self._owned = owned
-        self._rest = _missing_line_end(descriptor)
+        self._unwritten = _missing_line_end(descriptor)
 
     def write(self, line: bytes) -> None:
         """Write one line; the rest of a partly written line is written before the next
         one.
         """
-        while self._rest:
-            self._rest = self._rest[self._attempt(self._rest) :]
-        rest = line
-        while rest:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._attempt(self._unwritten) :]
+        unwritten = line
+        while unwritten:
             try:
-                rest = rest[self._attempt(rest) :]
+                unwritten = unwritten[self._attempt(unwritten) :]
             except OSError:
-                if len(rest) == len(line):
+                if len(unwritten) == len(line):
                     raise
-                self._rest = rest
+                self._unwritten = unwritten
                 return
 
     def _attempt(self, data: bytes) -> int:
@@ -88,7 +88,7 @@ class Descriptor:
     def replace(self, descriptor: int) -> None:
         """Switch to another descriptor, such as that of a newly opened file."""
         old, self._descriptor = self._descriptor, descriptor
-        self._rest = _missing_line_end(descriptor)
+        self._unwritten = _missing_line_end(descriptor)
         os.close(old)
 
     def close(self) -> None:
@@ -103,15 +103,15 @@ def _missing_line_end(descriptor: int) -> bytes:
     A process that has ended since may have left such a line.
     """
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return b""
         # The descriptor itself is open for writing only.
         reader = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
     except OSError:
         return b""
     try:
-        return b"\n" if os.pread(reader, 1, found.st_size - 1) not in (b"", b"\n") else b""
+        return b"\n" if os.pread(reader, 1, status.st_size - 1) not in (b"", b"\n") else b""
     except OSError:
         return b""
     finally:

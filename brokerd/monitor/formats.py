@@ -36,8 +36,8 @@ def chosen(accept: str) -> tuple[Encoder, str]:
     It is OpenMetrics if the header lists it in a version that the monitor supports.
     Otherwise it is Prometheus's own format, which every scraper reads.
     """
-    for each in accept.lower().split(","):
-        kind, *parameters = (part.strip() for part in each.split(";"))
+    for media_range in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in media_range.split(";"))
         versions = [part for part in parameters if part.startswith("version=")]
         if kind == "application/openmetrics-text" and set(versions) <= _VERSIONS:
             return choose_encoder(_OPENMETRICS)
@@ -51,7 +51,7 @@ async def written(families: Iterable[Metric], encoder: Encoder) -> bytes:
     Consecutive families with the same name are one: the lines that describe it are
     written once.
     """
-    whole = bytearray()
+    page = bytearray()
     name, ends = "", b""
     for family in families:
         text = encoder(_One(family))
@@ -60,6 +60,6 @@ async def written(families: Iterable[Metric], encoder: Encoder) -> bytes:
         while family.name == name and text.startswith(b"# "):
             text = text.partition(b"\n")[2]
         name = family.name
-        whole += text
+        page += text
         await asyncio.sleep(0)
-    return bytes(whole + ends)
+    return bytes(page + ends)

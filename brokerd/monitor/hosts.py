@@ -30,8 +30,8 @@ def _fits(value: str, names: Collection[str]) -> bool:
 
 def _without_port(value: str) -> str:
     if value.startswith("["):
-        inside, _, rest = value[1:].partition("]")
-        return inside if not rest or rest.startswith(":") else value
+        inside, _, port = value[1:].partition("]")
+        return inside if not port or port.startswith(":") else value
     # More than one colon: an IPv6 address without brackets.
     return value if value.count(":") > 1 else value.partition(":")[0]
 

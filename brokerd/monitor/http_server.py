@@ -83,7 +83,7 @@ class Site:
         self._loop = asyncio.get_running_loop()
         self.listening: list[Listening] = []
         self._guests = _Guests(self._answer)
-        self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_whole)
+        self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_complete)
         self._arrivals: set[asyncio.Task[object]] = set()
         #: Connections accepted, and requests answered, in the current second.
         self._accepted = 0
@@ -109,7 +109,7 @@ class Site:
         """Addresses that the monitor listens at, with ports chosen by the system filled
         in.
         """
-        return [each.address for each in self.listening]
+        return [listening.address for listening in self.listening]
 
     # Called by the daemon
 
@@ -117,8 +117,8 @@ class Site:
         """Listen at these sockets instead of the previous ones."""
         self._stop_listening()
         self.listening = opened
-        for each in opened:
-            self._listen_at(each)
+        for listening in opened:
+            self._listen_at(listening)
         self._sources.log.info(
             "monitor.listening", addresses=[str(address) for address in self.addresses]
         )
@@ -154,20 +154,20 @@ class Site:
 
     # Accepting
 
-    def _listen_at(self, each: Listening) -> None:
+    def _listen_at(self, listening: Listening) -> None:
         if not self._paused:
-            self._loop.add_reader(each.sock.fileno(), self._on_acceptable, each)
+            self._loop.add_reader(listening.sock.fileno(), self._on_acceptable, listening)
 
     def _stop_listening(self) -> None:
-        for each in self.listening:
-            self._loop.remove_reader(each.sock.fileno())
-            each.close()
+        for listening in self.listening:
+            self._loop.remove_reader(listening.sock.fileno())
+            listening.close()
         self.listening = []
 
-    def _on_acceptable(self, each: Listening) -> None:
+    def _on_acceptable(self, listening: Listening) -> None:
         self._begin_second()
         try:
-            sock, peer = each.sock.accept()
+            sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionError):
             return
         except OSError:
@@ -185,8 +185,8 @@ class Site:
         """Stop accepting connections for this second once it reaches the limit."""
         if self._accepted >= _ACCEPTED and not self._paused:
             self._paused = True
-            for each in self.listening:
-                self._loop.remove_reader(each.sock.fileno())
+            for listening in self.listening:
+                self._loop.remove_reader(listening.sock.fileno())
 
     def _begin_second(self) -> None:
         if self._second is None:
@@ -196,13 +196,13 @@ class Site:
     def _on_second(self) -> None:
         self._second = None
         if len(self._pending):
-            self._on_whole()
+            self._on_complete()
         if self._paused:
             self._paused = False
-            for each in self.listening:
-                self._listen_at(each)
+            for listening in self.listening:
+                self._listen_at(listening)
 
-    def _on_whole(self) -> None:
+    def _on_complete(self) -> None:
         """Answer complete requests up to this second's limit; the rest wait for the
         next second.
         """
@@ -257,9 +257,9 @@ class Site:
             return True
         # A whole URL in the first line takes precedence over the header (RFC 9112,
         # 3.2.2).
-        _, colons, rest = request.raw_path.partition("://")
+        _, colons, after_scheme = request.raw_path.partition("://")
         outgoing_requests = (
-            rest.partition("/")[0].rpartition("@")[2]
+            after_scheme.partition("/")[0].rpartition("@")[2]
             if colons and request.raw_path[0] != "/"
             else ""
         )
@@ -302,13 +302,13 @@ class Site:
             lambda: (list(self._process.collect()), expiry_of(sources.key_expiries(), time.time()))
         )
         reading = await take(sources, departed)
-        whole = metrics.of_the_broker(
+        of_broker = metrics.of_the_broker(
             sources, reading, self._lag, expiry, python=platform.python_version()
         )
         if departed is None:
-            return chain(whole, process)
+            return chain(of_broker, process)
         return chain(
-            whole,
+            of_broker,
             process,
             metrics.of_the_clients(reading, await self._ends_of_keys(sources.config())),
         )

@@ -25,15 +25,15 @@ _ENDS: Final = (b"\r\n\r\n", b"\n\n")
 
 
 class _Peer:
-    """One connection. whole: whether its request is complete."""
+    """One connection. complete: whether its request is."""
 
-    __slots__ = ("head", "origin", "sock", "timer", "whole")
+    __slots__ = ("complete", "head", "origin", "sock", "timer")
 
     def __init__(self, sock: socket.socket, origin: str) -> None:
         self.sock = sock
         self.origin = origin
         self.head = bytearray()
-        self.whole = False
+        self.complete = False
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -41,26 +41,26 @@ class Pending:
     """The connections of one monitor that wait for their request, or for their turn.
 
     most: connections at once without a complete request. most_whole: connections at
-    once with one. longest_s: seconds that a connection may last. on_whole: called when
-    a request is complete.
+    once with one. longest_s: seconds that a connection may last. on_complete: called
+    when a request is complete.
     """
 
     def __init__(
-        self, most: int, most_whole: int, longest_s: float, on_whole: Callable[[], object]
+        self, most: int, most_whole: int, longest_s: float, on_complete: Callable[[], object]
     ) -> None:
         self._most = most
         self._most_whole = most_whole
         self._longest_s = longest_s
-        self._on_whole = on_whole
+        self._on_complete = on_complete
         self._loop = asyncio.get_running_loop()
         #: Both dictionaries keep the order in which connections or requests came.
         self._unfinished: dict[_Peer, None] = {}
-        self._whole: dict[_Peer, None] = {}
+        self._complete: dict[_Peer, None] = {}
         #: Requests of each origin that were taken since no complete request was left.
         self._turns: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._unfinished) + len(self._whole)
+        return len(self._unfinished) + len(self._complete)
 
     def add(self, sock: socket.socket, origin: str) -> None:
         """Add an accepted, non-blocking connection."""
@@ -71,7 +71,7 @@ class Pending:
         # A health check's request has usually arrived already: it is read before a
         # silent connection could displace it.
         self._read(peer)
-        for peers, most in ((self._unfinished, self._most), (self._whole, self._most_whole)):
+        for peers, most in ((self._unfinished, self._most), (self._complete, self._most_whole)):
             if len(peers) > most:
                 self._drop(_least(peers))
 
@@ -81,19 +81,19 @@ class Pending:
         Origins take turns.
         """
         first: dict[str, _Peer] = {}
-        for peer in self._whole:
+        for peer in self._complete:
             first.setdefault(peer.origin, peer)
         if not first:
             self._turns.clear()
             return None
-        peer = min(first.values(), key=lambda each: self._turns[each.origin])
+        peer = min(first.values(), key=lambda candidate: self._turns[candidate.origin])
         self._turns[peer.origin] += 1
         self._forget(peer)
         return peer.sock, bytes(peer.head)
 
     def close(self) -> None:
         """Close every connection."""
-        for peer in [*self._unfinished, *self._whole]:
+        for peer in [*self._unfinished, *self._complete]:
             self._drop(peer)
 
     def _read(self, peer: _Peer) -> None:
@@ -112,9 +112,9 @@ class Pending:
         if foreign or len(peer.head) >= _MOST_HEAD or any(end in peer.head for end in _ENDS):
             self._loop.remove_reader(peer.sock.fileno())
             del self._unfinished[peer]
-            peer.whole = True
-            self._whole[peer] = None
-            self._on_whole()
+            peer.complete = True
+            self._complete[peer] = None
+            self._on_complete()
 
     def _drop(self, peer: _Peer) -> None:
         self._forget(peer)
@@ -122,8 +122,8 @@ class Pending:
             peer.sock.close()
 
     def _forget(self, peer: _Peer) -> None:
-        if peer.whole:
-            del self._whole[peer]
+        if peer.complete:
+            del self._complete[peer]
         else:
             del self._unfinished[peer]
             self._loop.remove_reader(peer.sock.fileno())

@@ -126,7 +126,7 @@ class UpgradeChannel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         #: Size of the last JSON object sent, in bytes.
-        self.told = 0
+        self.json_size = 0
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -155,12 +155,12 @@ class UpgradeChannel:
         """Send one message. Raises UpgradeChannelError."""
         deadline = time.monotonic() + within_s
         size = sum(map(len, pieces))
-        told = json.dumps(
+        header = json.dumps(
             {**(facts or {}), "say": say, "bytes": size, "descriptors": len(descriptors)}
         ).encode()
-        self.told = len(told)
+        self.json_size = len(header)
         try:
-            self._write([_HEAD.pack(_MAGIC, len(told)), told], deadline)
+            self._write([_HEAD.pack(_MAGIC, len(header)), header], deadline)
             self._write(pieces, deadline)
             for start in range(0, len(descriptors), _DESCRIPTORS):
                 self._pass(descriptors[start : start + _DESCRIPTORS], deadline)
@@ -268,13 +268,13 @@ class UpgradeChannel:
 
     def _take(self, count: int, deadline: float) -> list[int]:
         """Return the next ``count`` descriptors; on any error, close those received."""
-        taken: list[int] = []
+        received: list[int] = []
         try:
-            while len(taken) < count:
+            while len(received) < count:
                 self._wait_until(deadline)
                 data, descriptors, flags, _ = socket.recv_fds(self._sock, 1, _DESCRIPTORS)
-                taken += descriptors
-                if flags & socket.MSG_CTRUNC or len(taken) > count:
+                received += descriptors
+                if flags & socket.MSG_CTRUNC or len(received) > count:
                     raise OSError(
                         errno.EMFILE,
                         "not all descriptors arrived; is the limit of open files reached?",
@@ -284,9 +284,9 @@ class UpgradeChannel:
                         errno.ECONNRESET, "the other process closed the connection"
                     )
         except BaseException:
-            _close_all(taken)
+            _close_all(received)
             raise
-        return taken
+        return received
 
     def _wait_until(self, deadline: float) -> None:
         left = deadline - time.monotonic()
@@ -303,5 +303,5 @@ def _number(value: object) -> int:
 
 
 def _close_all(descriptors: Iterable[int]) -> None:
-    for each in descriptors:
-        os.close(each)
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -73,14 +73,14 @@ class UpgradeTarget:
         """Return the upgrade for which this process was started, or None without an
         upgrade.
         """
-        told, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(PID_HOLDER_FD, "")
-        if not told:
+        channel_fd, pipe = os.environ.pop(HANDOVER_FD, ""), os.environ.pop(PID_HOLDER_FD, "")
+        if not channel_fd:
             return None
         if pipe:
             os.set_inheritable(int(pipe), False)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        sock = socket.socket(fileno=int(told))
+        sock = socket.socket(fileno=int(channel_fd))
         sock.set_inheritable(False)
         return cls(UpgradeChannel(sock), int(pipe) if pipe else None)
 
@@ -102,7 +102,7 @@ class UpgradeTarget:
             inherited(Address(*configured), next(sockets), Address(*address))
             for configured, address in offer.get("monitor", ())
         ]
-        self.offered = {Address(*each) for each in offer["listening"]}
+        self.offered = {Address(*parts) for parts in offer["listening"]}
 
     def fail(self, reason: str) -> None:
         """Tell the old process why this process does not take over; this process ends
@@ -164,7 +164,7 @@ class UpgradeTarget:
         channel.send("serving", within_s=_TIMEOUT_S)
         self.is_over = True
         restored.begin()
-        told: dict[str, object] = {
+        fields: dict[str, object] = {
             "pid": os.getpid(),
             "pause_ms": round((time.monotonic() - facts["frozen_at"]) * 1000, 1),
             "connections": len(server.connections),
@@ -175,10 +175,10 @@ class UpgradeTarget:
         }
         if facts["asked_by"] is not None:
             position, message_id = facts["asked_by"]
-            reply = {"upgraded": True, "problems": [], "version": __version__, **told}
+            reply = {"upgraded": True, "problems": [], "version": __version__, **fields}
             server.broker.replies.reply(restored.sessions[position], message_id, reply)
             server.settle()
-        return told
+        return fields
 
     def when_gone(self, act: Callable[[], None]) -> None:
         """Call ``act`` once the old process has closed its end of the channel."""

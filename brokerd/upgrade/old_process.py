@@ -246,12 +246,12 @@ class UpgradeSource:
             try:
                 # The new process may take a moment to end. Clients are served
                 # meanwhile.
-                how = await run_in_thread(self._new_process.end)
+                ending = await run_in_thread(self._new_process.end)
             except asyncio.CancelledError:
                 self._abandon()
                 raise
             self._new_process = None
-            problem += f" ({how})"
+            problem += f" ({ending})"
         self._report_failure(log, problem, order)
 
     def _abandon(self) -> None:
@@ -278,17 +278,17 @@ class UpgradeSource:
             "format": FORMAT,
             "version": __version__,
             "listening": [
-                handover.describe(each.config.address) for each in daemon.server.listening
+                handover.describe(listening.config.address) for listening in daemon.server.listening
             ],
-            "handed": [[each.name, handover.describe(each.address)] for each in activated],
+            "handed": [[entry.name, handover.describe(entry.address)] for entry in activated],
             "monitor": [
-                [handover.describe(each.config.address), handover.describe(each.address)]
-                for each in monitored
+                [handover.describe(listening.config.address), handover.describe(listening.address)]
+                for listening in monitored
             ],
         }
         descriptors = [
-            *(each.sock.fileno() for each in activated),
-            *(each.sock.fileno() for each in monitored),
+            *(entry.sock.fileno() for entry in activated),
+            *(listening.sock.fileno() for listening in monitored),
         ]
         new_process.channel.send("offer", offer, (), descriptors, within_s=_HANDOVER_S)
         # In a thread, so that clients are served while the new process starts.
@@ -320,11 +320,11 @@ class UpgradeSource:
         # millions of frames for garbage takes a good part of a second.
         gc.freeze()
         await self._copy(new_process, passing)
-        why = (
+        reason = (
             f"the broker is replaced by {hello['version']}, and an encrypted connection can't be"
             " handed over"
         )
-        await handover.let_go_of_bound(daemon.server, why)
+        await handover.let_go_of_bound(daemon.server, reason)
         await self._copy(new_process, passing)
         await daemon.wait_until_settled()
         if daemon.stopping:
@@ -356,8 +356,8 @@ class UpgradeSource:
                 try:
                     channel.send("copy", facts, (), descriptors, within_s=_HANDOVER_S)
                 finally:
-                    for each in descriptors:
-                        os.close(each)
+                    for descriptor in descriptors:
+                        os.close(descriptor)
 
             return send
 
@@ -392,22 +392,22 @@ class UpgradeSource:
         server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
         asker = order.source if order is not None and order.source.open else None
-        taken, descriptors = handover.capture(server, passing, asker)
-        asked_by = None if order is None or asker is None else [taken.position, order.id]
-        facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **taken.facts}
+        captured, descriptors = handover.capture(server, passing, asker)
+        asked_by = None if order is None or asker is None else [captured.position, order.id]
+        facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **captured.facts}
         facts["reloads"] = dict(self._daemon.reloads.results)
-        deadline = frozen_at + _HANDOVER_S + sum(map(len, taken.pieces)) / _BYTES_A_SECOND
+        deadline = frozen_at + _HANDOVER_S + sum(map(len, captured.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
             channel.send(
                 "state",
                 facts,
-                taken.pieces,
+                captured.pieces,
                 descriptors,
                 within_s=_HANDOVER_S + deadline - time.monotonic(),
             )
             # A large state takes longer to set up, and this must not make the upgrade
             # fail.
-            deadline += channel.told / _FACTS_A_SECOND
+            deadline += channel.json_size / _FACTS_A_SECOND
             channel.expect("ready", within_s=max(deadline - time.monotonic(), 0))
         channel.send("commit", within_s=_MOMENT_S)
         try:

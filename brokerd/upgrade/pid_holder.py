@@ -54,8 +54,8 @@ def main(pipe: int, serving: int) -> int:
     while True:
         ended: dict[int, int] = {}
         with contextlib.suppress(ChildProcessError):
-            while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                ended[found[0]] = found[1]
+            while (child := os.waitpid(-1, os.WNOHANG))[0]:
+                ended[child[0]] = child[1]
         # The pipe is read after the wait: a process writes the id of its new process
         # before it ends.
         serving = newest(pipe, serving)

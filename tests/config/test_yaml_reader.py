@@ -176,7 +176,7 @@ def test_endless_nesting_is_refused(opening: str) -> None:
 
     document = read(text, "f")
 
-    assert not document.whole
+    assert not document.complete
     # The second is the error of libyaml 0.2.6 and later, after 1,000 brackets.
     assert re.search(
         "nested more than 20 deep|exceeded maximum nesting depth", str(document.problems[-1])
@@ -227,4 +227,4 @@ def test_no_text_raises(text: str) -> None:
     document = read(text, "f")
 
     assert all("\n" not in str(problem) for problem in document.problems)
-    assert document.whole or document.problems
+    assert document.complete or document.problems
