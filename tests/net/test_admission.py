@@ -1,5 +1,5 @@
-"""Which unfinished handshakes give way: a crowd of clients gets in, and a flood keeps
-out no client.
+"""Which pending connections are dropped when there are too many. A crowd of clients
+logs in, and a flood locks out no client.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOODER = LOAD / "connection_flooder.py"
 
 
 def peer(origin: str, admission: Admission, now: float = 0.0) -> Any:
-    """Return an unfinished handshake, as far as the admission looks at it."""
+    """Return a pending connection with the attributes that the admission reads."""
 
     class Peer(SimpleNamespace):
         __hash__ = object.__hash__
@@ -212,7 +212,7 @@ def test_admission_listeners_with_pending_connections_take_turns() -> None:
             waiting = dict(zip(crowd, names, strict=True))
             order = []
             while waiting:
-                # One of them has been challenged.
+                # Find a connection that has a challenge to read.
                 for raw in waiting:
                     raw.sock.settimeout(0.005)
                     with contextlib.suppress(TimeoutError):
@@ -230,9 +230,7 @@ def test_admission_listeners_with_pending_connections_take_turns() -> None:
 
 
 def _connect_at_once(address: Address, face: str, ca: Path | None, crowd: int) -> Counter[str]:
-    """Have clients connect at once, a thousand in each of some processes; return how
-    they ended.
-    """
+    """Connect clients at once, a thousand in each process, and return how they ended."""
     outcomes: Counter[str] = Counter()
     environ = {**os.environ, "PYTHONPATH": str(LOAD.parents[1])}
     with contextlib.ExitStack() as stack:
@@ -315,7 +313,7 @@ def test_admission_thousands_of_clients_at_once_all_log_in(
 def flood(
     address: Address, rate: float, seconds: float, kind: str, source: str = "127.0.0.1"
 ) -> Iterator[None]:
-    """Have a process make connections from the source; it ends with the block at the
+    """Make connections from the source in a process, until the end of the block at the
     latest.
     """
     command = [
@@ -338,8 +336,8 @@ def flood(
 
 
 def far_away(address: Address, name: str, key: bytes, source: str, latency_s: float) -> float:
-    """Log in from the source with each answer so much later; return how long it took.
-    Raises what Raw.log_in does.
+    """Log in from the source with a delay before each answer, and return the seconds it
+    took. Raises what Raw.log_in does.
     """
     began = time.monotonic()
     raw = Raw.__new__(Raw)
@@ -365,8 +363,8 @@ def far_away(address: Address, name: str, key: bytes, source: str, latency_s: fl
 def _succeed(
     address: Address, names: list[str], key: Any, source: str, latency_s: float, tries: int = 1
 ) -> list[float | str]:
-    """Return how long each took that got in, one after the other; or why it did not.
-    tries: of each.
+    """Return the seconds of each login in turn, or the error of its last try. tries:
+    per client.
     """
     outcomes: list[float | str] = []
     for name in names:

@@ -1,5 +1,5 @@
-"""One connection for one name: who comes second, who comes back, who stops reading, and
-who dies half-way.
+"""The connections of one name: a second one, a reconnect, a slow consumer, and a client
+that dies half-way.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rejection(broker: RunningDaemon, name: str) -> bytes:
 
 
 def fill(sender: Raw, to: str, size: int = 50_000) -> list[int]:
-    """Send with RECEIPT until one is refused; return the ids that were taken."""
+    """Send messages with RECEIPT until the queue is full, and return the accepted ids."""
     taken: list[int] = []
     while True:
         sender.send(MESSAGE, to, bytes(size), message_id=len(taken), flags=WANT_RECEIPT)
@@ -182,7 +182,7 @@ def test_reconnect_of_held_sender_is_accepted(listen: str) -> None:
         for _ in range(3):
             alice = broker.login("alice")
             alice.sock.settimeout(0.3)
-            # No answer for so long means that it is held.
+            # A timeout means that the sender is held.
             with contextlib.suppress(TimeoutError):
                 while True:
                     alice.send(MESSAGE, "bob", bytes(60_000), flags=WANT_RECEIPT)
@@ -209,8 +209,8 @@ def test_reconnect_waits_while_earlier_frames_are_routed_in_turns(
         ]
 
         def leave() -> Room:
-            # In the broker's own thread, so that it does not look before everything is
-            # there. Each of them leaves the routing loop.
+            # This runs in the broker's thread, so that the broker does not read before
+            # all is sent. Each event leaves the routing loop.
             server.context.turn_budget = 4
             alice.write(b"".join(events[:100]))
             alice.close()
@@ -239,7 +239,8 @@ def test_pool_member_reconnects_while_another_sends_to_closed_member(
         server, second_session = broker.daemon.server, sessions_of(broker, "pool")[1]
 
         def look() -> tuple[Room, bool]:
-            # In the broker's own thread, so that it knows nothing of this yet.
+            # This runs in the broker's thread, so that the broker has not noticed it
+            # yet.
             first.send(MESSAGE, second_session.address, b"to the other")
             second.close()
             return server.room_for("pool"), second_session.open
@@ -343,7 +344,7 @@ def test_slow_consumer_uses_no_more_than_its_queue(listen: str) -> None:
         for number in range(100):
             bob.send(MESSAGE, "carol", b"x", message_id=number)
             assert carol.recv().id == number
-        # It reads at last: all that was taken arrives, in order.
+        # Now the recipient reads: all accepted messages arrive, in order.
         assert [slow.recv().id for _ in taken] == taken
         slow.ping()
 
@@ -427,8 +428,8 @@ def test_recipient_disconnected_queued_messages_are_returned_offline() -> None:
         bob = broker.login("bob")
         taken = fill(alice, "bob")
         bob.close()
-        # Which of them the system took is unknown; what the broker still had comes back
-        # in order.
+        # How many of them the system took is unknown. The messages still in the broker
+        # are returned in order.
         back = []
         while True:
             alice.send(MESSAGE, "alice", b"end", message_id=77_777)
@@ -538,7 +539,7 @@ def test_input_of_disconnected_client_does_not_corrupt_other_frames(socket_dir: 
         broker.login("mallory") as mallory,
         broker.login("deaf"),
     ):
-        # Held, and with more in the system's buffer than the broker wants to read.
+        # The sender is held, with more in the system's buffer than the broker reads.
         mallory.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             mallory.write(packed(MESSAGE, "deaf", b"\xff" * 50_000) * 200)

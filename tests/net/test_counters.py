@@ -1,4 +1,4 @@
-"""What is counted goes on in another process, and what that can't have counted is
+"""Counters continue in another process, and values that it can't have counted are
 refused.
 """
 

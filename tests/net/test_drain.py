@@ -1,5 +1,5 @@
-"""The end of a broker that is told to stop: who hears of it, what still arrives, and
-how long it takes.
+"""The drain of a broker that is stopped: which clients are told, what still arrives,
+and how long it takes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def listen(request: pytest.FixtureRequest, socket_dir: Path) -> str:
 
 
 def queue_for(sender: Raw, to: str, count: int) -> None:
-    """Have the broker take that many messages of 100 kB for a client."""
+    """Queue `count` messages of 100 kB for a client."""
     for number in range(count):
         sender.send(MESSAGE, to, bytes(100_000), message_id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
 
 
 def wait_until_taken(broker: RunningDaemon, name: str, count: int) -> None:
-    """Wait until the broker has taken so many messages from a client."""
+    """Wait until the broker has accepted `count` messages from a client."""
     session = broker.daemon.broker.exchange.clients[name].sessions[name]
     deadline = monotonic() + 30
     while session.messages_in < count:
@@ -60,9 +60,7 @@ def wait_until_taken(broker: RunningDaemon, name: str, count: int) -> None:
 
 
 def wait_until_arrived(broker: RunningDaemon, name: str) -> None:
-    """Wait, in the broker's thread, until the client's connection has something to
-    read.
-    """
+    """Wait, in the broker's thread, until the client's connection has bytes to read."""
     connection = broker.daemon.broker.exchange.clients[name].sessions[name].connection
     assert select.select([connection.sock], [], [], 30)[0]
 
@@ -126,7 +124,7 @@ def test_drain_slow_reader_has_whole_drain_timeout(monkeypatch: pytest.MonkeyPat
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
         for _ in range(20):
-            # A turn of the loop each, and by then the other time is over.
+            # Each call takes a turn of the loop, after which the shorter time is over.
             broker.call(lambda: None)
         assert [bob.recv().id for _ in range(60)] == list(range(60))
 
@@ -162,8 +160,8 @@ def test_drain_sender_gets_error_for_each_undelivered_message(socket_dir: Path) 
         errors = [alice.recv() for _ in range(stopped["reported"])]
         assert alice.is_closed("shutting_down")
         assert {(frame.kind, frame.code) for frame in errors} == {(ERROR, "offline")}
-        # Told of each one once, in order, from the first that the system did not take
-        # whole.
+        # The sender gets one error for each message, in order, from the first that the
+        # system did not take whole.
         assert [frame.id for frame in errors] == list(range(60 - len(errors), 60))
         assert len(errors) > 10
         assert (stopped["cut_off"], stopped["flushed"], stopped["lost"]) == (1, 0, 0)
@@ -235,8 +233,8 @@ def test_drain_lost_events_are_counted(socket_dir: Path) -> None:
 
 
 def fill(broker: RunningDaemon, sender: Raw, to: str, size: int) -> None:
-    """Have the broker queue so many bytes of messages with 16 bytes each, on top of
-    what the system takes.
+    """Queue `size` bytes of messages of 16 bytes for a client, on top of what the
+    system takes.
     """
     one = packed(MESSAGE, to, bytes(16))
     run = one * (200_000 // len(one))
@@ -248,8 +246,8 @@ def fill(broker: RunningDaemon, sender: Raw, to: str, size: int) -> None:
 
 
 class Clock:
-    """The clock of a drain: the real one, on which every message that is answered for
-    takes a millisecond more.
+    """The clock of a drain: the real one, plus a millisecond for each message reported
+    to its sender.
     """
 
     def __init__(self, loop: Any) -> None:
@@ -270,7 +268,7 @@ class Clock:
 def drained(
     queues: int, size: int, timeout_s: float, before: Callable[[RunningDaemon], None]
 ) -> tuple[dict[str, Any], float]:
-    """Return what the log says of a drain in which nobody reads, and the seconds that
+    """Return the log fields of a drain in which no client reads, and the seconds that
     it took.
     """
     names = [f"c{number}" for number in range(queues)]
@@ -315,11 +313,11 @@ def test_drain_many_short_messages_do_not_exceed_timeout(monkeypatch: pytest.Mon
         )
 
     monkeypatch.setattr(draining.Draining, "__init__", with_clock)
-    # What is still told while the last is written depends on the machine.
+    # How many reports are still sent during the last writes depends on the machine.
     monkeypatch.setattr(draining, "_WRITE", 0.0)
     stopped, took = drained(5, 2 * 2**20, 0.3, slow_down)
     assert took >= 0.3
-    # Their sender too, where it could not be told everything in time.
+    # The sender counts too, if it did not get all reports in time.
     assert stopped["cut_off"] in (5, 6)
     assert 0 < stopped["reported"] < 2 * (1000 * draining._TELL + draining._SLICE)
     assert stopped["reported"] + stopped["lost"] > 5 * 50_000
@@ -369,8 +367,8 @@ def test_drain_frame_received_before_is_answered_shutting_down() -> None:
     ``shutting_down``, and not silently dropped.
     """
     with served() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
-        # In the same turn of the loop: sent, arrived, and not yet read when the drain
-        # begins.
+        # The frames arrive in the same turn of the loop and are not yet read when the
+        # drain begins.
         def send() -> None:
             alice.send(MESSAGE, "bob", b"late", message_id=5)
             alice.send(EVENT, "", b"\x01tlate", message_id=6)

@@ -1,5 +1,5 @@
-"""What is over is freed at once: nothing of it waits for the garbage collector, which
-comes after thousands of it.
+"""Objects that are no longer used are freed at once. The garbage collector would free
+them only after thousands of them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_connection_closed_is_freed_without_garbage_collector(
                 way(broker)
             until(lambda: is_idle(broker), "they have not left")
             with suppress(AssertionError):
-                # Who was heard of last is remembered for a second.
+                # The last session is remembered for a second.
                 until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
             assert not objects() - before
 

@@ -1,5 +1,5 @@
 """What a client is told before the broker closes its connection, and what becomes of
-messages under way.
+messages in flight.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def ask(raw: Raw, op: str, message_id: int) -> None:
 
 
 def queue_for(sender: Raw, to: str, count: int) -> None:
-    """Have the broker take that many messages of 100 kB for a client."""
+    """Queue `count` messages of 100 kB for a client."""
     for number in range(count):
         sender.send(MESSAGE, to, bytes(100_000), message_id=number, flags=WANT_RECEIPT)
         assert sender.recv().kind == RECEIPT
@@ -61,7 +61,7 @@ def lost(broker: RunningDaemon) -> int:
 
 
 def reach(sender: Raw, to: Raw, name: str) -> None:
-    """Have the sender reach a client once, so that the broker knows it for a sender."""
+    """Deliver one message from the sender, so that the broker counts it as a sender."""
     sender.send(MESSAGE, name, b"first")
     assert to.recv().body == b"first"
 
@@ -75,7 +75,7 @@ def test_goaway_client_before_drain_gets_one_event_and_closes_itself(listen: str
         alice.ask("subscribe", topic="$broker.draining")
         broker.stop_soon()
         assert is_draining(alice.recv())
-        # The next frame is the answer, and no second event.
+        # The next frame is the reply, not a second event.
         assert alice.ask("finished").json == {}
         alice.close()
         stopped = broker.log.wait("daemon.stopped")[0].fields
@@ -88,7 +88,7 @@ def test_goaway_during_drain_gets_event_after_reply() -> None:
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
-        # Something waits for bob, so that alice stays a moment.
+        # Messages wait for bob, so that alice stays connected for a moment.
         queue_for(alice, "bob", 60)
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
@@ -119,7 +119,7 @@ def test_goaway_finished_is_answered_when_recipient_has_read(socket_dir: Path) -
         broker.stop_soon()
         assert is_draining(alice.recv())
         ask(alice, "finished", 9)
-        # Another answer overtakes it: it waits for bob.
+        # Another reply arrives earlier: this one waits for bob.
         assert alice.ask("ping", message_id=8).json == {}
         alice.sock.settimeout(0.2)
         with pytest.raises(TimeoutError):
@@ -190,7 +190,7 @@ def test_goaway_request_in_flight_is_answered_during_drain(listen: str) -> None:
         broker.stop_soon()
         assert is_draining(bob.recv())
         assert is_draining(alice.recv())
-        # bob is not let go while alice waits for its answer.
+        # bob stays connected while alice waits for its reply.
         ask(bob, "finished", 1)
         assert bob.ask("ping", message_id=2).json == {}
         bob.send(REPLY, "alice", b"!", message_id=9)
@@ -212,7 +212,7 @@ def test_stock_client_request_in_flight_is_answered_during_drain() -> None:
         bob.recv()
         broker.stop_soon()
         broker.log.wait("daemon.stopping")
-        # Longer than the silence after which an idle one is closed.
+        # This is longer than the silence after which an idle client is closed.
         threading.Event().wait(0.8)
         bob.send(REPLY, "alice", b"!", message_id=9)
         assert alice.recv().body == b"!"

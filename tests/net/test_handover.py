@@ -1,5 +1,5 @@
-"""Idle connections whose sockets another process has already, while this one still
-serves them.
+"""Idle connections whose sockets another process has already, while the old process
+still serves them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="no process hands over s
 
 
 def listed(broker: RunningDaemon, passing: Passing) -> tuple[list[Facts], list[int]]:
-    """Return all that is copied, and the descriptors."""
+    """Return all copied facts, and the descriptors."""
     found = broker.call(lambda: list(passing.blocks()))
     return [facts for facts, _ in found], [each for _, descriptors in found for each in descriptors]
 
@@ -81,7 +81,7 @@ def test_handover_passed_connection_is_captured_without_socket(socket_dir: Path)
                 assert taken.facts["keys"] == []
                 bob.ping()
                 alice.ping()
-                # Now a part of a frame waits here, which no other process has.
+                # Now a part of a frame waits here that the other process does not have.
                 session = broker.daemon.broker.exchange.find("bob")
                 assert session is not None
                 bob.write(b"\x00")

@@ -1,5 +1,5 @@
-"""Who gets in: the handshake seen from outside, by peers that are right, wrong, old,
-slow, silent or mad.
+"""The handshake seen from outside, by peers that are right, wrong, old, slow, silent or
+hostile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from brokerd.net.handshake.keyring import KeySearch
 from brokerd_client.address import Address
 
 REJECTION = prefixed(FAILURE)
-#: Before 3.12 the standard library knows nothing but HMAC-MD5.
+#: Before 3.12 the standard library knows HMAC-MD5 only.
 STOCK_IS_MD5 = sys.version_info < (3, 12)
 
 
@@ -44,7 +44,7 @@ def served(clients: Any = "alice bob carol", listen: Any = "127.0.0.1:0", **more
 
 
 def rejection(address: Address, key: bytes, name: bytes = b"", **how: Any) -> bytes:
-    """Return every byte the broker said instead of #WELCOME#, until it closed."""
+    """Return every byte that the broker sent instead of #WELCOME#, until the end."""
     with pytest.raises(Rejected) as caught:
         login(address, key, name, **how)
     return bytes(caught.value.args[0])
@@ -54,7 +54,7 @@ def last_refusal(broker: RunningDaemon, count: int = 1) -> dict[str, Any]:
     return broker.log.wait("client.refused", count)[count - 1].fields
 
 
-# Who is it?
+# Identification
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix", "@"])
@@ -395,7 +395,7 @@ def test_handshake_peer_uid_of_another_user_is_rejected(socket_dir: Any) -> None
         assert rejection(tcp, b"me", b"me") == REJECTION
 
 
-# Peers that do it wrong
+# Peers that break the protocol
 
 
 def test_handshake_sent_byte_by_byte_is_accepted() -> None:
@@ -575,8 +575,8 @@ def test_handshake_reset_by_peer_leaves_nothing_behind() -> None:
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.write(b"\0\0")
             peer.close()
-        # Whether the bytes are seen before the reset is chance, and so is which event
-        # it is.
+        # Chance decides whether the bytes are read before the reset, and which event is
+        # logged.
         deadline = monotonic() + 30
         while broker.call(lambda: len(broker.daemon._server.pending_handshakes)):
             assert monotonic() < deadline

@@ -1,5 +1,5 @@
-"""What is asked of TCP so that a peer that is gone without a word is found, and what is
-made of its answers.
+"""The socket options by which TCP finds a peer that has vanished, and how its state is
+read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ linux = pytest.mark.skipif(
 
 @pytest.fixture
 def connection() -> Iterator[socket.socket]:
-    """One end of a TCP connection whose other end lives."""
+    """One end of a TCP connection whose other end is alive."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
@@ -75,8 +75,8 @@ def test_keepalive_unix_socket_is_unchanged() -> None:
 
 
 def kept_alive(broker: RunningDaemon) -> list[tuple[int, int]]:
-    """Return of each connection whether the system asks for signs of life, and the
-    first time after how long.
+    """Return for each connection whether keepalive is on, and the idle time before the
+    first probe.
     """
 
     def look() -> list[tuple[int, int]]:
@@ -118,7 +118,7 @@ def test_keepalive_changed_by_reload_applies_to_open_connections(
     ):
         assert {on for on, _ in kept_alive(broker)} == {int(before > 0)}
         broker.call(lambda: broker.daemon.apply(limited(after), "test"))
-        # An answer from the broker, a turn later at least.
+        # The reply comes at least a turn of the loop later.
         carol.ping()
         assert {on for on, _ in kept_alive(broker)} == {int(after > 0)}
         if after:
@@ -178,7 +178,7 @@ def test_keepalive_zero_sets_no_timer() -> None:
 
 
 class FakeSocket:
-    """A socket of which the system says what a test wants."""
+    """A socket whose TCP state is set by the test."""
 
     family = socket.AF_INET
 

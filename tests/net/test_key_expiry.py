@@ -1,4 +1,4 @@
-"""The watch over keys: what it warns of, when, and how often."""
+"""The monitor of key expiry: its warnings, their time, and how often they are repeated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START = datetime(2026, 6, 1, tzinfo=UTC)
 
 
 class Clock:
-    """The time of day, and what is to be done later: both go on only when told."""
+    """The time of day and the timers, both moved by hand."""
 
     def __init__(self) -> None:
         self.clock_change = timedelta()
@@ -36,7 +36,7 @@ class Clock:
         self._act = None
 
     def advance(self, **how_long: float) -> None:
-        """Let time pass, and have done what falls due."""
+        """Let time pass, and run the timers that are due."""
         until = self._elapsed + timedelta(**how_long)
         while self._act is not None and self._due <= until:
             act, self._act, self._elapsed = self._act, None, self._due
@@ -64,7 +64,7 @@ class MonitoredKeys:
         self.watch.watch(found)
 
     def logged(self) -> list[tuple[str, str, str]]:
-        """Return (level, event, client) of everything said since the last time."""
+        """Return (level, event, client) of everything logged since the last call."""
         events, self.log.events = self.log.events, []
         return [(level, event, fields.get("name", "")) for level, event, fields in events]
 

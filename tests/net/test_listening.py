@@ -1,6 +1,4 @@
-"""Where the broker listens: every form of address, socket files, and what is said when
-it can't.
-"""
+"""The listeners: every form of address, socket files, and the errors."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from brokerd_client.address import Address
 
 @pytest.fixture
 def umask_open() -> Iterator[None]:
-    """A umask that takes nothing away, as careless service managers set it."""
+    """A umask of 0, as careless service managers set it."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -78,8 +76,7 @@ def test_listener_host_name_skips_addresses_that_do_not_exist(
     """If localhost is also ::1 and the machine has no IPv6, the broker listens at IPv4
     only.
     """
-    # A documentation address stands for the ::1 of a machine on which IPv6 is switched
-    # off.
+    # A documentation address stands for ::1 on a machine without IPv6.
     unusable = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0))
     if missing == "family":
         unusable = (socket.AF_APPLETALK, socket.SOCK_STREAM, 6, "", ("::1", 0))  # type: ignore[assignment]

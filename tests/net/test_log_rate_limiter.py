@@ -1,5 +1,5 @@
-"""How refusals are logged, by themselves or counted, and what becomes of a connection
-that meets a bug of ours.
+"""How refusals are logged, one by one or counted. Also how a bug of the broker ends one
+connection.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_log_many_refused_messages_are_counted(socket_dir: Path) -> None:
 
 
 class _Clock:
-    """A loop's time and its timers, moved by hand."""
+    """The loop's time and its timers, moved by hand."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -179,7 +179,7 @@ def test_log_rate_limiter_flood_with_many_reasons_is_bounded() -> None:
 
     for number in range(100_000):
         log_limiter.note("warning", "x.happened", f"alice, {number}: denied")
-    # Each of them names a peer's own text, and they are kept for up to a minute.
+    # Each reason contains a peer's own text, and is kept for up to a minute.
     assert len(log_limiter._flows["x.happened"].limit.counted) <= 1001
     log_limiter.close()
 

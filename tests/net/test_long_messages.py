@@ -1,5 +1,5 @@
-"""Messages longer than the read buffer, through real sockets: collected, held, shared,
-and let go of.
+"""Messages longer than the read buffer, through real sockets: received, held, shared,
+and freed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_large_frame_among_small_ones_keeps_order() -> None:
         )
         alice.sock.setblocking(False)
         rest = memoryview(stream)
-        # Until the broker reads no more: bob has not read a byte yet, and his queue is
+        # Send until the broker reads no more: bob has read no byte, and the queue is
         # full.
         while rest:
             try:

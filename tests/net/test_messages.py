@@ -1,5 +1,5 @@
-"""What becomes of a frame: delivered, answered or refused, never dropped in silence;
-and how frames may arrive.
+"""What becomes of a frame: delivered, answered or refused, and never silently dropped.
+Also how frames may arrive.
 """
 
 from __future__ import annotations
@@ -404,7 +404,7 @@ def test_frame_malformed_error_is_sent_after_queued_messages() -> None:
         for number in range(40):
             bob.send(MESSAGE, "alice", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert bob.recv().kind == RECEIPT
-        # Much more behind the bad frame, which the broker will never read.
+        # The broker will never read the many bytes after the bad frame.
         alice.sock.setblocking(False)
         data = prefixed(b"bad") + b"x" * 5_000_000
         while data:
@@ -517,7 +517,8 @@ def test_frame_oversized_is_answered_and_skipped(form: str, step: str) -> None:
             alice.write_bytewise(data[:head])
         elif step == "length first":
             alice.write(data[: head - 3])
-            # Read and dealt with before more comes: another's answer is proof.
+            # The reply to another client proves that the broker has handled these
+            # bytes.
             bob.ping()
             alice.write(data[head - 3 : head])
         else:
@@ -806,8 +807,8 @@ def test_message_queued_past_its_ttl_is_returned_expired() -> None:
         broker.login("bob") as bob,
     ):
         extension = b'{"ttl": 0.05}'
-        # More than the system's buffers take, so that what comes behind it waits in the
-        # broker.
+        # This is more than the system's buffers take, so that later messages wait in
+        # the broker.
         for _ in range(40):
             alice.send(MESSAGE, "bob", bytes(100_000))
         for message_id in range(1, 4):

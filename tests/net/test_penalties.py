@@ -1,5 +1,5 @@
-"""The failures that penalties remember of an origin, and pending peers that send on:
-seen from inside.
+"""The failures that penalties remember per origin, and pending peers that continue to
+send, seen from inside.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from brokerd_client.wire.handshake import LIMIT
 
 
 def failures(broker: RunningDaemon) -> list[tuple[str, int]]:
-    """Return whose failures are remembered, and how many."""
+    """Return each origin with remembered failures, and their number."""
     return [
         (origin, count)
         for origin, count, _ in broker.call(
@@ -77,7 +77,7 @@ def test_pending_connection_is_not_read_during_key_search(
 
     with monkeypatch.context() as patched:
         patched.setattr(PendingHandshakes, "_on_readable", count)
-        # More keys than one slice tries, and the slice after that has to wait.
+        # There are more keys than one slice tries, and the next slice has to wait.
         patched.setattr(PendingHandshakes, "_search_on", lambda self: None)
         clients = dict.fromkeys(f"c{number}" for number in range(100))
         with running_daemon(configuration("127.0.0.1:0", clients)) as broker, broker.raw() as peer:

@@ -1,5 +1,5 @@
-"""Named pipes as far as they are no matter of Windows: the bridge to a socket,
-listening, a broker that serves one.
+"""Named pipes without Windows: the bridge to a socket, the listener, and a broker that
+serves a pipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def threads() -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """Every thread of a bridge has ended when the test has."""
+    """Check that every thread of a bridge has ended when the test has."""
     yield
     for each in threads():
         each.join(TIMEOUT_S)
@@ -419,7 +419,7 @@ class Served:
         return PipeRaw(self.pipe_server.dial())
 
     def login(self, name: str) -> PipeRaw:
-        """Return a connection of that client that the broker has let in."""
+        """Return an accepted connection of a client."""
         raw = self.raw()
         try:
             raw.log_in(key_of(name))
@@ -497,7 +497,7 @@ def test_pipe_handshake_frame_over_256_bytes_closes_connection(at_pipe: Served) 
     raw = at_pipe.raw()
     raw.read_body()
     _write_until_closed(raw.pipe, 2**20)
-    # The word of the failure may come too late: the bridge ends with the connection.
+    # The failure may come too late: the bridge ends with the connection.
     assert raw.read_to_end() in (b"", FAILURE)
     raw.close()
     assert "not a handshake" in at_pipe.running.log.wait("client.refused")[0].fields["reason"]

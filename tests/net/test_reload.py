@@ -1,4 +1,4 @@
-"""Reloading the configuration of a running daemon: all of it, or nothing."""
+"""Reloading the configuration of a running daemon, completely or not at all."""
 
 from __future__ import annotations
 

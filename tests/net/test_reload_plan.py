@@ -1,5 +1,5 @@
-"""What a reload says and does step by step: the plan before and after, and what can go
-wrong on the way.
+"""What a reload reports and does step by step: the plan before and after, and what can
+fail.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def test_reload_mode_that_cannot_be_set_changes_nothing(
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
     assert not new.exists()
     assert "carol" not in served.daemon.config.clients
-    # And the next time that is still a change to be made.
+    # The next reload still makes this change.
     two.unlink()
     served.write(OPS + BOB, listen=f", {{address: {one}, mode: '0666'}}")
     assert served.reload() == []
@@ -328,7 +328,7 @@ def test_reload_closed_listener_accepts_waiting_connection(served: ReloadableDae
 
 
 def list_open(file: Path) -> int:
-    """Return how many descriptors of this process are of the file."""
+    """Return how many descriptors of this process refer to the file."""
     there = 0
     for each in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -352,7 +352,7 @@ def test_reload_waiting_for_file_does_not_block_broker(served: ReloadableDaemon,
     reload = threading.Thread(target=lambda: answers.append(served.reload()))
     reload.start()
     try:
-        # One for the writer, one for the reload.
+        # One descriptor belongs to the writer, one to the reload.
         while list_open(fifo) < 2:
             ops.ping()
         with pytest.raises(TimedOut):
@@ -361,7 +361,7 @@ def test_reload_waiting_for_file_does_not_block_broker(served: ReloadableDaemon,
             ops.send_confirmed("bob", "still")
             assert bob.recv(timeout=TIMEOUT_S).payload == "still"
         assert not answers
-        # The second reload, which waits behind the first, reads a file like any other.
+        # The second reload, which waits for the first, reads an ordinary file.
         served.write(OPS + BOB + "  dave: {key: d}\n")
         os.write(writer, b"clients: {carol: {key: c}}\n")
     finally:

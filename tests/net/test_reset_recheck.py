@@ -1,4 +1,4 @@
-"""Connections that were reset while bytes of theirs were unread: noticed under every
+"""Connections reset while some of their bytes were unread are detected under every
 event loop.
 """
 
@@ -25,7 +25,7 @@ def test_reset_recheck_reset_after_unread_bytes_ends_connection(
     at = str(socket_dir / "sock") if listen == "unix" else listen
     with running_daemon(configuration(at, "alice bob")) as broker, broker.login("bob") as bob:
         alice = broker.login("alice")
-        # Something it has not read makes its end a reset, on a Unix socket too.
+        # Unread bytes turn its close into a reset, on a Unix socket too.
         bob.send(MESSAGE, "alice", b"unread")
         bob.ping()
         blocked, go_on = threading.Event(), threading.Event()
@@ -58,7 +58,7 @@ def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
         running_daemon(configuration(str(socket_dir / "sock"), "alice")) as broker,
         broker.login("alice") as alice,
     ):
-        # The first may still have been read while the connection was pending.
+        # The first ping may still have been read while the connection was pending.
         alice.ping()
         alice.ping()
         recheck = broker.daemon._server.context.reset_recheck  # type: ignore[union-attr]

@@ -1,5 +1,5 @@
-"""Signals where the event loop can't take them, as on Windows; the other way is tested
-with real daemons.
+"""Signals where the event loop can't handle them, as on Windows. Other systems are
+tested with real daemons.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brokerd.daemon.process import _signals_go_to
 
 
 class LoopWithoutSignals(asyncio.SelectorEventLoop):
-    """A loop that knows no signals."""
+    """An event loop that does not support signals."""
 
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
         raise NotImplementedError

@@ -1,5 +1,5 @@
-"""Socket files that a dead broker left behind: of several that start over one, exactly
-one listens.
+"""Stale socket files of a dead broker: of several brokers that start over one file,
+exactly one listens.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def is_reached(path: Path, winner: Listening) -> bool:
 
 
 def race(path: Path, starters: int) -> tuple[list[Listening], list[str]]:
-    """Start all at once over one stale file; return who listens, and what the others
-    were told.
+    """Start brokers at once over one stale file, and return the listening sockets and
+    the errors.
     """
     leave_stale(path)
     barrier = threading.Barrier(starters)
@@ -82,7 +82,7 @@ def test_listener_race_over_stale_file_has_one_winner(socket_dir: Path, starters
 
 
 def _start(path: Path, conversation: Connection) -> None:
-    """Try whenever told to, say whether it listens, and close when told."""
+    """Try to listen on each command, send the result, and close on the next command."""
     while conversation.recv():
         try:
             opened = listen(at(path))

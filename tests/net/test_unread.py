@@ -1,4 +1,4 @@
-"""Messages that nothing routes any more, counted in bytes that are cut anywhere."""
+"""Messages that are no longer routed, counted in bytes that are cut anywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FRAMES = [
     packed(MESSAGE, "bob", bytes(70_000)),
     packed(RECEIPT, ""),
     b"\xff\xff\xff\xff" + (20).to_bytes(8, "big") + packed(MESSAGE, "bob", b"12345")[4:],
-    # Not whole.
+    # This frame is incomplete.
     packed(MESSAGE, "bob", b"yy")[:-1],
 ]
 

@@ -1,5 +1,5 @@
-"""Users at the other end of a Unix socket: those that can't be told apart are nobody in
-particular.
+"""Users at the other end of a Unix socket. Users outside the namespace can't be told
+apart, and match no peer_uid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from support.running_daemon import configuration, running_daemon
 
 from brokerd.net.handshake import peer_uid as users
 
-#: As systemd's PrivateUsers=yes makes it: root and the service's own user.
+#: The map of systemd's PrivateUsers=yes: root and the service's own user.
 PRIVATE = "         0          0          1\n       997        997          1\n"
 
 

@@ -1,5 +1,5 @@
-"""Exceptions that no rule foresees, in the TLS of an asyncio client: a lost connection,
-never a dead client.
+"""Unforeseen exceptions in the TLS of an asyncio client: the connection is lost, and
+the client lives on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from brokerd_client.tls.engine import Engine
 
 
 class PanicException(BaseException):
-    """What pyo3 raises where Rust panics: not an Exception."""
+    """The exception that pyo3 raises for a panic in Rust, not derived from Exception."""
 
 
 ERRORS: list[Callable[[], BaseException]] = [
@@ -49,7 +49,7 @@ def test_aio_client_exception_in_tls_is_lost_connection(
     pending: list[BaseException] = []
 
     def act(*args: Any, **options: Any) -> Any:
-        # The broker has engines of its own, in another thread.
+        # The broker uses engines too, in another thread.
         if pending and threading.current_thread() is threading.main_thread():
             raise pending.pop()
         return real(*args, **options)
@@ -59,7 +59,7 @@ def test_aio_client_exception_in_tls_is_lost_connection(
             monkeypatch.setattr(Engine, method, act)
             pending.append(make())
             if method == "handshake":
-                # The one of the next connection.
+                # This is the handshake of the next connection.
                 assert alice._transport is not None
                 alice._transport.abort()
             else:

@@ -1,7 +1,7 @@
-"""Peers whose TLS has nothing or next to nothing in it: they are taken in small sips,
-and given up in the end.
+"""Peers whose TLS records carry no payload, or next to none. They are read in small
+pieces, and disconnected in the end.
 
-What a turn of the event loop takes in is counted, not timed.
+The bytes read per turn of the event loop are counted, not timed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from support.tls.records import APPLICATION_DATA, Forger, forger_of
 from brokerd.net.connection import connection as connection_module
 from brokerd_client.tls.engine import Engine
 
-#: The kinds of records that have nothing in them, some hundred kilobytes of each; every
-#: one costs some microseconds.
+#: Some hundred kilobytes of each kind of record without payload. Each record costs some
+#: microseconds.
 FLOODS: dict[str, Callable[[Forger], bytes]] = {
     "updates of keys": lambda forger: b"".join(forger.key_update() for _ in range(8000)),
     "updates of keys to be answered": lambda forger: b"".join(
@@ -47,7 +47,7 @@ def broker(server: Issued) -> Iterator[RunningDaemon]:
 
 @pytest.fixture
 def bytes_per_turn(broker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """Bytes of TLS that the broker has taken in, by the turn of its event loop."""
+    """Bytes of TLS that the broker has read, per turn of its event loop."""
     taken: Counter[int] = Counter()
     turn = 0
     feed = Engine.feed
@@ -58,7 +58,7 @@ def bytes_per_turn(broker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Co
         broker._loop.call_soon(count)
 
     def note(self: Engine, data: bytes | memoryview) -> None:
-        # A client in this process is not meant.
+        # An engine without an end point belongs to a client in this process.
         if self._end_point is not None:
             taken[turn] += len(data)
         feed(self, data)
@@ -69,13 +69,13 @@ def bytes_per_turn(broker: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> Co
 
 
 def write_at_once(broker: RunningDaemon, forger: Forger, flood: bytes) -> None:
-    """Have as much of the flood as fits lie before the broker when it looks; the rest
-    follows.
+    """Make as much of the flood as fits ready before the broker reads, then send the
+    rest.
     """
     forger.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
     first = flood[:200_000]
     broker.call(lambda: forger.write_bare(first))
-    # It may be given up meanwhile.
+    # The broker may have closed the connection meanwhile.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         forger.write_bare(flood[len(first) :])
 
@@ -101,8 +101,8 @@ def test_empty_records_from_client_are_read_slowly_and_end_connection(
         (disconnected,) = broker.log.wait("client.disconnected")
         assert "TLS" in str(disconnected.fields["reason"])
         bob.ping()
-    # One piece until it is known for what it is, and no more than two sips a turn from
-    # then on.
+    # One large piece before the flood is recognised, then at most two small pieces per
+    # turn.
     sizes = sorted(bytes_per_turn.values(), reverse=True)
     assert sizes[0] <= 36 * 1024
     assert sizes[1] <= 12 * 1024
@@ -199,8 +199,8 @@ def test_empty_records_before_message_of_disconnected_client_are_read(
         last = alice.records(packed(MESSAGE, "bob", b"the last one"))
 
         def leave() -> bool:
-            # In the broker's own thread, so that it does not look before everything is
-            # there.
+            # This runs in the broker's thread, so that the broker does not read before
+            # all is sent.
             alice.write_bare(flood + last)
             alice.close()
             (connection,) = [
@@ -232,8 +232,8 @@ def test_tls_connection_decrypted_bytes_are_read_on_presence_check(
         )
 
         def look() -> bool:
-            # In the broker's own thread, so that it does not read before everything is
-            # there; and more than it has room for at once.
+            # This runs in the broker's thread, so that the broker does not read before
+            # all is sent. It is more than the read buffer holds.
             broker.daemon.server.context.buffer = memoryview(bytearray(8192))
             alice.write(data)
             (connection,) = [
@@ -261,7 +261,8 @@ def test_tls_renegotiation_is_refused(server: Issued, authority: Authority) -> N
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, **pipes) as openssl:  # type: ignore[call-overload]
             output = b""
-            # What the broker says first would come into the middle of it.
+            # Otherwise the broker's first frame would appear in the middle of the
+            # output.
             while b"#CHALLENGE#" not in output:
                 output += (piece := os.read(openssl.stdout.fileno(), 4096))
                 assert piece, output

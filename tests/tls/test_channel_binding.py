@@ -1,5 +1,5 @@
-"""Keys bound to the TLS channel: nobody in the middle can use what the client proves,
-whatever certificate he has.
+"""Keys bound to the TLS channel: no relay can use the client's proof, whatever
+certificate the relay has.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from brokerd_client.wire.handshake import Proof, Receive, as_listener
 
 @pytest.fixture
 def broker(server: Issued) -> Iterator[RunningDaemon]:
-    """A broker with a TLS listener and, beside it, a plain one."""
+    """A broker with a TLS listener and a plain one."""
     listen = [{"address": "127.0.0.1:0", "tls": server.entry()}, "127.0.0.1:0"]
     with running_daemon(configuration(listen)) as broker:
         yield broker
@@ -67,7 +67,7 @@ def test_channel_binding_relay_with_listener_certificate_succeeds(
     the handshake succeeds.
     """
     with Relay(broker.address, server, trusting) as relay:
-        # It ends after the handshake, so that the introduction never comes.
+        # The relay ends after the handshake, so that the reply to whoami never comes.
         with pytest.raises(BrokerdError):
             face.connect(relay.address, "alice", key_of("alice"), ssl=trusting, reconnect=False)
         broker.log.wait("client.connected")
@@ -176,8 +176,8 @@ def test_channel_binding_broker_with_bare_key_is_rejected_by_client(
             steps = as_listener(bytes(40) + offer([END_POINT]), named=True)
             step: Any = next(steps)
             while True:
-                # It welcomes whatever the client answers, and then answers with the
-                # bare key itself.
+                # It accepts every answer of the client, and then answers with the bare
+                # key itself.
                 if isinstance(step, Proof):
                     step = steps.send(b"the key")
                 elif isinstance(step, Receive):

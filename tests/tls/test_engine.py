@@ -1,4 +1,4 @@
-"""TLS without any socket: both ends in memory, bytes carried by hand."""
+"""TLS without any socket: both ends are in memory, and the test moves the bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from brokerd_client.tls.engine import Engine
 
 
 class Pair:
-    """A client's engine and a listener's, their handshake done."""
+    """The engines of a client and a listener, with their handshake done."""
 
     def __init__(self, server: Issued, trusting: ssl.SSLContext) -> None:
         listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -28,7 +28,7 @@ class Pair:
                 if not end.ready:
                     end.handshake()
                 other.feed(end.output())
-        # The listener's tickets for another time.
+        # Read the listener's session tickets.
         self.client.read()
 
     def carry(self, data: bytes) -> bytes:

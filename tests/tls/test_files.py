@@ -1,5 +1,5 @@
-"""The files of a TLS listener: every mistake told with its place, at a check, at the
-start and at a reload.
+"""The files of a TLS listener: every error is reported with its place, at a check, at
+the start and at a reload.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
 
 @pytest.fixture
 def issued(authority: Authority, tmp_path: Path) -> Issued:
-    """A listener's files, to be damaged."""
+    """The files of a listener, for tests that damage them."""
     server = authority.issue("to be damaged")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     certificate.write_bytes(server.certificate.read_bytes())
@@ -310,7 +310,7 @@ def test_tls_missing_at_start_is_logged_once_per_listener(server: Issued) -> Non
 
 
 def serial_of(raw: TlsRaw) -> int:
-    """Return the serial number of the certificate that the listener has shown."""
+    """Return the serial number of the listener's certificate."""
     shown = raw.sock.getpeercert()  # type: ignore[attr-defined]
     return int(shown["serialNumber"], 16)
 

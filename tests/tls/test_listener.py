@@ -1,5 +1,5 @@
-"""A listener with TLS: who is let in, who is turned away and told what, and what it
-costs the others.
+"""A listener with TLS: which clients are accepted, what rejected ones are told, and the
+effect on other clients.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def test_client_certificate_changed_by_reload_disconnects_client(
             assert bob.ping() > 0
 
 
-# Who speaks what
+# Mismatch of protocol and version
 
 
 def test_tls_listener_certificate_of_unknown_ca_is_reported_by_both_sides(
@@ -271,7 +271,7 @@ def test_tls_listener_rejects_version_below_minimum(
             assert 'minimum: "1.2"' in refusal(broker)
 
 
-# Others are not held up
+# Other clients are not delayed
 
 
 @pytest.mark.timing
@@ -323,8 +323,7 @@ def test_tls_handshakes_are_answered_one_per_turn(
     hello = _client_hello(trusting)
 
     def write_hellos() -> None:
-        # In the broker's own thread, so that all of it is there before the broker
-        # looks.
+        # This runs in the broker's thread, so that all is sent before the broker reads.
         for raw in crowd:
             raw.write(hello)
         count()
@@ -434,7 +433,7 @@ def test_tls_handshake_in_one_byte_records_is_accepted(
         raw.ping()
 
 
-# Much, and slowly
+# Large messages and slow readers
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -550,8 +549,8 @@ def test_drain_over_tls_sends_close_notify_after_last_message(
             broker.stop_soon()
             ids = [bob.recv().id for _ in range(50)]
         assert ids == list(range(50))
-        # Without close_notify this raises an SSLError: nobody is to take a cut for the
-        # end.
+        # Without close_notify this raises an SSLError, because a cut must not pass for
+        # the end.
         bob.sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         assert bob.is_closed("shutting_down")
 
@@ -583,7 +582,7 @@ def test_drain_over_tls_waits_for_bytes_inside_tls(
             alice.ping()
             count += 1
         broker.stop_soon()
-        # Alice's; a turn of the loop later bob's has been told to end too.
+        # That was alice's connection. A turn of the loop later bob's is closing too.
         broker.log.wait("client.disconnected")
         broker.call(lambda: None)
         assert [bob.recv().id for _ in range(count)] == list(range(count))

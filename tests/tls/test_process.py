@@ -1,6 +1,4 @@
-"""The daemon as a process, with TLS: what is handed over when it replaces itself, and
-what a health check hears.
-"""
+"""The daemon as a process, with TLS: an upgrade, and a health check."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def test_upgrade_tls_connections_are_closed_and_reconnect(
             answer = ops.ask("upgrade").json
             assert answer["upgraded"], answer
             ops.ping()
-            # Both are connected again by the library, to the successor.
+            # The library has connected both again, to the new process.
             assert bob.ping() > 0
             alice.send_confirmed("bob", "after")
             assert bob.recv(PATIENCE).payload == "after"

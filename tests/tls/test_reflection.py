@@ -1,8 +1,8 @@
-"""The reflection attack: a listener without the key, and two clients that have it and
+"""The reflection attack: a listener without the key, and two clients with the key that
 connect at once.
 
-It passes the first client's challenge to the second as its own, and hands the answer
-back. The standard library's clients believe it; the library's do not.
+The attacker passes the first client's challenge to the second as its own, and sends the
+answer back. The standard library's clients accept it. The library's clients do not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEY = b"the key that two clients share"
 
 
 class Attacker:
-    """A listener that has no key. offer: what it puts behind its own nonce."""
+    """A listener that has no key. offer: the bytes behind its own nonce."""
 
     def __init__(self, context: ssl.SSLContext | None, offer: bytes) -> None:
         self._context = context
@@ -76,7 +76,7 @@ class Attacker:
 
     def _reflect(self, first: socket.socket) -> None:
         with self._accept() as second:
-            # A client that tries again finds nothing here.
+            # A client that retries finds no listener.
             self._listener.close()
             send_frame(first, b"#CHALLENGE#{sha256}" + bytes(40) + self._offer)
             read_frame(first)
@@ -84,10 +84,11 @@ class Attacker:
             challenge = read_frame(first)
             send_frame(second, challenge)
             answer = read_frame(second)
-            # Without the name and the mark, which only a client's answer may carry.
+            # Strip the name and the mark, which only a client's answer may carry.
             send_frame(first, answer[: 8 + 32] if answer.startswith(b"{sha256}") else answer)
             self.succeeded = read_frame(first) == b"#WELCOME#"
-            # A pickle of the attacker's, which the client unpickles if it calls recv().
+            # This pickle comes from the attacker, and the client unpickles it in
+            # recv().
             send_frame(first, b"\x80\x04\x8c\x05owned\x94.")
 
 
@@ -102,7 +103,7 @@ def two() -> Iterator[ThreadPoolExecutor]:
 
 
 def both(pool: ThreadPoolExecutor, connect: Callable[[], Any]) -> list[BaseException | None]:
-    """Connect twice at once; return what each raised."""
+    """Connect twice at once, and return the exceptions."""
     calls: list[Future[Any]] = [pool.submit(connect) for _ in range(2)]
     return [call.exception(TIMEOUT_S) for call in calls]
 
@@ -118,8 +119,8 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 def test_reflection_attack_on_library_clients_fails(
     tls: bool, face: Face, authority: Authority, trusting: ssl.SSLContext, two: ThreadPoolExecutor
 ) -> None:
-    """Both clients turn away: the second from a client's challenge, the first from a
-    listener that does not answer.
+    """Both clients reject the attacker. The second one refuses a client's challenge,
+    and the first one gets no answer from the listener.
 
     Over TLS the attacker has a certificate that both trust, so that both bind their
     keys to the same channel.
@@ -203,7 +204,7 @@ def test_reflection_attack_on_key_shared_with_stock_client_succeeds(
             with multiprocessing.connection.Client(attacker.address, authkey=KEY):
                 pass
 
-        # The first to connect is the one that is deceived.
+        # The client that connects first is deceived.
         assert attacker.met_first.wait(TIMEOUT_S)
         two.submit(stock)
         assert ours.result(TIMEOUT_S) == "owned"

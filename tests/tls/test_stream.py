@@ -1,4 +1,4 @@
-"""TLS when its connection ends in the middle of something, and what is kept for a peer
+"""TLS connections that end in the middle of a record, and the bytes kept for a peer
 that does not read.
 """
 
@@ -31,23 +31,23 @@ AT_THE_RETURN = (RETURN, "LOAD_FAST", "LOAD_FAST_BORROW")
 
 
 class Answering:
-    """An engine whose peer asks it for answers, as it may by updates of its keys, and
-    sends nothing else.
+    """An engine whose peer asks for answers, for example by key updates, and sends
+    nothing else.
     """
 
     more = ended = False
 
     def read_into(self, view: memoryview) -> int:
-        """Nothing for anybody."""
+        """Return no payload."""
         return 0
 
     def output(self) -> bytes:
-        """An answer, each time."""
+        """Return another answer each time."""
         return bytes(32 * 1024)
 
 
 class Breaking:
-    """A socket that takes so many bytes, and then says that the connection is gone."""
+    """A socket that takes a number of bytes, and then fails as reset."""
 
     def __init__(self, sock: socket.socket, left: int) -> None:
         self._sock = sock
@@ -73,10 +73,10 @@ def ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStream, 
 
 @contextlib.contextmanager
 def both_ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStream, TlsStream]]:
-    """Make both ends of one channel: the listener's, the client's."""
+    """Yield both ends of one channel: the listener's, the client's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server.certificate, server.key)
-    # As a listener has it: nothing is unread then where a test closes an end.
+    # As in a listener: then no bytes are unread when a test closes an end.
     context.num_tickets = 0
     sockets = socket.socketpair()
     for sock in sockets:
@@ -84,7 +84,7 @@ def both_ends(server: Issued, trusting: ssl.SSLContext) -> Iterator[tuple[TlsStr
     listener = TlsStream(sockets[0], context, end_point=b"-")
     client = TlsStream(sockets[1], trusting, hostname="127.0.0.1")
     for _ in range(20):
-        # Each as far as it gets.
+        # Each side goes as far as it can.
         if [listener.handshake(), client.handshake()] == [True, True]:
             break
     yield listener, client
@@ -176,7 +176,7 @@ def test_tls_stream_small_read_allocates_no_large_buffer(ends: tuple[TlsStream, 
     try:
         before = tracemalloc.get_traced_memory()[0]
         assert ours.recv(65536) == b"second"
-        # What the system is asked for is half as much.
+        # The size of a system read is half of this.
         assert tracemalloc.get_traced_memory()[1] - before < 48 * 1024
     finally:
         tracemalloc.stop()
@@ -219,7 +219,7 @@ def test_tls_stream_cut_within_record_is_end(
     _end(theirs.raw, end)
     assert ours.recv(4096) == b"whole"
     assert ours.recv(4096) == b""
-    # And again, if somebody asks.
+    # Every further read returns the end too.
     assert ours.recv(4096) == b""
 
 
@@ -350,7 +350,7 @@ def test_tls_stream_write_interrupted_at_any_bytecode_is_not_repeated(
             with contextlib.suppress(OSError):
                 client.flush()
             received = b""
-            # A record that was lost spoils what follows, and the peer's TLS says so.
+            # A lost record invalidates the following ones, and the peer's TLS fails.
             with contextlib.suppress(BlockingIOError, TlsError):
                 while True:
                     received += listener.recv(1000)

@@ -1,6 +1,4 @@
-"""A TLS connection that is over is freed at once, as any other: see
-tests/net/test_freed.py.
-"""
+"""A closed TLS connection is freed at once, as any other: see tests/net/test_freed.py."""
 
 from __future__ import annotations
 

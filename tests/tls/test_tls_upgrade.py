@@ -1,5 +1,5 @@
-"""The daemon replaces itself while some of its connections are encrypted, which no
-other process can go on with.
+"""The daemon replaces itself while some of its connections use TLS, which the new
+process can't continue.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_upgrade_tls_connections_are_closed_after_queued_messages(
         assert back.ping() > 0
         back.close()
         alice.ping()
-        # Nothing had been said on this one.
+        # No bytes had been sent on this connection.
         assert silent.is_closed()
         for raw in (ops, alice, silent):
             raw.close()
