@@ -70,9 +70,11 @@ def link() -> Iterator[Link]:
 
 
 @pytest.mark.timing
-def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, way: Way) -> None:
-    """It is disconnected when it has answered nothing for limits.keepalive; one that is
-    only idle is not.
+def test_keepalive_idle_peer_unreachable_is_disconnected(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
+    """It is disconnected when it has answered nothing for limits.keepalive. A client
+    that is only idle is not.
     """
     with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
         idle = enter(broker, link, way, "r0")
@@ -91,10 +93,10 @@ def test_a_peer_that_vanishes_while_idle_is_found(link: Link, socket_dir: Path, 
 
 
 @pytest.mark.timing
-def test_a_peer_that_vanishes_with_bytes_under_way_is_found(
+def test_keepalive_unreachable_peer_with_queue_is_disconnected(
     link: Link, socket_dir: Path, way: Way
 ) -> None:
-    """What had not left the broker's memory goes back to its sender then, and not a
+    """Messages still in the broker's memory go back to their sender then, and not a
     quarter of an hour later.
     """
     with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
@@ -119,8 +121,10 @@ def test_a_peer_that_vanishes_with_bytes_under_way_is_found(
     print(f"found after {took:.1f} s")
 
 
-def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path, way: Way) -> None:
-    """Its system answers for it: with full buffers and a queue of messages it stays for
+def test_keepalive_peer_that_does_not_read_stays_connected(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
+    """Its kernel answers for it: with full buffers and a queue of messages it stays for
     many times limits.keepalive.
     """
     with broker_there(socket_dir, link, way, limits={"keepalive": 1}) as broker:
@@ -137,9 +141,11 @@ def test_a_peer_that_lives_and_does_not_read_stays(link: Link, socket_dir: Path,
         slow.close()
 
 
-def test_a_partition_heals(link: Link, socket_dir: Path, way: Way) -> None:
-    """Cut for longer than the timeouts: those behind it are disconnected, come back,
-    and know what is in doubt.
+def test_partition_of_senders_healed_clients_reconnect(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
+    """The link is cut for longer than the timeouts. The senders behind it are
+    disconnected, connect again, and know which messages are in doubt.
     """
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     # Recipients with the broker, senders behind the link: what they sent is in doubt.
@@ -166,10 +172,12 @@ def test_a_partition_heals(link: Link, socket_dir: Path, way: Way) -> None:
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
-def test_a_partition_that_recipients_are_behind_heals(
+def test_partition_of_recipients_healed_clients_reconnect(
     link: Link, socket_dir: Path, way: Way
 ) -> None:
-    """Messages for them are given back as offline; they come back when they can."""
+    """Messages for the recipients are given back as offline; the recipients connect
+    again when the link is back.
+    """
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     with (
         broker_there(socket_dir, link, way, limits=limits) as broker,
@@ -193,9 +201,11 @@ def test_a_partition_that_recipients_are_behind_heals(
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
-def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path, way: Way) -> None:
-    """A link that is cut for less than limits.keepalive costs nobody a connection, and
-    no message anything.
+def test_partition_shorter_than_keepalive_only_delays(
+    link: Link, socket_dir: Path, way: Way
+) -> None:
+    """A link that is cut for less than limits.keepalive ends no connection, and loses
+    no message.
     """
     with (
         broker_there(socket_dir, link, way) as broker,
@@ -218,11 +228,11 @@ def test_a_short_cut_is_only_a_delay(link: Link, socket_dir: Path, way: Way) -> 
     [(25, 0, 0.0, 0.0), (5, 10, 0.05, 0.0), (5, 10, 0.0, 0.2), (10, 20, 0.03, 0.03)],
     ids=["delay", "loss", "duplication", "everything"],
 )
-def test_a_bad_link_loses_and_doubles_no_message(
+def test_messages_over_bad_link_arrive_once_and_in_order(
     socket_dir: Path, way: Way, delay_ms: float, jitter_ms: float, loss: float, twice: float
 ) -> None:
-    """Packets that come late, out of order, twice or never: messages still come once
-    and in order.
+    """Packets arrive late, out of order, twice or never; messages still arrive once and
+    in order.
     """
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -258,11 +268,11 @@ def test_a_bad_link_loses_and_doubles_no_message(
 
 @pytest.mark.timing
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
-def test_a_client_finds_that_its_broker_has_vanished(
+def test_keepalive_of_client_broker_unreachable_is_disconnected(
     link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str
 ) -> None:
-    """What it had under way is in doubt after keepalive.DEFAULT_S, less here, though no
-    call of its has run out.
+    """Its pending calls are in doubt after keepalive.DEFAULT_S (shorter here), though
+    no call has timed out.
     """
     for module in ("brokerd_client.blocking.transport", "brokerd_client.aio.transport"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)

@@ -37,9 +37,11 @@ def small_disk(socket_dir: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_the_disk_under_the_audit_fills_up(socket_dir: Path, small_disk: Path) -> None:
-    """Messages go on without the record; when there is room again it goes on, and says
-    how many lines it lost.
+def test_audit_on_full_disk_continues_when_space_is_free(
+    socket_dir: Path, small_disk: Path
+) -> None:
+    """Messages go on without the audit. When there is room again the audit continues,
+    and says how many lines it lost.
     """
     audit = small_disk / "audit.log"
     with BrokerProcess(socket_dir, NAMES, log={"audit": str(audit)}) as broker:

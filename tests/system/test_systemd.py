@@ -141,9 +141,9 @@ def staying(machine: Machine) -> Iterator[Any]:
             client.kill()
 
 
-def test_the_units_have_no_mistake(machine: Machine) -> None:
-    """systemd-analyze verify says nothing of the units, alone and with each drop-in it
-    can have.
+def test_systemd_units_pass_verify(machine: Machine) -> None:
+    """systemd-analyze verify reports nothing for the units, alone and with each
+    drop-in.
     """
     for unit in ("brokerd.service", "brokerd.socket"):
         assert (
@@ -167,9 +167,9 @@ def exposure(machine: Machine, *arguments: str) -> str:
     return found[1]
 
 
-def test_the_exposure_is_small(machine: Machine) -> None:
+def test_systemd_unit_exposure_is_small(machine: Machine) -> None:
     """By systemd's own measure at most 1.0 of 10, and at most 0.5 without a network;
-    offline and as it is loaded.
+    offline and as loaded.
     """
     unit = "/etc/systemd/system/brokerd.service"
     assert float(exposure(machine, "--offline=true", "--threshold=10", unit)) <= 1.0
@@ -178,8 +178,8 @@ def test_the_exposure_is_small(machine: Machine) -> None:
     assert float(exposure(machine, "--threshold=5", "brokerd.service")) <= 0.5
 
 
-def test_it_starts_and_says_how_it_fares(machine: Machine) -> None:
-    """It is up when `systemctl start` returns, serves Unix and TCP clients, and its
+def test_systemd_start_serves_clients_and_shows_status(machine: Machine) -> None:
+    """The broker serves Unix and TCP clients when `systemctl start` returns, and its
     status has the counts.
     """
     machine.run("systemctl", "start", "brokerd")
@@ -195,17 +195,19 @@ def test_it_starts_and_says_how_it_fares(machine: Machine) -> None:
     assert "uvloop" in started
 
 
-def test_keys_do_not_reach_the_disk_by_a_crash(machine: Machine) -> None:
-    """The process writes no core dump, and nothing of its memory would be in one."""
+def test_systemd_service_writes_no_core_dump(machine: Machine) -> None:
+    """Otherwise keys could reach the disk. The process may write no core dump, and its
+    memory would not be in one.
+    """
     machine.run("systemctl", "start", "brokerd")
     pid = properties(machine)["MainPID"]
     assert re.search(r"Max core file size\s+0\s+0", machine.run("cat", f"/proc/{pid}/limits"))
     assert machine.run("cat", f"/proc/{pid}/coredump_filter").strip() == "00000000"
 
 
-def test_the_group_may_use_the_socket_and_others_may_not(machine: Machine) -> None:
-    """Members of the group brokerd can connect, bound by the broker or by systemd;
-    others can't even try.
+def test_systemd_socket_is_usable_by_group_only(machine: Machine) -> None:
+    """Members of the group brokerd can connect, whether the broker or systemd binds the
+    socket. Other users can't.
     """
     machine.write("/tmp/key", "alice's key", owner="4711:4711")
     ping = ["brokerctl", "--address", UNIX, "--name", "alice", "--key-file", "/tmp/key", "ping"]
@@ -224,9 +226,9 @@ def test_the_group_may_use_the_socket_and_others_may_not(machine: Machine) -> No
         machine.run("systemctl", "stop", "brokerd.service")
 
 
-def test_a_reload_takes_over_and_disconnects_nobody(machine: Machine) -> None:
-    """`systemctl reload`: a client that was added can connect, and one that was
-    connected still is.
+def test_systemd_reload_adds_client_and_keeps_connections(machine: Machine) -> None:
+    """After `systemctl reload` an added client can connect, and connected clients still
+    are.
     """
     if machine.systemd_version >= 253:
         install(machine, "brokerd-notify-reload.conf")
@@ -249,9 +251,9 @@ def test_a_reload_takes_over_and_disconnects_nobody(machine: Machine) -> None:
     assert properties(machine)["NRestarts"] == "0"
 
 
-def test_a_reload_of_a_bad_file_fails_and_changes_nothing(machine: Machine) -> None:
-    """`systemctl reload` fails, the journal says where the mistake is, and the broker
-    serves on as before.
+def test_systemd_reload_of_invalid_file_fails_and_changes_nothing(machine: Machine) -> None:
+    """`systemctl reload` fails, the journal gives the place of the mistake, and the
+    broker goes on as before.
     """
     if machine.systemd_version >= 253:
         install(machine, "brokerd-notify-reload.conf")
@@ -300,9 +302,9 @@ print(json.dumps(dict(seen, seconds=time.monotonic() - began, longest=longest)),
 """
 
 
-def test_nobody_is_refused_while_it_restarts(machine: Machine) -> None:
+def test_systemd_restart_with_socket_unit_refuses_no_client(machine: Machine) -> None:
     """With brokerd.socket a client that connects all the time, by Unix socket and TCP,
-    is never refused: it waits.
+    waits and is never refused.
     """
     drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
     machine.run("systemctl", "start", "brokerd.socket", "brokerd.service")
@@ -325,8 +327,8 @@ def test_nobody_is_refused_while_it_restarts(machine: Machine) -> None:
     assert account["answered"] > 50
 
 
-def test_the_first_client_starts_it(machine: Machine) -> None:
-    """With brokerd.socket alone a connection starts the broker, which answers it; the
+def test_systemd_socket_unit_starts_broker_on_connection(machine: Machine) -> None:
+    """With brokerd.socket alone a connection starts the broker, which answers it. The
     socket outlives a stop.
     """
     machine.write(
@@ -346,10 +348,8 @@ def test_the_first_client_starts_it(machine: Machine) -> None:
     assert not machine.host_path(UNIX).exists()
 
 
-def test_a_socket_has_its_entry_by_name(machine: Machine) -> None:
-    """A socket bound where the configuration does not say is listened at by the entry
-    that has its name.
-    """
+def test_systemd_socket_is_matched_by_name(machine: Machine) -> None:
+    """An entry listens at the socket with its name, wherever that socket is bound."""
     machine.write(
         CONFIG,
         CONFIGURATION.replace(f"address: {UNIX}", f"name: brokerd, address: {UNIX}").replace(
@@ -365,8 +365,8 @@ def test_a_socket_has_its_entry_by_name(machine: Machine) -> None:
     brokerctl(machine, "ping", address="/run/elsewhere.sock")
 
 
-def test_a_socket_without_an_entry_is_an_error(machine: Machine) -> None:
-    """The broker does not start, says what to write, and is not tried again and again."""
+def test_systemd_socket_without_entry_prevents_start(machine: Machine) -> None:
+    """The broker does not start, says what to add, and is not restarted."""
     drop_in(machine, "brokerd.socket", "[Socket]\nListenStream=127.0.0.1:6001\n")
     machine.run("systemctl", "start", "brokerd.socket")
     machine.run("systemctl", "start", "brokerd.service", status=1)
@@ -375,8 +375,8 @@ def test_a_socket_without_an_entry_is_an_error(machine: Machine) -> None:
     assert (state["ExecMainStatus"], state["NRestarts"]) == ("78", "0")
 
 
-def test_a_frozen_loop_is_restarted_by_the_watchdog(machine: Machine) -> None:
-    """A broker that stands still is ended and started anew, and serves again."""
+def test_watchdog_restarts_frozen_broker(machine: Machine) -> None:
+    """A frozen broker is ended and started again, and then serves clients."""
     drop_in(machine, "brokerd.service", "[Service]\nWatchdogSec=1\n")
     machine.run("systemctl", "start", "brokerd")
     first = properties(machine)["MainPID"]
@@ -394,8 +394,8 @@ def test_a_frozen_loop_is_restarted_by_the_watchdog(machine: Machine) -> None:
     assert "Fatal Python error: Aborted" in text
 
 
-def test_a_stop_drains_and_ends_well(machine: Machine) -> None:
-    """`systemctl stop` lets what waits be read, ends with status 0, and leaves no
+def test_systemd_stop_drains(machine: Machine) -> None:
+    """`systemctl stop` delivers what is queued, ends with status 0, and leaves no
     socket file.
     """
     machine.run("systemctl", "start", "brokerd")
@@ -438,9 +438,9 @@ def upgrade(machine: Machine) -> str:
     return shown.partition("=")[2].strip()
 
 
-def test_a_live_upgrade_keeps_its_clients_and_stays_supervised(machine: Machine) -> None:
-    """The manager follows to the new process: fed by it, stopped with a drain, and
-    started anew when it dies.
+def test_systemd_upgrade_keeps_clients_and_supervision(machine: Machine) -> None:
+    """The new process feeds the watchdog, is stopped with a drain, and is restarted
+    when it is killed.
     """
     drop_in(machine, "brokerd.service", "[Service]\nWatchdogSec=5\n")
     machine.run("systemctl", "start", "brokerd")
@@ -469,9 +469,9 @@ def test_a_live_upgrade_keeps_its_clients_and_stays_supervised(machine: Machine)
     brokerctl(machine, "ping")
 
 
-def test_a_bad_configuration_is_not_tried_again_and_again(machine: Machine) -> None:
-    """It ends with status 78, stays ended, and the journal and the status say what is
-    wrong.
+def test_systemd_invalid_configuration_is_not_restarted(machine: Machine) -> None:
+    """The broker exits with status 78 and is not restarted; the journal gives the place
+    of the mistake.
     """
     machine.write(CONFIG, CONFIGURATION + "  bob: {key_fil: x}\n", owner="root:brokerd", mode=0o640)
     machine.run("systemctl", "start", "brokerd", status=1)
@@ -484,8 +484,8 @@ def test_a_bad_configuration_is_not_tried_again_and_again(machine: Machine) -> N
     assert f"{CONFIG}:7:" in messages(machine)
 
 
-def test_keys_that_only_root_can_read_come_as_credentials(machine: Machine) -> None:
-    """LoadCredential= hands a copy to the broker; the file itself is closed to it."""
+def test_systemd_credentials_pass_keys_of_root(machine: Machine) -> None:
+    """LoadCredential= gives the broker a copy of a file that it can't read itself."""
     for name in ("alice", "bob"):
         machine.write(f"/etc/brokerd/keys/{name}", f"{name}'s key", owner="root:root")
     machine.run("systemctl", "start", "brokerd", status=1)
@@ -497,9 +497,9 @@ def test_keys_that_only_root_can_read_come_as_credentials(machine: Machine) -> N
     brokerctl(machine, "ping")
 
 
-def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machine: Machine) -> None:
-    """systemd listens, and hands over certificate and private key, which belong to
-    root: a client speaks TLS.
+def test_systemd_socket_with_certificate_as_credential_serves_tls(machine: Machine) -> None:
+    """systemd listens, and passes the certificate and private key of root as
+    credentials: a client connects over TLS.
     """
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
@@ -519,8 +519,10 @@ def test_tls_at_a_socket_handed_over_with_the_certificate_as_a_credential(machin
     brokerctl(machine, "--ca", "/tmp/ca.pem", "ping", address=f"tls://{TCP}")
 
 
-def test_a_new_key_made_by_root_can_be_read(machine: Machine) -> None:
-    """`brokerd key --add` and `systemctl reload`, both by root: the client is there."""
+def test_systemd_key_added_by_root_is_readable(machine: Machine) -> None:
+    """After `brokerd key --add` and `systemctl reload`, both by root, the new client
+    can connect.
+    """
     machine.write(
         CONFIG, CONFIGURATION + 'include: ["clients.d/*.yaml"]\n', owner="root:brokerd", mode=0o640
     )
@@ -533,9 +535,9 @@ def test_a_new_key_made_by_root_can_be_read(machine: Machine) -> None:
     brokerctl(machine, "ping", name="carol")
 
 
-def test_without_a_network_it_serves_unix_sockets(machine: Machine) -> None:
-    """With the Unix-only drop-in it has no network of the machine's, and its Unix
-    socket works as ever.
+def test_systemd_unix_only_drop_in_serves_without_network(machine: Machine) -> None:
+    """With the Unix-only drop-in the broker has no access to the machine's network, and
+    its Unix socket works as before.
     """
     install(machine, "brokerd-unix-only.conf")
     machine.write(
@@ -550,9 +552,9 @@ def test_without_a_network_it_serves_unix_sockets(machine: Machine) -> None:
     assert own != pid1
 
 
-def test_users_are_told_apart_with_the_drop_in(machine: Machine) -> None:
-    """peer_uid of another user than root is warned of in the sandbox, and works with
-    the drop-in that opens it.
+def test_systemd_peer_uid_drop_in_identifies_users(machine: Machine) -> None:
+    """In the sandbox, a peer_uid of a user other than root gives a warning. With the
+    drop-in, such a user can connect.
     """
     text = CONFIGURATION + "  team: {peer_uid: [4711]}\n"
     machine.write(CONFIG, text, owner="root:brokerd", mode=0o640)
@@ -579,9 +581,9 @@ def test_users_are_told_apart_with_the_drop_in(machine: Machine) -> None:
     assert machine.run(*as_team).strip() == "team"
 
 
-def test_another_process_may_become_the_main_one(machine: Machine) -> None:
-    """MAINPID from the main process is believed, and the manager hears the other one
-    from then on.
+def test_systemd_accepts_main_pid_of_other_process(machine: Machine) -> None:
+    """The manager accepts MAINPID from the main process, and then reads the
+    notifications of the new one.
     """
     machine.write(
         "/usr/local/lib/heir.py",
@@ -613,9 +615,9 @@ def test_another_process_may_become_the_main_one(machine: Machine) -> None:
     assert (state["ActiveState"], state["NRestarts"]) == ("active", "0")
 
 
-def test_the_journal_has_priorities_and_fields(machine: Machine) -> None:
-    """A warning is one for the journal too (PRIORITY 4), and our own fields can be
-    searched for.
+def test_systemd_journal_has_priorities_and_fields(machine: Machine) -> None:
+    """A warning has PRIORITY 4 in the journal, and the log's own fields can be searched
+    for.
     """
     machine.run("systemctl", "start", "brokerd")
     machine.write("/tmp/wrong", "not the key")
@@ -636,8 +638,8 @@ def test_the_journal_has_priorities_and_fields(machine: Machine) -> None:
     assert started["PRIORITY"] == "6"
 
 
-def test_the_page_is_right() -> None:
-    """Every command of docs/operations.md, "systemd", works, in its order, on a machine
+def test_operations_page_systemd_commands_work_in_order() -> None:
+    """Every command of docs/operations.md, "systemd", works, in order, on a machine
     that has only the program.
     """
     page = (machines.ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -657,8 +659,8 @@ def test_the_page_is_right() -> None:
         assert properties(machine)["ActiveState"] == "active"
 
 
-def test_nothing_of_the_machine_is_left_behind() -> None:
-    """A container that was stopped leaves no process, no cgroup and no mount."""
+def test_machine_stopped_leaves_nothing_behind() -> None:
+    """A stopped container leaves no process, no cgroup and no mount."""
     with boot("bookworm") as machine:
         name, pid = machine.name, machine.pid
         machine.run("systemctl", "start", "brokerd.socket")

@@ -31,7 +31,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Windows]:
         yield made
 
 
-def test_the_daemon_serves_pipes_and_sockets(system: Windows, tmp_path: Path) -> None:
+def test_windows_daemon_serves_pipes_and_sockets(system: Windows, tmp_path: Path) -> None:
     """Every case of windows_daemon.py passes in a Windows Python."""
     names = re.findall(r"^@case\ndef (\w+)", (HERE / "windows_daemon.py").read_text(), re.MULTILINE)
     output = system.run(HERE / "windows_daemon.py", tmp_path, timeout_s=RUN_TIMEOUT_S)
@@ -40,7 +40,7 @@ def test_the_daemon_serves_pipes_and_sockets(system: Windows, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_stops_the_daemon(system: Windows, tmp_path: Path, presses: int) -> None:
+def test_windows_daemon_is_stopped_by_ctrl_c(system: Windows, tmp_path: Path, presses: int) -> None:
     """Ctrl-C in its console drains an idle daemon, which waits for sockets only; its
     exit status is 0.
 

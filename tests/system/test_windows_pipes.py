@@ -14,7 +14,7 @@ RUN_TIMEOUT_S = 200
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-def test_pipes_and_sockets_work_on_windows(tmp_path: Path) -> None:
+def test_windows_pipes_and_sockets_work(tmp_path: Path) -> None:
     """Every case of windows_pipes.py passes in a Windows Python."""
     with windows(tmp_path / "prefix") as system:
         output = system.run(HERE / "windows_pipes.py", ROOT / "client", timeout_s=RUN_TIMEOUT_S)
