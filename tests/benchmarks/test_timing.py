@@ -1,4 +1,4 @@
-"""The comparison of two samples of times: checked by samples whose answer is known."""
+"""The comparison of two samples of times: checked with samples whose result is known."""
 
 from __future__ import annotations
 

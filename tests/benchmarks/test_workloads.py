@@ -1,5 +1,5 @@
 """Every workload of the benchmarks runs, in short, on the broker and on the raw relay;
-a bad measurement is none.
+a bad measurement gives no figure.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def programs() -> Iterator[Path]:
 
 @pytest.fixture
 def stage_dir(programs: Path) -> Path:
-    """Where a stage may be, beside those programs; it does not exist yet."""
+    """The path for a stage, beside those programs; it does not exist yet."""
     return programs / os.urandom(4).hex()
 
 
 def entrants(*systems: str) -> list[object]:
-    """Return a parameter for every workload that one of these systems takes part in."""
+    """Return a parameter for every workload in which one of these systems takes part."""
     return [
         pytest.param(key, entrant, id=f"{key}-{entrant.name}".replace(" ", "_"))
         for key, workload in WORKLOADS.items()

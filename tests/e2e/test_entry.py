@@ -1,5 +1,5 @@
-"""The first moments of the commands: signals that come before their handlers, standard
-descriptors that are closed.
+"""The start of the commands: signals that arrive before their handlers, and closed
+standard descriptors.
 """
 
 from __future__ import annotations

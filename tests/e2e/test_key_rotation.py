@@ -1,4 +1,4 @@
-"""Every key is changed while clients connect all the time, and nobody is refused once."""
+"""Every key is changed while clients connect all the time, and no client is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from support.broker_process import BrokerProcess
-from support.load.crowd import TIMEOUT_S, Crowd, write_whole
+from support.load.client_load import TIMEOUT_S, ClientLoad, write_atomically
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -34,14 +34,14 @@ def clients(*generations: int) -> dict[str, Any]:
     }
 
 
-async def rotate(broker: BrokerProcess, crowd: Crowd, directory: Path, generation: int) -> None:
+async def rotate(broker: BrokerProcess, load: ClientLoad, directory: Path, generation: int) -> None:
     """Change every key to the next one: both are accepted, the clients change, the old
-    one goes.
+    key is removed.
     """
 
     async def reload(entries: dict[str, Any], count: int) -> None:
         whole = {**yaml.safe_load(broker.config.read_text()), "clients": entries}
-        write_whole(broker.config, yaml.safe_dump(whole))
+        write_atomically(broker.config, yaml.safe_dump(whole))
         broker.signal(signal.SIGHUP)
         event = (await asyncio.to_thread(broker.wait, "daemon.reloaded", count))[-1]
         assert event["disconnected"] == []
@@ -49,9 +49,9 @@ async def rotate(broker: BrokerProcess, crowd: Crowd, directory: Path, generatio
     write_keys(directory, generation)
     await reload(clients(generation - 1, generation), 2 * generation - 1)
     for name in NAMES:
-        crowd.keys[name] = key(name, generation)
-    # Those that are connecting at this moment may still do so with the old key.
-    await crowd.everybody_has_come_again()
+        load.keys[name] = key(name, generation)
+    # Clients that are connecting now may still use the old key.
+    await load.until_all_reconnected()
     await reload(clients(generation), 2 * generation)
 
 
@@ -59,20 +59,20 @@ async def rotate_under_load(directory: Path, times: int) -> dict[str, int]:
     write_keys(directory, 0)
     with BrokerProcess(directory, clients(0)) as broker:
         broker.wait("daemon.started")
-        crowd = Crowd(str(broker.socket), {name: key(name, 0) for name in NAMES}, 0)
+        load = ClientLoad(str(broker.socket), {name: key(name, 0) for name in NAMES}, 0)
         for name in NAMES:
-            crowd.knock(name)
+            load.connect_repeatedly(name)
         for generation in range(1, times + 1):
             async with asyncio.timeout(TIMEOUT_S):
-                await rotate(broker, crowd, directory, generation)
-        await crowd.finish()
-        assert crowd.refused == []
+                await rotate(broker, load, directory, generation)
+        await load.finish()
+        assert load.refused == []
         refusals = broker.events("client.refused") + broker.events("client.refused_more")
-    used = len(crowd.keys_used)
+    used = len(load.keys_used)
     return {
         "rotations": times,
         "keys used": used,
-        "connections": crowd.knocks,
+        "connections": load.reconnections,
         "refused": len(refusals),
     }
 

@@ -1,5 +1,5 @@
-"""The log of a whole daemon: nobody reads it, it is moved away, its levels change, and
-hostile bytes reach it.
+"""The log of a whole daemon: it is not read, is moved away, changes its levels, and
+gets hostile bytes.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def test_log_is_written_completely_before_exit(socket_dir: Path) -> None:
             broker.login("alice").close()
         broker.signal()
         assert broker.exit_status() == 0
-    names = [json.loads(line)["event"] for line in broker.lines]
-    assert names[0] == "daemon.started"
-    assert names[-1] == "daemon.stopped"
-    assert names.count("client.connected") == names.count("client.disconnected") == 20
-    stamps = [json.loads(line)["timestamp"] for line in broker.lines]
-    assert stamps == sorted(stamps)
+    events = [json.loads(line)["event"] for line in broker.lines]
+    assert events[0] == "daemon.started"
+    assert events[-1] == "daemon.stopped"
+    assert events.count("client.connected") == events.count("client.disconnected") == 20
+    timestamps = [json.loads(line)["timestamp"] for line in broker.lines]
+    assert timestamps == sorted(timestamps)
 
 
 def test_log_level_changed_at_runtime_applies_until_reload(socket_dir: Path) -> None:
@@ -165,8 +165,8 @@ def test_audit_file_moved_away_is_reopened_at_reload(socket_dir: Path) -> None:
         broker.signal(signal.SIGHUP)
         broker.wait("daemon.reload_refused")
         assert brokerctl(broker, "root", "disconnect", "alice").returncode == 1
-        names = [line["event"] for line in lines_of(socket_dir / "audit.1")]
-        assert names == ["daemon.started", "client.connected", "client.disconnected"]
+        events = [line["event"] for line in lines_of(socket_dir / "audit.1")]
+        assert events == ["daemon.started", "client.connected", "client.disconnected"]
         first, connected, outgoing_requests = lines_of(audit)[:3]
         assert first["event"] == "daemon.reload_refused"
         assert (connected["name"], len(connected["key"])) == ("root", 8)
@@ -209,7 +209,7 @@ def test_audit_on_full_disk_stops_no_client(socket_dir: Path) -> None:
 
 
 def attack(broker: BrokerProcess) -> None:
-    """Put hostile bytes wherever a client's bytes can reach the log."""
+    """Send hostile bytes in every place from which a client's bytes can reach the log."""
     hostile = HOSTILE.encode()
     for name in (hostile[:60], b"\xff\xfe\n\x1b[31m", b"alice\n"):
         with contextlib.suppress(Rejected, ConnectionError, EOFError):
@@ -294,7 +294,7 @@ def test_log_hostile_bytes_of_client_forge_no_line(socket_dir: Path, log_format:
 
 
 def attack_when_started(broker: BrokerProcess) -> None:
-    """Attack; the log need not be JSON to know that it listens."""
+    """Attack without waiting for events, because the log need not be JSON."""
     wait, broker.wait = broker.wait, lambda *_: []  # type: ignore[method-assign]
     try:
         attack(broker)

@@ -1,5 +1,5 @@
 """docs/operations.md: the commands of "Reload", "Keys and rotation" and "Upgrade",
-typed in order, do what it says.
+typed in order, do what the page says.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ COMMANDS = {"brokerd": "brokerd.cli.main", "brokerctl": "brokerd.ctl"}
 
 
 def blocks(section: str) -> list[str]:
-    """Return the commands of a section of the page."""
+    """Return the commands of one section of the page."""
     text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"(?s)```sh\n(.*?)```", text)
 
 
 class Shell:
-    """Where an administrator types."""
+    """The shell of an administrator."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -69,8 +69,8 @@ def test_operations_page_commands_work_in_order(socket_dir: Path) -> None:
     with BrokerProcess(socket_dir, clients, include=["clients.d/*.yaml"]) as broker:
         broker.wait("daemon.started")
         shell = Shell(socket_dir)
-        look, reload = blocks("Reload")
-        assert shell.type(look) == "nothing changes\nnothing changes\n"
+        dry_run, reload = blocks("Reload")
+        assert shell.type(dry_run) == "nothing changes\nnothing changes\n"
         assert shell.type(reload) == "reloaded\n"
 
         add, begin, watch, end = blocks("Keys and rotation")
@@ -96,9 +96,9 @@ def test_operations_page_commands_work_in_order(socket_dir: Path) -> None:
             assert bob.ping() > 0
         (upgrade,) = blocks("Upgrade")
         with connect(str(broker.socket), "bob", second, reconnect=False) as bob:
-            said = shell.type(upgrade)
+            output = shell.type(upgrade)
             assert re.match(
-                r"upgraded to [\w.]+, process \d+: 2 connections went on after [\d.]+ ms\n", said
+                r"upgraded to [\w.]+, process \d+: 2 connections went on after [\d.]+ ms\n", output
             )
             assert bob.ping() > 0
         assert not broker.events("client.refused")

@@ -1,4 +1,4 @@
-"""The process from outside: what it logs, how it ends, and what it survives."""
+"""The process from outside: its log, its exit status, and the faults that it survives."""
 
 from __future__ import annotations
 
@@ -303,8 +303,8 @@ def test_daemon_soft_limit_of_open_files_is_raised(socket_dir: Path) -> None:
     """
     names = [f"c{number}" for number in range(100)]
     with BrokerProcess(socket_dir, names, preexec=lambda: soft_limit_of_files(64)) as broker:
-        with contextlib.ExitStack() as crowd:
-            for member in [crowd.enter_context(broker.login(name)) for name in names]:
+        with contextlib.ExitStack() as stack:
+            for member in [stack.enter_context(broker.login(name)) for name in names]:
                 member.ping()
         assert not broker.events("listener.paused")
 

@@ -1,5 +1,5 @@
-"""SIGHUP from outside: what the log says, and that no reload keeps the process from
-ending.
+"""SIGHUP from outside: what is logged, and that no reload delays the end of the
+process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from time import monotonic
 import pytest
 import yaml
 from support.broker_process import TIMEOUT_S, BrokerProcess
-from support.load.crowd import write_whole
+from support.load.client_load import write_atomically
 from support.raw_client import Raw
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc says what is open")
@@ -24,13 +24,13 @@ def test_reload_invalid_file_is_logged_and_keeps_clients(socket_dir: Path) -> No
     """The log names each mistake, and connected clients stay."""
     with BrokerProcess(socket_dir) as broker, broker.login("alice") as alice:
         text = broker.config.read_text()
-        write_whole(broker.config, text + "nonsense: 1\n")
+        write_atomically(broker.config, text + "nonsense: 1\n")
         broker.signal(signal.SIGHUP)
         (event,) = broker.wait("daemon.reload_refused")
         assert (event["reason"], event["cause"], event["level"]) == ("SIGHUP", "config", "warning")
         assert "unknown key 'nonsense'" in event["problems"][0]
         alice.ping()
-        write_whole(broker.config, text)
+        write_atomically(broker.config, text)
         broker.signal(signal.SIGHUP)
         (event,) = broker.wait("daemon.reloaded")
         assert (event["added"], event["changed"], event["disconnected"]) == ([], {}, [])
@@ -38,7 +38,7 @@ def test_reload_invalid_file_is_logged_and_keeps_clients(socket_dir: Path) -> No
 
 
 def wait_until_it_reads(broker: BrokerProcess, file: Path, alice: Raw) -> None:
-    """Return when the broker has the file open; it serves all the time."""
+    """Wait until the broker has the file open; it serves clients all the time."""
     deadline = monotonic() + TIMEOUT_S
     while str(file) not in descriptors(broker.popen.pid):
         assert monotonic() < deadline
@@ -46,7 +46,7 @@ def wait_until_it_reads(broker: BrokerProcess, file: Path, alice: Raw) -> None:
 
 
 def descriptors(pid: int) -> set[str]:
-    """Return what a process has open."""
+    """Return the paths of the process's open files."""
     found = set()
     for each in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -65,7 +65,7 @@ def test_reload_hanging_blocks_neither_messages_nor_stop(socket_dir: Path) -> No
         os.mkfifo(fifo)
         writer = os.open(fifo, os.O_RDWR)
         whole = yaml.safe_load(broker.config.read_text())
-        write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+        write_atomically(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
         broker.signal(signal.SIGHUP)
         wait_until_it_reads(broker, fifo, alice)
         for _ in range(5):
@@ -90,10 +90,10 @@ def test_reload_signals_during_reload_cause_one_more(socket_dir: Path) -> None:
         os.mkfifo(fifo)
         writer = os.open(fifo, os.O_RDWR)
         whole = yaml.safe_load(broker.config.read_text())
-        write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+        write_atomically(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
         broker.signal(signal.SIGHUP)
         wait_until_it_reads(broker, fifo, alice)
-        write_whole(broker.config, yaml.safe_dump(whole))
+        write_atomically(broker.config, yaml.safe_dump(whole))
         for _ in range(5):
             broker.signal(signal.SIGHUP)
             alice.ping()

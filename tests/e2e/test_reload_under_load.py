@@ -1,5 +1,5 @@
-"""Reloads while clients send at full speed: every message is accounted for, and nobody
-who stays notices.
+"""Reloads while clients send at full speed: every message is accounted for, and clients
+that stay notice nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import yaml
 from support.broker_process import BrokerProcess
 from support.keys import key_of
-from support.load.crowd import TIMEOUT_S, Crowd, write_whole
+from support.load.client_load import TIMEOUT_S, ClientLoad, write_atomically
 
 from brokerd_client.errors import Disconnected
 
@@ -27,47 +27,45 @@ def entry(name: str, **more: Any) -> dict[str, Any]:
     return {"key": key_of(name).decode(), **more}
 
 
-def variant(directory: Path, number: int, chance: random.Random) -> dict[str, Any]:
-    """Return one of many configurations: those who stay are the same in all, everything
-    else changes.
+def variant(directory: Path, number: int, rng: random.Random) -> dict[str, Any]:
+    """Return one of many configurations: the staying clients are the same in all,
+    everything else changes.
     """
-    clients: dict[str, Any] = {name: entry(name) for name in (*STAY, "knocker")}
+    clients: dict[str, Any] = {name: entry(name) for name in (*STAY, "reconnecting")}
     clients["ops"] = entry("ops", admin=True)
     clients["changing"] = entry(
-        "changing", queue=chance.choice(["1MiB", "2MiB"]), publish=[f"t{number}.*"]
+        "changing", queue=rng.choice(["1MiB", "2MiB"]), publish=[f"t{number}.*"]
     )
     if number % 2:
         clients["guest"] = entry("guest")
-    for extra in range(chance.randrange(5)):
-        clients[f"extra{extra}"] = entry(f"extra{extra}", connections=chance.randrange(1, 4))
+    for extra in range(rng.randrange(5)):
+        clients[f"extra{extra}"] = entry(f"extra{extra}", connections=rng.randrange(1, 4))
     listen: list[Any] = [str(directory / "brokerd.sock")]
-    listen.append(
-        {"address": str(directory / "second.sock"), "mode": chance.choice(["0600", "0660"])}
-    )
-    if chance.random() < 0.5:
+    listen.append({"address": str(directory / "second.sock"), "mode": rng.choice(["0600", "0660"])})
+    if rng.random() < 0.5:
         listen.append(str(directory / "third.sock"))
-    if chance.random() < 0.5:
+    if rng.random() < 0.5:
         listen.append("127.0.0.1:0")
     return {
         "listen": listen,
         "clients": clients,
         "limits": {
-            "wait_timeout": chance.choice(["30s", "31s"]),
-            "connections": chance.choice([1000, 2000]),
+            "wait_timeout": rng.choice(["30s", "31s"]),
+            "connections": rng.choice([1000, 2000]),
         },
     }
 
 
 async def reload_often(
-    broker: BrokerProcess, crowd: Crowd, directory: Path, times: int, chance: random.Random
+    broker: BrokerProcess, load: ClientLoad, directory: Path, times: int, rng: random.Random
 ) -> int:
-    """Rewrite the file and reload, by signal and by the operation in turn; return who
-    was disconnected in all.
+    """Rewrite the file and reload, by signal and by the operation in turn; return how
+    many connections ended.
     """
     disconnected = 0
-    ops = await crowd.enter("ops", sends=False)
+    ops = await load.connect("ops", sends=False)
     for number in range(1, times + 1):
-        write_whole(broker.config, yaml.safe_dump(variant(directory, number, chance)))
+        write_atomically(broker.config, yaml.safe_dump(variant(directory, number, rng)))
         if number % 3:
             broker.signal(signal.SIGHUP)
             event = (await asyncio.to_thread(broker.wait, "daemon.reloaded", number))[-1]
@@ -79,7 +77,7 @@ async def reload_often(
         disconnected += len(event["disconnected"])
         assert {each["address"] for each in event["disconnected"]} <= {"guest"}
         if number % 2:
-            guest = await crowd.enter("guest", sends=False)
+            guest = await load.connect("guest", sends=False)
         else:
             await disconnected_by_the_broker(guest)
         check_modes(broker.config)
@@ -100,29 +98,29 @@ def check_modes(file: Path) -> None:
 
 
 async def load_and_reload(directory: Path, times: int, seed: int) -> dict[str, int]:
-    chance = random.Random(seed)
-    first = variant(directory, 0, chance)
+    rng = random.Random(seed)
+    first = variant(directory, 0, rng)
     listen, clients = first["listen"][1:], first["clients"]
     with BrokerProcess(directory, clients, listen=listen, limits=first["limits"]) as broker:
         broker.wait("daemon.started")
-        names = (*STAY, "guest", "knocker", "ops")
-        crowd = Crowd(str(broker.socket), {name: key_of(name) for name in names}, seed)
-        crowd.others = ["guest"]
-        clients_there = [await crowd.enter(name) for name in STAY]
-        crowd.knock("knocker")
-        disconnected = await reload_often(broker, crowd, directory, times, chance)
-        assert all(client.connected for client in clients_there)
-        staying = {each["name"] for each in broker.events("client.disconnected")} & set(STAY)
-        await crowd.finish()
-        account = crowd.account()
-        assert crowd.refused == []
+        names = (*STAY, "guest", "reconnecting", "ops")
+        load = ClientLoad(str(broker.socket), {name: key_of(name) for name in names}, seed)
+        load.others = ["guest"]
+        staying_clients = [await load.connect(name) for name in STAY]
+        load.connect_repeatedly("reconnecting")
+        disconnected = await reload_often(broker, load, directory, times, rng)
+        assert all(client.connected for client in staying_clients)
+        interrupted = {each["name"] for each in broker.events("client.disconnected")} & set(STAY)
+        await load.finish()
+        account = load.account()
+        assert load.refused == []
         account |= {
             "reloads": times,
             "disconnected": disconnected,
-            "new connections": crowd.knocks,
+            "new connections": load.reconnections,
             "refused": 0,
         }
-        account["stayers who lost a connection"] = len(staying)
+        account["stayers who lost a connection"] = len(interrupted)
         broker.signal()
         assert broker.exit_status() == 0
         assert not broker.events("daemon.bug")

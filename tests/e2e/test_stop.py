@@ -1,5 +1,5 @@
-"""A stop in every state: what hangs, a file, a name service or a new process, never
-holds up the end.
+"""A stop in every state: a file, a name service or a new process that hangs never
+delays the end.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SOON_S = 8.0
 
 @contextmanager
 def held_fifo(path: Path) -> Iterator[None]:
-    """Make a FIFO with a writer that never writes: a read from it hangs, as one of a
-    dead NFS.
+    """Make a FIFO with a writer that never writes: a read from it hangs, like a read
+    from a dead NFS.
     """
     os.mkfifo(path, 0o600)
     writer = os.open(path, os.O_RDWR)
@@ -44,7 +44,7 @@ def include(broker: BrokerProcess, name: str) -> None:
     broker.config.write_text(f"{text}include: [{name}]\n")
 
 
-def hang_a_reload(broker: BrokerProcess) -> None:
+def start_hanging_reload(broker: BrokerProcess) -> None:
     broker.wait("daemon.started")
     include(broker, "fifo")
     broker.signal(signal.SIGHUP)
@@ -63,7 +63,7 @@ def descriptors_of(pid: int) -> list[str]:
     return found
 
 
-def ends_soon(broker: BrokerProcess, began: float) -> int:
+def exit_status_soon(broker: BrokerProcess, began: float) -> int:
     status = broker.exit_status()
     assert time.monotonic() - began < SOON_S
     return status
@@ -75,13 +75,13 @@ def test_stop_during_hanging_reload_drains(socket_dir: Path, upgrade: bool) -> N
     reload.
     """
     with held_fifo(socket_dir / "fifo"), BrokerProcess(socket_dir) as broker:
-        hang_a_reload(broker)
+        start_hanging_reload(broker)
         if upgrade:
             broker.signal(signal.SIGUSR2)
             time.sleep(0.2)
         began = time.monotonic()
         broker.signal()
-        assert ends_soon(broker, began) == 0
+        assert exit_status_soon(broker, began) == 0
         assert not broker.socket.exists()
         assert not broker.events("daemon.upgrading")
 
@@ -102,20 +102,20 @@ def test_stop_second_signal_during_hanging_reload_ends_at_once(
         for number in range(50):
             alice.send(MESSAGE, "bob", bytes(100_000), message_id=number, flags=WANT_RECEIPT)
             assert alice.recv().kind == RECEIPT
-        hang_a_reload(broker)
+        start_hanging_reload(broker)
         if upgrade:
             broker.signal(signal.SIGUSR2)
         broker.signal()
         broker.wait("daemon.stopping")
         began = time.monotonic()
         broker.signal()
-        assert ends_soon(broker, began) == 1
+        assert exit_status_soon(broker, began) == 1
         assert broker.events("daemon.killed")
 
 
 #: What hangs at a reload and is none of the broker's own files: how it is called, and a
 #: change that asks for it.
-SLOW = {
+HANGING = {
     "a key file": ("from brokerd.config import key_files as keys", "keys.read_private", ""),
     "a certificate": ("from brokerd.config import certificates", "certificates.read_file", ""),
     "a name service": ("import socket", "socket.getaddrinfo", ", 'broker.example:6000'"),
@@ -127,14 +127,14 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("what", SLOW)
+@pytest.mark.parametrize("resource", HANGING)
 def test_stop_during_reload_waiting_for_any_resource_ends_broker(
-    socket_dir: Path, what: str
+    socket_dir: Path, resource: str
 ) -> None:
     """Clients are served while the resource does not answer, and SIGTERM does not wait
     for it.
     """
-    module, function, listen = SLOW[what]
+    module, function, listen = HANGING[resource]
     program = (
         f"{module}\nimport os, sys, time\nreal = {function}\n"
         "def hangs(*given, **more):\n"
@@ -163,7 +163,7 @@ def test_stop_during_reload_waiting_for_any_resource_ends_broker(
         alice.ping()
         began = time.monotonic()
         broker.signal()
-        assert ends_soon(broker, began) == 0
+        assert exit_status_soon(broker, began) == 0
         assert not broker.socket.exists()
 
 
@@ -183,7 +183,7 @@ def test_stop_during_upgrade_with_hanging_process_ends_both(socket_dir: Path, si
         began = time.monotonic()
         for _ in range(signals):
             broker.signal()
-        assert ends_soon(broker, began) in (0, signals - 1)
+        assert exit_status_soon(broker, began) in (0, signals - 1)
         assert not broker.socket.exists()
         while is_running(pid):
             assert time.monotonic() - began < SOON_S
@@ -208,7 +208,7 @@ def test_stop_during_handover_ends_upgrade_at_once(socket_dir: Path) -> None:
         time.sleep(0.2)
         began = time.monotonic()
         broker.signal()
-        assert ends_soon(broker, began) == 0
+        assert exit_status_soon(broker, began) == 0
         assert broker.events("daemon.stopped")
         assert not is_running(pid)
 
@@ -235,7 +235,7 @@ def test_stop_second_signal_ends_broker_with_blocked_event_loop(
         time.sleep(0.3)
         began = time.monotonic()
         broker.signal(signal.SIGINT)
-        assert ends_soon(broker, began) == 1
+        assert exit_status_soon(broker, began) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -249,7 +249,7 @@ def test_stop_during_hanging_start_ends_broker(socket_dir: Path, number: int) ->
         broker.wait("asked")
         began = time.monotonic()
         broker.signal(number)
-        assert ends_soon(broker, began) == 0
+        assert exit_status_soon(broker, began) == 0
         assert not broker.events("daemon.started")
 
 
@@ -278,4 +278,4 @@ def test_audit_file_hanging_at_reload_blocks_no_client_or_stop(
         alice.ping()
         began = time.monotonic()
         broker.signal()
-        assert ends_soon(broker, began) == 0
+        assert exit_status_soon(broker, began) == 0

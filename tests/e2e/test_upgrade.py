@@ -1,4 +1,4 @@
-"""The daemon replaces itself, and its clients notice nothing."""
+"""The daemon is upgraded under load, and its clients notice nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ UPGRADES = 5
 
 
 def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[str]:
-    """Upgrade that often in a row under full load; return the account of every message."""
+    """Upgrade ``upgrades`` times in a row under full load; return the account of every
+    message.
+    """
     clients = {**CLIENTS, "idle": {"connections": max(idle, 1)}}
     with BrokerProcess(directory, clients, listen=["127.0.0.1:0"], log={"level": "info"}) as broker:
         ops = broker.login("ops")
-        crowd = [broker.login("idle") for _ in range(idle)]
+        idle_clients = [broker.login("idle") for _ in range(idle)]
         pauses = []
         with ops, Load(broker) as load:
             for _ in range(upgrades):
@@ -33,19 +35,19 @@ def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[s
                 load.check()
             load.finish()
             stats = ops.ask("stats").json
-        for raw in crowd:
+        for raw in idle_clients:
             raw.ping()
             raw.close()
         assert stats["upgrades"] == upgrades
         assert not broker.events("daemon.bug")
         assert not broker.events("client.refused")
         last = broker.events("daemon.upgraded")[-1]["timestamp"]
-        gone = [
+        disconnected = [
             each["name"]
             for each in broker.events("client.disconnected")
             if each["timestamp"] <= last
         ]
-        assert set(gone) <= {"newcomer"}
+        assert set(disconnected) <= {"newcomer"}
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
     ms = ", ".join(f"{pause:g}" for pause in pauses)
@@ -87,9 +89,9 @@ def test_upgrade_pause_without_load_is_short(
         BrokerProcess(socket_dir, clients, limits={"connections": connections + 10}) as broker,
         broker.login("ops") as ops,
     ):
-        crowd = [broker.login("idle") for _ in range(connections)]
+        idle_clients = [broker.login("idle") for _ in range(connections)]
         pauses = [ops.ask("upgrade").json["pause_ms"] for _ in range(3)]
-        for raw in crowd:
+        for raw in idle_clients:
             raw.ping()
             raw.close()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,6 +1,4 @@
-"""What a new process finds different, and what it takes over as it was: handshakes,
-listeners, keys, code.
-"""
+"""What an upgrade changes, and what it takes over: handshakes, listeners, keys, code."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> 
     """
     key = key_of("crowd")
     with Upgradable(socket_dir, CLIENTS) as broker, broker.login("ops") as ops:
-        silent, halved, welcomed, challenged, answered = knocks = [
+        silent, halved, welcomed, challenged, answered = pending = [
             Raw(broker.address) for _ in range(5)
         ]
         whole = prefixed(halved.answer(key, b"crowd"))
@@ -56,7 +54,7 @@ def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> 
         answered.challenge(key)
 
         answer = broker.upgrade(ops)
-        assert answer["handshakes"] == len(knocks)
+        assert answer["handshakes"] == len(pending)
 
         silent.log_in(key, b"crowd")
         halved.write(whole[20:])
@@ -71,7 +69,7 @@ def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> 
         # The last word of the handshake and a first frame in one.
         answered.write(prefixed(WELCOME) + packed(MESSAGE, "alice", b"", message_id=3))
         assert answered.recv().code == "offline"
-        for raw in knocks:
+        for raw in pending:
             raw.ping()
             raw.close()
 
@@ -95,7 +93,7 @@ def test_upgrade_during_handshake_with_removed_key_ends_it(socket_dir: Path) -> 
 
 
 def counters(page: str) -> dict[str, float]:
-    """Return the samples on the monitor's page that an upgrade is to carry over."""
+    """Return the samples of the monitor's page that an upgrade carries over."""
     kinds = (
         "handshakes_total",
         "accept_pauses_total",

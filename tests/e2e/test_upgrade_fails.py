@@ -1,4 +1,4 @@
-"""The new process does not take over: the old one goes on as if nothing had been asked."""
+"""The new process does not take over: the old one goes on as before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ CLIENTS = {
 
 
 class Scene:
-    """Somebody held, somebody who does not read, half a frame, and an administrator."""
+    """A held sender, a recipient that does not read, half a frame, and an
+    administrator.
+    """
 
     def __init__(self, broker: Upgradable) -> None:
         self.broker = broker
@@ -51,7 +53,7 @@ class Scene:
         self.alice.write(packed(MESSAGE, "bob", b"the end")[:10])
 
     def all_goes_on(self) -> None:
-        """Read what waited: each message once, in order; and somebody new is let in."""
+        """Read the queue, each message once and in order, and connect a new client."""
         with self.broker.login("late") as late:
             late.ping()
         for number in range(1500):
@@ -71,7 +73,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Upgradable]:
-    """One broker for all: each failure leaves it as it was."""
+    """One broker for all tests: each failure leaves it as it was."""
     directory = Path(tempfile.mkdtemp(prefix="bd-"))
     with Upgradable(directory, CLIENTS, first=IMPATIENT) as broker:
         yield broker
@@ -171,8 +173,8 @@ FAILURES = {
 }
 
 
-#: Told apart from the others by little; they take a second each.
-SELDOM = {
+#: Hardly different from the other cases, and a second each.
+SLOW = {
     "an end without a word",
     "an offer it would read and a state it would not",
     "hanging while it receives the state",
@@ -182,20 +184,20 @@ SELDOM = {
 
 
 @pytest.mark.parametrize(
-    "which",
+    "failure",
     [
-        pytest.param(which, marks=[pytest.mark.slow] if which in SELDOM else [])
-        for which in FAILURES
+        pytest.param(failure, marks=[pytest.mark.slow] if failure in SLOW else [])
+        for failure in FAILURES
     ],
 )
-def test_upgrade_new_process_fails_old_process_goes_on(scene: Scene, which: str) -> None:
+def test_upgrade_new_process_fails_old_process_goes_on(scene: Scene, failure: str) -> None:
     """The answer and the log give the reason. Clients, queues and open descriptors are
     as before.
     """
     broker = scene.broker
-    code, problem = FAILURES[which]
+    code, problem = FAILURES[failure]
     broker.before_new_process(code)
-    before = descriptors(broker.popen.pid)
+    descriptors_before = descriptors(broker.popen.pid)
     failed = len(broker.events("daemon.upgrade_failed"))
 
     answer = broker.upgrade(scene.ops)
@@ -204,7 +206,7 @@ def test_upgrade_new_process_fails_old_process_goes_on(scene: Scene, which: str)
     assert problem in "\n".join(answer["problems"])
     assert problem in broker.wait("daemon.upgrade_failed", failed + 1)[-1]["problem"]
     assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
-    assert descriptors(broker.popen.pid) == before
+    assert descriptors(broker.popen.pid) == descriptors_before
     scene.all_goes_on()
 
 
@@ -362,7 +364,7 @@ def test_upgrade_during_drain_is_refused(socket_dir: Path) -> None:
     ):
         alice.sock.settimeout(0.2)
         with contextlib.suppress(TimeoutError):
-            # Until nothing more is taken.
+            # Until the broker reads no more.
             alice.write(packed(MESSAGE, "bob", bytes(1000)) * 2000)
         broker.signal(signal.SIGTERM)
         broker.wait("daemon.stopping")

@@ -1,9 +1,9 @@
-"""Runs the targets under atheris, guided by coverage: ``make fuzz``, or in ``tests``:
+"""Run the targets under atheris, guided by coverage: ``make fuzz``, or in ``tests``:
 ``python -m fuzz --help``.
 
-What is found on the way, and what makes a target fail, lies in ``.fuzz`` beside this
-checkout's files: the first is where the next run begins, the second is what to give to
-``--replay``.
+New inputs, and inputs that make a target fail, are written to ``.fuzz`` beside this
+checkout's files. The next run begins with the new ones; ``--replay`` takes a failing
+one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST = 4096
 
 
 def main() -> int:
-    """Return 0, or 1 where a target failed."""
+    """Return 0, or 1 if a target failed."""
     parser = argparse.ArgumentParser(
         prog="python -m fuzz", description="Fuzz the targets with atheris."
     )
@@ -65,8 +65,8 @@ def main() -> int:
 
 
 def run(name: str, seconds: float) -> bool:
-    """Fuzz one target in a process of its own and print what came of it; return whether
-    all is well.
+    """Fuzz one target in a process of its own and print the result; return whether it
+    found nothing.
     """
     WORK.mkdir(exist_ok=True)
     log = WORK / f"{name}.log"
@@ -92,7 +92,7 @@ def run(name: str, seconds: float) -> bool:
             f"    again: python -m fuzz {name} --replay FILE, in tests; the whole log is"
             f" {log.relative_to(ROOT)}"
         )
-    # A run that ended by itself without a word has not fuzzed.
+    # A run that ended by itself without any output has not fuzzed.
     return status == 0 and executions > 0
 
 
@@ -115,7 +115,7 @@ def fuzz(name: str, seconds: float) -> int:
     ]
     more = {}
     if hasattr(module, "mutated"):
-        # Bytes changed by chance are hardly ever JSON any more.
+        # Randomly changed bytes are hardly ever JSON.
         more["custom_mutator"] = lambda data, size, seed: (
             atheris.Mutate(data, size) if seed % 4 == 0 else module.by_seed(data, seed)[:size]
         )

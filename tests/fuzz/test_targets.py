@@ -1,4 +1,4 @@
-"""Every target on every input of its corpus, and on some thousands changed by chance;
+"""Every target on every input of its corpus, and on some thousands of mutated ones;
 ``make fuzz`` goes further.
 """
 
@@ -56,10 +56,10 @@ def test_fuzz_corpus_mutated_raises_no_error(target: str, seed: int) -> None:
     module = importlib.import_module(f"fuzz.targets.{target}")
     change = getattr(module, "mutated", mutated)
     corpus = [content for _, content in inputs(target)]
-    chance = random.Random(seed)
+    rng = random.Random(seed)
 
     for _ in range(FACTOR * CHANGED[target]):
-        content = change(chance.choice(corpus), chance.choice(corpus), chance)
+        content = change(rng.choice(corpus), rng.choice(corpus), rng)
         try:
             module.target(content)
         except Exception as error:
@@ -72,8 +72,8 @@ def test_fuzz_corpus_equals_seeds_of_targets() -> None:
     written again.
     """
     for target in sorted(set(TARGETS) - {"certificate", "configuration"}):
-        there = dict(inputs(target))
+        corpus = dict(inputs(target))
         for name, content in importlib.import_module(f"fuzz.targets.{target}").seeds():
-            assert there.get(name) == content, (
+            assert corpus.get(name) == content, (
                 f"{target}/{name}: run python -m fuzz.corpus in tests"
             )

@@ -1,5 +1,5 @@
-"""``make siege SIEGE_S=60``: every attack at once, and the broker's memory beside its
-bound.
+"""``make siege SIEGE_S=60``: run every attack at once, and compare the broker's memory
+with its bound.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main() -> int:
 
 
 def _spread(took: list[float]) -> str:
-    """Return what times, of which the shortest comes first, are like. took: seconds."""
+    """Return the median, 99th percentile and maximum of sorted times in seconds, as
+    text.
+    """
     median, late = took[len(took) // 2], took[len(took) * 99 // 100]
     return (
         f"median {median * 1e3:.1f} ms, 99 % within {late * 1e3:.0f} ms, the longest"

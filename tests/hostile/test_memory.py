@@ -1,5 +1,5 @@
-"""All attacks at once: the broker's memory stays under the bound of its configuration,
-and others are served.
+"""All attacks at once: the broker's memory stays below the bound of its configuration,
+and other clients are served.
 """
 
 from __future__ import annotations

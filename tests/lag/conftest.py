@@ -1,4 +1,4 @@
-"""One crowded broker for all tests that leave it as it was."""
+"""One crowded broker for all tests that leave it unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.lag.crowded_broker import CONNECTED, Crowded, crowded, large_config
 
 
 @pytest.fixture(scope="package")
-def everyday() -> Iterator[Crowded]:
+def shared_broker() -> Iterator[Crowded]:
     """A broker with 10,000 clients, most of them connected."""
     with crowded(large_config()) as broker:
         broker.fill(CONNECTED)
@@ -17,8 +17,8 @@ def everyday() -> Iterator[Crowded]:
 
 
 @pytest.fixture
-def broker(everyday: Crowded) -> Crowded:
-    """The same, with nothing measured yet and nothing left to be done."""
-    everyday.idle()
-    everyday.meter.reset()
-    return everyday
+def broker(shared_broker: Crowded) -> Crowded:
+    """The shared broker, idle and with an empty meter."""
+    shared_broker.idle()
+    shared_broker.meter.reset()
+    return shared_broker

@@ -1,5 +1,5 @@
-"""No frame holds the loop up: every kind of frame, to every kind of queue, which is
-full of the shortest frames.
+"""No frame blocks the event loop: every kind of frame, to every kind of queue, full of
+the shortest frames.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FRAMES: dict[int, Callable[[str, int], bytes]] = {
 ANSWERS = (Kind.REPLY, Kind.ERROR)
 
 
-def stuff(outbox: Outbox, kept: bool, most: int) -> None:
+def fill_outbox(outbox: Outbox, kept: bool, most: int) -> None:
     """Fill a queue to its limit with the shortest messages.
 
-    kept: with frames that are never dropped. most: of them.
+    kept: with frames that are never dropped. most: the greatest number of frames.
     """
     frame = packed(Kind.MESSAGE, "sender")
     for _ in range(most):
@@ -53,11 +53,11 @@ def stuff(outbox: Outbox, kept: bool, most: int) -> None:
 
 
 @contextlib.contextmanager
-def unread(
+def recipient_not_reading(
     broker: Crowded, name: str, requests: int, to: str, *, kept: bool, most: int
 ) -> Iterator[Session]:
-    """Log a recipient in that asks so much of a sender and reads nothing; its queue is
-    full then.
+    """Log in a recipient that sends ``requests`` requests to a sender and then reads
+    nothing; its queue is full then.
     """
     with broker.login(name) as recipient:
         address = recipient.ask("whoami").json["address"]
@@ -66,17 +66,17 @@ def unread(
             b"".join(packed(Kind.REQUEST, to, message_id=number) for number in range(requests))
         )
         session = broker.session(address)
-        broker.take_in(session)
+        broker.wait_until_routed(session)
 
         def fill() -> None:
-            # What the system takes is in its buffers; what it does not take blocks the
+            # The kernel's buffers take some bytes; the first that they do not take blocks the
             # outbox.
             while not session.outbox.blocked:
                 for _ in range(1000):
                     session.outbox.append(packed(Kind.MESSAGE, "sender", bytes(1000)))
                 broker.daemon.broker.replies.touch(session)
                 broker.daemon.server.settle()
-            stuff(session.outbox, kept, most)
+            fill_outbox(session.outbox, kept, most)
 
         broker.call(fill)
         yield session
@@ -117,16 +117,18 @@ def test_event_loop_with_frames_to_full_queue_stays_responsive(
     name = queue_of(when_full, pool)
     for kind, make in FRAMES.items():
         if most > SENT * 10 and kind not in (Kind.MESSAGE, Kind.REPLY, Kind.EVENT):
-            # To give so many back takes its time.
+            # Returning so many frames takes too long for every kind.
             continue
         print(f"\n{Kind(kind).name} to {name}")
         with broker.login("crowd") as sender:
             source = broker.session(sender.ask("whoami").json["address"])
             requests = SENT if kind in ANSWERS else 0
-            with unread(broker, name, requests, source.address, kept=kept, most=most) as target:
+            with recipient_not_reading(
+                broker, name, requests, source.address, kept=kept, most=most
+            ) as target:
                 broker.meter.reset()
                 sender.write(b"".join(make(target.address, number) for number in range(SENT)))
-                broker.take_in(source)
+                broker.wait_until_routed(source)
                 broker.meter.check()
             broker.until(lambda: not target.open)
         broker.until(lambda: not source.open)  # noqa: B023 - called at once

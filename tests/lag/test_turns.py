@@ -1,4 +1,4 @@
-"""Nothing else that a client, an operator or a signal can cause holds the loop up:
+"""No event that a client, an operator or a signal causes blocks the event loop:
 connections, reloads, the end.
 """
 
@@ -39,7 +39,7 @@ def test_event_loop_with_connect_and_disconnect_stays_responsive(broker: Crowded
 
 def test_event_loop_with_10000_subscriptions_removed_stays_responsive(broker: Crowded) -> None:
     """However many subscriptions and groups the client has."""
-    session = broker.call(lambda: broker.seat("subscriber"))
+    session = broker.call(lambda: broker.connect_without_socket("subscriber"))
 
     def subscribe() -> None:
         for number in range(10_000):
@@ -56,8 +56,8 @@ def test_event_loop_with_10000_subscriptions_removed_stays_responsive(broker: Cr
 
 def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> None:
     """All of them are released when the recipient leaves."""
-    recipient = broker.call(lambda: broker.seat("one-wait", takes=False))
-    senders = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
+    recipient = broker.call(lambda: broker.connect_without_socket("one-wait", writable=False))
+    senders = broker.call(lambda: [broker.connect_without_socket("crowd") for _ in range(1000)])
     frame = memoryview(packed(MESSAGE, "one-wait", bytes(1000), message_id=7))[4:]
 
     def hold() -> None:
@@ -82,14 +82,14 @@ def test_event_loop_with_1000_presence_subscribers_stays_responsive(broker: Crow
     """A client connects and disconnects while 1,000 connections subscribe to its
     presence.
     """
-    watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(1000)])
+    subscribers = broker.call(lambda: [broker.connect_without_socket("crowd") for _ in range(1000)])
 
-    def watch() -> None:
-        for session in watchers:
+    def subscribe_to_presence() -> None:
+        for session in subscribers:
             broker.daemon.broker.topics.add("$broker.>", session)
             session.subscriptions.add(("$broker.>", None))
 
-    broker.call(watch)
+    broker.call(subscribe_to_presence)
     broker.meter.reset()
     for _ in range(3):
         with broker.login("sender") as sender:
@@ -98,7 +98,7 @@ def test_event_loop_with_1000_presence_subscribers_stays_responsive(broker: Crow
         broker.until(lambda: not session.open)  # noqa: B023 - called at once
     broker.idle()
     broker.meter.check()
-    broker.empty(watchers)
+    broker.empty(subscribers)
 
 
 @pytest.mark.parametrize("groups", [3000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -107,16 +107,18 @@ def test_event_loop_with_many_presence_groups_stays_responsive(groups: int) -> N
     each on all of the broker's topics.
     """
     with crowded(large_config(OWN)) as broker:
-        watchers = broker.call(lambda: [broker.seat("crowd") for _ in range(30)])
+        subscribers = broker.call(
+            lambda: [broker.connect_without_socket("crowd") for _ in range(30)]
+        )
 
-        def watch(session: Session, first: int) -> None:
+        def subscribe_to_presence(session: Session, first: int) -> None:
             for number in range(first, first + 1000):
                 broker.daemon.broker.topics.add("$broker.>", session, f"g{number}")
                 session.subscriptions.add(("$broker.>", f"g{number}"))
 
-        for session in watchers:
+        for session in subscribers:
             for first in range(0, groups, 1000):
-                broker.call(lambda: watch(session, first))  # noqa: B023 - called at once
+                broker.call(lambda: subscribe_to_presence(session, first))  # noqa: B023 - called at once
         broker.idle()
         broker.meter.reset()
         with broker.login("sender") as sender:
@@ -129,7 +131,7 @@ def test_event_loop_with_many_presence_groups_stays_responsive(groups: int) -> N
 
 def test_event_loop_with_pool_of_2000_stays_responsive(broker: Crowded) -> None:
     """For each message one member is picked."""
-    members = broker.call(lambda: [broker.seat("crowd") for _ in range(1900)])
+    members = broker.call(lambda: [broker.connect_without_socket("crowd") for _ in range(1900)])
     with broker.login("sender") as sender:
         sender.ping()
         broker.meter.reset()
@@ -143,7 +145,7 @@ def test_event_loop_with_pool_of_2000_stays_responsive(broker: Crowded) -> None:
 
 
 @pytest.fixture
-def from_file(tmp_path: Path) -> Iterator[tuple[Crowded, Path]]:
+def broker_from_file(tmp_path: Path) -> Iterator[tuple[Crowded, Path]]:
     """A crowded broker of its own, and the file that it is reloaded from."""
     file = tmp_path / "brokerd.yaml"
     file.write_text(large_text(OWN))
@@ -167,12 +169,12 @@ FEW = f'clients:\n  ops: {{key: "{key_of("ops").decode()}", admin: true}}\n'
     ],
 )
 def test_event_loop_with_reload_of_10000_clients_stays_responsive(
-    from_file: tuple[Crowded, Path], text: str
+    broker_from_file: tuple[Crowded, Path], text: str
 ) -> None:
-    """This leaves out the thread that reads the file: test_wall.py measures what it
+    """This leaves out the thread that reads the file: test_wall_clock.py measures what it
     costs the event loop.
     """
-    broker, file = from_file
+    broker, file = broker_from_file
     file.write_text(text)
     with broker.login("ops") as ops:
         assert ops.ask("reload", dry_run=True).json["problems"] == []
@@ -201,11 +203,13 @@ def test_event_loop_with_drain_of_8000_connections_stays_responsive() -> None:
             broker.login("subscriber") as polite,
         ):
             polite.ask("goaway")
-            deaf = broker.call(lambda: [broker.seat("crowd", takes=False) for _ in range(200)])
+            not_reading = broker.call(
+                lambda: [broker.connect_without_socket("crowd", writable=False) for _ in range(200)]
+            )
             sender.write(
                 b"".join(
                     packed(MESSAGE, session.address, b"x", message_id=1)
-                    for session in deaf
+                    for session in not_reading
                     for _ in range(20)
                 )
             )
@@ -237,9 +241,9 @@ def test_event_loop_with_upgrade_capture_stays_responsive() -> None:
         # The clients to which nothing has happened are copied before.
         broker.call(lambda: list(snapshot.capture_clients(server.broker, 0.0, passing.copier)))
         broker.meter.reset()
-        taken, _ = broker.timed(lambda: handover.capture(server, passing))
+        captured, _ = broker.timed(lambda: handover.capture(server, passing))
         broker.call(passing.end)
-        assert len(taken.facts["links"]) == 200
+        assert len(captured.facts["links"]) == 200
         broker.meter.check()
 
 
@@ -261,21 +265,21 @@ def test_upgrade_capture_skips_unchanged_connections(
 
         broker.call(copy)
         ops.ping()
-        looked_at: list[str] = []
-        was = handover._is_idle
+        inspected: list[str] = []
+        original = handover._is_idle
 
         def is_idle(connection: Connection) -> bool:
-            looked_at.append(connection.session.address)
-            return was(connection)
+            inspected.append(connection.session.address)
+            return original(connection)
 
         monkeypatch.setattr(handover, "_is_idle", is_idle)
         broker.meter.reset()
-        taken, _ = broker.timed(lambda: handover.capture(server, passing))
+        captured, _ = broker.timed(lambda: handover.capture(server, passing))
         broker.call(passing.end)
-        assert looked_at == ["ops"]
-        assert [each["name"] for each in taken.facts["core"]["sessions"]] == ["ops"]
-        assert taken.facts["core"]["clients"] == {}
-        assert len(json.dumps(taken.facts)) < 5000
+        assert inspected == ["ops"]
+        assert [each["name"] for each in captured.facts["core"]["sessions"]] == ["ops"]
+        assert captured.facts["core"]["clients"] == {}
+        assert len(json.dumps(captured.facts)) < 5000
         broker.meter.check()
 
 
@@ -286,8 +290,8 @@ def test_event_loop_with_key_expiry_of_10000_clients_stays_responsive() -> None:
     """All keys expire soon, and all clients are connected: each is counted, fifty are
     named.
     """
-    soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
-    text = large_text(OWN, until=soon)
+    expiry = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+    text = large_text(OWN, until=expiry)
     with crowded(load_text(text)) as broker:
         broker.fill(CONNECTED)
         broker.idle()

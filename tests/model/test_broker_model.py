@@ -73,8 +73,8 @@ RECIPIENTS = st.sampled_from(
 
 
 def fits(pattern: str, topic: str) -> bool:
-    """Return whether the topic fits, by the words of docs/protocol.md turned into a
-    regular expression.
+    """Return whether the topic matches the pattern, by the text of docs/protocol.md as
+    a regular expression.
     """
     if topic.startswith("$") and pattern[0] in "*>":
         return False
@@ -95,7 +95,7 @@ def allowed_to_subscribe(rules: list[str], pattern: str) -> bool:
 
 @dataclass
 class Sent:
-    """One frame that a client sent. taken: who got it, as far as the system took it."""
+    """One frame that a client sent. taken: the recipients whose socket took it."""
 
     serial: int
     envelope: Envelope
@@ -107,7 +107,7 @@ class Sent:
 
 @dataclass
 class Outcomes:
-    """What a sender heard about one of its ids."""
+    """The outcomes that a sender got for one of its ids."""
 
     errors: list[str] = field(default_factory=list)
     receipts: int = 0
@@ -115,9 +115,7 @@ class Outcomes:
 
 
 def everything_in(outbox: Outbox) -> bytes:
-    """Return every byte that waits, also of what will not be written because its ttl is
-    over.
-    """
+    """Return all bytes of an outbox, also those of frames whose ttl is over."""
     whole = (
         [queued.frame for queued in outbox.queue()]
         if isinstance(outbox, FrameOutbox)
@@ -127,7 +125,7 @@ def everything_in(outbox: Outbox) -> bytes:
 
 
 def waiting_frames(peer: Peer) -> Iterator[Envelope]:
-    """Yield every frame of the outbox of which the system has not taken the whole."""
+    """Yield every frame of the outbox that the socket has not taken completely."""
     data = bytes(peer.stream) + everything_in(peer.session.outbox)
     start = 0
     while start < len(data):
@@ -141,13 +139,13 @@ def waiting_frames(peer: Peer) -> Iterator[Envelope]:
 
 
 def serial_of(envelope: Envelope) -> int | None:
-    """Return which Sent this is, or None for the broker's own."""
+    """Return the serial number of the frame's Sent, None for the broker's own frames."""
     return None if envelope.name == BROKER else int(envelope.payload.partition(b":")[0])
 
 
 class BrokerModel(RuleBasedStateMachine):
-    """Random clients. What is certain is foretold; what is not has to have one outcome
-    at the end.
+    """Random clients. A certain outcome is predicted; an uncertain one must be exactly
+    one outcome at the end.
     """
 
     def __init__(self) -> None:
@@ -170,7 +168,7 @@ class BrokerModel(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def configure(self, data: st.DataObject) -> None:
-        """Begin with a configuration, and somebody there."""
+        """Begin with a configuration, and one connected client."""
         self.configs = {name: self.config_of(name, data.draw(CONFIGS)) for name in NAMES}
         limits = CoreLimits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
         self.net = FakeNet(*self.configs.values(), limits=limits)
@@ -179,13 +177,13 @@ class BrokerModel(RuleBasedStateMachine):
         for name in ("ann", "bob", "pool", "pool", "pair"):
             self.connect(name)
 
-    def is_there(self, names: tuple[str, ...]) -> bool:
-        """Return whether somebody of these names is connected."""
+    def is_online(self, names: tuple[str, ...]) -> bool:
+        """Return whether a client of these names is connected."""
         return any(peer.name in names for peer in self.net.peers)
 
     def note_leaving(self, peer: Peer) -> None:
-        """Note who goes, and what another member of the pool may take over: it comes
-        behind what that one has.
+        """Note the leaving member, and the frames that another pool member may take
+        over: they come behind its own.
         """
         self.left.append(peer)
         for envelope in waiting_frames(peer):
@@ -210,13 +208,13 @@ class BrokerModel(RuleBasedStateMachine):
         return self.net.peers[pick % len(self.net.peers)]
 
     def recipient(self, to: str, pick: int) -> str:
-        """Return a recipient: @ stands for the very address of some connection, now or
+        """Return a recipient; @ stands for the exact address of some connection, now or
         before.
         """
         return self.everyone[pick % len(self.everyone)].address if to == "@" else to
 
     def members(self, to: str) -> list[Peer]:
-        """Return the connections that what is sent to ``to`` may reach."""
+        """Return the connections that may get a frame sent to ``to``."""
         return [peer for peer in self.net.peers if to in (peer.name, peer.address)]
 
     @staticmethod
@@ -229,7 +227,7 @@ class BrokerModel(RuleBasedStateMachine):
     def envelope(
         self, kind: Kind, message_id: int | None, to: str, size: int, **rest: Any
     ) -> Envelope:
-        """Return a new frame whose payload says which one it is."""
+        """Return a new frame whose payload is its serial number."""
         serial = next(self.serial)
         payload = (b"%d:" % serial).ljust(size, b".")
         return Envelope(kind, serial if message_id is None else message_id, to, payload, **rest)
@@ -244,8 +242,8 @@ class BrokerModel(RuleBasedStateMachine):
         STATISTICS[envelope.kind.name] += 1
         return sent
 
-    def foretold(self, sender: Peer, envelope: Envelope) -> str | None:
-        """Return the code of the refusal that the rules call for, or None."""
+    def predicted_refusal(self, sender: Peer, envelope: Envelope) -> str | None:
+        """Return the code of the refusal that the rules predict, or None."""
         config = self.configs[sender.name]
         name = envelope.name.partition("/")[0]
         if (
@@ -278,7 +276,7 @@ class BrokerModel(RuleBasedStateMachine):
         incoming_requests: bool = False,
         step: int | None = None,
     ) -> None:
-        """Send a frame, and compare what became of it with what had to."""
+        """Send a frame, and compare its outcome with the prediction."""
         sent = self.note(sender, envelope)
         at_once = (
             sender.reading
@@ -293,7 +291,7 @@ class BrokerModel(RuleBasedStateMachine):
         # The routing loop passes it on by itself: nothing comes back that could wait
         # for the sender.
         ordinary = known and not envelope.flags and envelope.extension is None
-        code = None if incoming_requests else self.foretold(sender, envelope)
+        code = None if incoming_requests else self.predicted_refusal(sender, envelope)
         members = self.members(envelope.name)
         before = {
             peer: (peer.writing, peer.session.outbox.waiting, peer.session.outbox.limit)
@@ -316,7 +314,7 @@ class BrokerModel(RuleBasedStateMachine):
             assert self.net.broker.replies.refused.total() == refused
             assert not sender.held, "no publisher is held for its subscribers"
             return
-        places = [peer for peer in members if self.lies_at(peer, sent)]
+        places = [peer for peer in members if self.has_frame(peer, sent)]
         least = min(waiting for _, waiting, _ in before.values())
         size = (
             16
@@ -344,8 +342,8 @@ class BrokerModel(RuleBasedStateMachine):
             assert places or new_errors or sender.held
 
     def errors_at(self, peer: Peer, message_id: int) -> list[str]:
-        """Return the codes of the broker's errors with that id, arrived or on their way
-        to the peer.
+        """Return the codes of the broker's errors with this id, arrived or queued for
+        the peer.
         """
         waiting = [
             error_of(each) for each in waiting_frames(peer) if self.is_error(each, message_id)
@@ -361,8 +359,8 @@ class BrokerModel(RuleBasedStateMachine):
         """Return whether that is the broker's ERROR about the id."""
         return envelope.kind is Kind.ERROR and envelope.name == BROKER and envelope.id == message_id
 
-    def lies_at(self, peer: Peer, sent: Sent) -> bool:
-        """Return whether the peer has the frame, or its outbox does."""
+    def has_frame(self, peer: Peer, sent: Sent) -> bool:
+        """Return whether the peer or its outbox has the frame."""
         return (
             peer in sent.taken
             or any(serial_of(each) == sent.serial for each in peer.got)
@@ -391,7 +389,7 @@ class BrokerModel(RuleBasedStateMachine):
         ttl: int | None,
         step: int | None,
     ) -> None:
-        """A MESSAGE or REQUEST."""
+        """Send a MESSAGE or REQUEST."""
         extension = None if ttl is None else {"ttl": ttl, "x": "ü"}
         flags = Flag.RECEIPT if receipt else 0
         envelope = self.envelope(
@@ -406,7 +404,7 @@ class BrokerModel(RuleBasedStateMachine):
         step=st.sampled_from([None, None, 50]),
     )
     def send_many(self, who: int, plan: list[tuple[str, int, int, bool]], step: int | None) -> None:
-        """Many messages that arrive together."""
+        """Send many messages that arrive together."""
         sender = self.peer(who)
         data = b""
         for to, which, size, receipt in plan:
@@ -431,7 +429,7 @@ class BrokerModel(RuleBasedStateMachine):
     def flood(
         self, who: int, to: str, which: int, count: int, size: int, receipt: bool, blind: int
     ) -> None:
-        """Many messages to one that often reads little of them."""
+        """Send many messages to a client that often reads little of them."""
         recipient = self.recipient(to, which)
         for peer in self.members(recipient):
             if blind % 3:
@@ -447,7 +445,7 @@ class BrokerModel(RuleBasedStateMachine):
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, to=RECIPIENTS, count=st.integers(2, 6), which=PICK)
     def ask_many(self, who: int, to: str, count: int, which: int) -> None:
-        """Many requests to one."""
+        """Send many requests to one client."""
         recipient = self.recipient(to, which)
         for _ in range(count):
             if self.net.peers:
@@ -462,7 +460,7 @@ class BrokerModel(RuleBasedStateMachine):
         twice=st.booleans(),
     )
     def answer(self, who: int, which: int, size: int, kind: Kind, twice: bool) -> None:
-        """An answer to a REQUEST, whatever send_to says; now and then given twice."""
+        """Answer a REQUEST, whatever send_to allows; sometimes twice."""
         able = [peer for peer in self.net.peers if self.requests_seen[peer]]
         sender = able[who % len(able)]
         request = self.requests_seen[sender].pop(which % len(self.requests_seen[sender]))
@@ -481,7 +479,7 @@ class BrokerModel(RuleBasedStateMachine):
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, topic=st.sampled_from(TOPICS), size=SIZES, receipt=st.booleans())
     def publish(self, who: int, topic: str, size: int, receipt: bool) -> None:
-        """An EVENT: everyone who reads and subscribed to it gets it once, and one of
+        """Publish an EVENT: every subscriber that reads gets it once, and one member of
         each group.
         """
         sender = self.peer(who)
@@ -494,7 +492,7 @@ class BrokerModel(RuleBasedStateMachine):
             and self.configs[sender.name].rate.messages is None
         )
         sure = sure and not any(peer.writing for peer in self.net.peers)
-        denied = self.foretold(sender, envelope) is not None
+        denied = self.predicted_refusal(sender, envelope) is not None
         plain: set[Peer] = set()
         groups: dict[str, set[Peer]] = defaultdict(set)
         for peer in self.net.peers:
@@ -503,7 +501,7 @@ class BrokerModel(RuleBasedStateMachine):
                     (plain if group is None else groups[group]).add(peer)
         there = list(self.net.peers)
         self.send_one(sender, envelope)
-        got = [peer for peer in there if self.lies_at(peer, self.sent[max(self.sent)])]
+        got = [peer for peer in there if self.has_frame(peer, self.sent[max(self.sent)])]
         possible = plain.union(*groups.values())
         if sender.reading and not sender.content:
             assert set(got) <= possible, "somebody got what it did not subscribe to"
@@ -527,7 +525,7 @@ class BrokerModel(RuleBasedStateMachine):
         step=st.sampled_from([None, 9]),
     )
     def send_too_much(self, who: int, excess: int, kind: Kind, step: int | None) -> None:
-        """An oversized frame is passed over and answered."""
+        """Send an oversized frame, which is skipped and answered."""
         sender = self.peer(who)
         envelope = self.envelope(kind, None, "ann", MAX_MESSAGE + excess)
         self.note(sender, envelope)
@@ -547,7 +545,7 @@ class BrokerModel(RuleBasedStateMachine):
         end=st.booleans(),
     )
     def subscribe(self, who: int, pattern: str, group: str | None, end: bool) -> None:
-        """A subscription begins or ends."""
+        """Begin or end a subscription."""
         able = [
             peer
             for peer in self.net.peers
@@ -576,7 +574,7 @@ class BrokerModel(RuleBasedStateMachine):
             assert error_of(answer) == "denied"
 
     def list_of(self, peer: Peer) -> dict[str, bool]:
-        """Return whom the peer sees, by asking."""
+        """Return the clients that the peer sees, by asking."""
         listed = peer.ask("clients")["clients"]
         return {each["name"]: each["online"] for each in listed}
 
@@ -584,7 +582,7 @@ class BrokerModel(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(list(NAMES)))
     def connect(self, name: str) -> None:
-        """A connection more, where there is room or somebody is to be replaced."""
+        """Connect once more, if there is room or a connection to be replaced."""
         there = self.members(name)
         full = len(there) == NAMES[name]
         peer = self.net.try_connect(name)
@@ -600,14 +598,14 @@ class BrokerModel(RuleBasedStateMachine):
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, really=st.integers(0, 2))
     def leave(self, who: int, really: int) -> None:
-        """A connection ends."""
+        """End a connection."""
         if not really:
             self.peer(who).leave()
 
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, really=st.integers(0, 7))
     def break_the_rules(self, who: int, really: int) -> None:
-        """A malformed frame ends the connection, once the answer is written."""
+        """Send a malformed frame, which ends the connection once the answer is written."""
         peer = self.peer(who)
         if not really and peer.reading and not peer.content:
             peer.send_bytes(b"\xff\xff\xff\xf0")
@@ -616,13 +614,13 @@ class BrokerModel(RuleBasedStateMachine):
     @precondition(lambda self: self.net.peers)
     @rule(who=PICK, room=st.sampled_from([0, 0, 1, 5, 20, 50, 150]))
     def block(self, who: int, room: int) -> None:
-        """A client stops reading."""
+        """Let a client stop reading."""
         self.peer(who).block(room)
 
-    @precondition(lambda self: self.is_there(("pool", "pair")))
+    @precondition(lambda self: self.is_online(("pool", "pair")))
     @rule(name=st.sampled_from(["pool", "pair"]), room=st.sampled_from([0, 0, 7]))
     def block_pool(self, name: str, room: int) -> None:
-        """All connections of a pool stop reading."""
+        """Let all connections of a pool stop reading."""
         for peer in self.members(name):
             peer.block(room)
 
@@ -631,27 +629,27 @@ class BrokerModel(RuleBasedStateMachine):
     )
     @rule(who=PICK)
     def lose_a_member(self, who: int) -> None:
-        """A connection of a pool ends while messages wait for it."""
+        """End a connection of a pool while messages wait for it."""
         members = [peer for peer in self.net.peers if peer.writing and NAMES[peer.name] > 1]
         members[who % len(members)].leave()
 
     @precondition(lambda self: any(peer.writing for peer in self.net.peers))
     @rule(who=PICK, size=st.sampled_from([None, None, 1, 20, 50, 100]))
     def read(self, who: int, size: int | None) -> None:
-        """A client that did not read takes a little, or everything."""
+        """Let a blocked client read a little, or everything."""
         blocked = [peer for peer in self.net.peers if peer.writing]
         blocked[who % len(blocked)].read(size)
 
     @rule(seconds=st.sampled_from([1, 4, 10, 29, 31]))
     def advance(self, seconds: int) -> None:
-        """Time passes."""
+        """Move the clock forward."""
         self.net.advance(seconds)
 
     # A reload is refused while an upgrade is going on.
     @precondition(lambda self: not self.net.is_copying)
     @rule(name=st.sampled_from(list(NAMES)), drawn=CONFIGS)
     def reconfigure(self, name: str, drawn: dict[str, Any]) -> None:
-        """Another entry for one client; its connections stay."""
+        """Change the entry of one client; its connections stay."""
         rate = self.configs[name].rate
         self.configs[name] = replace(self.config_of(name, drawn), rate=rate)
         limits = CoreLimits(max_message=MAX_MESSAGE, wait_timeout=WAIT_TIMEOUT)
@@ -669,15 +667,13 @@ class BrokerModel(RuleBasedStateMachine):
 
     @rule()
     def copy(self) -> None:
-        """Another process, which may replace this one later, gets copies of what is
-        idle.
-        """
+        """Copy idle sessions for another process, which may replace this one later."""
         self.net.copy()
         STATISTICS["copied"] += 1
 
     @rule()
     def be_replaced(self) -> None:
-        """Another process goes on with everything; nobody can tell."""
+        """Hand everything over to another process; no client notices."""
         before = {peer.session for peer in self.net.peers}
         if self.net.is_copying:
             STATISTICS["replaced after copies"] += 1
@@ -691,7 +687,7 @@ class BrokerModel(RuleBasedStateMachine):
     # What is always true
 
     def collect(self) -> None:
-        """Look at everything that arrived since the last time."""
+        """Check everything that arrived since the last time."""
         for peer in self.everyone:
             for envelope in peer.take():
                 if envelope.name == BROKER:
@@ -700,7 +696,7 @@ class BrokerModel(RuleBasedStateMachine):
                     self.collect_sent(peer, envelope)
 
     def collect_own(self, peer: Peer, envelope: Envelope) -> None:
-        """Take the broker's word for what became of a message."""
+        """Note the broker's receipt, ACK or ERROR for a message."""
         outcomes = self.outcomes[peer, envelope.id]
         if envelope.kind is Kind.ERROR:
             code = error_of(envelope)
@@ -721,7 +717,7 @@ class BrokerModel(RuleBasedStateMachine):
                 STATISTICS["presence seen"] += 1
 
     def collect_sent(self, peer: Peer, envelope: Envelope) -> None:
-        """Check a frame against what was sent."""
+        """Compare a received frame with the one that was sent."""
         serial = serial_of(envelope)
         assert serial is not None
         sent = self.sent[serial]
@@ -746,8 +742,8 @@ class BrokerModel(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_bounded(self) -> None:
-        """Nobody's queue holds more than its quota, or a message that is longer, and
-        one message.
+        """No queue holds more than its quota, or a message that is longer, and one
+        message.
         """
         for peer in self.net.peers:
             session = peer.session
@@ -758,8 +754,8 @@ class BrokerModel(RuleBasedStateMachine):
 
     @invariant()
     def everything_has_its_place(self) -> None:
-        """What the broker remembers of sessions fits together, and concerns sessions
-        that are there.
+        """The broker's memory of sessions is consistent, and concerns only present
+        sessions.
         """
         broker = self.net.broker
         self.collect()
@@ -796,7 +792,7 @@ class BrokerModel(RuleBasedStateMachine):
 
     @invariant()
     def rates_hold(self) -> None:
-        """No client got more accepted than its rate allows."""
+        """No client had more messages accepted than its rate allows."""
         for name, config in self.configs.items():
             if config.rate.messages is not None:
                 mine = [key for key in self.of_id if key[0].name == name]
@@ -808,8 +804,8 @@ class BrokerModel(RuleBasedStateMachine):
     # The end
 
     def teardown(self) -> None:
-        """Have everyone read and time pass: then nobody is held, and every message has
-        had its outcome.
+        """Let all clients read and time pass: then no sender is held, and every message
+        has had its outcome.
         """
         replies_module.OUTCOME_RESERVE = RESERVE  # type: ignore[misc]
         try:
@@ -820,7 +816,7 @@ class BrokerModel(RuleBasedStateMachine):
             replies_module.OUTCOME_RESERVE = self.reserve  # type: ignore[misc]
 
     def finish(self) -> None:
-        """The end, in order."""
+        """Check the end, in order."""
         STATISTICS["runs"] += 1
         for _ in range(100):
             for peer in list(self.net.peers):
@@ -889,7 +885,7 @@ class BrokerModel(RuleBasedStateMachine):
 
 
 def pytest_settings() -> settings:
-    """Return a short run, always the same; or the long one that was asked for."""
+    """Return the settings of a short run, always the same, or of the long run."""
     if EXAMPLES:
         return settings(
             max_examples=EXAMPLES,

@@ -457,7 +457,7 @@ def test_handshake_frame_over_256_bytes_closes_connection(claim: int) -> None:
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(struct.pack("!i", claim))
-        assert peer.is_turned_away()
+        assert peer.is_refused()
         assert str(claim) in last_refusal(broker)["reason"]
 
 
@@ -479,7 +479,7 @@ def test_handshake_of_foreign_protocol_is_closed(garbage: bytes) -> None:
     with served() as broker, broker.raw() as peer:
         peer.read_body()
         peer.write(garbage)
-        assert peer.is_turned_away()
+        assert peer.is_refused()
         reason = last_refusal(broker)["reason"]
         assert (
             "peer speaks TLS, and this listener does not" in reason
@@ -506,7 +506,7 @@ def test_handshake_silent_peer_is_closed_after_handshake_timeout(stage: str) -> 
             assert peer.read_body() == WELCOME
         if stage == "no welcome":
             peer.challenge(key_of("alice"))
-        assert peer.is_turned_away()
+        assert peer.is_refused()
         assert "handshake_timeout" in last_refusal(broker)["reason"]
 
 

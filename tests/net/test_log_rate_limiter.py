@@ -28,7 +28,7 @@ def test_log_many_refused_connections_are_counted_not_repeated(socket_dir: Path)
             with broker.raw() as peer:
                 peer.read_body()
                 peer.write(b"GET / HTTP/1.1\r\n\r\n")
-                assert peer.is_turned_away()
+                assert peer.is_refused()
         broker.log.wait("client.refused_more")
         # All three hundred are accounted for, however many periods they fell into.
         broker.login("alice").close()

@@ -1,5 +1,5 @@
-"""``make faults``: runs every test of a fault, and writes the accounts that they found
-into docs/reliability.md.
+"""``make faults``: run every test of a fault, and write their accounts into
+docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> int:
         status = subprocess.run(
             command, env={**os.environ, "BROKERD_FAULTS": str(rows)}, check=False
         ).returncode
-        # One that was run twice, some positions and then all, has the row of its last
-        # time.
+        # A fault that was tested twice, with some positions and with all, has the row of its
+        # last run.
         found = {
             row["fault"]: Account(**row) for row in map(json.loads, rows.read_text().splitlines())
         }

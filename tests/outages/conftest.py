@@ -1,20 +1,18 @@
-"""Every fault that has to do with connections happens to plain ones and to those over
-TLS.
-"""
+"""Every fault of a connection happens to plain connections and to connections over TLS."""
 
 from __future__ import annotations
 
 import pytest
-from support.outages.transports import Way, tls_way
+from support.outages.transports import Transport, tls_transport
 
 
 @pytest.fixture(scope="session")
-def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Way:
-    """TLS, with one CA for all."""
-    return tls_way(tmp_path_factory.mktemp("ca"))
+def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Transport:
+    """TLS, with one CA for all tests."""
+    return tls_transport(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(params=["plain", "tls"])
-def way(request: pytest.FixtureRequest, over_tls: Way) -> Way:
-    """How the clients come."""
-    return over_tls if request.param == "tls" else Way()
+def transport(request: pytest.FixtureRequest, over_tls: Transport) -> Transport:
+    """The connections of the clients: plain or TLS."""
+    return over_tls if request.param == "tls" else Transport()

@@ -1,5 +1,5 @@
-"""What the broker stands on gives way: descriptors, disks, the clock. Its clients do
-not notice.
+"""Descriptors or disk space run out, or the clock is set. The broker's clients do not
+notice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.broker_process import BrokerProcess
-from support.load.crowd import write_whole
+from support.load.client_load import write_atomically
 from support.outages.traffic import RECIPIENTS, SENDERS, Traffic
 from support.raw_client import Raw
 from support.waiting import until
@@ -38,20 +38,20 @@ def test_listener_without_descriptors_pauses_and_serves_connected(socket_dir: Pa
     with BrokerProcess(socket_dir, NAMES, preexec=few, limits=limits) as broker:
         broker.wait("daemon.started")
         with Traffic(socket_dir, str(broker.socket)) as traffic:
-            crowd = [Raw(broker.address) for _ in range(60)]
+            connections = [Raw(broker.address) for _ in range(60)]
             broker.wait("listener.paused")
             traffic.goes_on()
-            for each in crowd:
+            for each in connections:
                 each.close()
             with broker.login("late") as late:
                 late.ping()
-            gone = [
+            disconnected = [
                 event["name"]
                 for event in broker.events("client.disconnected")
                 if event["name"] != "late"
             ]
             account = traffic.finish("EMFILE: no descriptors are left, and then there are")
-    assert gone == []
+    assert disconnected == []
     assert (account.refused, account.in_doubt) == (0, 0)
     account.record("accepting paused and resumed; no connection ended")
 
@@ -97,21 +97,21 @@ def test_clock_set_forward_and_back_disconnects_no_client(socket_dir: Path) -> N
                 (("+31536000", 1), ("-31536000", -1), ("+0", 0)), 1
             ):
                 # As an editor does: a file that is cut and written would be read empty.
-                write_whole(clock, offset)
+                write_atomically(clock, offset)
                 with broker.login("late") as late:
                     late.ping()
                 stamp = broker.wait("client.connected", len(NAMES) - 1 + number)[-1]["timestamp"]
                 off = datetime.fromisoformat(stamp).timestamp() - time.time()
                 assert abs(off - years * 31536000) < 3600, stamp
                 traffic.goes_on()
-            gone = [
+            disconnected = [
                 event["name"]
                 for event in broker.events("client.disconnected")
                 if event["name"] != "late"
             ]
             account = traffic.finish("the clock is set a year forward, two back, and right again")
         assert not broker.events("daemon.bug")
-    assert gone == []
+    assert disconnected == []
     assert (account.refused, account.in_doubt) == (0, 0)
     account.record("no connection ended; new clients were accepted each time")
 
@@ -125,7 +125,7 @@ def test_reload_with_slow_disk_delays_no_client(socket_dir: Path) -> None:
             os.mkfifo(fifo)
             writer = os.open(fifo, os.O_RDWR)
             whole = yaml.safe_load(broker.config.read_text())
-            write_whole(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
+            write_atomically(broker.config, yaml.safe_dump({**whole, "include": [fifo.name]}))
             broker.signal(signal.SIGHUP)
             until(lambda: _reads(broker.popen.pid, fifo), "it does not read the file")
             traffic.goes_on(more=100)

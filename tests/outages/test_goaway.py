@@ -1,5 +1,5 @@
-"""A broker that is stopped under load: every plain send arrives, or its sender hears
-that it did not, once.
+"""A broker drains under load: every plain send arrives, or its sender gets one error
+for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
-from support.outages.stops import BURST, TIMEOUT_S, StopAccount, run_asyncio, run_blocking
+from support.outages.drain_load import BURST, TIMEOUT_S, SendAccount, run_asyncio, run_blocking
 
 from brokerd.testing import RunningBroker
 from brokerd_client import Client
@@ -24,8 +24,8 @@ from brokerd_client.protocol import backoff
 CLIENTS = {"alice": {}, "absent": {}, "bob": {"queue": "64MiB"}, "ops": {"admin": True}}
 
 
-class Place:
-    """A broker, and what its clients need to reach it."""
+class InProcessBroker:
+    """A broker in this process, with the options to connect to it."""
 
     def __init__(self, broker: RunningBroker, options: dict[str, Any]) -> None:
         self.broker = broker
@@ -41,8 +41,8 @@ class Place:
         self.broker.start()
 
     def stop(self, number: int) -> None:
-        """Have the broker end: by its own stop(), or asked for by an administrator as
-        ``brokerctl drain`` does.
+        """Stop the broker, by turns with its own stop() and by the operation of
+        ``brokerctl drain``.
         """
         daemon = self.broker._daemon
         assert daemon is not None
@@ -55,7 +55,7 @@ class Place:
             self.broker.stop()
 
     def begin_to_stop(self) -> None:
-        """Have the broker tell its clients that it ends, and return when it has."""
+        """Let the broker send its goaway, and return when it has."""
         daemon = self.broker._daemon
         assert daemon is not None
 
@@ -74,16 +74,16 @@ class Place:
 
 
 @pytest.fixture(params=["plain", "tls"])
-def place(
+def stoppable(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Place]:
-    """Return a broker with clients that connect again at once: many stops are not to
-    take their waits.
+) -> Iterator[InProcessBroker]:
+    """Return a broker with clients that reconnect at once, so that many stops take
+    little time.
     """
     monkeypatch.setattr(backoff, "delay", lambda attempt, chance: 0.01)
     if request.param == "plain":
         with RunningBroker(CLIENTS, limits={"drain_timeout": "20s"}) as broker:
-            yield Place(broker, {})
+            yield InProcessBroker(broker, {})
         return
     authority = trustme.CA()
     made = authority.issue_cert("127.0.0.1")
@@ -95,18 +95,18 @@ def place(
     authority.configure_trust(context)
     tls = {"certificate": str(certificate), "key": str(key)}
     with RunningBroker(CLIENTS, limits={"drain_timeout": "20s"}, tls=tls) as broker:
-        yield Place(broker, {"ssl": context})
+        yield InProcessBroker(broker, {"ssl": context})
 
 
 def test_goaway_unread_by_blocking_client_reports_each_send(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    stoppable: InProcessBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broker has sent its goaway, and the client has not read it yet. The client
     gets the outcome of each send.
     """
-    broker, account = place.broker, StopAccount()
-    alice = broker.connect("alice", **place.options)
-    alice.on_undelivered(account.hear)
+    broker, account = stoppable.broker, SendAccount()
+    alice = broker.connect("alice", **stoppable.options)
+    alice.on_undelivered(account.report)
     alice.ping()
     reads_on = threading.Event()
     act = BaseClient._on_ready
@@ -116,33 +116,33 @@ def test_goaway_unread_by_blocking_client_reports_each_send(
         act(self, readable=readable, writable=writable)
 
     monkeypatch.setattr(BaseClient, "_on_ready", late)
-    place.begin_to_stop()
+    stoppable.begin_to_stop()
     for _ in range(BURST):
         account.note(alice.send("absent", account.next_body()))
     reads_on.set()
-    place.end_stop()
+    stoppable.end_stop()
     broker.start()
     alice.ping()
     alice.close()
     assert account.reported == dict.fromkeys(account.sent, 1)
 
 
-def test_goaway_unread_by_asyncio_client_reports_each_send(place: Place) -> None:
+def test_goaway_unread_by_asyncio_client_reports_each_send(stoppable: InProcessBroker) -> None:
     """The broker has sent its goaway, and the client has not read it yet. The client
     gets the outcome of each send.
     """
-    broker, account = place.broker, StopAccount()
+    broker, account = stoppable.broker, SendAccount()
 
     async def run() -> None:
-        alice = await broker.connect_async("alice", **place.options)
-        alice.on_undelivered(account.hear)
+        alice = await broker.connect_async("alice", **stoppable.options)
+        alice.on_undelivered(account.report)
         await alice.ping()
         # The client's event loop stands still meanwhile, and writes what is sent before
         # it reads.
-        place.begin_to_stop()
+        stoppable.begin_to_stop()
         for _ in range(BURST):
             account.note(await alice.send("absent", account.next_body()))
-        await asyncio.to_thread(place.end_stop)
+        await asyncio.to_thread(stoppable.end_stop)
         await asyncio.to_thread(broker.start)
         await alice.ping()
         await alice.close()
@@ -151,19 +151,23 @@ def test_goaway_unread_by_asyncio_client_reports_each_send(place: Place) -> None
     assert account.reported == dict.fromkeys(account.sent, 1)
 
 
-def test_drain_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
-    run_blocking(place, 2)
+def test_drain_under_load_of_blocking_client_loses_nothing(stoppable: InProcessBroker) -> None:
+    run_blocking(stoppable, 2)
 
 
-def test_drain_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
-    asyncio.run(run_asyncio(place, 2))
-
-
-@pytest.mark.slow
-def test_drain_300_times_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
-    run_blocking(place, 300)
+def test_drain_under_load_of_asyncio_client_loses_nothing(stoppable: InProcessBroker) -> None:
+    asyncio.run(run_asyncio(stoppable, 2))
 
 
 @pytest.mark.slow
-def test_drain_300_times_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
-    asyncio.run(run_asyncio(place, 300))
+def test_drain_300_times_under_load_of_blocking_client_loses_nothing(
+    stoppable: InProcessBroker,
+) -> None:
+    run_blocking(stoppable, 300)
+
+
+@pytest.mark.slow
+def test_drain_300_times_under_load_of_asyncio_client_loses_nothing(
+    stoppable: InProcessBroker,
+) -> None:
+    asyncio.run(run_asyncio(stoppable, 300))

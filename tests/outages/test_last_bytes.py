@@ -1,4 +1,4 @@
-"""The last bytes and a reset come together: the bytes count, and so does the end."""
+"""The last bytes and a reset arrive together: both the bytes and the end are handled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMITS = {"handshake_timeout": "60s", "keepalive": "60s"}
 
 
 def stop(broker: BrokerProcess) -> None:
-    """Have the broker see what comes next all at once."""
+    """Stop the process, so that the broker sees all that follows at once."""
     broker.signal(signal.SIGSTOP)
     stat = Path(f"/proc/{broker.popen.pid}/stat")
     until(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", "it does not stop")
@@ -69,7 +69,7 @@ def test_handshake_half_done_with_reset_ends_at_once(socket_dir: Path) -> None:
         raw.write(answer[:20])
         reset(raw)
         broker.signal(signal.SIGCONT)
-        until(lambda: bool(broker.events("client.refused")), "it stays at the door", SOON_S)
+        until(lambda: bool(broker.events("client.refused")), "it stays pending", SOON_S)
 
 
 def test_handshake_done_with_reset_disconnects_client(socket_dir: Path) -> None:

@@ -1,5 +1,5 @@
-"""SIGTERM to a broker process under load: every plain send arrives, or its sender hears
-that it did not, once.
+"""SIGTERM to a broker process under load: every plain send arrives, or its sender gets
+one error for it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from support.broker_process import BrokerProcess
 from support.keys import key_of
-from support.outages.stops import run_asyncio, run_blocking
-from support.outages.transports import Way
+from support.outages.drain_load import run_asyncio, run_blocking
+from support.outages.transports import Transport
 
 from brokerd_client import Client, connect
 from brokerd_client.aio import Client as AsyncClient
@@ -24,16 +24,16 @@ from brokerd_client.protocol import backoff
 CLIENTS: dict[str, Any] = {"alice": {}, "bob": {"queue": "64MiB"}}
 
 
-class Place:
-    """A broker as a process of its own, and what its clients need to reach it."""
+class ProcessBroker:
+    """A broker as a process of its own, with the options to connect to it."""
 
-    def __init__(self, directory: Path, way: Way) -> None:
+    def __init__(self, directory: Path, transport: Transport) -> None:
         self._directory = directory
-        self._way = way
-        self._listen = way.listen()
+        self._transport = transport
+        self._listen = transport.listen()
         self._broker = self._process()
-        self._address = str(way.address(self._broker))
-        self._listen = way.listen_again(self._broker)
+        self._address = str(transport.address(self._broker))
+        self._listen = transport.listen_again(self._broker)
 
     def _process(self) -> BrokerProcess:
         return BrokerProcess(
@@ -41,10 +41,12 @@ class Place:
         )
 
     def connect(self, name: str) -> Client:
-        return connect(self._address, name, key=key_of(name), ssl=self._way.context)
+        return connect(self._address, name, key=key_of(name), ssl=self._transport.context)
 
     async def connect_async(self, name: str) -> AsyncClient:
-        return await connect_async(self._address, name, key=key_of(name), ssl=self._way.context)
+        return await connect_async(
+            self._address, name, key=key_of(name), ssl=self._transport.context
+        )
 
     def stop(self, number: int) -> None:
         self._broker.signal(signal.SIGTERM)
@@ -64,29 +66,35 @@ class Place:
 
 
 @pytest.fixture
-def place(socket_dir: Path, way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    """Return a broker process with clients that connect again at once."""
+def stoppable(
+    socket_dir: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ProcessBroker]:
+    """Return a broker process with clients that reconnect at once."""
     monkeypatch.setattr(backoff, "delay", lambda attempt, chance: 0.01)
-    place = Place(socket_dir, way)
+    stoppable = ProcessBroker(socket_dir, transport)
     try:
-        yield place
+        yield stoppable
     finally:
-        place.close()
+        stoppable.close()
 
 
-def test_sigterm_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
-    run_blocking(place, 1)
+def test_sigterm_under_load_of_blocking_client_loses_nothing(stoppable: ProcessBroker) -> None:
+    run_blocking(stoppable, 1)
 
 
-def test_sigterm_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
-    asyncio.run(run_asyncio(place, 1))
-
-
-@pytest.mark.slow
-def test_sigterm_50_times_under_load_of_blocking_client_loses_nothing(place: Place) -> None:
-    run_blocking(place, 50)
+def test_sigterm_under_load_of_asyncio_client_loses_nothing(stoppable: ProcessBroker) -> None:
+    asyncio.run(run_asyncio(stoppable, 1))
 
 
 @pytest.mark.slow
-def test_sigterm_50_times_under_load_of_asyncio_client_loses_nothing(place: Place) -> None:
-    asyncio.run(run_asyncio(place, 50))
+def test_sigterm_50_times_under_load_of_blocking_client_loses_nothing(
+    stoppable: ProcessBroker,
+) -> None:
+    run_blocking(stoppable, 50)
+
+
+@pytest.mark.slow
+def test_sigterm_50_times_under_load_of_asyncio_client_loses_nothing(
+    stoppable: ProcessBroker,
+) -> None:
+    asyncio.run(run_asyncio(stoppable, 50))

@@ -1,6 +1,4 @@
-"""A pool of workers, one of them killed in the middle: every request has a reply or an
-error.
-"""
+"""A pool of workers, one of them killed: every request has a reply or an error."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ def test_pool_worker_killed_each_request_has_reply_or_error(
         counted = asyncio.run(_ask(broker, workers, requests))
     assert counted.total() == requests
     assert counted.keys() <= {"reply", Abandoned.code, Offline.code}
-    # Some were with it when it died, else this showed nothing; no more than could be
-    # under way.
+    # The killed worker had some requests, else this shows nothing; no more than were in
+    # flight.
     assert 0 < counted[Abandoned.code] + counted[Offline.code] <= WINDOW
     with capsys.disabled():
         print(f"\n{requests} requests, one of {WORKERS} workers killed: {dict(counted)}")
@@ -90,8 +88,7 @@ async def _ask(
                 # Stopped first, so that it has requests that it can't answer any more.
                 workers[0].send_signal(signal.SIGSTOP)
             elif workers[0].returncode is None and counted.total() >= requests // 2 + WINDOW // 2:
-                # So many were sent and answered since, by the others, that it was its
-                # turn, too.
+                # The other workers have answered so many since that it had some, too.
                 workers[0].kill()
                 workers[0].wait(TIMEOUT_S)
     return counted

@@ -1,5 +1,5 @@
-"""``make soak SOAK_MIN=20``: runs it, says whether it was flat, and writes table and
-plot for docs/reliability.md.
+"""``make soak SOAK_MIN=20``: run a soak, report whether it was flat, and write table
+and plot for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"{arguments.minutes:g} minutes of mixed work, seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:
-        seen = soak(Path(directory), arguments.minutes * 60, arguments.seed)
-    text = table(seen)
+        result = soak(Path(directory), arguments.minutes * 60, arguments.seed)
+    text = table(result)
     print(text)
     if arguments.write:
         (reliability_page.PAGE.parent / "reliability").mkdir(exist_ok=True)
-        (reliability_page.PAGE.parent / "reliability" / "soak.svg").write_text(picture(seen))
+        (reliability_page.PAGE.parent / "reliability" / "soak.svg").write_text(picture(result))
         reliability_page.put("soak", text)
-    verdicts = seen.verdicts()
+    verdicts = result.verdicts()
     return 0 if all(verdicts[each.key].flat for each in SERIES) else 1
 
 

@@ -1,4 +1,4 @@
-"""A short soak is flat, and the verdict can tell what is not."""
+"""A short soak is flat, and the verdict detects series that are not."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ threading.Thread(target=lose, daemon=True).start()
 """
 
 
-def memory(chance: random.Random, samples: int, lost_mib: float = 0.0) -> list[float]:
-    """Return what a broker's memory looks like: a beginning, noise, some peaks, and
-    what it loses in all.
+def memory(rng: random.Random, samples: int, lost_mib: float = 0.0) -> list[float]:
+    """Return samples like a broker's memory: a lower beginning, noise, some peaks, and
+    ``lost_mib`` lost in all.
     """
     return [
         50
         - 5 * (number < samples / 8)
-        + chance.gauss(0, 0.2)
-        + 20 * (chance.random() < 0.05)
+        + rng.gauss(0, 0.2)
+        + 20 * (rng.random() < 0.05)
         + lost_mib * number / samples
         for number in range(samples)
     ]
@@ -55,9 +55,9 @@ def test_soak_verdict_of_leak_under_noise_is_not_flat(samples: int) -> None:
     """Four MiB lost in the whole time are found, whatever the noise."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    found = judge(memory(random.Random(seed), samples, lost_mib=4), BOUNDS["rss"])
-    assert not found.flat
-    assert 2 < found.rise < 4
+    verdict = judge(memory(random.Random(seed), samples, lost_mib=4), BOUNDS["rss"])
+    assert not verdict.flat
+    assert 2 < verdict.rise < 4
 
 
 def test_soak_verdict_of_lost_descriptors_and_delays_is_not_flat() -> None:
@@ -82,11 +82,11 @@ def test_soak_of_90_seconds_is_flat(socket_dir: Path, capsys: pytest.CaptureFixt
     not rise.
     """
     seed = random.randrange(2**32)
-    seen = soak(socket_dir, 90, seed)
+    result = soak(socket_dir, 90, seed)
     with capsys.disabled():
-        print("", table(seen), sep="\n")
-    assert picture(seen).count("<polyline") == 6
-    verdicts = seen.verdicts()
+        print("", table(result), sep="\n")
+    assert picture(result).count("<polyline") == 6
+    verdicts = result.verdicts()
     # In so short a time, how fast a machine is that tests run on says nothing.
     assert [key for key in ("rss", "anonymous", "fds") if not verdicts[key].flat] == []
 
@@ -95,8 +95,8 @@ def test_soak_of_90_seconds_is_flat(socket_dir: Path, capsys: pytest.CaptureFixt
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_soak_of_leaking_daemon_is_not_flat(socket_dir: Path) -> None:
     """The same soak, shorter, of a daemon that keeps a megabyte a second."""
-    seen = soak(socket_dir, 20, random.randrange(2**32), program=LEAKING, upgrade=False)
-    verdicts = seen.verdicts()
+    result = soak(socket_dir, 20, random.randrange(2**32), program=LEAKING, upgrade=False)
+    verdicts = result.verdicts()
     assert not verdicts["rss"].flat
     assert not verdicts["anonymous"].flat
     assert verdicts["fds"].flat

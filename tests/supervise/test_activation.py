@@ -1,5 +1,5 @@
-"""Sockets that a service manager hands over: whose they are, and that they outlive the
-broker.
+"""Sockets that a service manager hands over: which entry gets them, and that they
+outlive the broker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @contextmanager
 def bound(*addresses: Any) -> Iterator[list[socket.socket]]:
-    """Give sockets listening at these addresses: paths, ``@`` and a name, or pairs."""
+    """Yield sockets that listen at these addresses: paths, ``@`` and a name, or pairs."""
     sockets: list[socket.socket] = []
     try:
         for address in addresses:
@@ -86,12 +86,12 @@ def test_socket_activation_matches_sockets_by_address(socket_dir: Path, manager:
         ports = [sock.getsockname()[1] for sock in sockets[2:]]
         listen = [name, f"127.0.0.1:{ports[0]}", f"localhost:{ports[1]}"]
         with manager.start(socket_dir, listen=listen, sockets=sockets, names="a:b:c:d") as broker:
-            there = [parse(str(socket_dir / "brokerd.sock")), parse(name)]
-            there += [parse(f"127.0.0.1:{port}") for port in ports]
-            for address in there:
+            addresses = [parse(str(socket_dir / "brokerd.sock")), parse(name)]
+            addresses += [parse(f"127.0.0.1:{port}") for port in ports]
+            for address in addresses:
                 with log_in(broker, address) as alice:
                     alice.ping()
-            assert sorted(map(str, broker.addresses())) == sorted(map(str, there))
+            assert sorted(map(str, broker.addresses())) == sorted(map(str, addresses))
 
 
 def test_socket_activation_matches_socket_bound_elsewhere_by_name(
@@ -285,6 +285,9 @@ def test_socket_activation_address_takes_precedence_over_name(socket_dir: Path) 
         {"alice": b"key"},
     )
     with bound(socket_dir / "a", socket_dir / "c") as sockets:
-        both = [ActivatedSocket(sock, "both", parse(sock.getsockname())) for sock in sockets]
+        activated = [ActivatedSocket(sock, "both", parse(sock.getsockname())) for sock in sockets]
         first, second = config.listen
-        assert ActivatedSockets(both).assign(config.listen) == {first: both[:1], second: both[1:]}
+        assert ActivatedSockets(activated).assign(config.listen) == {
+            first: activated[:1],
+            second: activated[1:],
+        }

@@ -1,5 +1,5 @@
-"""What a service manager is told of a real daemon, and when: NOTIFY_SOCKET is the
-test's own.
+"""The notifications of a real daemon to a service manager: NOTIFY_SOCKET is the test's
+own.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ def test_systemd_status_follows_counts(socket_dir: Path) -> None:
     """The status follows the connections and messages; it is not sent again while they
     stay the same.
     """
-    often = "import brokerd.daemon.systemd\nbrokerd.daemon.systemd._STATUS_EVERY = 0.05\n"
+    program = "import brokerd.daemon.systemd\nbrokerd.daemon.systemd._STATUS_EVERY = 0.05\n"
     with (
         Manager(socket_dir / "notify") as manager,
-        manager.start(socket_dir, first=often) as broker,
+        manager.start(socket_dir, first=program) as broker,
         broker.login("alice") as alice,
         Raw(broker.address),
     ):
         alice.ping()
-        said = manager.wait(
-            lambda said: said["STATUS"] == "1 connections, 1 handshakes under way, 1 messages"
+        message = manager.wait(
+            lambda message: message["STATUS"] == "1 connections, 1 handshakes under way, 1 messages"
         )
-        assert said.keys() == {"STATUS"}
+        assert message.keys() == {"STATUS"}
         broker.signal()
         manager.wait("STOPPING")
-        texts = [each["STATUS"] for each in manager.heard]
-        assert all(before != after for before, after in pairwise(texts)), texts
+        statuses = [each["STATUS"] for each in manager.received]
+        assert all(before != after for before, after in pairwise(statuses)), statuses
 
 
 def test_systemd_reload_sends_reloading_with_time_and_ready(socket_dir: Path) -> None:
@@ -238,8 +238,8 @@ def test_systemd_status_during_drain_stays_draining(
         supervisor.ready(lambda: next(counts))
         await asyncio.to_thread(manager.wait, "STATUS")
         supervisor.stopping(1.0)
-        said = await asyncio.to_thread(manager.wait, "STOPPING")
-        assert said["STATUS"].startswith("draining")
+        message = await asyncio.to_thread(manager.wait, "STOPPING")
+        assert message["STATUS"].startswith("draining")
         for _ in range(3):
             assert await asyncio.to_thread(manager.next) == {"WATCHDOG": "1"}
         supervisor.close()
@@ -254,9 +254,9 @@ def test_systemd_failed_start_sends_status_and_errno(socket_dir: Path) -> None:
         Manager(socket_dir / "notify") as manager,
         manager.start(socket_dir, listen=["/nobody/has/this/directory/s"]) as broker,
     ):
-        said = manager.next()
-        assert "can't listen at /nobody/has/this/directory/s" in said["STATUS"]
-        assert said["ERRNO"] == "2"
+        message = manager.next()
+        assert "can't listen at /nobody/has/this/directory/s" in message["STATUS"]
+        assert message["ERRNO"] == "2"
         assert broker.exit_status() == 1
 
 

@@ -1,5 +1,5 @@
-"""The daemon as a process: a configuration file, signals, exit status, and every byte
-it writes.
+"""The daemon as a process: its configuration file, signals, exit status, and every byte
+that it writes.
 """
 
 from __future__ import annotations
@@ -101,26 +101,26 @@ class BrokerProcess:
             reader.join(TIMEOUT_S)
 
     def successors(self) -> list[int]:
-        """Return the processes that were started to take its place and have not ended,
-        oldest first.
+        """Return the running processes that were started to take its place, oldest
+        first.
         """
         return [
             event["pid"] for event in self.events("daemon.upgrading") if self._is_ours(event["pid"])
         ]
 
     def _is_ours(self, pid: int) -> bool:
-        # A number that is given again belongs to somebody else.
+        # A process id that was reused belongs to another process.
         with contextlib.suppress(OSError):
             return os.fsencode(self.config) in Path(f"/proc/{pid}/cmdline").read_bytes()
         return False
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the events of that name logged so far."""
+        """Return the events of this name that were logged so far."""
         events = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
         return [event for event in events if event["event"] == name]
 
     def wait(self, name: str, count: int = 1) -> list[dict[str, Any]]:
-        """Return the events of that name when there are ``count``."""
+        """Return the events of this name when there are ``count``."""
         with self._news:
             assert self._news.wait_for(lambda: len(self.events(name)) >= count, TIMEOUT_S), (
                 self.lines
@@ -132,7 +132,7 @@ class BrokerProcess:
         return Address("AF_UNIX", path=str(self.socket))
 
     def addresses(self) -> list[Address]:
-        """Return where it says it listens."""
+        """Return the addresses at which it listens."""
         return [parse(each) for each in self.wait("daemon.started")[0]["listeners"]]
 
     def login(self, name: str, address: Address | None = None) -> Raw:
@@ -143,7 +143,7 @@ class BrokerProcess:
         self.popen.send_signal(number)
 
     def exit_status(self) -> int:
-        """Return its exit status when it has ended and all it wrote is in ``lines``."""
+        """Wait for the end; return the exit status when all output is in ``lines``."""
         status = self.popen.wait(TIMEOUT_S)
         for reader in self._readers:
             reader.join(TIMEOUT_S)

@@ -1,8 +1,8 @@
 """Both client faces behind one set of blocking calls, so that a scenario is written
 once.
 
-The asyncio face runs on an event loop in a thread of its own; a call is a coroutine
-there, waited for here.
+The asyncio face runs on an event loop in a thread of its own. A call runs as a
+coroutine there, and blocks until it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Self
 import brokerd_client
 from brokerd_client import aio
 
-#: Nothing in a test takes longer than this, in seconds.
+#: Seconds that a call in a test may take at most.
 PATIENCE = 20.0
 
 
@@ -31,13 +31,13 @@ class Face:
         raise NotImplementedError
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function where the clients live; return its result, awaited where it
-        is awaitable.
+        """Call a function in the clients' thread; return its result, awaited if it is
+        awaitable.
         """
         return function()
 
     def close(self) -> None:
-        """Close every client and whatever they ran on."""
+        """Close every client, and the thread or loop that it ran on."""
         for client in self.clients:
             client.close()
 
@@ -64,7 +64,7 @@ class Asyncio(Face):
         self.thread.start()
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call it on the loop."""
+        """Call a function on the loop."""
 
         async def call() -> Any:
             result = function()
@@ -79,7 +79,7 @@ class Asyncio(Face):
         return client
 
     def close(self) -> None:
-        """Close the clients, see that no task is left, and end the loop."""
+        """Close the clients, check that no task is left, and end the loop."""
         super().close()
         left = self.run(
             lambda: [
@@ -95,7 +95,7 @@ class Asyncio(Face):
 
 
 class Wrapped:
-    """An object of the asyncio face whose coroutines are waited for."""
+    """An object of the asyncio face whose coroutines block until they are done."""
 
     def __init__(self, face: Asyncio, inner: Any) -> None:
         self._face = face

@@ -17,7 +17,7 @@ LOST = Disconnected("cut")
 
 
 class Owner:
-    """A client that trusts nobody's pickles."""
+    """A client that accepts no pickles."""
 
     allow_pickle_from: frozenset[str] = frozenset()
 
@@ -26,7 +26,7 @@ OWNER = Owner()
 
 
 def merge(into: Effects[Message], more: Effects[Message]) -> None:
-    """Add one batch to another."""
+    """Add the effects of one call to another's."""
     for field in (
         "messages",
         "outcomes",
@@ -59,7 +59,7 @@ class Pair:
         self.now = 0.0
 
     def connect(self, step: int = 2**20) -> Effects[Message]:
-        """Dial, and let both sides talk until nothing is left to say."""
+        """Dial, and exchange bytes until neither side has any."""
         self.dialog.dialing(self.now)
         self.dialog.opened(NONCE)
         self.session = Session(self.broker)
@@ -81,13 +81,13 @@ class Pair:
                 merge(effects, self.hear(heard[start : start + step]))
 
     def hear(self, data: bytes) -> Effects[Message]:
-        """Let the dialog have these bytes."""
+        """Give these bytes to the dialog."""
         return self.dialog.receive(data, OWNER, self.now)
 
     def hear_frame(
         self, kind: Kind, message_id: int = 0, name: str = "bob", **fields: Any
     ) -> Effects[Message]:
-        """Let the dialog have one frame."""
+        """Give one frame to the dialog."""
         return self.hear(frame(encode(Envelope(kind, message_id, name, **fields))))
 
     def lose(self, jitter: float = 0.5, **options: Any) -> Effects[Message]:

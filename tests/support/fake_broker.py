@@ -1,5 +1,4 @@
-"""A small broker for tests, built on the wire alone: no rules, no quotas, nothing
-clever.
+"""A small broker for tests, built on the wire modules alone: no rules and no quotas.
 
 FakeBroker is sans-I/O: sessions take bytes and have bytes to send. FakeServer is a
 thread that moves them.
@@ -46,7 +45,7 @@ class Session:
         self._advance(next(self._handshake))
 
     def _advance(self, step: object) -> None:
-        """Do what the handshake asks for, until it waits for a frame."""
+        """Carry out the steps of the handshake, until it waits for a frame."""
         assert self._handshake is not None
         while step is not handshake.RECEIVE:
             if isinstance(step, handshake.Send):
@@ -58,7 +57,7 @@ class Session:
                 step = self._handshake.send(key)
 
     def receive(self, data: bytes) -> None:
-        """Take in bytes of the client."""
+        """Handle bytes from the client."""
         self._reader.feed(data)
         while (body := self._reader.next_frame(256 if self._handshake else 2**31)) is not None:
             if self._handshake is None:
@@ -82,10 +81,10 @@ class Session:
 
 
 class FakeBroker:
-    """Named sessions, and what passes between them.
+    """Named sessions, and the frames that pass between them.
 
-    intercept: called with (session, envelope) first; a true result means that it took
-    care of the frame.
+    intercept: called with (session, envelope) first; a true result means that it has
+    handled the frame.
     """
 
     def __init__(self, keys: dict[str, bytes]) -> None:
@@ -95,24 +94,24 @@ class FakeBroker:
         self.intercept: Callable[[Session, Envelope], object] | None = None
 
     def joined(self, session: Session) -> None:
-        """A session has authenticated."""
+        """Add a session that has authenticated."""
         self.online[session.name] = session
         self.emit("$broker.online." + session.name)
 
     def left(self, session: Session) -> None:
-        """A session's connection is gone."""
+        """Remove a session whose connection has ended."""
         if self.online.get(session.name) is session:
             del self.online[session.name]
             self.emit("$broker.offline." + session.name)
 
     def emit(self, topic: str, source: str = "$broker", **fields: object) -> None:
-        """Send an event to every session that asked for it, once."""
+        """Send an event to every subscribed session, once."""
         for session in self.online.values():
             if any(matches(pattern, topic) for pattern, _ in session.subscriptions):
                 session.deliver(Envelope(Kind.EVENT, name=source, topic=topic, **fields))  # type: ignore[arg-type]
 
     def on_frame(self, session: Session, envelope: Envelope) -> None:
-        """Do with a client's frame what a broker does."""
+        """Handle a client's frame as a broker does."""
         self.seen.append(envelope)
         if self.intercept is not None and self.intercept(session, envelope):
             return
@@ -200,7 +199,7 @@ class FakeServer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Listen; returns when clients can connect."""
+        """Listen; return when clients can connect."""
         with contextlib.suppress(FileNotFoundError):
             Path(self.path).unlink()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -215,7 +214,7 @@ class FakeServer:
         """Close every connection and the listener, at once."""
         if self._thread is not None:
             self._stopping = True
-            # It may have seen that by itself, and be gone.
+            # The thread may have noticed that itself, and have ended.
             with contextlib.suppress(OSError):
                 self.wake()
             self._thread.join(10)
@@ -223,11 +222,11 @@ class FakeServer:
             self._thread = None
 
     def wake(self) -> None:
-        """Have the thread look at everything again."""
+        """Wake the thread, so that it checks everything again."""
         self._waker_in.send(b"!")
 
     def drop(self, name: str) -> None:
-        """Close the connection of one client, without a word."""
+        """Close the connection of one client without sending anything."""
         with self._lock:
             session = self.broker.online[name]
             session.failed = True
@@ -235,7 +234,7 @@ class FakeServer:
         self.wake()
 
     def act(self, action: Callable[[FakeBroker], object]) -> None:
-        """Do something with the broker between two frames, and send what comes of it."""
+        """Change the broker between two frames, and send the results."""
         with self._lock:
             action(self.broker)
         self.wake()
@@ -265,8 +264,7 @@ class FakeServer:
                         if data:
                             sessions[sock].receive(data)
                         else:
-                            # What was still to be sent goes first, as a real broker's
-                            # does.
+                            # Remaining bytes are sent first, as by a real broker.
                             self._flush(sock, sessions[sock])
                             sessions[sock].failed = True
             with self._lock:

@@ -1,8 +1,8 @@
-"""A network without sockets: does what brokerd.net does with the core's decisions, and
-nothing at once.
+"""A network without sockets: it carries out the core's decisions as brokerd.net does,
+but nothing at once.
 
-A Peer is one connection. What the "system" takes of its outbox is said by ``room``:
-None takes everything, a number that many bytes more. Time stands still until
+A Peer is one connection. ``room`` says how much of its outbox the "system" takes: None
+for everything, a number for that many bytes more. Time stands still until
 :meth:`FakeNet.advance`.
 """
 
@@ -80,9 +80,9 @@ def error_of(envelope: Envelope) -> str:
 class Peer:
     """One connection and the client behind it.
 
-    room: bytes the system still takes, None for all. got: frames that arrived whole and
-    were not looked at yet. gone: why the connection ended, or "". stream: every byte
-    taken, for tests of what lies in it.
+    room: bytes the system still takes, None for all. got: whole frames that have
+    arrived and were not looked at yet. gone: the reason for the connection's end, or
+    "". stream: every byte taken, for tests that examine it.
     """
 
     def __init__(self, net: FakeNet, name: str) -> None:
@@ -103,12 +103,12 @@ class Peer:
 
     @property
     def address(self) -> str:
-        """How others reach exactly this connection."""
+        """The address of exactly this connection."""
         return self.session.address
 
     @property
     def held(self) -> bool:
-        """Whether the broker reads nothing from it because somebody has no room."""
+        """Whether the broker does not read from it because a recipient's queue is full."""
         return self.session.held_by is not None
 
     # What the client does
@@ -197,8 +197,8 @@ class Peer:
         self.request(BROKER, json.dumps({"op": op, **arguments}).encode(), message_id, codec=2)
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Ask ``$broker`` and return its REPLY; the client has to be reading and to
-        have looked at all it got.
+        """Ask ``$broker`` and return its REPLY. The client must be reading, and must
+        have looked at all earlier frames.
         """
         self.op(op, **arguments)
         (answer,) = self.take()
@@ -209,12 +209,12 @@ class Peer:
         return reply
 
     def take(self) -> list[Envelope]:
-        """Return and forget what arrived."""
+        """Return the envelopes that arrived, and remove them."""
         got, self.got = self.got, []
         return got
 
     def payloads(self) -> list[bytes]:
-        """Return and forget what arrived, payloads only."""
+        """Return the payloads that arrived, and remove them."""
         return [envelope.payload for envelope in self.take()]
 
     def error(self) -> tuple[int, str]:
@@ -224,21 +224,21 @@ class Peer:
         return envelope.id, error_of(envelope)
 
     def block(self, room: int = 0) -> None:
-        """Stop reading: the system takes ``room`` bytes more."""
+        """Stop reading: the socket takes ``room`` bytes more."""
         self.room = room
 
     def read(self, size: int | None = None) -> None:
-        """Read on: the system takes ``size`` bytes more, or everything from now on."""
+        """Read again: the socket takes ``size`` bytes more, or everything from now on."""
         self.room = None if size is None else (self.room or 0) + size
         if self.writing:
             self.net.on_writable(self)
 
     def leave(self, why: str = "connection closed by the client") -> None:
-        """End the connection."""
+        """Close the connection."""
         self.net.lost(self, why)
 
     def have(self, data: bytes) -> None:
-        """Begin with a part of a frame that came earlier."""
+        """Start with a part of a frame that arrived earlier."""
         self._reader.feed(data)
 
     # What the system does
@@ -278,13 +278,13 @@ class FakeNet:
         self._copies: tuple[Broker, Copier, Copies] | None = None
 
     def connect(self, name: str) -> Peer:
-        """Let a client in. There has to be room, or somebody to be replaced."""
+        """Connect a client. There must be room, or a connection to be replaced."""
         peer = self.try_connect(name)
         assert peer is not None, f"{name} is not let in"
         return peer
 
     def try_connect(self, name: str) -> Peer | None:
-        """Let a client in; return None where the broker refuses it."""
+        """Connect a client; return None if the broker refuses it."""
         there, leaving = self.broker.place_for(name)
         if not there:
             return None
@@ -301,14 +301,14 @@ class FakeNet:
         return peer
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock forward."""
         self.now += seconds
         self.broker.tick(self.now)
         self.settle()
 
     def arrive(self, peer: Peer, data: bytes) -> None:
-        """Have bytes arrive from the peer: routed at once, or kept while it is not read
-        from.
+        """Let bytes arrive from the peer: they are routed at once, or kept while it is
+        not read from.
         """
         if peer.gone:
             return
@@ -342,7 +342,7 @@ class FakeNet:
         self.settle()
 
     def write_touched(self) -> None:
-        """Offer every touched outbox to the system."""
+        """Write every touched outbox to its socket."""
         touched = self.broker.touched
         while touched:
             session = touched.pop()
@@ -358,7 +358,7 @@ class FakeNet:
                 self.write(peer)
 
     def write(self, peer: Peer) -> None:
-        """Offer the peer's outbox to the system."""
+        """Write the peer's outbox to its socket."""
         outbox = peer.session.outbox
         moved = True
         while moved:
@@ -373,14 +373,14 @@ class FakeNet:
                 self.lost(peer, peer.session.closing)
 
     def on_writable(self, peer: Peer) -> None:
-        """The system takes bytes again."""
+        """Continue to write, because the socket takes bytes again."""
         self.write(peer)
         if not peer.gone:
             self.broker.held.release_if_room(peer.session, self.now)
         self.settle()
 
     def settle(self) -> None:
-        """Carry out what the core decided."""
+        """Carry out the core's decisions."""
         if self._settling:
             return
         self._settling = True
@@ -475,7 +475,9 @@ class FakeNet:
             peer.session.connection = peer
 
     def _check_changes(self, copier: Copier) -> None:
-        """Every session and client that differs from its copy was noted as changed."""
+        """Check that every session and client that differs from its copy was noted as
+        changed.
+        """
         sessions, clients = set(copier.changed_sessions()), set(copier.changed_clients())
         for peer in self.peers:
             assert peer.session in sessions or copier.counted(peer.session) == (), peer
@@ -483,7 +485,7 @@ class FakeNet:
             assert client in clients or copier.is_client_as_copied(client), client.name
 
     def leftovers(self) -> Mapping[str, object]:
-        """Return what the broker still holds for connections; all of it is empty once
+        """Return the broker's remaining state for connections; all of it is empty once
         they are gone.
         """
         broker = self.broker

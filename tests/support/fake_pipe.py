@@ -1,5 +1,5 @@
-"""Named pipes as Windows has them, played by Python objects: messages stay whole, a
-full pipe holds its writer.
+"""Named pipes like those of Windows, as Python objects: messages stay whole, and a full
+pipe blocks its writer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from support.raw_client import Raw, is_reason, prefixed
 
 TIMEOUT_S = 30.0
-#: Bytes that a pipe takes before it holds who writes.
+#: Bytes that a pipe takes before it blocks its writer.
 CAPACITY = 8192
 
 
@@ -68,7 +68,7 @@ class FakePipe:
                     or sum(map(len, inbox)) <= CAPACITY
                 )
 
-            assert self._changed.wait_for(taken, TIMEOUT_S), "nobody read"
+            assert self._changed.wait_for(taken, TIMEOUT_S), "the peer did not read"
             if sum(map(len, inbox)) > CAPACITY:
                 self._go_on_writing()
 
@@ -112,7 +112,7 @@ def fake_pipes() -> tuple[FakePipe, FakePipe]:
 
 
 class FakePipeServer:
-    """Takes connections as named_pipes.PipeServer does.
+    """Accepts connections as named_pipes.PipeServer does.
 
     failures: raised by accept() before it accepts a peer.
     """
@@ -129,7 +129,7 @@ class FakePipeServer:
         """Return the client's end of a new connection."""
         ours, theirs = fake_pipes()
         with self._changed:
-            assert not self.closed, "nobody listens"
+            assert not self.closed, "no server listens"
             self._come.append(ours)
             self._changed.notify_all()
         return theirs
@@ -168,7 +168,7 @@ class FakePipeServer:
 
 
 class FakeChannel:
-    """An accepted connection of which nothing has been read."""
+    """An accepted connection from which nothing has been read."""
 
     def __init__(self, pipe: FakePipe) -> None:
         self._pipe = pipe
@@ -178,7 +178,7 @@ class FakeChannel:
 
 
 class PipeRaw(Raw):
-    """The primitive client, at a pipe: what it writes as a frame goes as a message."""
+    """The primitive client at a pipe: each frame that it writes is one message."""
 
     def __init__(self, pipe: FakePipe) -> None:
         self.pipe = pipe

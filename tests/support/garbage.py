@@ -1,4 +1,4 @@
-"""Objects of the broker that wait for the garbage collector."""
+"""Objects of the broker that only the garbage collector frees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.running_daemon import RunningDaemon
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect what there is, and nothing more until the end."""
+    """Collect garbage once, and then none until the block ends."""
     gc.collect()
     gc.disable()
     try:
@@ -22,7 +22,7 @@ def uncollected() -> Iterator[None]:
 
 
 def objects() -> Counter[str]:
-    """Return how many objects of each of the broker's own types there are."""
+    """Return the number of objects of each of the broker's own types."""
     kinds = map(type, gc.get_objects())
     named = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
     return Counter(

@@ -1,4 +1,4 @@
-"""The two routing loops side by side: each behind a broker of its own, fed the same,
+"""The two routing loops side by side, each behind a broker of its own, fed the same and
 compared after every step.
 """
 
@@ -29,7 +29,7 @@ def frame(body: bytes, *, length: int | None = None, long: bool = False) -> byte
 
 
 class Recorded(FakeNet):
-    """A broker whose every call from the loop is written down."""
+    """A broker that records every call from the loop."""
 
     def __init__(self, feed: Feed) -> None:
         super().__init__(
@@ -55,7 +55,9 @@ class Recorded(FakeNet):
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Have every cache filled: what is not ordinary then stands out."""
+        """Fill every cache, so that everything that leaves the routing loop is an
+        exception.
+        """
         self.entries[1].op("subscribe", 1, topic="t.>")
         for entry in self.entries[:6]:
             for name in ("a", "b", "c"):
@@ -99,7 +101,7 @@ class Recorded(FakeNet):
                     self.everyone.append(again)
 
     def state(self) -> dict[str, Any]:
-        """Return all that can be seen from outside, and what the loop counts."""
+        """Return all state that is visible from outside, and the loop's counters."""
         return {
             "calls": self.calls,
             "refused": self.broker.replies.refused,
@@ -131,7 +133,7 @@ def _plain(argument: Any) -> Any:
 
 
 def agree(steps: Iterable[tuple[Any, ...]]) -> Recorded:
-    """Play the steps to both; return the plain one."""
+    """Play the steps to both loops; return the Python one."""
     # Here, so that what is fed only to the plain loop does without the compiled one.
     from brokerd.core import _routing_c
 

@@ -41,7 +41,7 @@ class MemoryTransport(asyncio.Transport):
         """Do nothing: every write is taken whole."""
 
     def is_closing(self) -> bool:
-        """Return whether nothing more is taken."""
+        """Return whether the transport takes no more bytes."""
         return self._closing
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -54,15 +54,15 @@ class MemoryTransport(asyncio.Transport):
         return True
 
     def write_eof(self) -> None:
-        """End the session, once what was written has arrived."""
+        """End the session, once all written bytes have arrived."""
         self._loop.call_soon(self._hang_up)
 
     def pause_reading(self) -> None:
-        """Keep what the session says."""
+        """Keep the session's bytes until ``resume_reading``."""
         self._reading = False
 
     def resume_reading(self) -> None:
-        """Deliver what the session has said."""
+        """Deliver the session's bytes that were kept."""
         self._reading = True
         self._loop.call_soon(self.pump)
 
@@ -89,7 +89,7 @@ class MemoryTransport(asyncio.Transport):
             self.abort()
 
     def pump(self) -> None:
-        """Have what the session says delivered at the loop's next step."""
+        """Deliver the session's bytes at the loop's next step."""
         if self.session.out:
             self._loop.call_soon(self._deliver)
 
@@ -117,7 +117,7 @@ class MemoryBroker:
     async def dial(
         self, address: object, protocol: Callable[[], asyncio.Protocol], *more: object
     ) -> None:
-        """Stand in for aio_connection.dial."""
+        """Replace aio_connection.dial."""
         await asyncio.sleep(0)
         made = protocol()
         transport = MemoryTransport(self, made)
@@ -126,19 +126,19 @@ class MemoryBroker:
         transport.pump()
 
     def deliver(self, transport: MemoryTransport, protocol: asyncio.Protocol, data: bytes) -> None:
-        """Hand the bytes to a client's protocol."""
+        """Give the bytes to a client's protocol."""
         name = transport.session.name
         self.before(name)
         protocol.data_received(data)
         self.after(name)
 
     def pump_all(self) -> None:
-        """Have what every session says delivered."""
+        """Deliver the bytes of every session."""
         for transport in list(self.transports):
             transport.pump()
 
     def act(self, action: Callable[[FakeBroker], object]) -> None:
-        """Do something with the broker, and deliver what comes of it."""
+        """Change the broker, and deliver the results."""
         action(self.broker)
         self.pump_all()
 
@@ -149,7 +149,7 @@ class MemoryBroker:
                 transport.abort()
 
     def join(self, name: str, **options: Any) -> aio.Opening[aio.Client]:
-        """Connect to this broker, once opened."""
+        """Return an opening that connects to this broker."""
         return aio.connect("/memory", name, name, **options)
 
 

@@ -1,5 +1,5 @@
 """A client written from docs/protocol.md alone: sockets, struct and hmac, nothing of
-the library's.
+the library.
 
 It is deliberately primitive, so that a test can send what no well-behaved client would.
 """
@@ -45,7 +45,9 @@ class Frame(NamedTuple):
 
 
 class Rejected(Exception):
-    """The broker did not let it in; args[0] is every byte it said instead of #WELCOME#."""
+    """The broker refused the handshake; args[0] is every byte that it sent instead of
+    #WELCOME#.
+    """
 
 
 def prefixed(body: bytes) -> bytes:
@@ -65,7 +67,7 @@ def packed(
 ) -> bytes:
     """Return one whole broker frame.
 
-    between: what stands between name and payload (topic, extension).
+    between: the bytes between name and payload (topic, extension).
     """
     name = to.encode()
     return prefixed(
@@ -73,24 +75,24 @@ def packed(
     )
 
 
-def is_reason(said: bytes, code: str) -> bool:
-    """Return whether the bytes are one frame: the ERROR with the id 0 that tells why
-    the broker closes.
+def is_reason(data: bytes, code: str) -> bool:
+    """Return whether the bytes are exactly the ERROR with the id 0 that gives this
+    reason for closing.
     """
-    body = said[4:]
+    body = data[4:]
     if len(body) < HEADER.size:
         return False
     kind, _, codec, size, message_id = HEADER.unpack_from(body)
-    told = json.loads(body[12 + size :])
+    error = json.loads(body[12 + size :])
     return (
         prefixed(body),
         kind,
         codec,
         message_id,
         body[12 : 12 + size],
-        told["code"],
-        told["name"],
-    ) == ((said, ERROR, JSON, 0, b"$broker", code, "$broker"))
+        error["code"],
+        error["name"],
+    ) == ((data, ERROR, JSON, 0, b"$broker", code, "$broker"))
 
 
 class Raw:
@@ -129,7 +131,7 @@ class Raw:
             self.sock.sendall(data[position : position + 1])
 
     def read(self, size: int) -> bytes:
-        """Return exactly that many bytes. Raises EOFError."""
+        """Return exactly ``size`` bytes. Raises EOFError."""
         data = bytearray()
         while len(data) < size:
             piece = self.sock.recv(min(size - len(data), 1 << 20))
@@ -144,7 +146,7 @@ class Raw:
         return self.read(size)
 
     def read_to_end(self) -> bytes:
-        """Return everything until the broker closes, which it may do with a reset."""
+        """Return all bytes until the broker closes, which it may do with a reset."""
         data = bytearray()
         try:
             while piece := self.sock.recv(65536):
@@ -156,7 +158,7 @@ class Raw:
     # The handshake
 
     def answer(self, key: bytes, name: bytes = b"", digest: str | None = "sha256") -> bytes:
-        """Read the broker's challenge and return the right answer.
+        """Read the broker's challenge and return the correct answer.
 
         digest: None for the bare MD5 of old Pythons.
         """
@@ -168,7 +170,7 @@ class Raw:
         return b"{%s}" % digest.encode() + hmac.digest(key, message, digest) + name
 
     def challenge(self, key: bytes, digest: str | None = "sha256") -> None:
-        """Have the broker prove that it knows the key."""
+        """Check that the broker knows the key."""
         message = os.urandom(20) if digest is None else b"{%s}" % digest.encode() + os.urandom(40)
         self.write(prefixed(CHALLENGE + message))
         answer = self.read_body()
@@ -189,9 +191,9 @@ class Raw:
         Raises Rejected.
         """
         self.write(prefixed(self.answer(key, name, digest)))
-        said = self.read_body()
-        if said != WELCOME:
-            raise Rejected(prefixed(said) + self.read_to_end())
+        data = self.read_body()
+        if data != WELCOME:
+            raise Rejected(prefixed(data) + self.read_to_end())
         self.challenge(key, challenge_digest)
         self.write(prefixed(WELCOME) + behind)
         return self
@@ -210,9 +212,7 @@ class Raw:
         )
 
     def ask(self, op: str, *, message_id: int = 7, **arguments: Any) -> Frame:
-        """Return the broker's answer to an operation; nothing else may arrive before
-        it.
-        """
+        """Return the broker's answer to an operation; no other frame may arrive first."""
         self.send(
             REQUEST,
             "$broker",
@@ -225,28 +225,26 @@ class Raw:
         return answer
 
     def ping(self) -> None:
-        """Return when the broker has answered: all that was sent before has been dealt
-        with.
-        """
+        """Wait for the broker's answer: all frames sent before have been handled then."""
         answer = self.ask("ping", message_id=0xFFFF_FFFF)
         assert answer.kind == REPLY, answer
 
     def is_closed(self, code: str = "") -> bool:
-        """Wait until the broker closes; nothing may arrive before that but, given a
-        code, the ERROR that tells it.
+        """Wait until the broker closes; return whether nothing arrived before that, or
+        only the ERROR with ``code``.
         """
-        said = self.read_to_end()
-        return is_reason(said, code) if code else said == b""
+        data = self.read_to_end()
+        return is_reason(data, code) if code else data == b""
 
-    def is_turned_away(self) -> bool:
-        """Wait until the broker closes; it says #FAILURE# before that, and nothing
-        else.
+    def is_refused(self) -> bool:
+        """Wait until the broker closes; return whether only #FAILURE# arrived before
+        that.
         """
         return self.read_to_end() == prefixed(FAILURE)
 
 
 def login(address: Address, key: bytes, name: bytes = b"", **how: Any) -> Raw:
-    """Return a connection that has shaken hands. Raises Rejected."""
+    """Return an authenticated connection. Raises Rejected."""
     raw = Raw(address)
     try:
         return raw.log_in(key, name, **how)

@@ -17,9 +17,7 @@ from brokerd_client.errors import Disconnected
 
 
 class ReloadableDaemon:
-    """A daemon that serves one directory's brokerd.yaml, and can be told to read it
-    again.
-    """
+    """A daemon that serves one directory's brokerd.yaml, and can reload it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -70,7 +68,7 @@ BOB = "  bob: {key: bobs-first-key}\n"
 
 
 def is_disconnected(client: Any) -> bool:
-    """Return whether the broker has ended the connection; asking is enough to see it."""
+    """Return whether the broker has ended the connection; a ping is enough to see it."""
     try:
         client.ping()
     except Disconnected:

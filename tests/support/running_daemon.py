@@ -32,9 +32,9 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    """A log whose events are kept, and can be waited for.
+    """A log that keeps its events; ``wait`` waits for them.
 
-    logger: logs to it.
+    logger: the logger to give to a daemon.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Recorder:
 
 
 class RunningDaemon:
-    """A running broker: ask it by its sockets, or look inside with ``call``."""
+    """A running broker: connect to its sockets, or look inside with ``call``."""
 
     def __init__(self, daemon: Daemon, log: Recorder, loop: asyncio.AbstractEventLoop) -> None:
         self.daemon = daemon
@@ -80,11 +80,11 @@ class RunningDaemon:
 
     @property
     def address(self) -> Address:
-        """The first address it listens at."""
+        """The first address that it listens at."""
         return self.daemon.addresses[0]
 
     def raw(self) -> Raw:
-        """Return a connection that has said nothing yet."""
+        """Return a connection that has sent nothing yet."""
         return Raw(self.address)
 
     def login(self, name: str, **how: Any) -> Raw:

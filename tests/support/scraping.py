@@ -1,4 +1,4 @@
-"""Asking the monitor, as a health check or Prometheus does, and reading what it says."""
+"""Requests to the monitor, as a health check or Prometheus sends them, and its answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 30.0
 
 
 class Page(NamedTuple):
-    """An answer. headers: names in small letters."""
+    """An answer. headers: names in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -71,7 +71,7 @@ def get(
 
 
 def families(where: RunningDaemon, *, openmetrics: bool = False) -> dict[str, Metric]:
-    """Return what /metrics says, by name, as Prometheus's own parser reads it."""
+    """Return the metrics of /metrics by name, as Prometheus's own parser reads them."""
     accept = (
         "application/openmetrics-text; version=1.0.0"
         if openmetrics
@@ -98,12 +98,12 @@ def samples(where: RunningDaemon) -> dict[str, float]:
 
 
 def connect(where: RunningDaemon) -> socket.socket:
-    """Return a connection to the monitor that has said nothing yet."""
+    """Return a connection to the monitor that has sent nothing yet."""
     return socket.create_connection(where.daemon.monitor_addresses[0].sockaddr, timeout=TIMEOUT_S)
 
 
 def ended(sock: socket.socket) -> bool:
-    """Wait until the monitor closes the connection; return True, whatever it said
+    """Wait until the monitor closes the connection; return True, whatever it sent
     before.
     """
     try:

@@ -1,5 +1,5 @@
-"""A service manager, played by the test: it hears what the daemon tells it, and hands
-over sockets.
+"""A service manager, played by the test: it receives the daemon's notifications, and
+hands over sockets.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ sys.exit(run(Path(sys.argv[1])))
 class Manager:
     """The other end of NOTIFY_SOCKET.
 
-    address: as that variable has it, a path or ``@`` and an abstract name.
+    address: as in that variable, a path or ``@`` and an abstract name.
     """
 
     def __init__(self, address: Path | str) -> None:
         self.address = str(address)
-        self.heard: list[dict[str, str]] = []
+        self.received: list[dict[str, str]] = []
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.bind("\0" + self.address[1:] if self.address.startswith("@") else self.address)
         self._sock.settimeout(TIMEOUT_S)
@@ -49,21 +49,23 @@ class Manager:
         self._sock.close()
 
     def next(self) -> dict[str, str]:
-        """Return the next thing said, its fields by name."""
+        """Return the next notification, its fields by name."""
         text = self._sock.recv(65536).decode()
-        self.heard.append(dict(line.split("=", 1) for line in text.split("\n")))
-        return self.heard[-1]
+        self.received.append(dict(line.split("=", 1) for line in text.split("\n")))
+        return self.received[-1]
 
-    def wait(self, meant: Callable[[dict[str, str]], object] | str) -> dict[str, str]:
-        """Return the next thing said that has this field, or that is meant."""
+    def wait(self, condition: Callable[[dict[str, str]], object] | str) -> dict[str, str]:
+        """Return the next notification that has this field, or that meets this
+        condition.
+        """
         while True:
-            said = self.next()
-            if meant in said if isinstance(meant, str) else meant(said):
-                return said
+            message = self.next()
+            if condition in message if isinstance(condition, str) else condition(message):
+                return message
 
     def is_silent_for(self, seconds: float) -> bool:
-        """Return whether nothing is said for so long, from now on: what was said before
-        does not count.
+        """Return whether no notification arrives for ``seconds`` from now on; earlier
+        ones are discarded.
         """
         try:
             self._sock.setblocking(False)
@@ -88,10 +90,10 @@ class Manager:
         first: str = "",
         **how: Any,
     ) -> BrokerProcess:
-        """Run a daemon that tells this manager.
+        """Run a daemon that notifies this manager.
 
-        sockets: handed over. names: theirs, joined by colons. first: Python that the
-        daemon's process runs before.
+        sockets: handed over. names: their names, joined by colons. first: Python code
+        that the daemon's process runs first.
         """
         fds = [sock.fileno() for sock in sockets]
         variables = {"NOTIFY_SOCKET": self.address, **(environ or {})}

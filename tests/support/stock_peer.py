@@ -44,7 +44,7 @@ def run(command):
 
 
 def plain(value):
-    """Return what Python 2 takes for an address: its str, not unicode."""
+    """Return the type that Python 2 accepts as an address: its str, not unicode."""
     return value if isinstance(value, int) else value.encode("ascii")
 
 

@@ -1,8 +1,8 @@
-"""A daemon whose successors do what a test wants before they begin.
+"""A daemon whose new processes run code of the test before they start.
 
-The program is the usual one, but a process that is to take over runs the file
-``new_process.py`` beside the configuration first, if there is one, and the first
-process runs ``first.py``.
+The program is the usual one. But a process that is to take over first runs the file
+``successor.py`` beside the configuration, if there is one, and the first process runs
+``first.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Upgradable(BrokerProcess):
         super().__init__(directory, *given, program=PROGRAM, **more)
 
     def before_new_process(self, code: str) -> None:
-        """Have the next processes run this before anything else."""
+        """Let the next processes run this code before anything else."""
         (self.directory / "successor.py").write_text(code)
 
     def upgrade(self, ops: Raw) -> dict[str, Any]:
@@ -51,9 +51,7 @@ class Upgradable(BrokerProcess):
 
 
 def is_running(pid: int) -> bool:
-    """Return whether there is a process of that number, dead ones that nobody has asked
-    for not counted.
-    """
+    """Return whether there is a process with this number that is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -61,6 +59,6 @@ def is_running(pid: int) -> bool:
 
 
 def descriptors(pid: int) -> set[str]:
-    """Return what the process has open."""
+    """Return the paths of the process's open files."""
     folder = Path(f"/proc/{pid}/fd")
     return {str(each.readlink()) for each in folder.iterdir()}

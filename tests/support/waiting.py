@@ -1,4 +1,4 @@
-"""Waiting for a condition, within bounds."""
+"""Waiting for a condition, for a limited time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WAIT_S = 90.0
 def until(
     condition: Callable[[], bool], complaint: str = "timed out", wait_s: float = WAIT_S
 ) -> float:
-    """Return when the condition is true: the seconds that it took.
+    """Wait until the condition is true; return the seconds that it took.
 
     Raises AssertionError with the complaint after ``wait_s`` seconds.
     """

@@ -1,5 +1,5 @@
-"""Listeners that are not what a client looks for: what each says, and what the client
-should make of it.
+"""Servers of other protocols: their first bytes, and the protocol's name in the
+client's error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ SPEECHES: Final = [
 
 @contextmanager
 def speaking(speech: bytes, piece: int = 1) -> Iterator[tuple[str, int]]:
-    """Listen, say that to every client, in pieces of that size, and wait for its end."""
+    """Listen, send ``speech`` to every client, in pieces of ``piece`` bytes, and wait
+    for its end.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

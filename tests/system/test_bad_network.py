@@ -1,5 +1,5 @@
-"""Bad networks: other ends that vanish, links that are cut and heal, that delay, lose
-and double packets.
+"""Bad networks: peers that become unreachable, and links that are cut and healed, that
+delay, lose and repeat packets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from support.broker_process import BrokerProcess
 from support.keys import key_of
 from support.outages.traffic import RECIPIENTS, SENDERS
-from support.outages.transports import Way, tls_way
+from support.outages.transports import Transport, tls_transport
 from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, login
 from support.system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
 from support.tls.raw_client import TlsRaw
@@ -31,32 +31,32 @@ NAMES = (*SENDERS, *RECIPIENTS)
 KEEPALIVE_S = 4.0
 
 
-def broker_there(directory: Path, link: Link, way: Way, **more: Any) -> BrokerProcess:
+def start_broker(directory: Path, link: Link, transport: Transport, **more: Any) -> BrokerProcess:
     """Return a broker at its end of the link, listening there too."""
-    listen = way.listen() if way.shown else way.listen(plain=True)
+    listen = transport.listen() if transport.issued else transport.listen(plain=True)
     return BrokerProcess(
         directory, (*NAMES, "probe"), listen=listen, preexec=link.inside(BROKER), **more
     )
 
 
-def enter(broker: BrokerProcess, link: Link, way: Way, name: str) -> Raw:
+def connect_raw(broker: BrokerProcess, link: Link, transport: Transport, name: str) -> Raw:
     with link.visit(CLIENTS):
-        if way.context is None:
-            return login(way.address(broker), key_of(name), name.encode())
-        raw = TlsRaw(way.address(broker), way.context, host=way.host)
+        if transport.context is None:
+            return login(transport.address(broker), key_of(name), name.encode())
+        raw = TlsRaw(transport.address(broker), transport.context, host=transport.host)
         return raw.log_in(key_of(name), name.encode())
 
 
 @pytest.fixture(scope="module")
-def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Way:
+def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Transport:
     """TLS across the link."""
-    return tls_way(tmp_path_factory.mktemp("ca"), ADDRESSES[BROKER])
+    return tls_transport(tmp_path_factory.mktemp("ca"), ADDRESSES[BROKER])
 
 
 @pytest.fixture(params=["tcp", "tls"])
-def way(request: pytest.FixtureRequest, over_tls: Way) -> Way:
-    """How the clients come."""
-    return over_tls if request.param == "tls" else Way(ADDRESSES[BROKER])
+def transport(request: pytest.FixtureRequest, over_tls: Transport) -> Transport:
+    """The connections of the clients: TCP or TLS."""
+    return over_tls if request.param == "tls" else Transport(ADDRESSES[BROKER])
 
 
 def disconnected(broker: BrokerProcess, name: str) -> list[dict[str, Any]]:
@@ -71,13 +71,13 @@ def link() -> Iterator[Link]:
 
 @pytest.mark.timing
 def test_keepalive_idle_peer_unreachable_is_disconnected(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """It is disconnected when it has answered nothing for limits.keepalive. A client
     that is only idle is not.
     """
-    with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
-        idle = enter(broker, link, way, "r0")
+    with start_broker(socket_dir, link, transport, limits={"keepalive": KEEPALIVE_S}) as broker:
+        idle = connect_raw(broker, link, transport, "r0")
         link.cut(CLIENTS)
         began = time.monotonic()
         with broker.login("s0") as local:
@@ -94,13 +94,13 @@ def test_keepalive_idle_peer_unreachable_is_disconnected(
 
 @pytest.mark.timing
 def test_keepalive_unreachable_peer_with_queue_is_disconnected(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """Messages still in the broker's memory go back to their sender then, and not a
     quarter of an hour later.
     """
-    with broker_there(socket_dir, link, way, limits={"keepalive": KEEPALIVE_S}) as broker:
-        gone = enter(broker, link, way, "r0")
+    with start_broker(socket_dir, link, transport, limits={"keepalive": KEEPALIVE_S}) as broker:
+        ended = connect_raw(broker, link, transport, "r0")
         link.cut(CLIENTS)
         began = time.monotonic()
         with broker.login("s0") as local:
@@ -116,19 +116,19 @@ def test_keepalive_unreachable_peer_with_queue_is_disconnected(
             assert first.code == "offline"
             reason = disconnected(broker, "r0") or broker.wait("client.disconnected")
             assert "limits.keepalive" in reason[0]["reason"]
-        gone.close()
+        ended.close()
     assert KEEPALIVE_S <= took < 2 * KEEPALIVE_S + 2
     print(f"found after {took:.1f} s")
 
 
 def test_keepalive_peer_that_does_not_read_stays_connected(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """Its kernel answers for it: with full buffers and a queue of messages it stays for
     many times limits.keepalive.
     """
-    with broker_there(socket_dir, link, way, limits={"keepalive": 1}) as broker:
-        slow = enter(broker, link, way, "r0")
+    with start_broker(socket_dir, link, transport, limits={"keepalive": 1}) as broker:
+        slow = connect_raw(broker, link, transport, "r0")
         with broker.login("s0") as local:
             for number in range(100):
                 local.send(MESSAGE, "r0", bytes(60_000), message_id=number + 1)
@@ -142,7 +142,7 @@ def test_keepalive_peer_that_does_not_read_stays_connected(
 
 
 def test_partition_of_senders_healed_clients_reconnect(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """The link is cut for longer than the timeouts. The senders behind it are
     disconnected, connect again, and know which messages are in doubt.
@@ -150,8 +150,8 @@ def test_partition_of_senders_healed_clients_reconnect(
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     # Recipients with the broker, senders behind the link: what they sent is in doubt.
     with (
-        broker_there(socket_dir, link, way, limits=limits) as broker,
-        way.traffic(
+        start_broker(socket_dir, link, transport, limits=limits) as broker,
+        transport.traffic(
             socket_dir, broker, inside=link.inside(BROKER), inside_senders=link.inside(CLIENTS)
         ) as traffic,
     ):
@@ -167,21 +167,21 @@ def test_partition_of_senders_healed_clients_reconnect(
         traffic.goes_on()
         back = time.monotonic() - healed
         account = traffic.finish(
-            way.title("a partition between senders and broker, longer than the timeouts")
+            transport.title("a partition between senders and broker, longer than the timeouts")
         )
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
 def test_partition_of_recipients_healed_clients_reconnect(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """Messages for the recipients are given back as offline; the recipients connect
     again when the link is back.
     """
     limits = {"keepalive": KEEPALIVE_S, "wait_timeout": "1s"}
     with (
-        broker_there(socket_dir, link, way, limits=limits) as broker,
-        way.traffic(
+        start_broker(socket_dir, link, transport, limits=limits) as broker,
+        transport.traffic(
             socket_dir, broker, inside=link.inside(CLIENTS), inside_senders=link.inside(BROKER)
         ) as traffic,
     ):
@@ -196,29 +196,31 @@ def test_partition_of_recipients_healed_clients_reconnect(
         healed = time.monotonic()
         traffic.goes_on()
         back = time.monotonic() - healed
-        fault = way.title("a partition between broker and recipients, longer than the timeouts")
+        fault = transport.title(
+            "a partition between broker and recipients, longer than the timeouts"
+        )
         account = traffic.finish(fault, killed=RECIPIENTS)
     account.record(f"found after {found:.1f} s, at work {back:.1f} s after it healed")
 
 
 def test_partition_shorter_than_keepalive_only_delays(
-    link: Link, socket_dir: Path, way: Way
+    link: Link, socket_dir: Path, transport: Transport
 ) -> None:
     """A link that is cut for less than limits.keepalive ends no connection, and loses
     no message.
     """
     with (
-        broker_there(socket_dir, link, way) as broker,
-        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
+        start_broker(socket_dir, link, transport) as broker,
+        transport.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
     ):
         link.cut(CLIENTS)
         began = time.monotonic()
         until(lambda: time.monotonic() - began > 2, "")
         link.heal(CLIENTS)
         traffic.goes_on()
-        gone = broker.events("client.disconnected")
-        account = traffic.finish(way.title("a link that is cut for 2 s"))
-    assert gone == []
+        ended = broker.events("client.disconnected")
+        account = traffic.finish(transport.title("a link that is cut for 2 s"))
+    assert ended == []
     assert (account.refused, account.in_doubt) == (0, 0)
     account.record("no connection ended")
 
@@ -229,7 +231,12 @@ def test_partition_shorter_than_keepalive_only_delays(
     ids=["delay", "loss", "duplication", "everything"],
 )
 def test_messages_over_bad_link_arrive_once_and_in_order(
-    socket_dir: Path, way: Way, delay_ms: float, jitter_ms: float, loss: float, twice: float
+    socket_dir: Path,
+    transport: Transport,
+    delay_ms: float,
+    jitter_ms: float,
+    loss: float,
+    twice: float,
 ) -> None:
     """Packets arrive late, out of order, twice or never; messages still arrive once and
     in order.
@@ -240,17 +247,17 @@ def test_messages_over_bad_link_arrive_once_and_in_order(
         Link.carried(
             delay_ms=delay_ms, jitter_ms=jitter_ms, loss=loss, twice=twice, seed=seed
         ) as link,
-        broker_there(socket_dir, link, way) as broker,
-        way.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
+        start_broker(socket_dir, link, transport) as broker,
+        transport.traffic(socket_dir, broker, inside=link.inside(CLIENTS)) as traffic,
     ):
-        probe = enter(broker, link, way, "probe")
+        probe = connect_raw(broker, link, transport, "probe")
         began = time.monotonic()
         for _ in range(5):
             probe.ping()
         trip = (time.monotonic() - began) / 5
         probe.close()
         traffic.goes_on(more=100)
-        gone = [
+        ended = [
             event["name"]
             for event in broker.events("client.disconnected")
             if event["name"] != "probe"
@@ -259,8 +266,8 @@ def test_messages_over_bad_link_arrive_once_and_in_order(
             f"packets {delay_ms:g} to {delay_ms + jitter_ms:g} ms late, {loss:.0%} lost,"
             f" {twice:.0%} doubled"
         )
-        account = traffic.finish(way.title(title))
-    assert gone == []
+        account = traffic.finish(transport.title(title))
+    assert ended == []
     assert (account.refused, account.in_doubt) == (0, 0)
     assert trip > 2 * delay_ms / 1000
     account.record(f"round trip {trip * 1000:.0f} ms; no connection ended")
@@ -269,19 +276,19 @@ def test_messages_over_bad_link_arrive_once_and_in_order(
 @pytest.mark.timing
 @pytest.mark.parametrize("face", ["blocking", "asyncio"])
 def test_keepalive_of_client_broker_unreachable_is_disconnected(
-    link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, way: Way, face: str
+    link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, transport: Transport, face: str
 ) -> None:
     """Its pending calls are in doubt after keepalive.DEFAULT_S (shorter here), though
     no call has timed out.
     """
     for module in ("brokerd_client.blocking.transport", "brokerd_client.aio.transport"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
-    with broker_there(socket_dir, link, way) as broker:
+    with start_broker(socket_dir, link, transport) as broker:
         address = str(broker.addresses()[1])
 
         async def ask() -> None:
             async with aio.connect(
-                address, "s0", key_of("s0"), ssl=way.context, reconnect=False
+                address, "s0", key_of("s0"), ssl=transport.context, reconnect=False
             ) as client:
                 await client.ping()
                 link.cut(CLIENTS)
@@ -295,7 +302,7 @@ def test_keepalive_of_client_broker_unreachable_is_disconnected(
                     asyncio.run(ask())
             else:
                 with brokerd_client.connect(
-                    address, "s0", key=key_of("s0"), ssl=way.context, reconnect=False
+                    address, "s0", key=key_of("s0"), ssl=transport.context, reconnect=False
                 ) as client:
                     client.ping()
                     link.cut(CLIENTS)

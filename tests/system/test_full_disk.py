@@ -28,13 +28,13 @@ NAMES = (*SENDERS, *RECIPIENTS, "late")
 @pytest.fixture
 def small_disk(socket_dir: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    place = socket_dir / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=True)
+    mount_point = socket_dir / "disk"
+    mount_point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount_point], check=True)
     try:
-        yield place
+        yield mount_point
     finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
+        subprocess.run(["umount", "--lazy", mount_point], check=True)
 
 
 def test_audit_on_full_disk_continues_when_space_is_free(
@@ -60,13 +60,13 @@ def test_audit_on_full_disk_continues_when_space_is_free(
                 late.ping()
             until(lambda: b'"log.lost"' in audit.read_bytes()[size:], "the audit never goes on")
             traffic.goes_on()
-            gone = [
+            disconnected = [
                 event["name"]
                 for event in broker.events("client.disconnected")
                 if event["name"] != "late"
             ]
             account = traffic.finish("ENOSPC under the audit, and room again")
-    assert gone == []
+    assert disconnected == []
     assert (account.refused, account.in_doubt) == (0, 0)
     account.record("no connection ended; the audit continued and logged its loss")
 

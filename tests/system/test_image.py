@@ -1,8 +1,7 @@
-"""The image: what is in it and what is not, and how the daemon behaves as the first
-process of a container.
+"""The image: its contents, and the daemon as the first process of a container.
 
-Everything runs under the strictest options there are: a read-only root, no capability,
-no new privileges.
+All containers run with the strictest options: a read-only root, no capability, no new
+privileges.
 """
 
 from __future__ import annotations
@@ -60,10 +59,10 @@ def podman() -> Iterator[Engine]:
         yield running
 
 
-class Place:
-    """The directories that a container is given, and its options.
+class ContainerSetup:
+    """The directories of a container, and its options.
 
-    Keys and configuration are the daemon's own.
+    Keys and configuration belong to the daemon's user.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -99,31 +98,35 @@ class Place:
 
 
 @pytest.fixture
-def place(podman: Engine) -> Iterator[Place]:
+def container_setup(podman: Engine) -> Iterator[ContainerSetup]:
     """Directories for one container."""
     directory = podman.directory / "place"
     directory.mkdir()
     try:
-        yield Place(directory)
+        yield ContainerSetup(directory)
     finally:
         podman.run("rm", "--all", "--force", "--time=0")
         podman.run("secret", "rm", "--all")
         shutil.rmtree(directory)
 
 
-def start(podman: Engine, place: Place, *options: str) -> Container:
-    """Return a container whose daemon serves."""
-    container = Container(podman, podman("run", "--detach", *place.options, *options, NAME))
+def start(podman: Engine, container_setup: ContainerSetup, *options: str) -> Container:
+    """Return a container with a running daemon."""
+    container = Container(
+        podman, podman("run", "--detach", *container_setup.options, *options, NAME)
+    )
     container.wait("daemon.started")
     return container
 
 
 def exchange(address: Address) -> bytes:
-    """Return what bob gets when alice sends him hello, both connected at the address."""
-    where = str(address)
+    """Return the message that bob gets when alice sends hello, both connected at the
+    address.
+    """
+    address_text = str(address)
     with (
-        brokerd_client.connect(where, "bob", KEYS["bob"]) as bob,
-        brokerd_client.connect(where, "alice", KEYS["alice"]) as alice,
+        brokerd_client.connect(address_text, "bob", KEYS["bob"]) as bob,
+        brokerd_client.connect(address_text, "alice", KEYS["alice"]) as alice,
     ):
         alice.send("bob", b"hello")
         return bytes(bob.recv(timeout=TIMEOUT_S).payload)
@@ -260,12 +263,12 @@ def test_image_commands_run_without_broker(podman: Engine) -> None:
 # How it runs
 
 
-def test_container_daemon_is_unprivileged(podman: Engine, place: Place) -> None:
+def test_container_daemon_is_unprivileged(podman: Engine, container_setup: ContainerSetup) -> None:
     """It is process 1, runs as an ordinary user without any capability or a way to one,
     and can't write its root.
     """
-    place.configure()
-    container = start(podman, place)
+    container_setup.configure()
+    container = start(podman, container_setup)
 
     status = container.status()
     write = podman.run("exec", container.id, "python", "-c", "open('/etc/mark', 'w')", check=False)
@@ -279,38 +282,44 @@ def test_container_daemon_is_unprivileged(podman: Engine, place: Place) -> None:
     assert "Read-only file system" in write.stderr
 
 
-def test_container_serves_clients_at_socket_and_port(podman: Engine, place: Place) -> None:
+def test_container_serves_clients_at_socket_and_port(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """The first line of the log says that the loop is compiled. Clients with the
     mounted socket or the port are served.
     """
-    place.configure()
-    container = start(podman, place)
+    container_setup.configure()
+    container = start(podman, container_setup)
 
     first = json.loads(container.output().splitlines()[0])
 
     assert (first["event"], first["routing"]) == ("daemon.started", "compiled")
     (port,) = [parse(address) for address in first["listeners"] if address.startswith("127.0.0.1:")]
-    for address in (parse(str(place.socket)), port):
+    for address in (parse(str(container_setup.socket)), port):
         assert exchange(address) == b"hello"
 
 
-def test_container_with_other_user_serves_clients(podman: Engine, place: Place) -> None:
+def test_container_with_other_user_serves_clients(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """A platform may pick the user itself: nothing depends on 10001."""
-    place.configure()
-    for path in (place.config, place.run, *place.config.iterdir()):
+    container_setup.configure()
+    for path in (container_setup.config, container_setup.run, *container_setup.config.iterdir()):
         os.chown(path, 65432, 65432)
 
-    start(podman, place, "--user=65432:65432")
+    start(podman, container_setup, "--user=65432:65432")
 
-    assert exchange(parse(str(place.socket))) == b"hello"
+    assert exchange(parse(str(container_setup.socket))) == b"hello"
 
 
-def test_container_health_check_tells_serving_from_frozen(podman: Engine, place: Place) -> None:
+def test_container_health_check_tells_serving_from_frozen(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """A broker that serves is healthy, a frozen one is not. The check leaves no line in
     the log.
     """
-    place.configure()
-    container = start(podman, place)
+    container_setup.configure()
+    container = start(podman, container_setup)
 
     alive = container.health()
     container.signal("STOP")
@@ -324,24 +333,28 @@ def test_container_health_check_tells_serving_from_frozen(podman: Engine, place:
     assert container.events("client.refused") == []
 
 
-def test_container_health_check_ignores_invalid_configuration(podman: Engine, place: Place) -> None:
+def test_container_health_check_ignores_invalid_configuration(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """A configuration file that became invalid after the start, behind its addresses,
     does not make a good broker unhealthy.
     """
-    place.configure()
-    container = start(podman, place)
-    place.write("brokerd.yaml", "listen: [/run/brokerd/b.sock]\nclients: {alice: {kye: [\n")
+    container_setup.configure()
+    container = start(podman, container_setup)
+    container_setup.write(
+        "brokerd.yaml", "listen: [/run/brokerd/b.sock]\nclients: {alice: {kye: [\n"
+    )
 
     assert container.health()[0] == 0
 
 
-def test_container_stop_delivers_queue(podman: Engine, place: Place) -> None:
+def test_container_stop_delivers_queue(podman: Engine, container_setup: ContainerSetup) -> None:
     """SIGTERM drains: a recipient that reads slowly gets every accepted message, and
     the exit status is 0.
     """
-    place.configure()
-    container = start(podman, place)
-    address = parse(str(place.socket))
+    container_setup.configure()
+    container = start(podman, container_setup)
+    address = parse(str(container_setup.socket))
     with (
         login(address, KEYS["bob"], b"bob") as bob,
         login(address, KEYS["alice"], b"alice") as alice,
@@ -365,16 +378,18 @@ def test_container_stop_delivers_queue(podman: Engine, place: Place) -> None:
     assert container.events("daemon.stopped")[0]["cut_off"] == 0
 
 
-def test_container_stop_during_start_ends_daemon(podman: Engine, place: Place) -> None:
+def test_container_stop_during_start_ends_daemon(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """The kernel drops signals that process 1 has no handler for. SIGTERM still ends a
     daemon that is reading its file.
     """
-    fifo = place.config / "brokerd.yaml"
+    fifo = container_setup.config / "brokerd.yaml"
     os.mkfifo(fifo, 0o600)
     os.chown(fifo, USER, USER)
     held = os.open(fifo, os.O_RDWR)
     try:
-        container = Container(podman, podman("run", "--detach", *place.options, NAME))
+        container = Container(podman, podman("run", "--detach", *container_setup.options, NAME))
         catches = 1 << 14
         wait_until(
             lambda: int(container.status()["SigCgt"], 16) & catches, "SIGTERM is never waited for"
@@ -385,13 +400,14 @@ def test_container_stop_during_start_ends_daemon(podman: Engine, place: Place) -
         os.close(held)
 
 
-def test_container_reload_adds_client(podman: Engine, place: Place) -> None:
+def test_container_reload_adds_client(podman: Engine, container_setup: ContainerSetup) -> None:
     """SIGHUP reaches process 1, which reads the edited file on the volume."""
-    place.configure()
-    container = start(podman, place)
-    place.write("carol.key", "carol's key")
-    place.write(
-        "brokerd.yaml", (place.config / "brokerd.yaml").read_text().replace("clients:\n", CAROL)
+    container_setup.configure()
+    container = start(podman, container_setup)
+    container_setup.write("carol.key", "carol's key")
+    container_setup.write(
+        "brokerd.yaml",
+        (container_setup.config / "brokerd.yaml").read_text().replace("clients:\n", CAROL),
     )
 
     podman("kill", "--signal=HUP", container.id)
@@ -399,13 +415,15 @@ def test_container_reload_adds_client(podman: Engine, place: Place) -> None:
     assert container.wait("daemon.reloaded")["added"] == ["carol"]
 
 
-def test_container_upgrade_keeps_connections(podman: Engine, place: Place) -> None:
+def test_container_upgrade_keeps_connections(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """SIGUSR2 replaces the daemon; process 1 and the clients stay. A stop still drains,
     with exit status 0.
     """
-    place.configure()
-    container = start(podman, place)
-    address = parse(str(place.socket))
+    container_setup.configure()
+    container = start(podman, container_setup)
+    address = parse(str(container_setup.socket))
     with (
         login(address, KEYS["bob"], b"bob") as bob,
         login(address, KEYS["alice"], b"alice") as alice,
@@ -453,15 +471,19 @@ CAROL = "clients:\n  carol: {key_file: carol.key}\n"
     ids=["none", "file", "environment", "both"],
 )
 def test_container_invalid_configuration_exits_with_78(
-    podman: Engine, place: Place, files: dict[str, str], options: list[str], complaint: str
+    podman: Engine,
+    container_setup: ContainerSetup,
+    files: dict[str, str],
+    options: list[str],
+    complaint: str,
 ) -> None:
     """With a missing or invalid configuration the container ends with exit status 78,
     and says how to correct it.
     """
     for name, text in files.items():
-        place.write(name, text)
+        container_setup.write(name, text)
 
-    done = podman.run("run", "--rm", *place.options, *options, NAME, check=False)
+    done = podman.run("run", "--rm", *container_setup.options, *options, NAME, check=False)
 
     assert done.returncode == 78
     assert complaint in done.stderr
@@ -469,20 +491,25 @@ def test_container_invalid_configuration_exits_with_78(
 
 
 def test_container_configured_by_environment_and_secrets_serves(
-    podman: Engine, place: Place
+    podman: Engine, container_setup: ContainerSetup
 ) -> None:
     """A configuration in a variable, and keys in the runtime's secrets, need no file.
     No key is shown.
     """
     for name, key in KEYS.items():
-        path = place.directory / f"{name}.key"
+        path = container_setup.directory / f"{name}.key"
         path.write_bytes(key)
         podman("secret", "create", name, path)
     clients = {"alice": {"key_file": "/run/secrets/alice"}, "bob": {"key_credential": "bob"}}
     text = yaml.safe_dump({"listen": ["/run/brokerd/b.sock"], "clients": clients})
 
     container = start(
-        podman, place, "--secret=alice", "--secret=bob", "--env", f"BROKERD_CONFIG_YAML={text}"
+        podman,
+        container_setup,
+        "--secret=alice",
+        "--secret=bob",
+        "--env",
+        f"BROKERD_CONFIG_YAML={text}",
     )
 
     mode = podman(
@@ -493,30 +520,34 @@ def test_container_configured_by_environment_and_secrets_serves(
         "import os; print(oct(os.stat('/run/secrets/alice').st_mode))",
     )
     assert mode == "0o100444"
-    assert exchange(parse(str(place.socket))) == b"hello"
+    assert exchange(parse(str(container_setup.socket))) == b"hello"
     shown = container.output() + podman("inspect", container.id)
     assert container.health()[0] == 0
     assert not [key for key in KEYS.values() if key.decode() in shown]
 
 
-def test_container_key_file_readable_by_others_is_refused(podman: Engine, place: Place) -> None:
+def test_container_key_file_readable_by_others_is_refused(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """Only files in /run/secrets may be readable by others; elsewhere a key must be its
     owner's alone.
     """
-    place.configure()
-    place.write("alice.key", KEYS["alice"], 0o644)
+    container_setup.configure()
+    container_setup.write("alice.key", KEYS["alice"], 0o644)
 
-    done = podman.run("run", "--rm", *place.options, NAME, check=False)
+    done = podman.run("run", "--rm", *container_setup.options, NAME, check=False)
 
     assert done.returncode == 78
     assert "(chmod 600 /etc/brokerd/alice.key)" in done.stderr
 
 
-def test_operations_page_container_commands_work_in_order(podman: Engine, place: Place) -> None:
+def test_operations_page_container_commands_work_in_order(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
     """docs/operations.md, "Container": typed in order, each command does what the page
     says.
     """
-    home = place.directory / "home"
+    home = container_setup.directory / "home"
     home.mkdir()
     # The image is built already, and this machine's podman has a storage of its own
     # here.
@@ -525,8 +556,8 @@ def test_operations_page_container_commands_work_in_order(podman: Engine, place:
         f'#!/bin/sh\n[ "$1" = build ] && exec {real} tag {NAME} localhost/brokerd\nexec {real}'
         ' "$@"\n'
     )
-    (place.directory / "podman").write_text(script)
-    (place.directory / "podman").chmod(0o755)
+    (container_setup.directory / "podman").write_text(script)
+    (container_setup.directory / "podman").chmod(0o755)
     page = (
         (ROOT / "docs" / "operations.md")
         .read_text()
@@ -534,7 +565,10 @@ def test_operations_page_container_commands_work_in_order(podman: Engine, place:
         .partition("\n## ")[0]
     )
     blocks = re.findall(r"(?s)```sh\n(.*?)```", page)
-    environment = {**podman.environment, "PATH": f"{place.directory}:{os.environ['PATH']}"}
+    environment = {
+        **podman.environment,
+        "PATH": f"{container_setup.directory}:{os.environ['PATH']}",
+    }
     # What waits for the daemon on the page is a person's pace.
     waiting = 'until podman logs "$1" 2>&1 | grep -q daemon.$2; do :; done'
     typed = (
@@ -579,19 +613,21 @@ def test_compose_file_is_valid(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_compose_file_runs_hardened(podman: Engine, place: Place, tmp_path: Path) -> None:
+def test_compose_file_runs_hardened(
+    podman: Engine, container_setup: ContainerSetup, tmp_path: Path
+) -> None:
     """Started unchanged, with keys as its header says, bob prints alice's message. All
     containers are hardened.
     """
     compose = pip_install(tmp_path, "podman-compose") / "podman-compose"
-    project = place.directory / "project"
+    project = container_setup.directory / "project"
     (project / "secrets").mkdir(parents=True, mode=0o700)
     for name, key in KEYS.items():
         (project / "secrets" / name).write_bytes(key)
         (project / "secrets" / name).chmod(0o444)
     shutil.copy(COMPOSE, project)
     podman("tag", NAME, "localhost/brokerd:latest")
-    wrapper = place.directory / "podman"
+    wrapper = container_setup.directory / "podman"
     wrapper.write_text(f'#!/bin/sh\nexec podman {" ".join(podman.storage)} "$@"\n')
     wrapper.chmod(0o755)
     environment = {**podman.environment, "PYTHONPATH": str(tmp_path)}

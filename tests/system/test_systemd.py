@@ -1,5 +1,5 @@
-"""The service under a booted systemd: its units as they are shipped, with the project
-installed as pip installs it.
+"""The service under a booted systemd: its units as shipped, and the project as pip
+installs it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def booted(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 @pytest.fixture
 def machine(booted: Machine) -> Iterator[Machine]:
-    """The booted machine with a configuration of two clients, and nothing started; what
-    a test did there is undone.
+    """The booted machine with a configuration of two clients, and nothing started. The
+    test's changes are undone afterwards.
     """
     for name in ("alice", "bob"):
         booted.write(f"/etc/brokerd/keys/{name}", f"{name}'s key", owner="brokerd:brokerd")
@@ -65,7 +65,7 @@ def machine(booted: Machine) -> Iterator[Machine]:
 
 
 def drop_in(machine: Machine, unit: str, text: str) -> None:
-    """Add to a unit."""
+    """Add a drop-in to a unit."""
     machine.write(
         f"/etc/systemd/system/{unit}.d/test-{len(text)}.conf", textwrap.dedent(text), mode=0o644
     )
@@ -73,7 +73,7 @@ def drop_in(machine: Machine, unit: str, text: str) -> None:
 
 
 def install(machine: Machine, shipped: str) -> None:
-    """Install a drop-in that the project ships."""
+    """Install one of the project's drop-ins."""
     machine.run("mkdir", "-p", DROP_INS)
     machine.run("cp", f"{SHIPPED}/{shipped}", f"{DROP_INS}/{shipped}")
     machine.run("systemctl", "daemon-reload")
@@ -82,7 +82,7 @@ def install(machine: Machine, shipped: str) -> None:
 def brokerctl(
     machine: Machine, *command: str, address: str = UNIX, name: str = "alice", **how: Any
 ) -> str:
-    """Return what brokerctl inside prints, run by root."""
+    """Run brokerctl as root in the machine; return its output."""
     key = f"/etc/brokerd/keys/{name}"
     return machine.run(
         "brokerctl", "--address", address, "--name", name, "--key-file", key, *command, **how
@@ -120,7 +120,7 @@ with brokerd_client.connect(sys.argv[1], **options) as alice:
 
 @contextlib.contextmanager
 def staying(machine: Machine) -> Iterator[Any]:
-    """Give a function that returns the address of one client that stays connected."""
+    """Yield a function that returns the address of one client that stays connected."""
     command = machine.command("/usr/bin/python3", "-c", STAYS, UNIX)
     client = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
@@ -272,7 +272,7 @@ def test_systemd_reload_of_invalid_file_fails_and_changes_nothing(machine: Machi
 
 #: Inside: connects again and again, by turns to each address, until its standard input
 #: ends; then says what it met.
-KNOCKS = """
+CONNECTS = """
 import json, select, socket, sys, time
 from brokerd_client.address import parse
 addresses = [parse(each) for each in sys.argv[1:]]
@@ -308,18 +308,18 @@ def test_systemd_restart_with_socket_unit_refuses_no_client(machine: Machine) ->
     """
     drop_in(machine, "brokerd.socket", f"[Socket]\nListenStream={TCP}\n")
     machine.run("systemctl", "start", "brokerd.socket", "brokerd.service")
-    command = machine.command("/usr/bin/python3", "-c", KNOCKS, UNIX, TCP)
+    command = machine.command("/usr/bin/python3", "-c", CONNECTS, UNIX, TCP)
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
-    ) as knocking:
-        assert knocking.stdout is not None
-        assert knocking.stdout.readline() == "ready\n"
+    ) as connecting:
+        assert connecting.stdout is not None
+        assert connecting.stdout.readline() == "ready\n"
         pids = set()
         for _ in range(5):
             machine.run("systemctl", "restart", "brokerd.service")
             pids.add(properties(machine)["MainPID"])
             brokerctl(machine, "ping", address=TCP)
-        account = json.loads(knocking.communicate("", timeout=60)[0])
+        account = json.loads(connecting.communicate("", timeout=60)[0])
     print(machine.suite, account)
     assert len(pids) == 5
     assert account["refused"] == []
@@ -427,8 +427,8 @@ def test_systemd_stop_drains(machine: Machine) -> None:
 
 
 def upgrade(machine: Machine) -> str:
-    """Have the broker replace itself; return the new main process's id, once the
-    manager knows it.
+    """Upgrade the broker; return the id of the new main process, once the manager knows
+    it.
     """
     before = properties(machine)["MainPID"]
     machine.run("kill", "-USR2", before)
@@ -586,15 +586,15 @@ def test_systemd_accepts_main_pid_of_other_process(machine: Machine) -> None:
     notifications of the new one.
     """
     machine.write(
-        "/usr/local/lib/heir.py",
+        "/usr/local/lib/child.py",
         textwrap.dedent("""
             import os, signal, sys, time
             from brokerd.daemon.systemd import Supervisor
             supervisor = Supervisor.from_environ()
             supervisor.notify(READY=1, STATUS="old")
-            heir = os.fork()
-            if heir:
-                supervisor.notify(MAINPID=heir)
+            child = os.fork()
+            if child:
+                supervisor.notify(MAINPID=child)
                 os._exit(0)
             # Orphaned: the old one has ended.
             while os.getppid() != 1:
@@ -607,7 +607,7 @@ def test_systemd_accepts_main_pid_of_other_process(machine: Machine) -> None:
     drop_in(
         machine,
         "brokerd.service",
-        "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/heir.py\n",
+        "[Service]\nExecStart=\nExecStart=/usr/bin/python3 /usr/local/lib/child.py\n",
     )
     machine.run("systemctl", "start", "brokerd")
     machine.wait("StatusText=new", "systemctl", "show", "brokerd", "--property=StatusText")

@@ -126,7 +126,7 @@ sys.stdin.read()
 
 
 class Screen:
-    """What a program has written to its terminal."""
+    """The output of a program to its terminal."""
 
     def __init__(self, terminal: int) -> None:
         self._terminal = terminal

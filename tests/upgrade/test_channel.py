@@ -1,4 +1,4 @@
-"""What two processes say to each other during an upgrade, with both ends here."""
+"""The messages of two processes during an upgrade, with both ends in the test."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def ends() -> Iterator[tuple[UpgradeChannel, UpgradeChannel]]:
 
 
 def receiving(channel: UpgradeChannel, within_s: float = 10.0) -> Future[UpgradeMessage]:
-    """Receive in a thread: nobody can take what is larger than the system's buffers
-    before it is received.
+    """Receive in a thread, because a message larger than the socket's buffers blocks
+    its sender until it is read.
     """
     pool = ThreadPoolExecutor(1)
     future = pool.submit(channel.receive, within_s=within_s)
@@ -45,8 +45,8 @@ def test_upgrade_channel_facts_bytes_and_descriptors_arrive(
     """
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    chance = random.Random(seed)
-    pieces = [chance.randbytes(chance.choice([0, 1, 100, 70_000])) for _ in range(1500)]
+    rng = random.Random(seed)
+    pieces = [rng.randbytes(rng.choice([0, 1, 100, 70_000])) for _ in range(1500)]
     files = [os.memfd_create(f"{number}") for number in range(600)]
     future = receiving(ends[1])
     try:
@@ -191,17 +191,15 @@ def test_upgrade_channel_missing_descriptors_raise(
         ends[1].receive(within_s=5)
 
 
-def pipe_that_goes_over(sender: UpgradeChannel, text: bytes) -> int:
-    """Send a message and beside it one descriptor, of a pipe nobody else writes to;
-    return the end to read from.
-    """
-    waker_out, mouth = os.pipe()
-    os.set_blocking(waker_out, False)
+def send_pipe_beside(sender: UpgradeChannel, text: bytes) -> int:
+    """Send a message, and beside it the only write end of a pipe; return the read end."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
     sock: Any = sender._sock
     sock.sendall(b"bkUP" + len(text).to_bytes(4) + text)
-    socket.send_fds(sock, [b"D"], [mouth])
-    os.close(mouth)
-    return waker_out
+    socket.send_fds(sock, [b"D"], [write_end])
+    os.close(write_end)
+    return read_end
 
 
 def test_upgrade_channel_incomplete_message_closes_descriptors(
@@ -210,29 +208,29 @@ def test_upgrade_channel_incomplete_message_closes_descriptors(
     """Only the channel knows the descriptors that arrived. The pipe ends, because no
     process holds its other end any more.
     """
-    waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
+    read_end = send_pipe_beside(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 2}')
     try:
         ends[0].close()
         with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
             ends[1].receive(within_s=5)
-        assert os.read(waker_out, 1) == b""
+        assert os.read(read_end, 1) == b""
     finally:
-        os.close(waker_out)
+        os.close(read_end)
 
 
 def test_upgrade_channel_unexpected_message_closes_descriptors(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
     """The descriptors of a message that was not expected are closed."""
-    waker_out = pipe_that_goes_over(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
+    read_end = send_pipe_beside(ends[0], b'{"say": "state", "bytes": 0, "descriptors": 1}')
     try:
         with pytest.raises(
             UpgradeChannelError, match="the other process sent 'state' where 'ready' was expected"
         ):
             ends[1].expect("ready", within_s=5)
-        assert os.read(waker_out, 1) == b""
+        assert os.read(read_end, 1) == b""
     finally:
-        os.close(waker_out)
+        os.close(read_end)
 
 
 @pytest.mark.parametrize("length", [1 << 50, 1 << 80])

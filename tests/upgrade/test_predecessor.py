@@ -1,4 +1,4 @@
-"""The running process's side of an upgrade: what is said of a bug in it."""
+"""The old process of an upgrade: the report of a bug in it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_upgrade_bug_is_logged_without_payload(monkeypatch: pytest.MonkeyPatch) 
 
     async def serve() -> None:
         async with Daemon(configuration("127.0.0.1:0"), log.logger) as daemon:
-            subject = UpgradeSource(daemon)
-            subject.soon("the test")
-            await asyncio.wait_for(asyncio.gather(*filter(None, [subject._task])), 30)
+            source = UpgradeSource(daemon)
+            source.soon("the test")
+            await asyncio.wait_for(asyncio.gather(*filter(None, [source._task])), 30)
 
     monkeypatch.setattr(upgrade_source, "_NewProcess", fail)
     asyncio.run(serve())

@@ -1,4 +1,4 @@
-"""The walk through a certificate's DER, held against a library that reads certificates."""
+"""The parser of a certificate's DER, compared with a library that reads certificates."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from brokerd_client.wire.certificate import end_point, signature_hash, validity
 
 
 def target(data: bytes) -> None:
-    """Read the bytes: the same comes out as of the library wherever that reads them,
-    ValueError or anything else.
+    """Parse the bytes: the result equals the library's if that can read them. Otherwise
+    any result or ValueError will do.
     """
     try:
         digest = signature_hash(data)

@@ -1,5 +1,5 @@
-"""The configuration file, and values of a program: a Config, or whole lines of what is
-wrong, in bounded time.
+"""The configuration file, and a program's values: the result is a Config or whole lines
+of problems, in bounded time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def target(data: bytes) -> None:
 
 
 def program(data: bytes) -> None:
-    """Build from the values, where they are what the types of ``build_config`` allow."""
+    """Build from the values, if they have the types that ``build_config`` allows."""
     try:
         root = json.loads(data)
     except (ValueError, RecursionError):
@@ -54,8 +54,8 @@ def program(data: bytes) -> None:
 
 
 def check(error: ConfigError) -> None:
-    """Hold an error to its form: a line for each problem, each with a place, printable
-    and not endless.
+    """Check an error's form: a line for each problem, each with a place, printable and
+    of limited length.
     """
     lines = str(error).split("\n")
     assert len(lines) == len(error.problems) > 0
@@ -67,7 +67,7 @@ def check(error: ConfigError) -> None:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield the project's examples, and small files that each use something else."""
+    """Yield the project's examples, and small files that each use another feature."""
     for path in (ROOT / "config" / "examples" / "team.yaml", ROOT / "config" / "brokerd.yaml"):
         lines = [
             line

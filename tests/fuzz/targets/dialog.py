@@ -1,9 +1,9 @@
-"""The library's receiving side: whatever a broker says, every call has one outcome, and
-pieces change nothing.
+"""The library's receiving side: whatever a broker sends, every call has one outcome,
+and the pieces make no difference.
 
-The bytes describe what waits for an answer, and what the broker says: frames put
-together from parts, or bytes that were made up. The same is said twice, whole and cut;
-both times the same has to come of it.
+The bytes describe the pending calls, and the broker's data: frames built from parts, or
+arbitrary bytes. The same data is received twice, whole and in pieces; the results must
+be the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ GONE = Disconnected("cut")
 
 
 class Owner:
-    """A client that trusts nobody's pickles."""
+    """A client that accepts no pickles."""
 
     allow_pickle_from: frozenset[str] = frozenset()
 
@@ -86,7 +86,7 @@ def target(data: bytes) -> None:
 
 
 def piece(script: Script) -> tuple[Any, ...]:
-    """Return one thing that the broker says; which id it carries is not known yet."""
+    """Return one piece of the broker's data, whose id is not known yet."""
     match script.number() % 3:
         case 0:
             return RAW, script.item()
@@ -103,8 +103,8 @@ def piece(script: Script) -> tuple[Any, ...]:
             return ANNOUNCED, script.number(4), script.item()
 
 
-def said(pieces: list[tuple[Any, ...]], ids: list[int]) -> bytes:
-    """Return the bytes of the pieces. ids: those that wait."""
+def data_of(pieces: list[tuple[Any, ...]], ids: list[int]) -> bytes:
+    """Return the bytes of the pieces. ids: of the pending calls."""
     parts = []
     for kind, *fields in pieces:
         if kind == RAW:
@@ -121,7 +121,7 @@ def said(pieces: list[tuple[Any, ...]], ids: list[int]) -> bytes:
 
 
 def ready_dialog() -> Dialog[Message]:
-    """Return a dialog that has shaken hands."""
+    """Return an authenticated dialog."""
     dialog: Dialog[Message] = Dialog(b"key", "alice", 1000, Message)
     dialog.dialing(0.0)
     dialog.opened(NONCE)
@@ -130,14 +130,14 @@ def ready_dialog() -> Dialog[Message]:
 
 
 def authenticated(dialog: Dialog[Message]) -> None:
-    """Do what the end of a handshake does."""
+    """Do the last step of a handshake."""
     dialog._handshake = None
     dialog._step(Event.AUTHENTICATE)
     dialog._introduce()
 
 
 def introduced(dialog: Dialog[Message]) -> None:
-    """Let the broker say who the client is."""
+    """Let the broker answer with the client's name."""
     (message_id,) = (
         each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI"
     )
@@ -149,7 +149,7 @@ def introduced(dialog: Dialog[Message]) -> None:
 
 
 def call(dialog: Dialog[Message], which: int, waiter: str) -> None:
-    """Leave something waiting."""
+    """Start a call, which is pending then."""
     match which % CALLS:
         case 0:
             dialog.request("bob", 0, b"", None, waiter, 5.0)
@@ -170,7 +170,7 @@ def call(dialog: Dialog[Message], which: int, waiter: str) -> None:
 
 
 def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> list[Any]:
-    """Return what comes of it, in an order that is the same however the bytes are cut."""
+    """Return the results, in an order that does not depend on the pieces."""
     waiters = [f"{number} {which}" for number, which in enumerate(calls)] if stage >= READY else []
     if stage == HANDSHAKE:
         dialog: Dialog[Message] = Dialog(b"key", "alice", 1000, Message)
@@ -188,7 +188,7 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
         dialog.dialing(0.0)
         dialog.opened(NONCE)
         authenticated(dialog)
-    data = said(pieces, list(dialog.pending_calls._table) or [0])
+    data = data_of(pieces, list(dialog.pending_calls._table) or [0])
     broken = None
     for start in range(0, len(data), step):
         effects = dialog.receive(data[start : start + step], Owner(), 1.0)
@@ -214,7 +214,7 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
 
 
 def note(effects: Effects[Message], told: list[tuple[str, Any]]) -> None:
-    """Note what is in a batch, each of a kind that a face can pass on."""
+    """Note the parts of one call's effects, each of a kind that a face can pass on."""
     for waiter, value in effects.outcomes:
         assert isinstance(value, (Message, Receipt, dict, BrokerdError))
         told.append(("outcome", waiter))
@@ -233,7 +233,7 @@ def note(effects: Effects[Message], told: list[tuple[str, Any]]) -> None:
 
 
 def written(dialog: Dialog[Message], stage: int) -> None:
-    """What the dialog has put out are frames that a broker takes."""
+    """Check that the dialog's output is frames that a broker accepts."""
     reader = FrameReader()
     reader.feed(dialog.data_to_send())
     while (body := reader.next_frame(2**20)) is not None:
@@ -255,8 +255,8 @@ def built(
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield right and wrong answers to everything that can wait, and what no broker
-    says.
+    """Yield right and wrong answers to every kind of pending call, and frames that no
+    broker sends.
     """
     every = bytes(range(CALLS))
     for payload in range(len(PAYLOADS)):

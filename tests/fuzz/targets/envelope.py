@@ -1,4 +1,4 @@
-"""parse and encode: what one takes for a frame the other one writes again, to the byte."""
+"""parse and encode: a frame that one accepts is encoded to the same bytes by the other."""
 
 from __future__ import annotations
 

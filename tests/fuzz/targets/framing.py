@@ -1,6 +1,4 @@
-"""FrameReader, held against a reading of the same bytes in one piece that knows nothing
-of it.
-"""
+"""FrameReader, compared with an independent reading of the same bytes in one piece."""
 
 from __future__ import annotations
 
@@ -16,14 +14,14 @@ LIMITS = (0, 16, 256, 5000)
 
 
 def target(data: bytes) -> None:
-    """Feed the bytes in steps: the same frames and the same refusal come out as of the
+    """Feed the bytes in steps: the frames and the refusal are the same as those of the
     whole.
     """
     script = Script(data)
     limit = LIMITS[script.number() % len(LIMITS)]
     steps = [1 + step for step in script.item()] or [1 << 20]
     stream = script.take(script.left)
-    expected, refusal, consumed = plainly(stream, limit)
+    expected, refusal, consumed = read_in_one_piece(stream, limit)
 
     reader = FrameReader()
     got: list[bytes] = []
@@ -49,16 +47,16 @@ def target(data: bytes) -> None:
     assert got == expected
     assert said == refusal
     assert reader.take_rest() == stream[consumed:fed]
-    assert plainly(b"".join(map(frame, got)), limit) == (
+    assert read_in_one_piece(b"".join(map(frame, got)), limit) == (
         got,
         "",
         sum(4 + len(body) for body in got),
     )
 
 
-def plainly(stream: bytes, limit: int) -> tuple[list[bytes], str, int]:
-    """Return (the frames' bodies, what is wrong behind them or "", where what is not
-    taken begins).
+def read_in_one_piece(stream: bytes, limit: int) -> tuple[list[bytes], str, int]:
+    """Return the frames' bodies, the error behind them or "", and the offset of the
+    first unread byte.
     """
     bodies: list[bytes] = []
     at = 0

@@ -1,9 +1,9 @@
-"""Both roles of the handshake against a peer that the bytes describe: who is let in has
-used the key.
+"""Both roles of the handshake against a peer that the bytes describe: an accepted peer
+has used the key.
 
-The peer may say anything: what one says who knows the key, the same damaged, what one
-says who has another key, our own words, or bytes that were made up. What it proved is
-computed here again, with nothing of ``wire``.
+The peer may send the messages of a peer with the key, the same damaged, those of a peer
+with another key, our own messages, or arbitrary bytes. Its proof is checked again here,
+with nothing of ``wire``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RAW, HONEST, DAMAGED, CUT, LONGER, REFLECTED, STRANGE, PROOF, ASK = range(9)
 
 
 class _Peer:
-    """The other side, with a key: told what we send, and asked what it would say."""
+    """The other side, with a key: it gets our messages, and returns its own."""
 
     def __init__(self, generator: Handshake) -> None:
         self._generator = generator
@@ -67,7 +67,7 @@ class _Peer:
         self._heard.append(body)
 
     def say(self) -> bytes:
-        """Return its next frame, b"" where it has nothing to say."""
+        """Return its next frame, b"" if it has none."""
         while isinstance(self._step, Receive) and self._heard:
             self._go_on(self._heard.popleft())
         if not isinstance(self._step, Send):
@@ -94,8 +94,8 @@ class _Peer:
 
 
 def target(data: bytes) -> None:
-    """Run one side against the peer: it raises AuthenticationError, waits, or lets in
-    somebody with the key.
+    """Run one side against the peer: it raises AuthenticationError, waits, or accepts a
+    peer with the key.
     """
     script = Script(data)
     flags = script.number()
@@ -187,7 +187,7 @@ def target(data: bytes) -> None:
 
 
 def frame_of(script: Script, peers: list[_Peer], said: list[bytes]) -> tuple[bytes, bool]:
-    """Return (the peer's next frame, whether it is what an honest one says)."""
+    """Return the peer's next frame, and whether an honest peer would send it."""
     act = script.number()
     if act == HONEST:
         return peers[0].say(), True
@@ -254,8 +254,8 @@ def proves(
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield conversations in both roles: honest ones, and each with one thing wrong at
-    each step.
+    """Yield conversations in both roles: honest ones, and each with one mistake at each
+    step.
     """
     honest = bytes([HONEST]) * 4
     for flags in (

@@ -1,5 +1,5 @@
-"""Both routing loops, fed what the bytes describe: they agree on every byte, call and
-counter.
+"""Both routing loops, fed the steps that the bytes describe: they agree on every byte,
+call and counter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def target(data: bytes) -> None:
 
 
 def steps(script: Script) -> Iterator[tuple[Any, ...]]:
-    """Yield what ``Recorded.play`` takes."""
+    """Yield the steps for ``Recorded.play``."""
     for _ in range(MOST_STEPS):
         if not script.left:
             return
@@ -56,7 +56,7 @@ def step(act: int, entry: int = 0, rest: bytes = b"") -> bytes:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield runs of ordinary frames, each followed by something that ends the run."""
+    """Yield runs of ordinary frames, each followed by a step that ends the run."""
     message = HEADER.pack(1, 0, 9, 1, 7) + b"b" + b"x" * 30
     event = HEADER.pack(5, 0, 0, 0, 7) + b"\x03t.x" + b"y" * 30
     whole = frame(message) * 5 + frame(event) * 5

@@ -1,9 +1,9 @@
-"""What one process hands over to the next, changed: refused in so many words, or taken
-over whole.
+"""The state that one process hands over to the next, changed: it is refused with a
+named error, or restored completely.
 
-Taken over whole: the new broker, asked at once, says the same of itself, and it works
-on: everybody sends, answers, waits and leaves, and nothing is left behind. The bytes
-that wait are real frames: the core passes them on unread.
+Restored completely: the new broker gives the same account of itself at once, and it
+works. All clients send, answer, wait and leave, and no state is left behind. The
+waiting bytes are real frames: the core passes them on unread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MARK = b"\0"
 
 
 def target(data: bytes) -> None:
-    """Restore what the bytes hold."""
+    """Restore the state that the bytes hold."""
     text, _, body = data.partition(MARK)
     try:
         facts = json.loads(text)
@@ -113,7 +113,7 @@ def target(data: bytes) -> None:
     assert comparable(again.facts, net.broker) == comparable(facts, net.broker)
     assert b"".join(again.pieces) == body
     if are_frames(body):
-        live_on(net)
+        use_and_leave(net)
 
 
 def is_as_at_start(client: Mapping[str, Any], started_at: float) -> bool:
@@ -123,7 +123,7 @@ def is_as_at_start(client: Mapping[str, Any], started_at: float) -> bool:
 
 
 def take_idle(facts: Any) -> None:
-    """Take in each session with its outbox, as if it had been copied before."""
+    """Restore each session with its outbox first, as if it had been copied before."""
     sessions, outboxes = (
         (facts.get(what) for what in ("sessions", "outboxes"))
         if isinstance(facts, dict)
@@ -141,7 +141,7 @@ def take_idle(facts: Any) -> None:
 
 
 def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
-    """Return the facts without what a restore may change: see ``restore`` and
+    """Return the facts without those that a restore may change: see ``restore`` and
     ``Broker.reconfigure``.
     """
     facts = copy.deepcopy(dict(facts))
@@ -170,7 +170,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
     outboxes = []
     for each in facts["outboxes"]:
         held = (
-            told(each["queue"], there)
+            remembered(each["queue"], there)
             if "queue" in each
             else [each["chunks"], sorted(each["left"])]
         )
@@ -188,7 +188,9 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
         "sessions": sessions,
         "outboxes": outboxes,
         "held": sorted(([*pair, left and float(left)] for *pair, left in facts["held"]), key=str),
-        "leaving": [[position, told(queue, there)] for position, queue, _ in facts["leaving"]],
+        "leaving": [
+            [position, remembered(queue, there)] for position, queue, _ in facts["leaving"]
+        ],
         **{
             name: facts[name]
             for name in ("started_at", "next_number", "dropped", "refused", "totals", "given_back")
@@ -197,8 +199,8 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
 
 
 def are_frames(body: bytes) -> bool:
-    """Return whether what waits has the form that the core has checked before it let
-    anything wait.
+    """Return whether the waiting bytes have the form that the core has checked before
+    they were queued.
     """
     reader = FrameReader()
     reader.feed(body)
@@ -210,8 +212,8 @@ def are_frames(body: bytes) -> bool:
     return not reader.buffered
 
 
-def told(queue: list[list[Any]], there: int) -> list[list[Any]]:
-    """Return what is remembered of frames; a sender that is gone is nobody."""
+def remembered(queue: list[list[Any]], there: int) -> list[list[Any]]:
+    """Return the remembered facts of frames; a sender that has left counts as none."""
     orphan = 4
     return [
         [size, flags | orphan, None]
@@ -238,8 +240,8 @@ SESSION = {
 }
 
 
-def live_on(net: FakeNet) -> None:
-    """Have everybody do something and leave; nothing may be left of them."""
+def use_and_leave(net: FakeNet) -> None:
+    """Let all clients act and leave; no state of them may be left."""
     net.settle()
     for peer in list(net.peers):
         for name in ("alice", "pool", "metered"):
@@ -264,7 +266,7 @@ def live_on(net: FakeNet) -> None:
 # Inputs
 
 
-def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """Return the input with one to three of its facts changed, or now and then its
     bytes.
     """
@@ -272,22 +274,20 @@ def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
-        return mutated_bytes(data, other, chance)
-    if chance.random() < 0.1:
-        return (
-            json.dumps(facts).encode() + MARK + (body[: chance.randrange(len(body) + 1)] or b"more")
-        )
-    for _ in range(chance.choice((1, 1, 1, 2, 3))):
-        change(facts, chance)
+        return mutated_bytes(data, other, rng)
+    if rng.random() < 0.1:
+        return json.dumps(facts).encode() + MARK + (body[: rng.randrange(len(body) + 1)] or b"more")
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        change(facts, rng)
     return json.dumps(facts).encode() + MARK + body
 
 
 def by_seed(data: bytes, seed: int) -> bytes:
-    """Return the input changed as the seed says."""
+    """Return the input, mutated by this seed."""
     return mutated(data, b"", random.Random(seed))
 
 
-def change(facts: Any, chance: random.Random) -> None:
+def change(facts: Any, rng: random.Random) -> None:
     """Change one value somewhere in the tree."""
     places: list[tuple[Any, Any]] = []
     found = [facts]
@@ -300,26 +300,26 @@ def change(facts: Any, chance: random.Random) -> None:
             found.append(value[key])
     if not places:
         return
-    holder, key = chance.choice(places)
+    holder, key = rng.choice(places)
     value = holder[key]
-    match chance.randrange(6):
+    match rng.randrange(6):
         case 0:
             del holder[key]
         case 1 if isinstance(holder, list):
-            holder.insert(key, copy.deepcopy(chance.choice(holder)))
+            holder.insert(key, copy.deepcopy(rng.choice(holder)))
         case 2:
-            holder[key] = copy.deepcopy(chance.choice(places)[0])
+            holder[key] = copy.deepcopy(rng.choice(places)[0])
         case 3:
-            other, place = chance.choice(places)
+            other, place = rng.choice(places)
             holder[key] = copy.deepcopy(other[place])
         case 4 if type(value) in (int, float):
-            holder[key] = value + chance.choice((-1, 1, 16, -16))
+            holder[key] = value + rng.choice((-1, 1, 16, -16))
         case _:
-            holder[key] = copy.deepcopy(chance.choice(EDGES))
+            holder[key] = copy.deepcopy(rng.choice(EDGES))
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Yield what brokers in different states hand over."""
+    """Yield the snapshots of brokers in different states."""
     for name, prepare in {
         "empty": lambda _net: None,
         "idle": idle,

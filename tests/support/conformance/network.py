@@ -48,14 +48,14 @@ Outcome = Callable[[], tuple[str, Any]]
 
 
 class Received(NamedTuple):
-    """A message or request, as its recipient sees it."""
+    """A message or request at its recipient."""
 
     sender: str
     payload: bytes
 
 
 class Happened(NamedTuple):
-    """An event, as a subscriber sees it."""
+    """An event at a subscriber."""
 
     topic: str
     sender: str
@@ -103,7 +103,7 @@ class Party(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """End the connection, and return when the broker knows."""
+        """End the connection, and return when the broker has noticed."""
 
 
 class Network(ABC):

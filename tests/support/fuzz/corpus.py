@@ -1,8 +1,8 @@
-"""The inputs that every run begins with, in ``corpus/TARGET``: real encodings, and what
-once was a mistake.
+"""The first inputs of every fuzzing run, in ``corpus/TARGET``: real encodings, and
+inputs that once made a target fail.
 
-In ``tests``, ``python -m support.fuzz.corpus`` writes those that the targets'
-``seeds`` describe; nothing is removed.
+In ``tests``, ``python -m support.fuzz.corpus`` writes those that the targets' ``seeds``
+describe; it removes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes read as a sequence of small decisions; where they end, everything is 0."""
+"""Bytes read as a sequence of small decisions; behind their end, everything is 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["Script", "item"]
 
 
 class Script:
-    """What a fuzzer made up, taken piece by piece."""
+    """A fuzzer's input, read piece by piece."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -14,7 +14,7 @@ class Script:
 
     @property
     def left(self) -> int:
-        """How many bytes nobody has taken."""
+        """The number of bytes that have not been read."""
         return len(self._data) - self._position
 
     def take(self, size: int) -> bytes:
@@ -24,14 +24,14 @@ class Script:
         return taken
 
     def number(self, size: int = 1) -> int:
-        """Return a number of so many bytes."""
+        """Return a number of ``size`` bytes."""
         return int.from_bytes(self.take(size), "big")
 
     def item(self, size: int = 1) -> bytes:
-        """Return bytes whose length stands before them, in so many bytes."""
+        """Return bytes behind their length, which is a number of ``size`` bytes."""
         return self.take(self.number(size))
 
 
 def item(content: bytes, size: int = 1) -> bytes:
-    """Return what ``Script.item`` gives back as ``content``."""
+    """Return the bytes that ``Script.item`` reads as ``content``."""
     return len(content).to_bytes(size, "big") + content

@@ -1,8 +1,8 @@
 """A broker with 10,000 clients configured, and up to 10,000 connected, in a thread
 whose callbacks are measured.
 
-Most of the connected ones have no socket: each has a Link, as every connection, whose
-socket is a stand-in that takes whatever is written and never has anything to be read.
+Most of the connected clients have no socket. Each has a Connection, whose socket is a
+stand-in that takes all bytes written and never has any to be read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "OWN",
     "QUEUES",
     "Crowded",
-    "Stand",
+    "FakeSocket",
     "crowded",
     "large_config",
     "large_text",
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 
 def queue_of(when_full: WhenFull, pool: bool) -> str:
-    """Return the name of the client whose queue is of that kind."""
+    """Return the name of the client with this kind of queue."""
     return f"{'pool' if pool else 'one'}-{when_full}"
 
 
@@ -81,8 +81,8 @@ def large_text(
 ) -> str:
     """Return a configuration file with 10,000 clients.
 
-    extra: further sections. entry: what stands in each client's entry. until: when all
-    keys end.
+    extra: further sections. entry: the text of each client's entry. until: when all
+    keys expire.
     """
     names = [*ROLES, *(f"c{number}" for number in range(CLIENTS - len(ROLES)))]
     lines = [f'listen: ["{listen}"]', f"limits: {{{limits}}}", extra, "clients:"]
@@ -98,26 +98,26 @@ def large_config(listen: str = LISTEN) -> Config:
     return load_text(large_text(listen))
 
 
-class Stand:
-    """Stands for a connection's socket. takes: whether it takes what is written."""
+class FakeSocket:
+    """Replaces a connection's socket. writable: whether it takes written bytes."""
 
     family = socket.AF_UNIX
     type = socket.SOCK_STREAM
     proto = 0
 
-    def __init__(self, takes: bool = True) -> None:
-        self.takes = takes
+    def __init__(self, writable: bool = True) -> None:
+        self.writable = writable
 
     def fileno(self) -> int:
         return -1
 
     def send(self, data: Any) -> int:
-        if not self.takes:
+        if not self.writable:
             raise BlockingIOError
         return len(data)
 
     def sendmsg(self, pieces: Any) -> int:
-        if not self.takes:
+        if not self.writable:
             raise BlockingIOError
         return sum(map(len, pieces))
 
@@ -132,8 +132,8 @@ class Stand:
     def close(self) -> None: ...
 
 
-class _StandLink(Connection):
-    """A link without a descriptor: the loop is asked for nothing."""
+class _FakeSocketConnection(Connection):
+    """A connection without a descriptor, which asks the event loop for nothing."""
 
     __slots__ = ("handed_over",)
 
@@ -147,7 +147,7 @@ class _StandLink(Connection):
         super().lost(why)
 
     def write(self) -> None:
-        if self.sock.takes:  # type: ignore[attr-defined]
+        if self.sock.writable:  # type: ignore[attr-defined]
             super().write()
         else:
             # As a socket that takes nothing.
@@ -174,14 +174,14 @@ class Crowded:
         return login(self.address, key_of(name), name.encode(), **how)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Return the function's result, called in the broker's thread; that counts as
-        no callback of the broker's.
+        """Call the function in the broker's thread, without measuring it; return its
+        result.
         """
         return self._run(function, measured=False)
 
     def timed(self, function: Callable[[], T]) -> T:
-        """Return the function's result, called in the broker's thread as a callback
-        that counts.
+        """Call the function in the broker's thread as a measured callback; return its
+        result.
         """
         return self._run(function, measured=True)
 
@@ -198,11 +198,11 @@ class Crowded:
         self.loop.call_soon_threadsafe(act)
         return done.result(TIMEOUT_S)
 
-    def seat(self, name: str, *, takes: bool = True) -> Session:
+    def connect_without_socket(self, name: str, *, writable: bool = True) -> Session:
         """Connect a client without a socket; in the broker's thread."""
         server, broker = self.daemon.server, self.daemon.broker
         (credential, *_) = server.keyring.named(name)
-        connection = _StandLink(server.context, Stand(takes), credential)  # type: ignore[arg-type]
+        connection = _FakeSocketConnection(server.context, FakeSocket(writable), credential)  # type: ignore[arg-type]
         connection.fd = next(_FDS)
         session = broker.attach(
             name, f"{connection.fd:x}", peer="unix uid=0", now_wall=0.0, connection=connection
@@ -211,10 +211,15 @@ class Crowded:
         connection.open(session, b"")
         return session
 
-    def fill(self, count: int, *, takes: bool = True) -> list[Session]:
-        """Connect so many ordinary clients."""
+    def fill(self, count: int, *, writable: bool = True) -> list[Session]:
+        """Connect ``count`` ordinary clients."""
         return self.call(
-            lambda: self._settled([self.seat(f"c{number}", takes=takes) for number in range(count)])
+            lambda: self._settled(
+                [
+                    self.connect_without_socket(f"c{number}", writable=writable)
+                    for number in range(count)
+                ]
+            )
         )
 
     def empty(self, sessions: list[Session]) -> None:
@@ -232,13 +237,13 @@ class Crowded:
         return result
 
     def session(self, address: str) -> Session:
-        """Return the connection of that address."""
+        """Return the connection with this address."""
         found = self.call(lambda: self.daemon.broker.exchange.find(address))
         assert found is not None, address
         return found
 
     def idle(self, within_s: float = TIMEOUT_S) -> None:
-        """Return when the broker has nothing put off to be done."""
+        """Wait until the broker has no deferred work."""
         server, broker = self.daemon.server, self.daemon.broker
 
         def busy() -> bool:
@@ -251,18 +256,20 @@ class Crowded:
         self.until(lambda: not busy(), within_s)
 
     def until(self, condition: Callable[[], bool], within_s: float = TIMEOUT_S) -> None:
-        """Wait until a condition, looked at in the broker's thread, is true."""
+        """Wait until a condition, evaluated in the broker's thread, is true."""
         deadline = time.monotonic() + within_s
         while not self.call(condition):
-            assert time.monotonic() < deadline, "it does not come about"
+            assert time.monotonic() < deadline, "the condition never became true"
             time.sleep(0.003)
 
     def loop_ends(self) -> None:
         """Wait until the broker has stopped."""
         assert self.ended.wait(TIMEOUT_S), "the broker did not stop"
 
-    def take_in(self, session: Session) -> None:
-        """Wait until all that a client has written is routed, or it is held or gone."""
+    def wait_until_routed(self, session: Session) -> None:
+        """Wait until all bytes that a client has written are routed, or it is held or
+        disconnected.
+        """
         connection = session.connection
 
         def taken() -> bool:
@@ -281,7 +288,7 @@ class Crowded:
 
 @contextlib.contextmanager
 def crowded(config: Config) -> Iterator[Crowded]:
-    """Run a broker in a thread, its callbacks measured, until the block ends."""
+    """Run a broker in a thread, with its callbacks measured, until the block ends."""
     started: list[Crowded | BaseException] = []
     ready = threading.Event()
 
@@ -306,8 +313,8 @@ def crowded(config: Config) -> Iterator[Crowded]:
                 each.ended.set()
 
     def run() -> None:
-        # As in the broker's own process; and what the tests have made is not to be
-        # walked over at all.
+        # As in the broker's own process; the garbage collector must not visit the objects
+        # of the tests.
         gc.collect()
         with garbage.tended(), asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(main())

@@ -1,8 +1,7 @@
-"""How long each callback of an event loop takes, in its thread's processor time: a busy
-machine counts less.
+"""The time that each callback of an event loop takes, in its thread's processor time: a
+busy machine matters less.
 
-What the interpreter does in between, such as a collection of garbage, counts; what
-other threads do does not.
+The interpreter's own work, such as a garbage collection, counts; other threads do not.
 """
 
 from __future__ import annotations
@@ -46,7 +45,9 @@ class Meter:
             del self.longest[_SHOWN:]
 
     def check(self, limit_s: float = LIMIT_S) -> None:
-        """Raise AssertionError where a callback took longer; prints the longest ones."""
+        """Print the longest callbacks. Raises AssertionError if one took longer than
+        the limit.
+        """
         shown = "\n".join(f"{turn.seconds * 1e3:8.1f} ms  {turn.callback}" for turn in self.longest)
         print(f"\n{self.turns} callbacks, the longest:\n{shown}")
         worst = self.longest[0].seconds if self.longest else 0.0

@@ -1,10 +1,10 @@
 """Clients that connect all at once, in a process of their own, with the default
 timeout.
 
-python crowd.py ADDRESS FACE CA FIRST COUNT prints ready, waits for a line, and prints
-how each ended, counted, as JSON. FACE is aio or threads. CA is a file with the issuer
-of the listener's certificate, or nothing. The clients are cFIRST and so on; each has
-the key that support.keys gives it.
+python connection_crowd.py ADDRESS FACE CA FIRST COUNT prints ready, waits for a line,
+and prints the outcomes, counted, as JSON. FACE is aio or threads. CA is a file with the
+issuer of the listener's certificate, or empty. The clients are cFIRST and so on; each
+has the key that support.keys gives it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Silent connections from one address, in a process of its own, bounded in number, rate
 and time.
 
-python flooder.py HOST PORT SOURCE RATE SECONDS KIND prints how many connections it
-made. KIND is what each says: nothing, half (half an answer's frame), wrong (a wrong
-answer), hello (the beginning of TLS).
+python connection_flooder.py HOST PORT SOURCE RATE SECONDS KIND prints how many
+connections it made. KIND is what each sends: nothing, half (half an answer's frame),
+wrong (a wrong answer), hello (the beginning of TLS).
 """
 
 from __future__ import annotations

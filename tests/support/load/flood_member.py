@@ -1,9 +1,9 @@
-"""One end of a flood, a process by itself: sends numbered messages as fast as they are
-taken, or checks every number.
+"""One end of a flood, as a process: it sends numbered messages as fast as it can, or
+checks every number.
 
-``flood_member.py send|receive ADDRESS NAME KEY OTHER``. A line on its standard input
-ends it: the sender says how many it sent; the receiver is told that number and says how
-many came when they have, each once and in order.
+``flood_member.py send|receive ADDRESS NAME KEY OTHER``. A line on standard input ends
+it. The sender then prints how many messages it sent. The receiver reads that number,
+and prints how many have arrived when all have, each once and in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH = 500
 
 
 def send(address: str, name: str, key: str, other: str) -> None:
-    """Send until told to stop, whole batches."""
+    """Send whole batches until a line arrives on standard input."""
     raw = login(parse(address), key.encode(), name.encode())
     to = other.encode()
     pack = struct.Struct(f"!iBBBBQ{len(to)}sQ").pack
@@ -40,7 +40,7 @@ def send(address: str, name: str, key: str, other: str) -> None:
 
 
 def receive(address: str, name: str, key: str, other: str) -> None:
-    """Check every frame; end when as many have come as were sent."""
+    """Check every frame; end when as many have arrived as were sent."""
     raw = login(parse(address), key.encode(), name.encode())
     who = other.encode()
     frame = struct.Struct(f"!iBBBBQ{len(who)}sQ")

@@ -1,9 +1,8 @@
-"""Everything a broker does at once, kept up while it is replaced, and an account of
-every message at the end.
+"""A mixed load for a broker while it is upgraded, and the account of every message.
 
-Each part is a thread that talks to the broker through connections of its own and never
-connects again: a connection that ends, a frame that is missing, doubled or out of order
-ends the part with an error, which ``finish`` raises.
+Each part is a thread with connections of its own, which never reconnects. A connection
+that ends, or a frame that is missing, repeated or out of order, ends the part with an
+error, which ``finish`` raises.
 """
 
 from __future__ import annotations
@@ -69,7 +68,9 @@ CLIENTS: dict[str, Any] = {
 
 
 def gone_until(changes: Iterable[Any], last: str) -> Iterator[str]:
-    """Yield who was there and is seen to go; the last one is that client."""
+    """Yield the clients that were online and went offline; ``last`` is the last of
+    them.
+    """
     there: set[str] = set()
     for change in changes:
         if change.online:
@@ -81,7 +82,7 @@ def gone_until(changes: Iterable[Any], last: str) -> Iterator[str]:
 
 
 class Load:
-    """All parts, running. account: what was counted, by part."""
+    """All parts, running. account: messages counted, by part."""
 
     def __init__(self, broker: BrokerProcess, pairs: int = 2) -> None:
         self.broker = broker
@@ -129,14 +130,14 @@ class Load:
         self._stack.close()
 
     def check(self) -> None:
-        """Raise what ended a part, if one has ended."""
+        """Raise the error that ended a part, if one has ended."""
         if self._failures:
             raise self._failures[0]
         for flood in self._floods:
             assert all(member.poll() is None for member in flood), "an end of a flood has ended"
 
     def finish(self) -> None:
-        """Stop, wait until everything has arrived, and raise what went wrong."""
+        """Stop, wait until everything has arrived, and raise the first error."""
         self.stop.set()
         for number, (sender, receiver) in enumerate(self._floods):
             sent, _ = sender.communicate("\n", WAIT_S)
@@ -183,7 +184,7 @@ class Load:
         return raw
 
     def _numbers(self) -> Iterator[int]:
-        """Count until told to stop."""
+        """Count until the load is stopped."""
         number = 0
         while not self.stop.is_set():
             yield number
@@ -197,7 +198,7 @@ class Load:
         return thread
 
     def _requests(self, ready: threading.Event) -> None:
-        """Sixteen requests under way at a time; each is answered once, by a pool."""
+        """Send requests, 16 at a time; a pool answers each of them once."""
         asker, answerers = self._login("asker"), [self._login("answerer") for _ in range(3)]
         addresses = [raw.ask("whoami").json["address"] for raw in answerers]
 
@@ -227,8 +228,8 @@ class Load:
         self.account["requests: each answered once"] += 1
 
     def _events(self, ready: threading.Event) -> None:
-        """One subscriber gets every event, two of a group get each event between them;
-        none is held up.
+        """Publish events: one subscriber gets all, and two members of a group get each
+        event between them.
         """
         publisher, everything = self._login("publisher"), self._login("reader")
         group = [self._login("member1"), self._login("member2")]
@@ -264,8 +265,8 @@ class Load:
         self.account["events: seen by all, and by one of each group"] += sent
 
     def _pool(self, ready: threading.Event) -> None:
-        """Every message is taken by one member, has a receipt, and each member sees its
-        own in order.
+        """Send messages to a pool: each goes to one member and has a receipt, and each
+        member gets its messages in order.
         """
         boss, crew = self._login("boss"), [self._login("crew") for _ in range(3)]
         addresses = [raw.ask("whoami").json["address"] for raw in crew]
@@ -292,8 +293,8 @@ class Load:
         self.account["pool: each taken by one member, with a receipt"] += sent
 
     def _slow(self, ready: threading.Event) -> None:
-        """Its queue is full all the time and its sender is held, again and again; both
-        go on.
+        """Send to a slow consumer: its queue is full, and its sender is held again and
+        again; both go on.
         """
         pusher, slow = self._login("pusher"), self._login("slow")
         filler = bytes(1000)
@@ -319,8 +320,8 @@ class Load:
         self.account["slow reader, held sender: received once and in order"] += expected
 
     def _drop_oldest(self, ready: threading.Event) -> None:
-        """A message that makes room for a newer one comes back as an error; each has
-        one outcome.
+        """Send to a queue with drop_oldest: a message that makes room comes back as an
+        error; each has one outcome.
         """
         dropper, dropped = self._login("dropper"), self._login("dropped")
         got: set[int] = set()
@@ -368,7 +369,7 @@ class Load:
         threading.Event().wait(0.005)
 
     def _large(self, ready: threading.Event) -> None:
-        """Frames of 5 MB, sent in pieces with pauses between them, arrive whole."""
+        """Send frames of 5 MB in pieces, with pauses between them; they arrive whole."""
         giver, taker = self._login("giver"), self._login("taker")
         sent = 0
 
@@ -399,7 +400,7 @@ class Load:
         self.account["5 MB frames in pieces: arrived whole"] += came
 
     def _stock(self, ready: threading.Event) -> None:
-        """Two clients of the standard library send each other messages."""
+        """Let two clients of the standard library send each other messages."""
         ends = [
             multiprocessing.connection.Client(
                 str(self.broker.socket), "AF_UNIX", authkey=key_of(name)
@@ -419,8 +420,8 @@ class Load:
                     self.account["multiprocessing.connection: received once"] += 1
 
     def _library(self, ready: threading.Event) -> None:
-        """Two clients of the library send with receipts; a third one sees nobody go.
-        None of them connects again.
+        """Let two clients of the library send with receipts; a third one watches that
+        none of them disconnects.
         """
 
         def connect(name: str) -> brokerd_client.Client:
@@ -441,9 +442,7 @@ class Load:
             assert gone - ended == {"library2"}, f"{gone} were seen to go"
 
     def _newcomers(self, ready: threading.Event) -> None:
-        """All the time somebody connects, is let in, and asks something; nobody is
-        turned away.
-        """
+        """Connect new clients all the time; each is accepted and gets an answer."""
         ready.set()
         for _ in self._numbers():
             with self.broker.login("newcomer") as raw:

@@ -1,4 +1,4 @@
-"""One end of the traffic, as member.py describes it, with the blocking client."""
+"""A member of the traffic, as member.py describes it, with the blocking client."""
 
 from __future__ import annotations
 
@@ -6,69 +6,69 @@ import contextlib
 import sys
 import threading
 
-from ledger import MESSAGES, PATIENCE_S, PAUSE_S, REQUESTS, Ledger, Outcomes, context_of
+from note_file import MESSAGES, PAUSE_S, REQUESTS, TIMEOUT_S, NoteFile, Outcomes, context_of
 
 import brokerd_client
 from brokerd_client.errors import BrokerdError
 from brokerd_client.wire.envelope import Kind
 
 
-def receive(client: brokerd_client.Client, ledger: Ledger, all_here: threading.Event) -> None:
-    """Note what comes, in its order, until the client is closed."""
+def receive(client: brokerd_client.Client, notes: NoteFile, all_received: threading.Event) -> None:
+    """Note received messages, in order, until the client is closed."""
     with contextlib.suppress(BrokerdError):
         for message in client:
             if message.kind is Kind.REQUEST:
-                ledger.note("request", message.sender, message.payload)
-                # Nobody may be there to take it any more.
+                notes.note("request", message.sender, message.payload)
+                # The requester may have left.
                 with contextlib.suppress(BrokerdError):
                     client.reply(message, message.payload)
             elif message.sender == client.name:
-                all_here.set()
+                all_received.set()
             else:
-                ledger.note("message", message.sender, message.payload)
+                notes.note("message", message.sender, message.payload)
 
 
 def send(
     client: brokerd_client.Client,
-    ledger: Ledger,
+    notes: NoteFile,
     outcomes: Outcomes,
     to: str,
-    over: threading.Event,
+    stopping: threading.Event,
 ) -> None:
-    """Send messages and requests, in order, until it is over."""
+    """Send messages and requests, in order, until ``stopping`` is set."""
     message = request = 0
-    while not over.wait(PAUSE_S):
-        lot = [(to, number) for number in range(message, message + MESSAGES)]
+    while not stopping.wait(PAUSE_S):
+        bulk = [(to, number) for number in range(message, message + MESSAGES)]
         found: list[object]
         try:
-            found = client.send_many_confirmed(lot, timeout=PATIENCE_S)
+            found = client.send_many_confirmed(bulk, timeout=TIMEOUT_S)
         except BrokerdError as error:
             found = [error] * MESSAGES
         outcomes.note(to, message, found)
         message += MESSAGES
         for _ in range(REQUESTS):
             try:
-                assert client.request(to, request, timeout=PATIENCE_S).payload == request
+                assert client.request(to, request, timeout=TIMEOUT_S).payload == request
                 word = "Reply"
             except BrokerdError as error:
                 word = type(error).__name__
-            ledger.note("request", to, request, word)
+            notes.note("request", to, request, word)
             request += 1
 
 
 def main(
-    role: str, address: str, name: str, key: str, ledger_file: str, ca: str, *recipients: str
+    role: str, address: str, name: str, key: str, note_file: str, ca: str, *recipients: str
 ) -> None:
-    ledger = Ledger(ledger_file)
-    client = brokerd_client.connect(address, name, key, ssl=context_of(ca), timeout=PATIENCE_S)
-    all_here, over = threading.Event(), threading.Event()
+    notes = NoteFile(note_file)
+    client = brokerd_client.connect(address, name, key, ssl=context_of(ca), timeout=TIMEOUT_S)
+    all_received, stopping = threading.Event(), threading.Event()
     if role == "receive":
-        threads = [threading.Thread(target=receive, args=(client, ledger, all_here))]
+        threads = [threading.Thread(target=receive, args=(client, notes, all_received))]
     else:
-        outcomes = Outcomes(ledger)
+        outcomes = Outcomes(notes)
         client.on_undelivered(outcomes.undelivered)
         threads = [
-            threading.Thread(target=send, args=(client, ledger, outcomes, to, over))
+            threading.Thread(target=send, args=(client, notes, outcomes, to, stopping))
             for to in recipients
         ]
     for thread in threads:
@@ -76,12 +76,11 @@ def main(
     print("ready", flush=True)
     sys.stdin.readline()
     if role == "receive":
-        # All that was accepted for this client before comes before its own message to
-        # itself.
-        client.send_confirmed(name, "all", timeout=PATIENCE_S)
-        assert all_here.wait(PATIENCE_S)
+        # Messages accepted for this client earlier arrive before its message to itself.
+        client.send_confirmed(name, "all", timeout=TIMEOUT_S)
+        assert all_received.wait(TIMEOUT_S)
     else:
-        over.set()
+        stopping.set()
         for thread in threads:
             thread.join()
     print("done", flush=True)

@@ -1,4 +1,4 @@
-"""A broker as a process of its own, that can be killed and started again at the same
+"""A broker as a process of its own, which can be killed and started again at the same
 address.
 """
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 60
 
 
 class RestartableBroker:
-    """The daemon as a process, and what its clients need to find it."""
+    """The daemon as a process, with the address and keys for its clients."""
 
     def __init__(self, home: Path, names: Iterable[str], options: str = "") -> None:
         self.address = str(home / "sock")
@@ -31,7 +31,7 @@ class RestartableBroker:
         return f"the-key-of-{name}"
 
     def start(self) -> None:
-        """Start it; return when it accepts connections."""
+        """Start the broker; return when it accepts connections."""
         command = [
             sys.executable,
             "-c",
@@ -45,14 +45,14 @@ class RestartableBroker:
         assert self._running.stderr is not None
         line = self._running.stderr.readline()
         assert b"daemon.started" in line, line
-        # The rest of the log is not of interest, and must not fill the pipe.
+        # The rest of the log is not needed, and must not fill the pipe.
         self._drain = subprocess.Popen(
             ["cat"], stdin=self._running.stderr, stdout=subprocess.DEVNULL
         )
         self._running.stderr.close()
 
     def kill(self, number: int = signal.SIGKILL) -> int:
-        """End it; return its exit status."""
+        """Kill the broker; return its exit status."""
         assert self._running is not None
         self._running.send_signal(number)
         status = self._running.wait(TIMEOUT_S)
@@ -70,9 +70,9 @@ def restartable_broker(
     home: Path, names: Iterable[str], options: str = ""
 ) -> Iterator[RestartableBroker]:
     """Run the daemon until the block ends."""
-    here = RestartableBroker(home, names, options)
+    broker = RestartableBroker(home, names, options)
     try:
-        here.start()
-        yield here
+        broker.start()
+        yield broker
     finally:
-        here.close()
+        broker.close()

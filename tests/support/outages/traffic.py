@@ -1,6 +1,4 @@
-"""Traffic between processes, for faults to happen to, and the account of every message
-of it.
-"""
+"""Traffic between processes, for faults to happen to, and the account of every message."""
 
 from __future__ import annotations
 
@@ -25,20 +23,19 @@ __all__ = ["RECIPIENTS", "SENDERS", "Account", "Traffic"]
 MEMBER = Path(__file__).with_name("member.py")
 SENDERS = ("s0", "s1")
 RECIPIENTS = ("r0", "r1")
-#: The sender may have been served or not, and was told that.
+#: The outcome is not known, and the sender got an error that says so.
 _IN_DOUBT = frozenset({"InDoubt", "TimedOut"})
-#: Of a message: the recipient has it or will have it. Of a request: it was answered.
+#: A message: the recipient has it or will have it. A request: it was answered.
 _GOOD = frozenset({"Receipt", "Reply"})
 
 
 @dataclass
 class Account:
-    """What became of everything that was sent; every number is of messages and requests
-    together.
+    """The outcomes of all messages and requests, counted together.
 
-    refused: the sender has heard that it was not delivered, or, of a request, not
-    answered. in_doubt: the sender has heard that this is not known. died: messages with
-    a receipt that were in the memory of a process that was killed.
+    refused: the sender got an error: not delivered, or, for a request, not answered.
+    in_doubt: the sender got an error that the outcome is not known. died: messages with
+    a receipt that were in the memory of a killed process.
     """
 
     fault: str
@@ -60,8 +57,8 @@ class Account:
         )
 
     def record(self, seen: str = "") -> Account:
-        """Check that it balances, print it, and keep it for docs/reliability.md where
-        that is being written.
+        """Check that the account balances, print it, and add it to $BROKERD_FAULTS, the
+        rows of docs/reliability.md.
         """
         self.seen = seen or self.seen
         print(f"\n{self}")
@@ -74,16 +71,18 @@ class Account:
 
 
 class Member:
-    """One process of the traffic. command: see member.py. inside: what is to be done in
-    it before it begins, such as entering a network.
+    """One process of the traffic.
+
+    command: the arguments that member.py describes. inside: called in the new process
+    first, for example to enter a network.
     """
 
     def __init__(
-        self, name: str, ledger: Path, command: list[str], inside: Callable[[], None] | None
+        self, name: str, note_file: Path, command: list[str], inside: Callable[[], None] | None
     ) -> None:
         self.name = name
-        self.ledger = ledger
-        ledger.touch()
+        self.note_file = note_file
+        note_file.touch()
         self.popen = subprocess.Popen(
             [sys.executable, str(MEMBER), *command],
             stdin=subprocess.PIPE,
@@ -94,14 +93,14 @@ class Member:
         )
 
     def wait_for(self, word: str) -> None:
-        """Return when it has said this, and nothing before it."""
-        said: list[str] = []
+        """Wait for the next line, which must be this word."""
+        printed: list[str] = []
         assert self.popen.stdout is not None
         stdout = self.popen.stdout
-        reader = threading.Thread(target=lambda: said.append(stdout.readline()), daemon=True)
+        reader = threading.Thread(target=lambda: printed.append(stdout.readline()), daemon=True)
         reader.start()
         reader.join(WAIT_S)
-        assert said == [f"{word}\n"], f"{self.name} said {said} instead of {word}"
+        assert printed == [f"{word}\n"], f"{self.name} said {printed} instead of {word}"
 
     def tell(self) -> None:
         assert self.popen.stdin is not None
@@ -109,8 +108,8 @@ class Member:
             self.popen.stdin.write("go on\n")
 
     def lines(self) -> list[list[str]]:
-        """Return its notes; the last one may be half a line while it writes."""
-        return [line.split() for line in self.ledger.read_text().split("\n")[:-1]]
+        """Return the member's notes, without a last line that is being written."""
+        return [line.split() for line in self.note_file.read_text().split("\n")[:-1]]
 
     def end(self) -> None:
         self.popen.kill()
@@ -120,8 +119,8 @@ class Member:
 class Traffic:
     """Senders that send to every recipient all the time.
 
-    ca: who vouches for the broker, where that is spoken to over TLS. blocking: whose
-    clients are, the others' are asyncio's.
+    ca: the CA of the broker's certificate, for TLS. blocking: the members that use the
+    blocking client; the others use asyncio.
     """
 
     def __init__(
@@ -151,19 +150,19 @@ class Traffic:
         self.goes_on()
 
     def _start(self, role: str, name: str, others: Iterable[str]) -> Member:
-        ledger = self._directory / f"{name}.ledger"
+        note_file = self._directory / f"{name}.ledger"
         face = "blocking" if name in self._blocking else "asyncio"
-        what = [
+        command = [
             face,
             role,
             self._address,
             name,
             key_of(name).decode(),
-            str(ledger),
+            str(note_file),
             self._ca,
             *others,
         ]
-        return Member(name, ledger, what, self._inside)
+        return Member(name, note_file, command, self._inside)
 
     def __enter__(self) -> Self:
         return self
@@ -173,20 +172,20 @@ class Traffic:
             each.end()
 
     def restart(self, name: str) -> None:
-        """Start a recipient again that was killed; it goes on with its notes."""
+        """Start a killed recipient again; it appends to its notes."""
         self.recipients[name].end()
         self.recipients[name] = self._start("receive", name, ())
         self.recipients[name].wait_for("ready")
 
     def good(self, sender: str, to: str) -> int:
-        """Return how many of its messages and requests to that recipient went well so
-        far.
+        """Return how many of the sender's messages and requests to this recipient have
+        succeeded so far.
         """
         return sum(line[1] == to and line[3] in _GOOD for line in self.senders[sender].lines())
 
     def goes_on(self, *, but: Iterable[str] = (), more: int = 24) -> None:
-        """Return when everybody has been served some more by everybody, but for those
-        recipients.
+        """Wait until each sender has sent ``more`` to each recipient, except to those
+        in ``but``.
         """
         pairs = [(sender, to) for sender in self.senders for to in self.recipients if to not in but]
         before = {pair: self.good(*pair) for pair in pairs}
@@ -196,9 +195,9 @@ class Traffic:
         )
 
     def finish(self, fault: str, *, killed: Iterable[str] = ()) -> Account:
-        """End it in peace; return the account.
+        """Stop all members in order, and return the account.
 
-        killed: whose memory went with it, or "broker".
+        killed: the members that were killed, whose memory was lost, or "broker".
         """
         for group in (self.senders, self.recipients):
             for each in group.values():
@@ -246,5 +245,5 @@ class Traffic:
             account.in_doubt += 1
         else:
             account.refused += 1
-            # A request may have come before the one asked went.
+            # A request may have arrived before its recipient left.
             account.delivered_and_refused += delivered and kind == "message"

@@ -1,6 +1,4 @@
-"""The ways between clients and broker that faults happen to: in the clear over a Unix
-socket, and TLS over TCP.
-"""
+"""How clients reach the broker in tests of faults: over a Unix socket, TCP or TLS."""
 
 from __future__ import annotations
 
@@ -16,50 +14,50 @@ from support.tls.authority import Authority, Issued
 
 from brokerd_client.address import Address
 
-__all__ = ["Way", "tls_way"]
+__all__ = ["Transport", "tls_transport"]
 
 
 @dataclass(frozen=True)
-class Way:
-    """In the clear, unless there is a certificate.
+class Transport:
+    """A way to the broker; over TLS if it has a certificate.
 
-    host: where the broker listens, if not on its Unix socket.
+    host: where the broker listens, if not at its Unix socket.
     """
 
     host: str = ""
     authority: Authority | None = None
-    shown: Issued | None = None
+    issued: Issued | None = None
 
     def __str__(self) -> str:
-        """Return it as part of a test's name."""
-        return "tls" if self.shown else "tcp" if self.host else "plain"
+        """Return the part of a test's name."""
+        return "tls" if self.issued else "tcp" if self.host else "plain"
 
     def title(self, fault: str) -> str:
-        """Return the fault's row in the table."""
-        return f"TLS: {fault}" if self.shown else fault
+        """Return the title of the fault's row in docs/reliability.md."""
+        return f"TLS: {fault}" if self.issued else fault
 
     def listen(self, port: int = 0, **more: Any) -> list[Any]:
-        """Return what stands below ``listen``.
+        """Return the entries for ``listen`` in the configuration.
 
-        port: the one that another broker had.
+        port: the port of an earlier broker, to listen there again.
         """
         if not self.host:
             return []
-        tls = {"tls": self.shown.entry()} if self.shown else {}
+        tls = {"tls": self.issued.entry()} if self.issued else {}
         return [{"address": f"{self.host}:{port}", **tls, **more}]
 
     def address(self, broker: BrokerProcess) -> Address:
-        """Return where clients go, when they can."""
+        """Return the address for clients, once the broker listens there."""
         broker.wait("daemon.started")
         return broker.addresses()[1] if self.host else broker.address
 
     def listen_again(self, broker: BrokerProcess) -> list[Any]:
-        """Return what a broker that takes this one's place has below ``listen``."""
+        """Return the ``listen`` entries of a broker that takes this broker's place."""
         return self.listen(self.address(broker).port) if self.host else []
 
     @property
     def context(self) -> ssl.SSLContext | None:
-        """What a client connects with."""
+        """The TLS context of a client, None without TLS."""
         return self.authority.context() if self.authority else None
 
     def traffic(
@@ -70,12 +68,14 @@ class Way:
         blocking: Iterable[str] = ("s1", "r1"),
         **more: Any,
     ) -> Traffic:
-        """Return traffic this way. blocking: whose clients are of that kind."""
+        """Return traffic over this transport. blocking: the members that use the
+        blocking client.
+        """
         ca = self.authority.file if self.authority else None
         return Traffic(directory, str(self.address(broker)), ca=ca, blocking=blocking, **more)
 
 
-def tls_way(folder: Path, host: str = "127.0.0.1") -> Way:
-    """Return TLS to that address, with a certificate in that folder."""
+def tls_transport(folder: Path, host: str = "127.0.0.1") -> Transport:
+    """Return TLS to this host, with a certificate in this folder."""
     authority = Authority(folder)
-    return Way(host, authority, authority.issue("server", host, "localhost"))
+    return Transport(host, authority, authority.issue("server", host, "localhost"))

@@ -1,8 +1,8 @@
-"""Peers that mean harm, each trying to make the broker hold as much as it will; bounded
-in time, loopback only.
+"""Attackers, each of which tries to make the broker hold as much memory as possible;
+bounded in time, loopback only.
 
-An attacker is a function that goes on until the ``Siege`` is over. What it meets on the
-way (an ERROR, a closed connection, a full buffer) does not stop it.
+An attacker is a function that runs until the ``Siege`` is over. An ERROR, a closed
+connection or a full buffer does not stop it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STEP_S = 0.2
 
 
 class Siege:
-    """What the attackers share.
+    """The state that all attackers share.
 
     login: returns a connection of that client. open_: returns a connection that has
     sent nothing.
@@ -57,10 +57,10 @@ class Siege:
             assert not thread.is_alive(), thread.name
 
     def _run(self, name: str) -> None:
-        order = random.Random(name)
+        rng = random.Random(name)
         while self.on:
             with contextlib.suppress(*TROUBLE):
-                ATTACKS[name](self, order)
+                ATTACKS[name](self, rng)
             self.rounds[name] += 1
 
     @contextlib.contextmanager
@@ -70,9 +70,9 @@ class Siege:
             yield raw
 
     def flood(self, raw: Raw, data: bytes, *, reading: bool = False) -> None:
-        """Write the same bytes for as long as the broker takes them.
+        """Write the same bytes for as long as the siege lasts.
 
-        reading: what comes back is thrown away.
+        reading: read the answers, and discard them.
         """
         raw.sock.setblocking(False)
         position = 0
@@ -87,9 +87,9 @@ class Siege:
                         pass
 
 
-def half_handshakes(siege: Siege, order: random.Random) -> None:
-    """Connections that say nothing, half an answer, or garbage, more than are allowed
-    at once.
+def half_handshakes(siege: Siege, rng: random.Random) -> None:
+    """Open more connections than are allowed, which send nothing, half an answer or
+    garbage.
     """
     held = []
     try:
@@ -97,23 +97,23 @@ def half_handshakes(siege: Siege, order: random.Random) -> None:
             raw = siege.open()
             held.append(raw)
             with contextlib.suppress(OSError):
-                raw.sock.send(order.choice([b"", b"\0\0", prefixed(b"x" * 200)[:-1], b"\xff" * 8]))
+                raw.sock.send(rng.choice([b"", b"\0\0", prefixed(b"x" * 200)[:-1], b"\xff" * 8]))
         time.sleep(_STEP_S)
     finally:
         for raw in held:
             raw.close()
 
 
-def full_queue(siege: Siege, order: random.Random) -> None:
-    """The shortest messages to somebody who never reads; the errors are not read
+def full_queue(siege: Siege, rng: random.Random) -> None:
+    """Send the shortest messages to a client that never reads; the errors are not read
     either.
     """
     with siege.client("deaf"), siege.client("mean1") as raw:
         siege.flood(raw, packed(MESSAGE, "deaf", b"") * 1000)
 
 
-def dropping_queue(siege: Siege, order: random.Random) -> None:
-    """The same to one whose oldest messages give way, and to a pool."""
+def dropping_queue(siege: Siege, rng: random.Random) -> None:
+    """Send the shortest messages to a queue with drop_oldest, and to a pool."""
     with (
         siege.client("dropper"),
         siege.client("crowd"),
@@ -127,9 +127,9 @@ def dropping_queue(siege: Siege, order: random.Random) -> None:
         )
 
 
-def leaving_queue(siege: Siege, order: random.Random) -> None:
-    """A client that comes, has its queue filled, and goes, again and again; the sender
-    reads nothing of it.
+def leaving_queue(siege: Siege, rng: random.Random) -> None:
+    """Fill the queue of a client that connects and disconnects again and again; the
+    sender reads nothing.
     """
     with siege.client("mean3") as raw:
         raw.sock.setblocking(False)
@@ -142,17 +142,15 @@ def leaving_queue(siege: Siege, order: random.Random) -> None:
                         raw.sock.send(data)
 
 
-def subscriptions(siege: Siege, order: random.Random) -> None:
-    """As many long patterns as are taken, none sharing a token with another, and then
-    more.
+def subscriptions(siege: Siege, rng: random.Random) -> None:
+    """Subscribe to long patterns that share no token, until the quota is used up and
+    beyond.
     """
     with siege.client("listener1") as raw:
         for number in itertools.count():
             if not siege.on:
                 return
-            topic = (
-                ".".join(f"{order.randrange(36**2):02x}"[:1] for _ in range(100)) + f".n{number}"
-            )
+            topic = ".".join(f"{rng.randrange(36**2):02x}"[:1] for _ in range(100)) + f".n{number}"
             raw.send(
                 REQUEST,
                 "$broker",
@@ -165,8 +163,8 @@ def subscriptions(siege: Siege, order: random.Random) -> None:
                 time.sleep(_STEP_S)
 
 
-def endless_topics(siege: Siege, order: random.Random) -> None:
-    """Events on ever new long topics, to subscribers of everything who do not read."""
+def endless_topics(siege: Siege, rng: random.Random) -> None:
+    """Publish on long new topics, to subscribers of everything that do not read."""
     with siege.client("listener2") as deaf, siege.client("mean4") as raw:
         for group in (None, "g1", "g2"):
             deaf.ask("subscribe", topic=">", group=group)
@@ -181,8 +179,8 @@ def endless_topics(siege: Siege, order: random.Random) -> None:
                 return
 
 
-def unanswered(siege: Siege, order: random.Random) -> None:
-    """Requests to somebody who reads them and never answers, without end."""
+def unanswered(siege: Siege, rng: random.Random) -> None:
+    """Send requests without end to a client that reads them and never answers."""
     with siege.client("silent") as silent, siege.client("mean5") as raw:
         ids = itertools.count()
         for sock in (silent.sock, raw.sock):
@@ -199,9 +197,9 @@ def unanswered(siege: Siege, order: random.Random) -> None:
                         pass
 
 
-def unfinished_messages(siege: Siege, order: random.Random) -> None:
-    """Messages as long as may be, of which the last byte never comes; and some that
-    claim far more.
+def unfinished_messages(siege: Siege, rng: random.Random) -> None:
+    """Send messages of the greatest length without their last byte, and some that
+    announce far more.
     """
     with contextlib.ExitStack() as stack:
         for number in range(8):
@@ -217,23 +215,21 @@ def unfinished_messages(siege: Siege, order: random.Random) -> None:
             time.sleep(_STEP_S)
 
 
-def nonsense(siege: Siege, order: random.Random) -> None:
-    """Authenticated garbage: bad kinds, bad flags, bad names, too long messages, half
-    frames and the end.
+def nonsense(siege: Siege, rng: random.Random) -> None:
+    """Send authenticated garbage: bad kinds, flags and names, messages too long, and
+    half frames.
     """
     with siege.client("mean6") as raw:
         while siege.on:
-            header = bytes([order.randrange(10), order.randrange(256), 0, order.randrange(256)])
-            body = header + order.randbytes(order.choice([0, 7, 8, 40, 300]))
+            header = bytes([rng.randrange(10), rng.randrange(256), 0, rng.randrange(256)])
+            body = header + rng.randbytes(rng.choice([0, 7, 8, 40, 300]))
             raw.write(
-                order.choice(
-                    [prefixed(body), packed(MESSAGE, "deaf", bytes(MAX_MESSAGE + 1)), body]
-                )
+                rng.choice([prefixed(body), packed(MESSAGE, "deaf", bytes(MAX_MESSAGE + 1)), body])
             )
 
 
-def unread_answers(siege: Siege, order: random.Random) -> None:
-    """Operations whose answers are long and are never read."""
+def unread_answers(siege: Siege, rng: random.Random) -> None:
+    """Ask for operations with long answers, and never read them."""
     with siege.client("mean7") as raw:
         siege.flood(
             raw,

@@ -1,4 +1,6 @@
-"""A siege: every attack at once on a broker with small limits, beside a good pair."""
+"""A siege: every attack at once on a broker with small limits, beside two well-behaved
+clients.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def clients() -> dict[str, dict[str, Any]]:
 
 
 def resident(pid: int) -> int:
-    """Return how much memory a process holds, in bytes."""
+    """Return the resident memory of a process, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -48,18 +50,18 @@ def resident(pid: int) -> int:
 
 
 def until_listening(broker: BrokerProcess) -> None:
-    """Wait until it takes connections."""
+    """Wait until the broker accepts connections."""
     broker.wait("daemon.started")
 
 
 def besiege(broker: BrokerProcess, seconds: float) -> tuple[list[tuple[float, int]], list[float]]:
-    """Attack for so long; return (seconds, bytes) samples of its memory, and how long
-    each good message took.
+    """Attack for ``seconds``; return (seconds, bytes) samples of the broker's memory,
+    and the time of each message of the well-behaved clients.
     """
 
     # Not the process's own login, which reads the whole log for the line that says
     # where it listens.
-    def enter(name: str) -> Raw:
+    def connect(name: str) -> Raw:
         return login(broker.address, key_of(name), name.encode())
 
     command = [sys.executable, BYSTANDER, str(broker.socket), str(seconds)]
@@ -67,7 +69,7 @@ def besiege(broker: BrokerProcess, seconds: float) -> tuple[list[tuple[float, in
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as bystander:
         assert bystander.stdout is not None
         assert bystander.stdout.readline() == "ready\n"
-        siege = Siege(enter, lambda: Raw(broker.address), seconds)
+        siege = Siege(connect, lambda: Raw(broker.address), seconds)
         began = time.monotonic()
         siege.begin()
         samples = []
@@ -75,10 +77,10 @@ def besiege(broker: BrokerProcess, seconds: float) -> tuple[list[tuple[float, in
             samples.append((time.monotonic() - began, resident(broker.popen.pid)))
             time.sleep(0.05)
         siege.end()
-        told = bystander.communicate(timeout=60)[0]
+        output = bystander.communicate(timeout=60)[0]
     assert bystander.returncode == 0, [
         line for line in broker.lines if '"good"' in line or '"friend"' in line
     ]
-    took = json.loads(told)
+    took = json.loads(output)
     assert all(siege.rounds[name] for name in ATTACKS), siege.rounds
     return samples, sorted(took)

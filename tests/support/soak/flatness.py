@@ -1,9 +1,9 @@
-"""Whether a series of samples is flat: the verdict of a soak, and nothing that knows a
+"""The verdict of a soak: whether a series of samples is flat. Nothing here knows a
 broker.
 
 The slope is that of Theil and Sen, the median of the slopes between all pairs of
 samples: neither a single outlier nor a quarter of them moves it far. The first quarter
-is left out: caches, buffers and the allocator's arenas fill up then.
+of the samples is left out: caches, buffers and the allocator's arenas fill up then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MOST = 600
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a series may rise from the end of the first quarter to the end: the
+    """The allowed rise of a series from the end of the first quarter to the end: the
     larger of the two.
 
     share: of its median. least: in its own unit.
@@ -32,8 +32,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. rise: by the slope, over the last three quarters. allowed: the
-    bound in the series' own unit.
+    """The figures of one series. rise: by the slope, over the last three quarters.
+    allowed: the bound in the series' own unit.
     """
 
     median: float

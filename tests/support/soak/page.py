@@ -1,6 +1,4 @@
-"""What a soak has shown, for docs/reliability.md: a table, and a plot of what was
-sampled.
-"""
+"""The results of a soak for docs/reliability.md: a table, and a plot of the samples."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@ own, and a control beside them.
 
 ``pair.py SOCKET`` prints a line of JSON each second until its standard input ends: the
 median and the 99th percentile of the round trip through the broker and back, and of one
-to another process without any broker, in microseconds. The machine may be busy with
-other things; then both grow.
+to another process without any broker, in microseconds. On a busy machine both grow.
 """
 
 from __future__ import annotations

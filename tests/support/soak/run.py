@@ -26,10 +26,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Series:
-    """One thing that is sampled.
-
-    key: in a sample. bound: how far it may rise, and why that far.
-    """
+    """One sampled quantity. key: in a sample. bound: its allowed rise, with the reason."""
 
     key: str
     title: str
@@ -73,7 +70,7 @@ SERIES = (
 
 @dataclass
 class Soak:
-    """What was seen. samples: one a second, by name. account: of the work. upgraded_at:
+    """The results. samples: one a second, by name. account: of the work. upgraded_at:
     seconds, None for never.
     """
 
@@ -84,7 +81,7 @@ class Soak:
     seed: int = 0
 
     def verdicts(self) -> dict[str, Verdict]:
-        """Return what is to be said of each series."""
+        """Return the verdict on each series."""
         return {each.key: judge(self.samples[each.key], each.bound) for each in SERIES}
 
 
@@ -170,7 +167,7 @@ def _sample(
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """Return what a process holds: memory in MiB, and descriptors."""
+    """Return the memory of a process in MiB, and its number of descriptors."""
     sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, size = line.partition(":")

@@ -1,9 +1,9 @@
-"""Mixed work for a broker, kept up for as long as one likes: each part a thread, at a
-rate that leaves others room.
+"""Mixed work for a broker, for any length of time: each part is a thread, at a rate
+that leaves room for the others.
 
-Every part that sends counts what it sent and checks what arrived: once, in order, or
-refused. What goes wrong ends the part with an error that ``check`` raises. Garbage, and
-peers that break off, are parts too; nothing is expected of them.
+Every part that sends counts its messages and checks those that arrive: once, in order,
+or refused. A wrong result ends the part with an error, which ``check`` raises. Garbage,
+and peers that break off, are parts too; nothing is expected of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Self
 import yaml
 from support.broker_process import BrokerProcess
 from support.keys import key_of
-from support.load.crowd import write_whole
+from support.load.client_load import write_atomically
 from support.raw_client import (
     ERROR,
     EVENT,
@@ -43,7 +43,14 @@ from brokerd_client.address import Address
 NUMBER = struct.Struct("!Q")
 WAIT_S = 60.0
 #: Seconds between two rounds of a part.
-EVENTS_S, REQUESTS_S, COMERS_S, GARBAGE_S, RELOAD_S, LARGE_S = 0.005, 0.005, 0.05, 0.05, 3.0, 0.5
+EVENTS_S, REQUESTS_S, RECONNECTS_S, GARBAGE_S, RELOAD_S, LARGE_S = (
+    0.005,
+    0.005,
+    0.05,
+    0.05,
+    3.0,
+    0.5,
+)
 
 CLIENTS: dict[str, Any] = {
     "good": None,
@@ -68,14 +75,14 @@ LIMITS = {"handshake_timeout": "1s", "wait_timeout": "60s"}
 
 
 class Work:
-    """All parts, running. account: what was counted, by what it was."""
+    """All parts, running. account: counters, by description."""
 
     def __init__(self, broker: BrokerProcess, seed: int) -> None:
         self.broker = broker
         self.account: Counter[str] = Counter()
         self.stop = threading.Event()
         self._one_at_a_time = threading.Lock()
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._failures: list[BaseException] = []
         self._threads: list[threading.Thread] = []
         self._addresses: list[Address] = broker.addresses()
@@ -88,7 +95,7 @@ class Work:
             self._slow_reader,
             self._drop_oldest,
             self._large,
-            self._comers,
+            self._reconnects,
             self._garbage,
             self._reloads,
         ):
@@ -104,7 +111,7 @@ class Work:
             self.check()
 
     def check(self) -> None:
-        """Raise what ended a part, if one has ended."""
+        """Raise the error that ended a part, if one has ended."""
         if self._failures:
             raise self._failures[0]
 
@@ -122,7 +129,7 @@ class Work:
         return thread
 
     def _address(self) -> Address:
-        return self._chance.choice(self._addresses)
+        return self._rng.choice(self._addresses)
 
     def _login(self, name: str, address: Address | None = None) -> Raw:
         raw = login(address or self._address(), key_of(name), name.encode())
@@ -137,7 +144,7 @@ class Work:
     # Parts that keep accounts
 
     def _events(self) -> None:
-        """Every event reaches its subscriber once, in order."""
+        """Publish events; each reaches its subscriber once, in order."""
         with self._login("publisher") as publisher, self._login("reader") as reader:
             reader.ask("subscribe", topic="news.>")
             sent = 0
@@ -149,16 +156,16 @@ class Work:
             self.account["events, each received once and in order"] += sent
 
     def _turns(self) -> None:
-        """Subscribes to ever new topics and unsubscribes again."""
+        """Subscribe to new topics all the time, and unsubscribe again."""
         with self._connect("turner") as client:
             number = 0
-            while not self.stop.wait(COMERS_S):
+            while not self.stop.wait(RECONNECTS_S):
                 client.subscribe(f"turn.{number}.*").close()
                 number += 1
         self.account["subscriptions made and ended"] += number
 
     def _requests(self) -> None:
-        """Every request is answered, by a pool of three."""
+        """Send requests to a pool of three, which answers each."""
         with contextlib.ExitStack() as stack:
             for _ in range(3):
                 stack.enter_context(self._connect("answerer")).on_request(
@@ -172,8 +179,8 @@ class Work:
         self.account["requests, each answered once"] += number
 
     def _slow_reader(self) -> None:
-        """Its queue is full most of the time and its sender held; everything arrives,
-        in order.
+        """Send to a slow consumer: its queue is full most of the time, and its sender
+        is held. All messages arrive, in order.
         """
         # By the Unix socket: TCP's buffers would hold megabytes for it.
         with self._login("pusher") as pusher, self._login("slow", self._addresses[0]) as slow:
@@ -198,7 +205,9 @@ class Work:
         self.account["messages to a slow reader, each received once and in order"] += came
 
     def _drop_oldest(self) -> None:
-        """Each message is received, in order, or comes back as full."""
+        """Send to a queue with drop_oldest: each message arrives, in order, or comes
+        back as full.
+        """
         with (
             self._login("dropper") as dropper,
             self._login("dropped", self._addresses[0]) as dropped,
@@ -242,7 +251,7 @@ class Work:
         self.account["messages with when_full: drop_oldest, reported as full"] += len(refused)
 
     def _large(self) -> None:
-        """Messages of a megabyte arrive whole."""
+        """Send messages of a megabyte; they arrive whole."""
         with self._login("giver") as giver, self._login("taker") as taker:
             number = 0
             while not self.stop.wait(LARGE_S):
@@ -259,10 +268,10 @@ class Work:
         thread.start()
         return thread
 
-    def _comers(self) -> None:
-        """All the time somebody connects, asks something, and goes, some with a reset."""
+    def _reconnects(self) -> None:
+        """Connect, ping and disconnect all the time, sometimes with a reset."""
         number = 0
-        while not self.stop.wait(COMERS_S):
+        while not self.stop.wait(RECONNECTS_S):
             with self._login("comer") as raw:
                 raw.ping()
                 if number % 3 == 0:
@@ -275,7 +284,9 @@ class Work:
     # Parts that mean harm
 
     def _garbage(self) -> None:
-        """Strangers and clients that talk nonsense, or say nothing, or break off."""
+        """Connect peers, unauthorized and authenticated, that send garbage or nothing,
+        or break off.
+        """
         held: list[Raw] = []
         number = 0
         while not self.stop.wait(GARBAGE_S):
@@ -284,18 +295,18 @@ class Work:
                 held.append(raw)
                 kind = number % 5
                 if kind == 0:
-                    raw.write(self._chance.randbytes(200))
+                    raw.write(self._rng.randbytes(200))
                 elif kind == 1:
-                    raw.write(prefixed(b"x" * 100)[: self._chance.randrange(100)])
+                    raw.write(prefixed(b"x" * 100)[: self._rng.randrange(100)])
                 elif kind == 2:
                     raw.write(prefixed(raw.answer(b"not the key", b"mean")))
                 elif kind == 3:
                     raw.log_in(key_of("mean"), b"mean")
-                    raw.write(prefixed(self._chance.randbytes(40)))
+                    raw.write(prefixed(self._rng.randbytes(40)))
                 else:
                     raw.log_in(key_of("mean"), b"mean")
                     raw.write(
-                        packed(MESSAGE, "nobody", bytes(50_000))[: self._chance.randrange(50_000)]
+                        packed(MESSAGE, "nobody", bytes(50_000))[: self._rng.randrange(50_000)]
                     )
             number += 1
             while len(held) > 8:
@@ -307,8 +318,8 @@ class Work:
     # What the operator does
 
     def _reloads(self) -> None:
-        """The file changes, and is reloaded: a client's quota, a listener that comes
-        and goes.
+        """Change the configuration and reload it: a client's quota, and a listener that
+        is added and removed.
         """
         text = self.broker.config.read_text()
         number = 0
@@ -318,7 +329,7 @@ class Work:
             whole["clients"]["changing"]["queue"] = f"{1 + number % 2}MiB"
             if number % 2:
                 whole["listen"].append(str(self.broker.directory / "second.sock"))
-            write_whole(self.broker.config, yaml.safe_dump(whole))
+            write_atomically(self.broker.config, yaml.safe_dump(whole))
             with self._one_at_a_time:
                 self.broker.signal(signal.SIGHUP)
                 self.broker.wait("daemon.reloaded", number)

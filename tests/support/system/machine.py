@@ -64,8 +64,8 @@ exec systemd-nspawn --quiet --boot --register=no --keep-unit -M $0 --volatile=ov
 
 
 class Machine:
-    """A booted container. name: unique. suite: its Debian. pid: of its init, seen from
-    here.
+    """A booted container. name: unique. suite: its Debian. pid: of its init, in this
+    machine's namespace.
     """
 
     def __init__(self, name: str, suite: str, pid: int) -> None:
@@ -79,7 +79,9 @@ class Machine:
         return int(self.run("systemctl", "--version").split()[1])
 
     def command(self, *command: object) -> list[str]:
-        """Return what runs this inside from outside, for a Popen of the test's own."""
+        """Return a command that runs this command inside, for a Popen of the test's
+        own.
+        """
         return ["nsenter", "-t", str(self.pid), "-a", *map(str, command)]
 
     def run(
@@ -89,7 +91,7 @@ class Machine:
         stdin: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> str:
-        """Return what a command inside prints, errors included.
+        """Return the output of a command inside, errors included.
 
         status: the exit status it must have; None for any.
         """
@@ -115,13 +117,13 @@ class Machine:
         return done.stdout
 
     def python(self, program: str, *arguments: object, **how: Any) -> str:
-        """Return what a Python program inside prints; the project's packages can be
-        imported.
+        """Return the output of a Python program inside, which can import the project's
+        packages.
         """
         return self.run("/usr/bin/python3", "-c", program, *arguments, **how)
 
     def host_path(self, path: str) -> Path:
-        """Return where a file of the container is, seen from outside: for sockets and
+        """Return the path of a container's file as seen from outside: for sockets and
         for writing files.
         """
         return Path(f"/proc/{self.pid}/root{path}")
@@ -135,7 +137,7 @@ class Machine:
         self.run("chown", owner, path)
 
     def show(self, unit: str, *names: str) -> dict[str, str]:
-        """Return properties of a unit, as ``systemctl show`` has them."""
+        """Return properties of a unit, as ``systemctl show`` prints them."""
         lines = self.run(
             "systemctl", "show", unit, *(f"--property={name}" for name in names)
         ).splitlines()
@@ -148,8 +150,8 @@ class Machine:
         return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
     def wait(self, what: str, *command: object, timeout_s: float = TIMEOUT_S) -> str:
-        """Return what a command inside prints once the pattern is in it; fail when it
-        does not come.
+        """Return the output of a command inside once the pattern is in it; fail if it
+        never is.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -236,8 +238,8 @@ def boot(
 
 
 def need() -> None:
-    """Install what is missing; skip the test, with the reason, where that can't be
-    done.
+    """Install a missing program; skip the test, with the reason, if that is not
+    possible.
     """
     if sys.platform != "linux":
         pytest.skip("systemd runs on Linux only")
@@ -266,7 +268,7 @@ def need() -> None:
 
 
 def cache() -> Path:
-    """Return the directory for what is made once and kept."""
+    """Return the directory for files that are made once and kept."""
     given = os.environ.get("BROKERD_TEST_CACHE")
     path = (
         Path(given)
@@ -279,7 +281,7 @@ def cache() -> Path:
 
 @functools.cache
 def root_of(suite: str) -> Path:
-    """Return the root file system of a Debian suite; nothing ever writes to it."""
+    """Return the root file system of a Debian suite, which is never written to."""
     path = cache() / f"debian-{suite}"
     if path.is_dir():
         return path
@@ -387,8 +389,8 @@ def _pip(python: str, *arguments: object) -> None:
 
 
 def _python(version: str) -> str:
-    """Return an interpreter of this version: this one, one on the path, or one that
-    pyenv has.
+    """Return an interpreter of this version: this one, one on the path, or one of
+    pyenv.
     """
     if "{}.{}".format(*sys.version_info[:2]) == version:
         return sys.executable
@@ -430,7 +432,7 @@ def _hierarchies() -> list[Path]:
 
 
 def _init_of(process: subprocess.Popen[bytes], console: Any) -> int:
-    """Return the process id of the container's init, when it can be entered."""
+    """Return the process id of the container's init, once it can be entered."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:

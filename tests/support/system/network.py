@@ -44,7 +44,7 @@ _IFF_TUN_NO_PI: Final = 0x1001
 
 
 def needs_networks() -> pytest.MarkDecorator:
-    """Return the mark of tests that need all this."""
+    """Return the mark for tests that need root, ip and iptables."""
     missing = [tool for tool in ("ip", "iptables") if shutil.which(tool) is None]
     why = "" if not missing else f"needs {' and '.join(missing)}"
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -53,7 +53,7 @@ def needs_networks() -> pytest.MarkDecorator:
 
 
 class Link:
-    """Two network namespaces and what is between them."""
+    """Two network namespaces and the link between them."""
 
     def __init__(self) -> None:
         mark = secrets.token_hex(3)
@@ -99,7 +99,7 @@ class Link:
         cls, *, delay_ms: float, jitter_ms: float, loss: float, twice: float, seed: int
     ) -> Self:
         """Return two networks with a process between them that delays, loses and
-        doubles packets, each way alike.
+        repeats packets, alike in both directions.
 
         loss, twice: the shares of the packets.
         """
@@ -125,8 +125,8 @@ class Link:
             _ip("-n", space, "link", "set", device, "up")
 
     def _tun(self, end: str) -> int:
-        """Return a TUN device in this network: a descriptor that packets come out of
-        and go into.
+        """Return the descriptor of a TUN device in this network, which reads and writes
+        packets.
         """
         here = os.open("/proc/self/ns/net", os.O_RDONLY)
         try:
@@ -139,7 +139,9 @@ class Link:
         return tun
 
     def inside(self, end: str) -> Callable[[], None]:
-        """Return what puts the process that calls it there, for preexec_fn."""
+        """Return a function for preexec_fn that moves the calling process into this
+        network.
+        """
         path = f"/run/netns/{self._spaces[end]}"
 
         def enter() -> None:
@@ -151,7 +153,7 @@ class Link:
 
     @contextlib.contextmanager
     def visit(self, end: str) -> Iterator[None]:
-        """Have this thread open its sockets there."""
+        """Let this thread open its sockets in this network."""
         here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             self.inside(end)()
@@ -161,7 +163,7 @@ class Link:
             os.close(here)
 
     def cut(self, end: str) -> None:
-        """Have everything that goes in or out at this end vanish."""
+        """Drop all packets in and out at this end."""
         self._rules(end, "-A")
 
     def heal(self, end: str) -> None:

@@ -54,11 +54,11 @@ class Windows:
         self.environment.pop("PYTHONPATH", None)
 
     def command(self, *arguments: object) -> list[str]:
-        """Return what runs the Windows Python with these arguments."""
+        """Return a command that runs the Windows Python with these arguments."""
         return [self.wine, str(self.python), *map(str, arguments)]
 
     def run(self, *arguments: object, timeout_s: float) -> str:
-        """Return what the Windows Python prints, errors included, whatever its exit
+        """Return the output of the Windows Python, errors included, whatever its exit
         status.
         """
         return subprocess.run(
@@ -73,13 +73,13 @@ class Windows:
         ).stdout
 
     def add_path(self, *directories: Path) -> None:
-        """Have the Windows Python find modules in these directories."""
+        """Let the Windows Python import modules from these directories."""
         self.environment["PYTHONPATH"] = ";".join(
             "Z:" + str(each).replace("/", "\\") for each in directories
         )
 
     def end(self) -> None:
-        """End what is left of this prefix, and of this one only."""
+        """End the processes of this prefix, and of this one only."""
         server = shutil.which("wineserver") or "/usr/lib/wine/wineserver"
         if Path(server).exists():
             subprocess.run(
@@ -89,10 +89,7 @@ class Windows:
 
 @contextmanager
 def windows(prefix: Path) -> Iterator[Windows]:
-    """Give a Windows Python until the block ends.
-
-    prefix: an empty directory for wine.
-    """
+    """Yield a Windows Python until the block ends. prefix: an empty directory for wine."""
     given = os.environ.get("BROKERD_TEST_WINDOWS_PYTHON")
     made = Windows(Path(given) if given else _embedded(), prefix)
     try:
@@ -102,8 +99,8 @@ def windows(prefix: Path) -> Iterator[Windows]:
 
 
 def install_dependencies(system: Windows) -> Path:
-    """Return a directory with what the daemon imports, for the Windows Python; skip the
-    test without.
+    """Return a directory with the daemon's dependencies for the Windows Python; skip
+    the test if there is none.
     """
     version = system.run(
         "-c", "import sys; print('%d.%d' % sys.version_info[:2])", timeout_s=120
@@ -185,8 +182,8 @@ def _download(folder: Path, what: str, *arguments: str) -> None:
 
 
 def _cached(name: str, fetch: Callable[[Path], None]) -> Path:
-    """Return the cache's directory of that name; where there is none, ``fetch`` fills
-    it.
+    """Return the cache's directory of this name, which ``fetch`` fills if it is
+    missing.
     """
     given = os.environ.get("BROKERD_TEST_CACHE")
     cache = (

@@ -45,7 +45,7 @@ def configure(*pipes):
 
 
 class Daemon:
-    """The command brokerd in a process of its own; its log is read as it is written."""
+    """The command brokerd in a process of its own, with its log."""
 
     def __init__(self):
         for name in NAMES:
@@ -73,7 +73,7 @@ class Daemon:
         return [each for each in self.events if each["event"] == event]
 
     def wait(self, event, count=1):
-        """Return the event of that name that is the count-th."""
+        """Return the ``count``-th event of this name."""
         with self._news:
             assert self._news.wait_for(lambda: len(self.named(event)) >= count, TIMEOUT_S), (
                 self.events
@@ -81,7 +81,7 @@ class Daemon:
         return self.named(event)[count - 1]
 
     def goodbye_to(self, address):
-        """Return the event of that connection's end."""
+        """Return the event for the end of this connection."""
 
         def found():
             return [
@@ -113,7 +113,7 @@ def body_of(frame):
 
 
 def stock(name, address=PIPE):
-    """Return a stock connection that the broker has let in."""
+    """Return a connection of the standard library, accepted by the broker."""
     connection = Client(address, authkey=key(name))
     connection.send_bytes(broker_frame(REQUEST, "$broker", b'{"op": "whoami"}'))
     answer = connection.recv_bytes()
@@ -126,7 +126,7 @@ COMMAND = (sys.executable, "-c", "from brokerd.ctl import main; main()")
 
 
 def brokerctl(*arguments, key_file="ops.key", name="ops"):
-    """Return (exit status, what it printed)."""
+    """Return brokerctl's exit status and output."""
     done = subprocess.run(
         [
             *COMMAND,
@@ -154,7 +154,7 @@ def listens_at_a_pipe_and_a_port():
 
 
 @case
-def stock_clients_exchange_messages():
+def unauthorized_peers_exchange_messages():
     for address in (PIPE, DAEMON.tcp()):
         with stock("alice", address) as alice, stock("bob") as bob:
             for body in (b"hello", BIG, b"behind it"):

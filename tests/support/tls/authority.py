@@ -14,7 +14,7 @@ import trustme
 
 
 class Authority:
-    """One CA; what it issues is written below ``folder``."""
+    """One CA; its certificates are written below ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,9 +38,7 @@ class Authority:
         return Issued(certificate, key)
 
     def context(self, shown: Issued | None = None) -> ssl.SSLContext:
-        """Return a client's context that trusts this CA, with the certificate that the
-        client shows.
-        """
+        """Return a client's context that trusts this CA, with the client's certificate."""
         context = ssl.create_default_context(cafile=str(self.file))
         if shown is not None:
             context.load_cert_chain(shown.certificate, shown.key)
@@ -65,7 +63,7 @@ class Issued:
         return hashlib.sha256(self.der).hexdigest()
 
     def entry(self, **more: Any) -> dict[str, Any]:
-        """Return what stands below ``tls`` in a listen entry."""
+        """Return the ``tls`` section of a listen entry."""
         return {
             "certificate": str(self.certificate),
             "key": str(self.key),

@@ -1,5 +1,5 @@
-"""A client of the raw bytes over TLS, as stock Python behind a program that adds TLS
-would be.
+"""A client that writes raw bytes over TLS, like stock Python behind a program that adds
+TLS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from brokerd_client.address import Address
 
 
 class TlsRaw(Raw):
-    """One connection over TLS that has said nothing yet inside it."""
+    """One connection over TLS that has sent nothing yet inside it."""
 
     def __init__(
         self,

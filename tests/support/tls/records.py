@@ -1,9 +1,9 @@
-"""A client of TLS 1.3 that makes its records itself, so that it can send what no
-library would.
+"""A client of TLS 1.3 that makes its own records, so that it can send what no library
+would.
 
-The handshake and everything that is read are the ssl module's; what is written is
-encrypted here, with the key that the ssl module tells a file of. Source: RFC 8446,
-4.6.3 (updates of keys), 5 (records) and 7 (keys).
+The handshake and all reading are the ssl module's. Written data is encrypted here, with
+the key that the ssl module writes to its key log file. Source: RFC 8446, 4.6.3 (updates
+of keys), 5 (records) and 7 (keys).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ _LARGEST = 2**14
 
 
 class Forger(TlsRaw):
-    """One connection over TLS 1.3.
-
-    notes: a file for its secrets, that no other connection writes to.
+    """One connection over TLS 1.3. notes: a file for its secrets, which no other
+    connection writes to.
     """
 
     def __init__(self, address: Address, context: ssl.SSLContext, notes: Path) -> None:
@@ -69,7 +68,7 @@ class Forger(TlsRaw):
         return header + self._cipher.encrypt(nonce, inner, header)
 
     def records(self, data: bytes, size: int = _LARGEST) -> bytes:
-        """Return the data in records of so many bytes each."""
+        """Return the data in records of ``size`` bytes each."""
         return b"".join(
             self.record(APPLICATION_DATA, data[start : start + size])
             for start in range(0, len(data), size)
@@ -78,7 +77,7 @@ class Forger(TlsRaw):
     def key_update(self, *, answered: bool = False) -> bytes:
         """Return a record after which other keys are used.
 
-        answered: the other end is asked to do the same.
+        answered: the other end is asked to update its keys too.
         """
         made = self.record(HANDSHAKE, struct.pack("!BBHB", 24, 0, 1, answered))
         self._use(
@@ -95,7 +94,7 @@ class Forger(TlsRaw):
 
 
 def forger_of(address: Address, context: ssl.SSLContext, notes: Path, name: str) -> Forger:
-    """Return a connection of that client."""
+    """Return a connection of this client."""
     forger = Forger(address, context, notes)
     try:
         forger.log_in(key_of(name), name.encode())

@@ -1,5 +1,5 @@
-"""Somebody in the middle: TLS with the client on one side, with the broker on the
-other, and every byte passed on.
+"""An attacker in the middle: TLS with the client on one side, with the broker on the
+other, and every byte relayed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TIMEOUT_S = 20.0
 
 
 class Relay:
-    """Listens for one client and passes its frames on.
+    """Listens for one client and relays its frames.
 
-    shown: the certificate it shows to the client, None for no TLS there. trusting: how
-    it does TLS with the broker, None for none. alter: makes of the broker's challenge
-    what the client gets. answer: makes of the client's answer what the broker gets.
+    shown: the certificate that it shows to the client, None for no TLS there. trusting:
+    the TLS context for the broker, None for no TLS. alter: changes the broker's
+    challenge. answer: changes the client's answer.
     """
 
     def __init__(

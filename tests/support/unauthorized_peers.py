@@ -1,10 +1,12 @@
-"""A process full of strangers at a broker's door; run by test_strangers.py.
+"""A process with many unauthorized peers of a broker; run by
+test_unauthorized_peers.py.
 
-    python strangers.py SOCKET EACH AGAIN
+python unauthorized_peers.py SOCKET EACH AGAIN
 
-EACH connections that say nothing, EACH that send random bytes and EACH that answer with
-a wrong key are held open. Whoever is turned away comes again at once if AGAIN is 1. It
-prints ``here`` when all have come, and how many came in all at the end of its input.
+EACH connections that send nothing, EACH that send random bytes and EACH that answer
+with a wrong key are held open. If AGAIN is 1, a closed connection is made again at
+once. The process prints ``ready`` when all are connected, and the number of all
+connections at the end of its input.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import sys
 ANSWER = struct.pack("!i", 40) + b"{sha256}" + b"w" * 32
 
 
-def main(path: str, each: int, again: bool) -> None:
+def main(path: str, each: int, reconnect: bool) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     selector = selectors.DefaultSelector()
-    came = 0
+    connections = 0
 
-    def come(kind: str) -> None:
-        nonlocal came
+    def connect(kind: str) -> None:
+        nonlocal connections
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(path)
         sock.setblocking(False)
@@ -38,30 +40,30 @@ def main(path: str, each: int, again: bool) -> None:
         except OSError:
             pass
         selector.register(sock, selectors.EVENT_READ, kind)
-        came += 1
+        connections += 1
 
     for _ in range(each):
         for kind in ("silent", "random", "wrong"):
-            come(kind)
-    print("here", flush=True)
+            connect(kind)
+    print("ready", flush=True)
     selector.register(sys.stdin, selectors.EVENT_READ, "over")
     while True:
         for key, _ in selector.select():
             if key.data == "over":
-                print(came, flush=True)
+                print(connections, flush=True)
                 return
             assert isinstance(key.fileobj, socket.socket)
             try:
-                gone = key.fileobj.recv(4096) == b""
+                closed = key.fileobj.recv(4096) == b""
             except BlockingIOError:
-                gone = False
+                closed = False
             except OSError:
-                gone = True
-            if gone:
+                closed = True
+            if closed:
                 selector.unregister(key.fileobj)
                 key.fileobj.close()
-                if again:
-                    come(key.data)
+                if reconnect:
+                    connect(key.data)
 
 
 main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")

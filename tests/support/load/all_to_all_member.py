@@ -1,12 +1,12 @@
-"""A process with some of the crowd's clients, blocking and asyncio ones; run by
-test_everyone.py.
+"""A process with some of the clients of test_all_to_all.py, blocking and asyncio ones.
 
-    python crowd_member.py PLAN
+python all_to_all_member.py PLAN
 
 PLAN is JSON: address, keys (name to key), everyone (all names), blocking and asyncio
-(names of ours), count, seed. It prints ``ready`` when all are connected, begins at a
-line on its standard input, and prints for every client what it sent and what became of
-it, by (recipient, number), and what it received, in order of arrival.
+(names of this process), count, seed. The process prints ``ready`` when all its clients
+are connected, and begins at a line on its standard input. At the end it prints for
+every client what it sent, with the outcomes, by (recipient, number), and what it
+received, in order of arrival.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from brokerd_client import aio, connect
 SETTLED_S = 120.0
 
 
-class MemberLedger:
-    """What one client did and saw."""
+class MemberRecord:
+    """The messages that one client sent and received."""
 
     def __init__(self, name: str, plan: dict[str, Any]) -> None:
         self.name = name
@@ -64,75 +64,84 @@ class MemberLedger:
 
 
 def in_thread(
-    ledger: MemberLedger, plan: dict[str, Any], started: threading.Barrier, done: threading.Event
+    record: MemberRecord, plan: dict[str, Any], started: threading.Barrier, done: threading.Event
 ) -> None:
-    with connect(plan["address"], ledger.name, plan["keys"][ledger.name]) as client:
-        client.on_message(ledger.take)
-        client.on_undelivered(ledger.fail)
+    with connect(plan["address"], record.name, plan["keys"][record.name]) as client:
+        client.on_message(record.take)
+        client.on_undelivered(record.fail)
         started.wait(SETTLED_S)
         started.wait(SETTLED_S)
-        for recipient, body, number in ledger.messages():
-            ledger.sent[client.send(recipient, body)] = (recipient, number)
+        for recipient, body, number in record.messages():
+            record.sent[client.send(recipient, body)] = (recipient, number)
         client.ping()
         done.wait(SETTLED_S)
 
 
 async def in_loop(
-    ledger: MemberLedger,
+    record: MemberRecord,
     plan: dict[str, Any],
     go: asyncio.Event,
-    up: asyncio.Event,
+    all_connected: asyncio.Event,
     done: asyncio.Event,
     missing: set[str],
 ) -> None:
-    async with aio.connect(plan["address"], ledger.name, plan["keys"][ledger.name]) as client:
-        client.on_message(ledger.take)
-        client.on_undelivered(ledger.fail)
-        missing.discard(ledger.name)
+    async with aio.connect(plan["address"], record.name, plan["keys"][record.name]) as client:
+        client.on_message(record.take)
+        client.on_undelivered(record.fail)
+        missing.discard(record.name)
         if not missing:
-            up.set()
+            all_connected.set()
         await go.wait()
-        for recipient, body, number in ledger.messages():
-            ledger.sent[await client.send(recipient, body)] = (recipient, number)
+        for recipient, body, number in record.messages():
+            record.sent[await client.send(recipient, body)] = (recipient, number)
         await client.ping()
         await done.wait()
 
 
 async def main(plan: dict[str, Any]) -> None:
-    threads = [MemberLedger(name, plan) for name in plan["blocking"]]
-    tasks = [MemberLedger(name, plan) for name in plan["asyncio"]]
+    threads = [MemberRecord(name, plan) for name in plan["blocking"]]
+    tasks = [MemberRecord(name, plan) for name in plan["asyncio"]]
     barrier = threading.Barrier(len(threads) + 1)
-    over, go, done, up = threading.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+    stopping, go, done, all_connected = (
+        threading.Event(),
+        asyncio.Event(),
+        asyncio.Event(),
+        asyncio.Event(),
+    )
     missing = set(plan["asyncio"])
     running = [
-        threading.Thread(target=in_thread, args=(ledger, plan, barrier, over)) for ledger in threads
+        threading.Thread(target=in_thread, args=(record, plan, barrier, stopping))
+        for record in threads
     ]
     for thread in running:
         thread.start()
-    group = [asyncio.create_task(in_loop(ledger, plan, go, up, done, missing)) for ledger in tasks]
+    group = [
+        asyncio.create_task(in_loop(record, plan, go, all_connected, done, missing))
+        for record in tasks
+    ]
     await asyncio.to_thread(barrier.wait, SETTLED_S)
-    await asyncio.wait_for(up.wait(), SETTLED_S)
+    await asyncio.wait_for(all_connected.wait(), SETTLED_S)
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     go.set()
     await asyncio.to_thread(barrier.wait, SETTLED_S)
-    # The test says when everybody has sent and received everything; until then it asks
-    # how far we are.
+    # The test says when all clients have sent and received everything; until then it asks
+    # for the counts.
     while (await asyncio.to_thread(sys.stdin.readline)).strip() == "count":
-        ledgers = threads + tasks
-        failed = sum(len(each.errors) for each in ledgers)
+        records = threads + tasks
+        failed = sum(len(each.errors) for each in records)
         print(
-            sum(len(each.sent) for each in ledgers),
-            sum(each.total for each in ledgers),
+            sum(len(each.sent) for each in records),
+            sum(each.total for each in records),
             failed,
             flush=True,
         )
-    over.set()
+    stopping.set()
     done.set()
     await asyncio.gather(*group)
     for thread in running:
         await asyncio.to_thread(thread.join, SETTLED_S)
-    print(json.dumps([ledger.report() for ledger in threads + tasks]), flush=True)
+    print(json.dumps([record.report() for record in threads + tasks]), flush=True)
 
 
 asyncio.run(main(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,4 +1,6 @@
-"""What both faces' ends of the traffic note, and how much of it is under way."""
+"""The notes that both kinds of traffic members write, and the number of messages in
+flight.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from collections.abc import Iterable
 
 from brokerd_client.errors import BrokerdError
 
-#: Messages, and requests, under way at once to each recipient.
+#: Messages, and requests, in flight to each recipient.
 MESSAGES, REQUESTS = 8, 4
-#: Seconds until a message or request is given up; more than any fault lasts.
-PATIENCE_S = 60.0
+#: Seconds until a message or request times out; more than any fault lasts.
+TIMEOUT_S = 60.0
 PAUSE_S = 0.01
 
 
-class Ledger:
-    """Lines that are in the file when ``note`` returns."""
+class NoteFile:
+    """A file of lines; each line is in the file when ``note`` returns."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -27,12 +29,12 @@ class Ledger:
 
 
 class Outcomes:
-    """What became of messages with a receipt; the latest note of one counts, and may
-    come from any thread.
+    """The outcomes of messages with a receipt. The latest note of a message counts; any
+    thread may call.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, notes: NoteFile) -> None:
+        self._notes = notes
         self._lock = threading.Lock()
         self._sent: dict[int, tuple[str, int]] = {}
         self._early: dict[int, str] = {}
@@ -41,27 +43,29 @@ class Outcomes:
         """Note the outcomes of messages numbered from ``first``."""
         with self._lock:
             for number, outcome in enumerate(outcomes, first):
-                self._ledger.note("message", to, number, type(outcome).__name__)
+                self._notes.note("message", to, number, type(outcome).__name__)
                 if not isinstance(outcome, BrokerdError):
                     message_id = outcome.id  # type: ignore[attr-defined]
                     self._sent[message_id] = to, number
                     if message_id in self._early:
-                        self._ledger.note("message", to, number, self._early[message_id])
+                        self._notes.note("message", to, number, self._early[message_id])
 
     def undelivered(self, error: BrokerdError) -> None:
-        """Note that what had a receipt is given back after all; the sender may not know
-        of the receipt yet.
+        """Note that a message with a receipt is given back after all. The sender may
+        not have its receipt yet.
         """
         message_id = getattr(error, "message_id", 0)
         with self._lock:
             if message_id in self._sent:
-                self._ledger.note("message", *self._sent[message_id], type(error).__name__)
+                self._notes.note("message", *self._sent[message_id], type(error).__name__)
             else:
                 self._early[message_id] = type(error).__name__
 
 
 def context_of(ca: str) -> ssl.SSLContext | None:
-    """Return what to connect with; ca: the file of who vouches for the broker, "-"
-    where there is no TLS.
+    """Return the TLS context to connect with.
+
+    ca: the file with the CA of the broker's certificate, "-" for a connection without
+    TLS.
     """
     return None if ca == "-" else ssl.create_default_context(cafile=ca)

@@ -1,5 +1,5 @@
-"""Everyone writes to everyone: each message arrives once and in order, or its sender
-holds an error for it.
+"""All clients write to all clients: each message arrives once and in order, or its
+sender has an error for it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import pytest
 from support.broker_process import BrokerProcess
 from support.keys import key_of
 
-MEMBER = Path(__file__).resolve().parents[1] / "support" / "load" / "crowd_member.py"
+MEMBER = Path(__file__).resolve().parents[1] / "support" / "load" / "all_to_all_member.py"
 SETTLED_S = 90.0
 
 
-def everyone(
+def all_to_all(
     directory: Path, clients: int, count: int, processes: int, address: str = "unix"
 ) -> dict[str, Any]:
-    """Have that many clients send ``count`` messages each; return what was counted,
-    after checking it.
+    """Let ``clients`` clients send ``count`` messages each; check the account, and
+    return it.
     """
     names = [f"c{number}" for number in range(clients)]
     # One is never there, and one is not configured.
@@ -35,13 +35,13 @@ def everyone(
         unix, tcp = broker.addresses()
         members = []
         for number in range(processes):
-            ours = names[number::processes]
+            names_of_member = names[number::processes]
             plan = {
                 "address": str(unix if number % 2 else tcp),
-                "keys": {name: key_of(name).decode() for name in ours},
+                "keys": {name: key_of(name).decode() for name in names_of_member},
                 "everyone": recipients,
-                "blocking": ours[::2],
-                "asyncio": ours[1::2],
+                "blocking": names_of_member[::2],
+                "asyncio": names_of_member[1::2],
                 "count": count,
                 "seed": 1,
             }
@@ -58,13 +58,15 @@ def everyone(
             )
         try:
             for member in members:
-                assert say(member, "") == "ready"
+                assert ask_member(member, "") == "ready"
             began = monotonic()
             for member in members:
-                tell(member, "go")
+                tell_member(member, "go")
             total = clients * count
             while True:
-                counted = [tuple(map(int, say(member, "count").split())) for member in members]
+                counted = [
+                    tuple(map(int, ask_member(member, "count").split())) for member in members
+                ]
                 sent, received, failed = (sum(column) for column in zip(*counted, strict=True))
                 if sent == total and received + failed >= total:
                     break
@@ -77,8 +79,10 @@ def everyone(
                 )
                 # Counting takes the members' time.
                 threading.Event().wait(0.1)
-            took = monotonic() - began
-            reports = [report for member in members for report in json.loads(say(member, "done"))]
+            seconds = monotonic() - began
+            reports = [
+                report for member in members for report in json.loads(ask_member(member, "done"))
+            ]
         finally:
             for member in members:
                 if member.poll() is None and sys.exc_info()[0] is not None:
@@ -102,12 +106,12 @@ def everyone(
         assert len(report["sent"]) == count
         for message_id, recipient, number in report["sent"]:
             error = report["errors"].get(str(message_id))
-            came = arrived[(report["name"], recipient, number)]
-            assert (came == 1) != (error is not None), (
+            delivered = arrived[(report["name"], recipient, number)]
+            assert (delivered == 1) != (error is not None), (
                 report["name"],
                 recipient,
                 number,
-                came,
+                delivered,
                 error,
             )
             assert (error is not None) == (recipient in ("absent", "unknown")), (recipient, error)
@@ -119,19 +123,19 @@ def everyone(
         "sent": total,
         "arrived": arrived.total(),
         "errors": dict(errors),
-        "seconds": round(took, 2),
+        "seconds": round(seconds, 2),
     }
 
 
-def say(member: subprocess.Popen[str], line: str) -> str:
-    """Return the member's next line, after telling it one."""
+def ask_member(member: subprocess.Popen[str], line: str) -> str:
+    """Send the member a line, if there is one, and return its next line."""
     if line:
-        tell(member, line)
+        tell_member(member, line)
     assert member.stdout is not None
     return member.stdout.readline().strip()
 
 
-def tell(member: subprocess.Popen[str], line: str) -> None:
+def tell_member(member: subprocess.Popen[str], line: str) -> None:
     assert member.stdin is not None
     member.stdin.write(line + "\n")
     member.stdin.flush()
@@ -139,7 +143,7 @@ def tell(member: subprocess.Popen[str], line: str) -> None:
 
 def test_messages_of_20_clients_are_all_accounted_for(socket_dir: Path) -> None:
     """20 clients in two processes, 200 messages each, over TCP and a Unix socket."""
-    print(everyone(socket_dir, clients=20, count=200, processes=2))
+    print(all_to_all(socket_dir, clients=20, count=200, processes=2))
 
 
 @pytest.mark.slow
@@ -148,4 +152,4 @@ def test_messages_of_200_clients_are_all_accounted_for(socket_dir: Path) -> None
     another number of messages for each.
     """
     count = int(os.environ.get("BROKERD_TEST_CROWD", "1000"))
-    print(everyone(socket_dir, clients=200, count=count, processes=4))
+    print(all_to_all(socket_dir, clients=200, count=count, processes=4))

@@ -1,5 +1,5 @@
-"""A relay for TCP between clients and a broker that ends both of its connections after
-so many bytes.
+"""A relay for TCP between clients and a broker, which ends both of its connections
+after a given number of bytes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import struct
 import threading
 from typing import Self
 
-__all__ = ["Cutter"]
+__all__ = ["CuttingRelay"]
 
 _RESET = struct.pack("ii", 1, 0)
 #: Far less than any timeout or keepalive.
-_SOON_S = 3.0
+_END_S = 3.0
 
 
-class Cutter:
-    """Takes one connection after the other.
+class CuttingRelay:
+    """Relays one connection after the other.
 
     up, down: bytes that still pass from the client to the broker and back, None for
     all. passed: bytes of the latest connection that have passed, up and down. cuts:
-    connections that were cut. gently: both ends are told of an end in order, as if the
-    other one had closed, and are to close themselves; else both are reset.
+    connections that were cut. gently: the relay closes its side of both connections, as
+    if the other end had closed, and waits for them to close; else it resets both.
     """
 
     def __init__(self, broker: tuple[str, int], *, gently: bool = False) -> None:
@@ -62,13 +62,13 @@ class Cutter:
         self._listener.close()
 
     def cut_after(self, *, up: int | None = None, down: int | None = None) -> None:
-        """Cut the connection when so many more bytes have passed, each way; with 0
-        before the next one does.
+        """Cut the connection when ``up`` or ``down`` more bytes have passed; with 0,
+        before the next byte passes.
         """
         self.up, self.down = up, down
 
     def wait_for_cuts(self, count: int) -> None:
-        """Return when so many connections have been cut in all."""
+        """Wait until ``count`` connections have been cut in all."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.cuts >= count, 30), (
                 f"{self.cuts} of {count} cuts"
@@ -97,7 +97,7 @@ class Cutter:
                 return
 
     def _pass_on(self, client: socket.socket, broker: socket.socket) -> bool:
-        """Pass on what there is; return whether that was the end."""
+        """Relay what has arrived; return whether the connection has ended."""
         for sock in select.select([client, broker], [], [], 0.2)[0]:
             other = broker if sock is client else client
             data = sock.recv(65536)
@@ -108,7 +108,7 @@ class Cutter:
                 return True
             if not data:
                 return True
-            # Counted first: whoever has got the bytes may ask at once.
+            # Counted first: the recipient of the bytes may ask at once.
             self.passed[sock is broker] += len(data)
             other.sendall(data)
             if left is not None and sock is client:
@@ -127,8 +127,8 @@ class Cutter:
                 sock.close()
         if self._gently:
             for sock in socks:
-                sock.settimeout(_SOON_S)
-                # Where it does not end in time this is a TimeoutError, and no cut is
+                sock.settimeout(_END_S)
+                # If the end does not come in time, this raises TimeoutError, and no cut is
                 # counted.
                 with contextlib.suppress(ConnectionError):
                     while sock.recv(65536):

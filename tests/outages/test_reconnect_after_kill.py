@@ -1,5 +1,5 @@
-"""The broker is killed and started again: everybody comes back, and knows what is in
-doubt.
+"""The broker is killed and started again: all clients reconnect, and know which calls
+are in doubt.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from brokerd_client.errors import InDoubt
 OUTSTANDING = 3
 
 
-@pytest.mark.parametrize("crowd", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_broker_killed_and_restarted_clients_reconnect(
-    socket_dir: Path, crowd: int, capsys: pytest.CaptureFixture[str]
+    socket_dir: Path, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exactly the requests without an answer are in doubt, and every client works
     again.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < 2 * crowd + 200:
-        pytest.skip(f"{crowd} clients need more file descriptors than the {hard} allowed here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * crowd + 200)), hard))
-    names = [f"c{number}" for number in range(crowd)]
+    if hard < 2 * count + 200:
+        pytest.skip(f"{count} clients need more file descriptors than the {hard} allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2 * count + 200)), hard))
+    names = [f"c{number}" for number in range(count)]
     with restartable_broker(socket_dir, [*names, "silent", "echo"]) as broker:
         seconds = asyncio.run(_scenario(broker, names))
     with capsys.disabled():
-        print(f"\n{crowd} clients back {seconds:.2f} s after the broker was started again")
+        print(f"\n{count} clients back {seconds:.2f} s after the broker was started again")
 
 
 async def _scenario(broker: RestartableBroker, names: list[str]) -> float:
@@ -51,7 +51,7 @@ async def _scenario(broker: RestartableBroker, names: list[str]) -> float:
     clients = [await connect(name) for name in names]
     for client in clients:
         assert (await client.request("echo", client.name, timeout=60)).payload == client.name
-    doubtful = [
+    pending = [
         asyncio.create_task(client.request("silent", number, timeout=120))
         for client in clients
         for number in range(OUTSTANDING)
@@ -60,10 +60,10 @@ async def _scenario(broker: RestartableBroker, names: list[str]) -> float:
     # answered.
     await asyncio.gather(*(client.ping() for client in clients))
     broker.kill()
-    outcomes = await asyncio.wait_for(asyncio.gather(*doubtful, return_exceptions=True), 60)
-    assert [type(outcome) for outcome in outcomes] == [InDoubt] * len(doubtful)
+    outcomes = await asyncio.wait_for(asyncio.gather(*pending, return_exceptions=True), 60)
+    assert [type(outcome) for outcome in outcomes] == [InDoubt] * len(pending)
     assert len({outcome.message_id for outcome in outcomes if isinstance(outcome, InDoubt)}) == len(
-        doubtful
+        pending
     )
     broker.start()
     began = time.monotonic()

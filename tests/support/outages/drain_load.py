@@ -1,4 +1,4 @@
-"""Load for a broker that stops and comes back, and the account of every plain send."""
+"""Load for a broker that drains and starts again, and the account of every plain send."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BURST = 20
 BURSTS_BEFORE = 5
 
 
-class Place(Protocol):
-    """A broker with the clients alice and bob, that can be stopped and started again at
-    the same address.
+class StoppableBroker(Protocol):
+    """A broker with the clients alice and bob, which can be stopped and started again
+    at the same address.
     """
 
     def connect(self, name: str) -> Client:
@@ -30,23 +30,21 @@ class Place(Protocol):
         """Return a connected asyncio client."""
 
     def stop(self, number: int) -> None:
-        """End the broker gracefully, for the ``number``-th time; return when it has
-        ended.
-        """
+        """Drain the broker, for the ``number``-th time, and return when it has ended."""
 
     def start(self) -> None:
-        """Start it again."""
+        """Start the broker again."""
 
 
-class StopAccount:
-    """What was sent, by id; what arrived and what was reported."""
+class SendAccount:
+    """The messages sent, by id; those that arrived, and those that were reported."""
 
     def __init__(self) -> None:
         self.sent: dict[int, bytes] = {}
         self.arrived: Counter[bytes] = Counter()
         self.reported: Counter[int] = Counter()
 
-    def hear(self, error: BrokerdError) -> None:
+    def report(self, error: BrokerdError) -> None:
         self.reported[getattr(error, "message_id", -1)] += 1
 
     def note(self, message_id: int) -> None:
@@ -59,7 +57,7 @@ class StopAccount:
         return len(self.arrived) + len(self.reported) >= len(self.sent)
 
     def check(self) -> None:
-        """Hold every send to exactly one outcome."""
+        """Check that every send has exactly one outcome."""
         assert max(self.arrived.values(), default=1) == 1
         assert max(self.reported.values(), default=1) == 1
         missing = [
@@ -76,10 +74,10 @@ class StopAccount:
         assert set(self.reported) <= set(self.sent)
 
 
-def run_blocking(place: Place, stops: int) -> None:
-    account = StopAccount()
-    alice, bob = place.connect("alice"), place.connect("bob")
-    alice.on_undelivered(account.hear)
+def run_blocking(broker: StoppableBroker, count: int) -> None:
+    account = SendAccount()
+    alice, bob = broker.connect("alice"), broker.connect("bob")
+    alice.on_undelivered(account.report)
     ended = threading.Event()
     bursts = [0]
 
@@ -100,12 +98,12 @@ def run_blocking(place: Place, stops: int) -> None:
     threads = [threading.Thread(target=send), threading.Thread(target=receive)]
     for thread in threads:
         thread.start()
-    for number in range(stops):
+    for number in range(count):
         before = bursts[0]
         while bursts[0] < before + BURSTS_BEFORE:
             threading.Event().wait(0.001)
-        place.stop(number)
-        place.start()
+        broker.stop(number)
+        broker.start()
     ended.set()
     threads[0].join()
     alice.ping()
@@ -119,10 +117,10 @@ def run_blocking(place: Place, stops: int) -> None:
     account.check()
 
 
-async def run_asyncio(place: Place, stops: int) -> None:
-    account = StopAccount()
-    alice, bob = await place.connect_async("alice"), await place.connect_async("bob")
-    alice.on_undelivered(account.hear)
+async def run_asyncio(broker: StoppableBroker, count: int) -> None:
+    account = SendAccount()
+    alice, bob = await broker.connect_async("alice"), await broker.connect_async("bob")
+    alice.on_undelivered(account.report)
     bob.on_message(lambda message: account.arrived.update([message.body]))
     ended = asyncio.Event()
     bursts = [0]
@@ -138,12 +136,12 @@ async def run_asyncio(place: Place, stops: int) -> None:
             await asyncio.sleep(0.0005)
 
     sending = asyncio.create_task(send())
-    for number in range(stops):
+    for number in range(count):
         before = bursts[0]
         while bursts[0] < before + BURSTS_BEFORE:  # noqa: ASYNC110 - counted by a task beside
             await asyncio.sleep(0.001)
-        await asyncio.to_thread(place.stop, number)
-        await asyncio.to_thread(place.start)
+        await asyncio.to_thread(broker.stop, number)
+        await asyncio.to_thread(broker.start)
     ended.set()
     await sending
     await alice.ping()

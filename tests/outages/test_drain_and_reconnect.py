@@ -1,5 +1,5 @@
-"""A broker that drains under clients of the library: they hear of it, and are back when
-another one serves.
+"""A broker drains under clients of the library: they are notified, and reconnect when
+another broker serves.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def test_drain_event_reaches_blocking_client_which_reconnects() -> None:
     """
     with RunningBroker({"alice": {}, "bob": {}}) as broker:
         alice, bob = broker.connect("alice"), broker.connect("bob")
-        news = bob.subscribe("$broker.draining")
+        draining = bob.subscribe("$broker.draining")
         broker.stop()
-        assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
+        assert draining.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
         broker.start()
-        _until_it_works(lambda: alice.ping())
-        _until_it_works(lambda: bob.ping())
+        _until_it_succeeds(lambda: alice.ping())
+        _until_it_succeeds(lambda: bob.ping())
         alice.send_confirmed("bob", b"back", timeout=TIMEOUT_S)
         assert bob.recv(timeout=TIMEOUT_S).payload == b"back"
         broker.stop()
-        assert news.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
+        assert draining.recv(timeout=TIMEOUT_S).topic == "$broker.draining"
 
 
 def test_drain_event_reaches_asyncio_client_which_reconnects() -> None:
@@ -40,12 +40,12 @@ def test_drain_event_reaches_asyncio_client_which_reconnects() -> None:
     async def run(broker: RunningBroker) -> None:
         alice, bob = await broker.connect_async("alice"), await broker.connect_async("bob")
         async with alice, bob:
-            news = await bob.subscribe("$broker.draining")
+            draining = await bob.subscribe("$broker.draining")
             await asyncio.to_thread(broker.stop)
-            assert (await news.recv(timeout=TIMEOUT_S)).topic == "$broker.draining"
+            assert (await draining.recv(timeout=TIMEOUT_S)).topic == "$broker.draining"
             await asyncio.to_thread(broker.start)
-            await _until_it_works_aio(lambda: alice.ping())
-            await _until_it_works_aio(lambda: bob.ping())
+            await _until_it_succeeds_aio(lambda: alice.ping())
+            await _until_it_succeeds_aio(lambda: bob.ping())
             await alice.send_confirmed("bob", b"back", timeout=TIMEOUT_S)
             assert (await bob.recv(timeout=TIMEOUT_S)).payload == b"back"
 
@@ -57,16 +57,16 @@ def test_drain_reports_undelivered_messages_to_sender() -> None:
     """If the recipient does not read, the sender's on_undelivered gets each message
     before the connection ends.
     """
-    told: list[BrokerdError] = []
+    reported: list[BrokerdError] = []
     done = threading.Event()
 
-    def hear(error: BrokerdError) -> None:
-        told.append(error)
+    def report(error: BrokerdError) -> None:
+        reported.append(error)
         done.set()
 
     with RunningBroker({"alice": {}, "bob": {}}, limits={"drain_timeout": "300ms"}) as broker:
         alice = broker.connect("alice")
-        alice.on_undelivered(hear)
+        alice.on_undelivered(report)
         # A client of the library reads on until its inbox is full: more than that, and
         # than the system takes.
         broker.connect("bob", inbox=1)
@@ -75,11 +75,11 @@ def test_drain_reports_undelivered_messages_to_sender() -> None:
         alice.ping()
         broker.stop()
         assert done.wait(TIMEOUT_S)
-        assert {type(error) for error in told} == {Offline}
-        assert len(told) > 1
+        assert {type(error) for error in reported} == {Offline}
+        assert len(reported) > 1
 
 
-def _until_it_works(call: Callable[[], object]) -> None:
+def _until_it_succeeds(call: Callable[[], object]) -> None:
     for _ in range(100):
         try:
             call()
@@ -90,7 +90,7 @@ def _until_it_works(call: Callable[[], object]) -> None:
     pytest.fail("it does not come back")
 
 
-async def _until_it_works_aio(call: Callable[[], Awaitable[object]]) -> None:
+async def _until_it_succeeds_aio(call: Callable[[], Awaitable[object]]) -> None:
     for _ in range(100):
         try:
             await call()
