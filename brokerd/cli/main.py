@@ -309,12 +309,12 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
         if name is None:
             raise click.UsageError("--add needs the NAME of the new client")
         context.exit(_add_client(name, context.obj if config is None else config))
-    fresh = new_key()
-    click.echo(fresh)
+    key = new_key()
+    click.echo(key)
     if name is not None:
         click.echo(
             "\n# To write it to a file beside the configuration that only its owner can read:\n#  "
-            f" (umask 077; mkdir -p keys; printf '%s\\n' {fresh} > keys/{name})\n# or, in a"
+            f" (umask 077; mkdir -p keys; printf '%s\\n' {key} > keys/{name})\n# or, in a"
             " configuration that only its owner can read, give the key itself: key, not"
             f" key_file.\nclients:\n  {_quoted(name)}:\n    key_file: {_quoted(f'keys/{name}')}"
         )

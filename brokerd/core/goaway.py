@@ -103,8 +103,8 @@ class Goaway:
 
     def tell(self, session: Session) -> None:
         """Send a session the goaway notice, once."""
-        if not session.told:
-            session.told = True
+        if not session.goaway_sent:
+            session.goaway_sent = True
             self._replies.pass_on(session, _EVENT)
 
     def part(self, session: Session) -> None:

@@ -268,7 +268,7 @@ class Operations:
             self._goaway.part(source)
 
     def _finished(self, source: Session, message_id: int, arguments: _Arguments) -> None:
-        if not (source.goaway and source.told):
+        if not (source.goaway and source.goaway_sent):
             raise _Refusal(
                 ErrorCode.UNSUPPORTED,
                 f"finished is valid only after goaway and the event {DRAINING}",

@@ -550,12 +550,12 @@ class FrameOutbox(WriteBuffer):
 
     def take_unsent(self) -> Unsent:
         """Remove and return all frames that the system did not take whole, in order."""
-        count, rest = self.unsent, FrameOutbox(self.limit)
-        rest._begun, rest._plain, rest._kept = self._begun, self._plain, self._kept
-        rest._plain_gone = self._plain_gone
+        count, removed = self.unsent, FrameOutbox(self.limit)
+        removed._begun, removed._plain, removed._kept = self._begun, self._plain, self._kept
+        removed._plain_gone = self._plain_gone
         self._begun, self._plain, self._kept = None, deque(), deque()
         self._waiting = self._head = self._plain_bytes = self.timed = 0
-        return Unsent(rest._in_order(), count)
+        return Unsent(removed._in_order(), count)
 
 
 Outbox: TypeAlias = StreamOutbox | FrameOutbox

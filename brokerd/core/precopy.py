@@ -140,14 +140,14 @@ class Copier:
 
     few: fewer frames or subscriptions of one session than this are captured with the
     rest. subscriptions: the copied subscriptions of each session, which may have ended
-    since. has_told_start: whether the start of the broker has been copied.
+    since. has_copied_start: whether the start of the broker has been copied.
     """
 
     def __init__(self, broker: Broker, few: int = _FEW) -> None:
         self._broker = broker
         self._few = few
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
-        self.has_told_start = False
+        self.has_copied_start = False
         #: By session: how many messages it had sent when copying its subscriptions
         #: began.
         self._unchanged: dict[Session, int] = {}

@@ -58,10 +58,10 @@ class Session:
     the order of all attaches and detaches. recipients: the clients that it has sent
     frames for which the broker may owe a report.
 
-    goaway: whether it has asked for a notice before the broker closes it. told: whether
-    that notice has been sent. parting: whether its new messages are refused because its
-    connection is about to end. finishing: the id of its request ``finished``, or None.
-    finished: it has been answered. marks, marked_at: see
+    goaway: whether it has asked for a notice before the broker closes it. goaway_sent:
+    whether that notice has been sent. parting: whether its new messages are refused
+    because its connection is about to end. finishing: the id of its request
+    ``finished``, or None. finished: it has been answered. marks, marked_at: see
     :func:`brokerd.core.goaway.has_finished`. retired: whether it receives no more
     deliveries. mute: the broker sends it nothing.
     """
@@ -86,6 +86,7 @@ class Session:
         "finishing",
         "generation",
         "goaway",
+        "goaway_sent",
         "held_by",
         "hold_deadline",
         "incoming_requests",
@@ -110,7 +111,6 @@ class Session:
         "slow",
         "spread",
         "subscriptions",
-        "told",
         "topics_version",
         "waiters",
         "widest",
@@ -156,7 +156,7 @@ class Session:
         self.spread: Spread | None = None
         self.reached_by_event: dict[Session, None] | None = None
         self.subscriptions: set[tuple[str, str | None]] = set()
-        self.goaway = self.told = self.parting = False
+        self.goaway = self.goaway_sent = self.parting = False
         self.finishing: int | None = None
         self.finished = self.retired = self.mute = False
         self.marks: Marks | None = None

@@ -61,13 +61,13 @@ _CLIENTS: Final = 500
 class Snapshot:
     """Facts, and the bytes that belong to them.
 
-    fresh: the open sessions that the facts contain whole, in the same order. All other
+    sessions: the open sessions that the facts contain whole, in the same order. All other
     sessions were copied before, and at most their counters have changed.
     position: that of the session that asked for the capture, if any.
     """
 
     def __init__(self) -> None:
-        self.fresh: list[Session] = []
+        self.sessions: list[Session] = []
         self.position: int | None = None
         self.facts: Facts = {}
         self.pieces: list[bytes | bytearray | memoryview] = []
@@ -153,14 +153,14 @@ def capture(
     snapshot = Snapshot()
     copier = copier or Copier(broker)
     leaving = broker.reports.closed_sessions()
-    fresh, counts = snapshot.fresh, []
+    captured, counts = snapshot.sessions, []
     for session in sessions:
         counters = copier.counted(session)
         if counters is None:
-            fresh.append(session)
+            captured.append(session)
         elif counters:
             counts.append([session.number, *counters])
-    index = _Index([*fresh, *(session for session, _ in leaving)], copier)
+    index = _Index([*captured, *(session for session, _ in leaving)], copier)
     indexed_sessions = list(index)
     facts: Facts = {
         "started_at": broker.status.started_at,
@@ -177,7 +177,7 @@ def capture(
             if not copier.is_client_as_copied(client)
         },
         "sessions": [_session(broker, session, index, now, copier) for session in indexed_sessions],
-        "outboxes": [_outbox(session, index, snapshot, now, copier) for session in fresh],
+        "outboxes": [_outbox(session, index, snapshot, now, copier) for session in captured],
         "counts": counts,
         "gone": copier.take_left(),
         "held": [
@@ -230,8 +230,8 @@ def capture_clients(broker: Broker, now: float, copier: Copier) -> Iterator[Fact
         }
         for client in clients:
             copier.note_client_copied(client)
-        if facts or not copier.has_told_start:
-            copier.has_told_start = True
+        if facts or not copier.has_copied_start:
+            copier.has_copied_start = True
             yield {"started_at": broker.status.started_at, "clients": facts}
 
 
@@ -702,9 +702,9 @@ def _restore_outbox(
             copied = copies.take_queue(session.number, first, count)
             outbox.refill(queue[: int(begun > 0)], begun)
             outbox.refill_plain(copied.plain, copied.size, copied.timed)
-            rest = queue[int(begun > 0) :]
-            outbox.refill_kept(zip(places, rest, strict=False))
-            outbox.refill(rest[len(places) :], 0)
+            remaining = queue[int(begun > 0) :]
+            outbox.refill_kept(zip(places, remaining, strict=False))
+            outbox.refill(remaining[len(places) :], 0)
     else:
         outbox = StreamOutbox(limit)
         left = {sender_header.encode(): end for sender_header, end in facts["left"]}

@@ -377,7 +377,7 @@ def check_idle(facts: Any) -> None:
         outbox.get("copied") is None and outbox["begun"] == 0,
         "idle.outbox has something that was begun",
     )
-    busy = [what for what in ("charged", "closing", "skip", "allowance", "hold_s") if session[what]]
+    busy = [key for key in ("charged", "closing", "skip", "allowance", "hold_s") if session[key]]
     _hold(not busy and session["configured"], "idle.session is not idle")
     if client is not None:
         _check_levels(client["rate"], client["levels"], session["name"])

@@ -144,7 +144,7 @@ class Parting:
 
     def _go_on(self, connection: Connection, fed: set[Client] | None) -> None:
         session = connection.session
-        if session.goaway and not session.told:
+        if session.goaway and not session.goaway_sent:
             self._broker.goaway.part(session)
         if session.mute:
             self._feed(session)

@@ -174,7 +174,7 @@ def capture(
         if not _is_idle(session.connection):
             copier.forget_idle(session)
     captured = snapshot.capture(server.broker, changed, server.loop.time(), copier, asker)
-    fresh = [session.connection for session in captured.fresh]
+    fresh = [session.connection for session in captured.sessions]
     lingering = server.context.connections.lingering
     pending_connections = [
         pending

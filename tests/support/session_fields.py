@@ -51,10 +51,10 @@ PARTING = {
     "closing_code",
     "finished",
     "finishing",
+    "goaway_sent",
     "marked_at",
     "marks",
     "mute",
     "parting",
     "retired",
-    "told",
 }
