@@ -53,7 +53,7 @@ LABEL org.opencontainers.image.title="brokerd" \
 
 COPY --from=build /image /
 
-# What the runtime mounts there is for this container alone, so the modes of the files in it keep nobody out.
+# The runtime mounts files there for this container alone, so their modes need not keep other users out.
 ENV PATH=/opt/brokerd/bin:/usr/local/bin \
     LANG=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 \

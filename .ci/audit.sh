@@ -4,10 +4,10 @@
 #   .ci/audit.sh TOOLS_VENV
 #
 # The service is that of the package index. pip-audit's own variables name another: PIP_AUDIT_VULNERABILITY_SERVICE=osv, and
-# PIP_AUDIT_OSV_URL for what speaks as osv.dev does.
+# PIP_AUDIT_OSV_URL for a service with the interface of osv.dev.
 #
-# Ends with 1 where something is known. Where the service can't be reached, or does not know a package, nothing is known of
-# it: then it says so, and ends with 2.
+# The exit status is 1 if a vulnerability is known. If the service can't be reached, or does not know a package, nothing is
+# known of it: then it says so, and the status is 2.
 set -u
 
 report=$(mktemp)
@@ -16,9 +16,9 @@ trap 'rm -f "$report" "$asked"' EXIT
 status=0
 for name in run build test tools; do
     lock=.ci/requirements-$name.txt
-    # pip-audit passes over what would not be installed here, and says nothing of it.
+    # pip-audit silently skips packages that would not be installed here.
     sed -E 's/ ; [^\\]*\\$/ \\/' "$lock" >"$asked"
-    # --strict: a package that could not be looked up is no clean one.
+    # --strict: a package that could not be looked up is not a clean one.
     if "$1/bin/pip-audit" --strict --progress-spinner off --require-hashes --disable-pip --requirement "$asked" >"$report" 2>&1; then
         echo "$lock: $(tail -n 1 "$report")"
     elif grep -q '^Found [0-9]' "$report"; then

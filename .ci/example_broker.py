@@ -1,14 +1,13 @@
-"""Runs a broker with three example clients in the foreground, and first says what to
-type in another terminal.
+"""Runs a broker with three example clients in the foreground, and first prints the
+commands for another terminal.
 
 Makes, in ``.run`` beside this checkout's files (mode 0700, ignored by git):
 
 - ``keys/alice``, ``keys/bob``, ``keys/carol``: a fresh key each, mode 0600; kept when
   run again;
-- ``brokerd.yaml``: the configuration, written anew by every run;
-- ``brokerd.sock``: where the broker listens. In a folder too deep for the path of a
-  Unix socket it is
-  in a fresh temporary directory, and a note says so.
+- ``brokerd.yaml``: the configuration, written again by every run;
+- ``brokerd.sock``: where the broker listens. In a folder whose path is too long for a
+  Unix socket, it is in a temporary directory. A note says so.
 
 It never runs two brokers in one place.
 """
@@ -106,9 +105,7 @@ def is_private(folder: Path) -> bool:
 
 
 def answers(socket_path: Path) -> bool:
-    """Return whether somebody listens there; a socket file that a dead broker left
-    behind does not count.
-    """
+    """Return whether a process listens there, not only whether the socket file exists."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(5)
         return probe.connect_ex(str(socket_path)) == 0
@@ -119,7 +116,7 @@ def configuration_text(run: Path, socket_path: Path) -> str:
     Python of any age.
     """
     return f"""\
-# Written anew by every `make run`; config/brokerd.yaml explains every key.
+# Written again by every `make run`; config/brokerd.yaml explains every key.
 listen:
   - {quoted(socket_path)}
 
@@ -146,7 +143,7 @@ def instructions(run: Path, socket_path: Path) -> str:
     keys = run / "keys"
     bob_key = shlex.quote(str(keys / "bob"))
     return f"""\
-In another terminal, be bob, who answers whoever asks:
+In another terminal, be bob, who answers every request:
 
     export BROKERD_ADDRESS={address}
     {brokerctl} --name bob --key-file {bob_key} listen --reply "hello, I am bob"
@@ -175,8 +172,8 @@ def run_in_foreground(command: list[str]) -> int:
     """Run the command as a shell would, so that Ctrl-C reaches it alone, and return its
     exit status.
 
-    In one group with make, make would die of the same Ctrl-C and call a broker that
-    stopped as asked a failure.
+    In one group with make, the same Ctrl-C would also end make. It would call a regular
+    stop of the broker a failure.
     """
     if not sys.stdin.isatty():
         os.execv(command[0], command)

@@ -44,7 +44,7 @@ sort -u /tmp/libraries | while read -r library; do
     [ -e "$root$library" ] && continue
     mkdir -p "$root${library%/*}"
     cp -L "$library" "$root$library"
-    # Whoever scans the image for known weaknesses finds each library's package, as in other images without dpkg.
+    # A scanner for known weaknesses finds each library's package, as in other images without dpkg.
     package=$(dpkg-query --search "*${library#/usr}" 2>/dev/null | head -n 1 | cut -d : -f 1)
     [ -z "$package" ] || dpkg-query --status "$package" >"$root/var/lib/dpkg/status.d/$package"
 done

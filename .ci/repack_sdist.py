@@ -1,7 +1,7 @@
-"""Writes an sdist anew with nothing in it of when and by whom it was made: python
-repack_sdist.py FILE.tar.gz
+"""Removes from an sdist the times and owners of its making: python repack_sdist.py
+FILE.tar.gz
 
-Members are sorted; their time is SOURCE_DATE_EPOCH, their owner nobody.
+Members are sorted; their time is SOURCE_DATE_EPOCH, and their owner has no name.
 """
 
 from __future__ import annotations

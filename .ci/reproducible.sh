@@ -4,7 +4,7 @@
 #
 #   .ci/reproducible.sh TOOLS_VENV
 #
-# The wheel is for the Python of that environment. Whoever has the same commit, Python, compiler and locks gets the same bytes.
+# The wheel is for the Python of that environment. The same commit, Python, compiler and locks give the same bytes.
 set -eu
 
 tools=$PWD/$1/bin/python
@@ -31,7 +31,7 @@ build() {
     CFLAGS="$usual -DNDEBUG -g0 -ffile-prefix-map=$place=." LDFLAGS="-Wl,--build-id=none -Wl,-s" \
         "$place/venv/bin/python" -m build --no-isolation --outdir "$place/dist" . >"$place/log" 2>&1 || { cat "$place/log"; exit 1; }
     cd "$root"
-    # setuptools takes the times of the files, of which it has just made some, and whoever is logged in.
+    # setuptools takes the times of the files, of which it has just made some, and the current user.
     "$tools" .ci/repack_sdist.py "$place"/dist/*.tar.gz
     unzip -l "$place"/dist/*.whl | grep -q '_routing_c\..*\.so' || { echo "the wheel lacks the compiled loop"; exit 1; }
 }

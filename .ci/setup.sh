@@ -41,7 +41,7 @@ find_python() {
 
 # A checkout that was moved, or a Python that was removed, leaves an environment that only looks like one.
 if [ -e "$venv" ] && ! new_enough "$venv/bin/python"; then
-    say "$venv no longer works; making it anew"
+    say "$venv no longer works; making it again"
     rm -rf "$venv"
 fi
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes the environment of the tools that look after dependencies and builds; says nothing when nothing is to do.
+# Makes the environment of the tools that look after dependencies and builds; prints nothing when nothing is to do.
 #
 #   .ci/tools.sh VENV PYTHON
 #
-# Apart from the other one: what they need is nobody else's business.
+# It is apart from the other environment, because the broker does not need these packages.
 set -eu
 
 venv=$1

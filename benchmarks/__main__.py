@@ -24,8 +24,7 @@ from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timi
 FULL = Timing(warm_s=0.25, seconds=0.8)
 QUICK = Timing(warm_s=0.1, seconds=0.2)
 ROUNDS, QUICK_ROUNDS = 5, 2
-#: Before each workload, when nothing here runs yet, it is seen for so many seconds what
-#: others do on this machine.
+#: Seconds before each workload in which the load of other programs is measured.
 QUIET_S = 0.5
 TOO_BUSY = 0.1
 #: What may go wrong with a system; anything else is a mistake in here.
@@ -111,7 +110,7 @@ def _print_missing(versions: dict[str, str | None], wanted: Collection[str]) -> 
 
 
 def _measure(run: Run, workload: Workload, systems: Collection[str], directory: Path) -> None:
-    """Measure everybody, taking turns, and print the medians."""
+    """Measure all entrants in turns, and print the medians."""
     print(
         f"\n{workload.title} ({workload.unit}, {'more' if workload.higher else 'less'} is better)",
         flush=True,
@@ -131,7 +130,7 @@ def _measure(run: Run, workload: Workload, systems: Collection[str], directory: 
         held.callback(stages.close)
         rounds = (
             1
-            if workload.anew and run.rounds <= QUICK_ROUNDS
+            if workload.own_stages and run.rounds <= QUICK_ROUNDS
             else min(run.rounds, workload.most_rounds)
         )
         for _ in range(rounds):
@@ -185,7 +184,7 @@ class Stages:
             self._stages[entrant.name] = stage
             self._workload.prepare(stage, self._timing)
         result = self._workload.measure(stage, self._timing)
-        if self._workload.anew:
+        if self._workload.own_stages:
             self.drop(entrant)
         return result
 

@@ -1,5 +1,4 @@
-"""What a client of each system says, as bytes: how it gets in, and its messages encoded
-beforehand.
+"""The bytes that a client of each system sends: its login, and its encoded messages.
 
 Setting up is done here, with sockets that block; the load generator then moves the
 bytes. Nothing here is measured. Sources: docs/protocol.md; the NATS client protocol;
@@ -138,7 +137,7 @@ class ThreadBroker(Brokerd):
 
 
 class Nothing(Brokerd):
-    """The bytes of brokerd, to a relay that knows nobody."""
+    """The bytes of brokerd, to a relay without clients' names."""
 
     def enter(self, sock: socket.socket, name: str) -> None:
         pass

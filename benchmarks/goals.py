@@ -1,4 +1,4 @@
-"""What is to be reached: ratios of medians from one run, with everything switched on."""
+"""The goals: ratios of medians from one run, with everything switched on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-/* The load generator: moves bytes that were encoded beforehand, counts, and measures time.
+/* The load generator: moves encoded bytes, counts, and measures time.
  *
- * It knows no protocol. Connections are opened and authenticated by whoever starts it and are inherited as file
- * descriptors; what a sender writes is the contents of a file, over and over, and what a receiver gets is counted
- * in bytes. The one exception is `connect`, which opens connections and therefore does the handshakes itself.
+ * It knows no protocol. Connections are opened and authenticated by the parent process and inherited as file
+ * descriptors. A sender writes the contents of a file, over and over; a receiver's input is counted in bytes.
+ * The one exception is `connect`, which opens connections and therefore does the handshakes itself.
  *
  *   load pump WARM SECONDS WINDOW STRAY MEMBER...
  *       MEMBER is s:FD:FILE:DELIVERED   writes FILE's bytes again and again; one writing makes DELIVERED bytes arrive

@@ -54,7 +54,7 @@ def compiled(source: str, directory: Path) -> Path:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody listens at just now."""
+    """Return a TCP port of the loopback address at which no process listens now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -1,10 +1,10 @@
 """One end of a measurement of a client library: ``python -m benchmarks.python_peer
 LIBRARY ROLE ADDRESS FILE``.
 
-ROLE is send (as c0000) or receive (as c0001). FILE is shared by both ends and by
-whoever measures: five unsigned 64-bit numbers, see Board. The sender waits while too
-much is under way, in the same way for every library, so that none is measured by how
-much it can hold; each library is used in the way that is fastest with it.
+ROLE is send (as c0000) or receive (as c0001). FILE is shared by both ends and by the
+measuring process: five unsigned 64-bit numbers, see Board. The sender waits while too
+many messages are in flight, in the same way for every library. So no library is
+measured by the size of its buffers. Each library is used in its fastest way.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
  *   relay ADDRESS       a TCP port on loopback, or a path for a Unix socket
  *
  * It accepts connections two by two and carries bytes between the two, both ways, with one read and one write
- * through one buffer of the size that brokerd reads with. It looks at nothing, knows nobody and keeps no count.
+ * through one buffer of the size that brokerd reads with. It parses nothing, knows no names and keeps no count.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>

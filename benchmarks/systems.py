@@ -1,8 +1,8 @@
 """The systems that are measured: whether they are here, how each is started, and how to
 connect to it.
 
-All of them authenticate each client by a name and a key of its own, listen on the
-loopback interface or on a Unix socket, and store nothing on disk.
+All of them authenticate each client by a name and a key of its own, and store nothing
+on disk. They listen on the loopback interface or on a Unix socket.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class _Direct(Running):
 
 
 def _start_direct(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
-    # Somebody's processor time has to be measured: that of a process which sleeps.
+    # A processor time has to be measured: that of a process which sleeps.
     process = Process([sys.executable, "-c", "import signal; signal.pause()"], directory / "log")
     return _Direct(process, dialects.Nothing(), path="nowhere" if unix else "")
 

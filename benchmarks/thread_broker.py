@@ -1,9 +1,9 @@
 """A broker with a thread for each connection, over the standard library's
 ``multiprocessing.connection``.
 
-What one would write in an afternoon, as something to measure against: ``python
-thread_broker.py PORT``, the key on standard input. A connection's first frame is its
-name; then the frames are brokerd's, and a message to nobody is lost.
+The work of an afternoon, for comparison: ``python thread_broker.py PORT``, with the key
+on standard input. A connection's first frame is its name; then the frames are
+brokerd's. A message to an unknown name is lost.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Whether the time of a refusal tells if a name exists: ``python -m
 benchmarks.timing``.
 
-A stranger with no key tries, in random order, a name that the broker knows and one that
-it does not. What is timed is the broker's judgement: from the moment its answer is on
-the way until #FAILURE# is there. Every try comes from another address of 127.0.0.0/8
-(each has a few), so that the broker's slowing of whoever keeps failing has no part in
-it.
+A peer without a key tries a known and an unknown name, in random order. The time is
+that of the broker's check: from sending the peer's answer to receiving #FAILURE#. Every
+try comes from another address of 127.0.0.0/8, each of which has a few. So the broker's
+penalties for repeated failures have no effect.
 
 The two samples are compared by rank (Mann and Whitney's U): 0.5 means that a refusal of
 one is as often faster as slower than one of the other.
@@ -100,9 +99,7 @@ def _read(sock: socket.socket, size: int) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; the exit status is 0 whatever the outcome: it is for people to
-    judge.
-    """
+    """Measure and print; the exit status is 0 whatever the outcome, which people judge."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0]
     )

@@ -1,8 +1,8 @@
-"""The work that is given to each system, and how each is measured doing it.
+"""The workloads: the work of each system, and how each is measured.
 
-A workload prepares a stage for an entrant (a system, started and connected) and
-measures it as often as it is asked. A measurement that lost a message, or got one too
-many, is no measurement: it raises Spoilt.
+A workload prepares a stage for an entrant: a system that is started and connected. It
+measures the entrant once per call. A measurement that lost a message, or got one too
+many, is not valid: it raises Spoilt.
 """
 
 from __future__ import annotations
@@ -183,18 +183,18 @@ class Stage:
 
 
 class Workload:
-    """What the systems have to do.
+    """One kind of work that all systems do.
 
     key: for the command line. title: for people. unit: of the values. higher: whether
-    more is better. entrants: who takes part. anew: whether every measurement needs a
-    stage of its own.
+    more is better. entrants: the systems that take part. own_stages: whether every
+    measurement needs a stage of its own.
     """
 
     key = ""
     title = ""
     unit = "messages/s"
     higher = True
-    anew = False
+    own_stages = False
     #: Rounds after which there is nothing new to learn.
     most_rounds = 100
     entrants: Sequence[Entrant] = ()
@@ -376,15 +376,15 @@ class RoundTrip(Workload):
 
 
 class IdleMemory(Workload):
-    """What a connection costs that is authenticated and idle: the growth of the
-    proportional set size.
+    """The memory of an authenticated, idle connection: the growth of the proportional
+    set size.
     """
 
     key = "memory"
     title = "idle authenticated connection, memory"
     unit = "bytes"
     higher = False
-    anew = True
+    own_stages = True
     most_rounds = 3
     entrants = tuple(
         Entrant(system) for system in ("brokerd", "nats", "redis", "mosquitto", "threads")
@@ -399,7 +399,7 @@ class IdleMemory(Workload):
     def measure(self, stage: Stage, timing: Timing) -> Result:
         names = self.names(stage.entrant, timing)
         for name in names[:20]:
-            # What the first ones cost once and for all is nobody's connection.
+            # The first connections also pay for memory that all connections share.
             stage.connect(name)
         time.sleep(timing.warm_s)
         before = stage.running.process.memory()
@@ -460,13 +460,13 @@ class Connecting(Workload):
             timing.warm_s + timing.seconds + 40,
         )
         if isinstance(dialect, dialects.Brokerd):
-            # Its log knows who came in.
+            # Its log names the clients that connected.
             with wait_for("every client that was welcome is in the log", 10) as turns:
                 for _ in turns:
                     if self._welcomed(stage) - welcomed >= said["all"]:
                         break
         if not said["count"]:
-            raise Spoilt("nobody came in")
+            raise Spoilt("no client connected")
         return Result(
             said["count"] / said["seconds"],
             {
@@ -590,13 +590,13 @@ class SlowReader(Workload):
     """Fifty pairs with the default queue and ``when_full``; the throughput of all but
     the first.
 
-    In one variant the first receiver reads nothing, its queue is full and its sender is
-    held, before the measurement begins and until it has ended.
+    In one variant the first receiver reads nothing. So its queue is full and its sender
+    is held, before the measurement begins and until it has ended.
     """
 
     key = "slow_reader"
     title = "50 pairs of which 1 does not read, 1 KiB: the others"
-    anew = True
+    own_stages = True
     pairs = 50
     entrants = (Entrant("brokerd", "all read"), Entrant("brokerd", "1 does not read"))
     payload = b"x" * 1024

@@ -1,8 +1,9 @@
 """The language of code and documentation: what a program can check of CONTRIBUTING.md's
 rules.
 
-Docstrings, comments and messages of both packages, README.md and docs/ are read. Text
-in backticks, code blocks and doctest examples are left out.
+Docstrings, comments and messages of both packages, of benchmarks/ and .ci/, pages, and
+comments of other files are read. Text in backticks, code blocks and doctest examples
+are left out.
 """
 
 from __future__ import annotations
@@ -20,10 +21,24 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 SOURCES: Final = [
     path
-    for folder in ("brokerd", "client/brokerd_client")
+    for folder in ("brokerd", "client/brokerd_client", "benchmarks", ".ci")
     for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyx")])
 ]
-PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES: Final = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
+#: Files whose lines that begin with "#" are comments.
+COMMENTED: Final = [
+    ROOT / "Dockerfile",
+    ROOT / "Makefile",
+    ROOT / "pyproject.toml",
+    *sorted((ROOT / ".ci").glob("*.sh")),
+    *sorted((ROOT / "config").rglob("*.yaml")),
+    *sorted(path for path in (ROOT / "systemd").iterdir() if path.is_file()),
+]
 
 #: Longest sentence of a docstring, in words (CONTRIBUTING.md, rule 5).
 LONGEST_SENTENCE: Final = 20
@@ -57,8 +72,6 @@ FORBIDDEN: Final = (
         "write the number's name",
     ),
 )
-#: Files that do not follow the rules yet; a file that does is taken off this list.
-PENDING: Final = frozenset[str]()
 #: Lines that are right although a pattern finds them: (file, words of the line) and the
 #: reason.
 ALLOWED: Final[dict[tuple[str, str], str]] = {}
@@ -113,9 +126,27 @@ def comments(path: Path, source: str) -> Iterator[Text]:
         yield Text(path, first, " ".join(block))
 
 
+def hash_comments(path: Path, source: str) -> Iterator[Text]:
+    """Yield the comments of a file that is not Python, consecutive lines as one."""
+    lines = [*enumerate(source.splitlines(), 1), (0, "")]
+    block: list[tuple[int, str]] = []
+    for number, line in lines:
+        if line.lstrip().startswith("#") and not line.startswith("#!"):
+            block.append((number, line.lstrip().lstrip("# ").rstrip()))
+            continue
+        if block:
+            yield Text(path, block[0][0], " ".join(words for _, words in block))
+            block = []
+        _, mark, words = line.partition("  # ")
+        if mark:
+            yield Text(path, number, words)
+
+
 def prose_of(path: Path) -> list[Text]:
     """Return all prose of a file."""
     source = path.read_text(encoding="utf-8")
+    if path in COMMENTED:
+        return list(hash_comments(path, source))
     if path.suffix == ".md":
         source = re.sub(
             r"```.*?```", lambda block: "\n" * block.group().count("\n"), source, flags=re.DOTALL
@@ -179,16 +210,14 @@ def problems(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in [*SOURCES, *PAGES]],
+    [
+        pytest.param(path, id=path.relative_to(ROOT).as_posix())
+        for path in [*SOURCES, *PAGES, *COMMENTED]
+    ],
 )
 def test_language_of_file_follows_contributing_rules(path: Path) -> None:
     """No forbidden subject or opening, and no docstring sentence of more than 20 words."""
-    found = problems(path)
-
-    if path.relative_to(ROOT).as_posix() in PENDING:
-        assert found, "it follows the rules now: take it off the list"
-    else:
-        assert found == []
+    assert problems(path) == []
 
 
 def test_language_allow_list_entry_is_still_needed() -> None:
