@@ -89,14 +89,14 @@ class Passing:
         if left := self.copier.take_left():
             yield {"gone": left}, []
         sessions = iter(self.copier.changed_sessions())
-        while some := list(islice(sessions, _COPIED)):
+        while batch := list(islice(sessions, _COPIED)):
             idle: list[Facts] = []
             counts: list[list[int]] = []
             descriptors: list[int] = []
             # If descriptors run out, the remaining connections go with the final
             # capture.
             with contextlib.suppress(OSError):
-                for session in some:
+                for session in batch:
                     if session.open and _is_idle(session.connection):
                         self._copy(session.connection, idle, counts, descriptors)
             if idle:
@@ -516,7 +516,7 @@ class RestoredState:
         for connection in self.fresh:
             connection.go_on()
         self._unwatched = iter(list(server.connections))
-        server.loop.call_soon(self._watch_some)
+        server.loop.call_soon(self._watch_batch)
         for sock, left_s in self._lingering:
             server.context.connections.linger(sock, left_s)
         for pending, welcomed in self._pending_connections:
@@ -540,16 +540,16 @@ class RestoredState:
         server.broker.events.announce("$broker.upgraded", payload)
         server.settle()
 
-    def _watch_some(self) -> None:
+    def _watch_batch(self) -> None:
         """Check the liveness of some connections from now on, and of the rest in later
         turns.
         """
-        some = list(islice(self._unwatched, _WATCHED))
-        for connection in some:
+        batch = list(islice(self._unwatched, _WATCHED))
+        for connection in batch:
             if not connection.closed:
                 self._server.context.liveness.add(connection, inherited=True)
-        if some:
-            self._server.loop.call_soon(self._watch_some)
+        if batch:
+            self._server.loop.call_soon(self._watch_batch)
 
     def _alter(self, listening: Listening, entry: ListenConfig) -> None:
         """Apply the settings of the new configuration; connections continue even if
