@@ -38,7 +38,7 @@ from brokerd.net.handshake.penalties import origin_of
 from brokerd.net.listen.listener import Listening
 from brokerd_client.address import Address
 
-__all__ = ["Site"]
+__all__ = ["MonitorServer"]
 
 #: Most connections that are answered at once. They share the process's descriptors with
 #: the clients.
@@ -75,14 +75,14 @@ _HEADERS: Final = {
 _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-class Site:
+class MonitorServer:
     """The monitor of one daemon, at its current addresses."""
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._loop = asyncio.get_running_loop()
         self.listening: list[Listening] = []
-        self._guests = _Guests(self._answer)
+        self._http_server = _HttpServer(self._answer)
         self._pending = Pending(_MOST_SILENT, _MOST_WHOLE, _LONGEST, self._on_complete)
         self._arrivals: set[asyncio.Task[object]] = set()
         #: Connections accepted, and requests answered, in the current second.
@@ -145,7 +145,7 @@ class Site:
         )
         self._stop_listening()
         self._pending.close()
-        self._guests.close()
+        self._http_server.close()
         self._lag.close()
         if self._second is not None:
             self._second.cancel()
@@ -214,12 +214,12 @@ class Site:
             task.add_done_callback(self._arrivals.discard)
 
     async def _arrive(self, sock: socket.socket, head: bytes) -> None:
-        self._guests.heads[sock.fileno()] = head
+        self._http_server.heads[sock.fileno()] = head
         try:
-            await self._loop.connect_accepted_socket(self._guests, sock)
+            await self._loop.connect_accepted_socket(self._http_server, sock)
         except OSError:
             # The peer disconnected before the connection was set up.
-            self._guests.heads.pop(sock.fileno(), None)
+            self._http_server.heads.pop(sock.fileno(), None)
             sock.close()
 
     # Answering
@@ -323,8 +323,8 @@ class Site:
             self._departed.note(session)
 
 
-class _Guests(web.Server):
-    """The connections that the monitor answers: few at once, and for a short time each."""
+class _HttpServer(web.Server):
+    """Serves the monitor's pages on few connections at once, each for a short time."""
 
     def __init__(self, answer: _Page) -> None:
         # A faulty request is reported to its sender; the log does not need it.
@@ -342,18 +342,20 @@ class _Guests(web.Server):
             max_field_size=_LINE,
             read_bufsize=_LINE,
         )
-        self._there: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+        self._open_connections: dict[
+            web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]
+        ] = {}
         #: Bytes already read from each connection, by its descriptor.
         self.heads: dict[int, bytes] = {}
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        if len(self._there) >= _MOST:
-            oldest, first_timer = self._there.pop(next(iter(self._there)))
+        if len(self._open_connections) >= _MOST:
+            oldest, first_timer = self._open_connections.pop(next(iter(self._open_connections)))
             first_timer.cancel()
             oldest.abort()
         timer = asyncio.get_running_loop().call_later(_LONGEST, transport.abort)
-        self._there[handler] = transport, timer
+        self._open_connections[handler] = transport, timer
         sock = transport.get_extra_info("socket")
         handler.data_received(self.heads.pop(sock.fileno(), b""))
 
@@ -361,13 +363,13 @@ class _Guests(web.Server):
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
         super().connection_lost(handler, exc)
-        guest = self._there.pop(handler, None)
-        if guest is not None:
-            guest[1].cancel()
+        connection = self._open_connections.pop(handler, None)
+        if connection is not None:
+            connection[1].cancel()
 
     def close(self) -> None:
         """Close every connection."""
-        for transport, timer in self._there.values():
+        for transport, timer in self._open_connections.values():
             timer.cancel()
             transport.abort()
 

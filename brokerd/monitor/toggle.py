@@ -14,7 +14,7 @@ from brokerd.net.listen.listener import Listening
 from brokerd_client.address import Address
 
 if TYPE_CHECKING:
-    from brokerd.monitor.http_server import Site
+    from brokerd.monitor.http_server import MonitorServer
 
 __all__ = ["Switch", "preload"]
 
@@ -33,19 +33,19 @@ class Switch:
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        self._site: Site | None = None
+        self._server: MonitorServer | None = None
 
     @property
     def addresses(self) -> list[Address]:
         """Addresses that the monitor listens at, ports filled in; empty while it is
         off.
         """
-        return [] if self._site is None else self._site.addresses
+        return [] if self._server is None else self._server.addresses
 
     @property
     def listening(self) -> list[Listening]:
         """The sockets that the monitor listens at."""
-        return [] if self._site is None else self._site.listening
+        return [] if self._server is None else self._server.listening
 
     def turn(self, config: MonitorConfig | None, opened: list[Listening]) -> None:
         """Turn the monitor on as configured, or off.
@@ -55,16 +55,16 @@ class Switch:
         if config is None:
             self.off()
             return
-        if self._site is None:
-            from brokerd.monitor.http_server import Site
+        if self._server is None:
+            from brokerd.monitor.http_server import MonitorServer
 
-            self._site = Site(self._sources)
-        self._site.apply(config)
+            self._server = MonitorServer(self._sources)
+        self._server.apply(config)
         if opened:
-            self._site.move(opened)
+            self._server.move(opened)
 
     def off(self) -> None:
         """Turn the monitor off."""
-        if self._site is not None:
-            self._site.close()
-            self._site = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None

@@ -13,7 +13,7 @@ from support.raw_client import MESSAGE
 from support.running_daemon import RunningDaemon
 from support.scraping import connect, ended, get, watched
 
-from brokerd.monitor import http_server as site
+from brokerd.monitor import http_server
 
 
 @pytest.mark.timing
@@ -22,7 +22,7 @@ def test_monitor_with_silent_connections_still_answers(monkeypatch: pytest.Monke
     pass, and only a few connections are kept open.
     """
     # No connection is closed because of its age.
-    monkeypatch.setattr(site, "_LONGEST", 120.0)
+    monkeypatch.setattr(http_server, "_LONGEST", 120.0)
     with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
         silent = [connect(broker) for _ in range(100)]
         began = monotonic()
@@ -32,9 +32,9 @@ def test_monitor_with_silent_connections_still_answers(monkeypatch: pytest.Monke
         assert bob.recv().body == b"hello"
         took = monotonic() - began
 
-        assert took < site._LONGEST / 2
+        assert took < http_server._LONGEST / 2
         # The oldest made room for the newer ones.
-        assert all(ended(each) for each in silent[: 100 - site._MOST_SILENT])
+        assert all(ended(each) for each in silent[: 100 - http_server._MOST_SILENT])
         for each in silent:
             each.close()
 
@@ -53,7 +53,7 @@ def test_monitor_connection_without_whole_request_is_closed(
     monkeypatch: pytest.MonkeyPatch, beginning: bytes
 ) -> None:
     """The connection is closed after some seconds, whatever it has sent."""
-    monkeypatch.setattr(site, "_LONGEST", 0.3)
+    monkeypatch.setattr(http_server, "_LONGEST", 0.3)
     with watched() as broker, connect(broker) as slow:
         slow.sendall(beginning)
 
@@ -105,7 +105,7 @@ def test_monitor_invalid_request_ends_connection_without_log(
     """The connection ends, nothing is logged or printed, and the next request is
     served.
     """
-    monkeypatch.setattr(site, "_LONGEST", 1.0)
+    monkeypatch.setattr(http_server, "_LONGEST", 1.0)
     with watched() as broker:
         with connect(broker) as sock:
             with contextlib.suppress(ConnectionError):
@@ -122,7 +122,7 @@ def test_monitor_slow_reader_of_long_page_is_cut_off(monkeypatch: pytest.MonkeyP
     """It requests megabytes and does not read. Other requests are served, and the slow
     connection is closed in the end.
     """
-    monkeypatch.setattr(site, "_LONGEST", 2.0)
+    monkeypatch.setattr(http_server, "_LONGEST", 2.0)
     clients = {f"client-with-a-long-name-{number:040}": {} for number in range(3000)}
     monitor = {"address": "127.0.0.1:0", "per_client": True}
     with watched(clients, monitor=monitor) as broker, socket.socket() as slow:
@@ -146,9 +146,9 @@ def test_monitor_slow_reader_of_long_page_is_cut_off(monkeypatch: pytest.MonkeyP
 
 def connection_count(broker: RunningDaemon) -> int:
     """Return the number of the monitor's connections."""
-    this = broker.daemon._monitor._site
-    assert this is not None
-    return broker.call(lambda: len(this._guests._there))
+    monitor_server = broker.daemon._monitor._server
+    assert monitor_server is not None
+    return broker.call(lambda: len(monitor_server._http_server._open_connections))
 
 
 def test_metrics_collection_is_followed_by_nine_times_its_duration() -> None:
@@ -156,29 +156,29 @@ def test_metrics_collection_is_followed_by_nine_times_its_duration() -> None:
     times as long.
     """
     with watched() as broker:
-        this = broker.daemon._monitor._site
-        assert this is not None
-        began = broker.call(this._loop.time)
+        monitor_server = broker.daemon._monitor._server
+        assert monitor_server is not None
+        began = broker.call(monitor_server._loop.time)
         assert get(broker, "/metrics").status == 200
-        rested_at = broker.call(lambda: this._rested_at)
-        ended_at = broker.call(this._loop.time)
-        pause_end = broker.call(this._loop.time) + 1.0
-        broker.call(lambda: setattr(this, "_rested_at", pause_end))
+        rested_at = broker.call(lambda: monitor_server._rested_at)
+        ended_at = broker.call(monitor_server._loop.time)
+        pause_end = broker.call(monitor_server._loop.time) + 1.0
+        broker.call(lambda: setattr(monitor_server, "_rested_at", pause_end))
         assert get(broker, "/metrics").status == 200
-        read_at = broker.call(this._loop.time)
+        read_at = broker.call(monitor_server._loop.time)
 
     # The pause is nine times as long as the collection, which took at most the time that
     # the request took.
-    assert began < rested_at <= ended_at + site._REST * (ended_at - began)
+    assert began < rested_at <= ended_at + http_server._REST * (ended_at - began)
     assert read_at >= pause_end - 0.01
 
 
 def test_monitor_health_pages_do_not_wait_for_metrics() -> None:
     """While /metrics pauses, health checks are answered at once."""
     with watched() as broker, connect(broker) as metrics:
-        this = broker.daemon._monitor._site
-        assert this is not None
-        broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 60))
+        monitor_server = broker.daemon._monitor._server
+        assert monitor_server is not None
+        broker.call(lambda: setattr(monitor_server, "_rested_at", monitor_server._loop.time() + 60))
         metrics.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
 
         assert get(broker, "/livez").status == 200
@@ -190,7 +190,7 @@ def test_monitor_health_pages_do_not_wait_for_metrics() -> None:
 
 def test_monitor_connections_per_second_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections beyond a number per second wait for the next second; none is lost."""
-    monkeypatch.setattr(site, "_A_SECOND", 5)
+    monkeypatch.setattr(http_server, "_A_SECOND", 5)
     with watched() as broker:
         began = monotonic()
         for _ in range(12):
@@ -205,12 +205,14 @@ def test_metrics_request_of_closed_connection_is_dropped(monkeypatch: pytest.Mon
     queue of them.
     """
     with watched() as broker:
-        this = broker.daemon._monitor._site
-        assert this is not None
+        monitor_server = broker.daemon._monitor._server
+        assert monitor_server is not None
         read = []
-        families_of = this._families
-        monkeypatch.setattr(this, "_families", lambda: read.append(1) or families_of())
-        broker.call(lambda: setattr(this, "_rested_at", this._loop.time() + 1.0))
+        families_of = monitor_server._families
+        monkeypatch.setattr(monitor_server, "_families", lambda: read.append(1) or families_of())
+        broker.call(
+            lambda: setattr(monitor_server, "_rested_at", monitor_server._loop.time() + 1.0)
+        )
         for _ in range(10):
             with connect(broker) as sock:
                 sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")

@@ -301,7 +301,7 @@ def test_metrics_event_loop_lag_is_recorded() -> None:
     with watched() as broker:
         before = late_runs(broker)
         recorded = threading.Event()
-        lag = broker.daemon._monitor._site._lag  # type: ignore[union-attr]
+        lag = broker.daemon._monitor._server._lag  # type: ignore[union-attr]
         note = lag.note
 
         def noted(seconds: float) -> None:

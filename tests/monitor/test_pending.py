@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 from support.scraping import connect, get, watched
 
-from brokerd.monitor import http_server as site
+from brokerd.monitor import http_server
 from brokerd.monitor.pending_requests import Pending
 
 REQUEST = b"GET /livez HTTP/1.1\r\n\r\n"
@@ -181,7 +181,7 @@ def test_monitor_probe_behind_silent_connections_is_answered_at_once(
     """Silent connections do not count for the number of answers per second, however
     small that is.
     """
-    monkeypatch.setattr(site, "_A_SECOND", 5)
+    monkeypatch.setattr(http_server, "_A_SECOND", 5)
     with watched() as broker:
         silent = [connect(broker) for _ in range(100)]
         began = time.monotonic()
