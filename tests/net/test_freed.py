@@ -129,15 +129,15 @@ def test_connection_closed_is_freed_without_garbage_collector(
     with running_daemon(configuration(address, clients, limits={"wait_timeout": "50ms"})) as broker:
         for way in WAYS:
             way(broker)
-        until(lambda: is_idle(broker), "the first have not left")
+        until(lambda: is_idle(broker), "the first connections are still open")
         with uncollected():
             before = objects()
             for way in 3 * WAYS:
                 way(broker)
-            until(lambda: is_idle(broker), "they have not left")
+            until(lambda: is_idle(broker), "the connections are still open")
             with suppress(AssertionError):
                 # The last session is remembered for a second.
-                until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
+                until(lambda: not broker.call(objects) - before, "objects are left", TIMEOUT_S / 3)
             assert not objects() - before
 
 

@@ -29,7 +29,7 @@ def listed(broker: RunningDaemon, passing: Passing) -> tuple[list[Facts], list[i
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < deadline, "it does not come about"
+        assert time.monotonic() < deadline, "the condition is still false after 30 s"
         time.sleep(0.003)
 
 

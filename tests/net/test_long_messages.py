@@ -48,7 +48,7 @@ def test_large_frame_among_small_ones_keeps_order() -> None:
             except BlockingIOError:
                 if broker.call(lambda: broker.daemon.broker.held):
                     break
-        assert rest, "nobody was held"
+        assert rest, "the sender was never held"
         alice.sock.settimeout(30)
         received: list[Frame] = []
         while rest:

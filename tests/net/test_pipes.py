@@ -299,7 +299,7 @@ def listener(pipe_server: FakePipeServer) -> Iterator[PipeListener]:
 
 
 def accepted(listener: PipeListener) -> tuple[BridgedSocket, str]:
-    assert select.select([listener.fileno()], [], [], TIMEOUT_S)[0], "nobody came"
+    assert select.select([listener.fileno()], [], [], TIMEOUT_S)[0], "no peer connected"
     return listener.accept()
 
 

@@ -31,12 +31,12 @@ def test_tls_connection_closed_is_freed_without_garbage_collector(
                     sock.sendall(data)
 
         connect_and_leave()
-        until(lambda: is_idle(broker), "the first have not left")
+        until(lambda: is_idle(broker), "the first connections are still open")
         with uncollected():
             before = objects()
             for _ in range(3):
                 connect_and_leave()
-            until(lambda: is_idle(broker), "they have not left")
+            until(lambda: is_idle(broker), "the connections are still open")
             with suppress(AssertionError):
-                until(lambda: not broker.call(objects) - before, "see below", TIMEOUT_S / 3)
+                until(lambda: not broker.call(objects) - before, "objects are left", TIMEOUT_S / 3)
             assert not objects() - before
