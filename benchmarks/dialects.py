@@ -51,8 +51,9 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
 class Dialect:
     """One system's way to talk.
 
-    stray: size of what the server may send unasked. answers: whether it answers a
-    sender's every message.
+    Attributes:
+        stray: Size of what the server may send unasked.
+        answers: Whether it answers a sender's every message.
     """
 
     stray = 0

@@ -103,7 +103,9 @@ def wait_for(what: str, timeout_s: float) -> Iterator[Iterator[None]]:
 class Process:
     """One process that this program started and will end.
 
-    log: where its output goes. given: what it reads on standard input.
+    Args:
+        log: Where its output goes.
+        given: What it reads on standard input.
     """
 
     def __init__(

@@ -29,9 +29,12 @@ __all__ = ["Run", "number", "write_page"]
 class Run:
     """All results of one run.
 
-    results: workload, then entrant, to its measurements. spoilt: what went wrong, a
-    line each. others: what share of the processors was in use before each workload,
-    when nothing of this ran. versions: by system; None where it is not installed.
+    Attributes:
+        results: Workload, then entrant, to its measurements.
+        spoilt: What went wrong, a line each.
+        others: What share of the processors was in use before each workload, when
+            nothing of this ran.
+        versions: By system; None where it is not installed.
     """
 
     timing: Timing

@@ -2,7 +2,9 @@
 benchmarks.python_server NAME PORT``.
 
 zenoh: a session in router mode, which is what its router is; all of it is Rust, and
-this process only keeps it alive. pyzmq: a ROUTER that reads the recipient from the
+this process only keeps it alive.
+
+pyzmq: a ROUTER that reads the recipient from the
 first frame and puts the sender in its place.
 """
 

@@ -85,9 +85,12 @@ class Running:
 class System:
     """Something to measure.
 
-    name: for the command line. title: for people. start: takes client names and an
-    empty directory. find: returns its version, or None where it is not installed.
-    install: how to get it.
+    Attributes:
+        name: For the command line.
+        title: For people.
+        start: Takes client names and an empty directory.
+        find: Returns its version, or None where it is not installed.
+        install: How to get it.
     """
 
     name: str

@@ -45,8 +45,10 @@ class Spoilt(Exception):
 class Timing:
     """How long one measurement takes, and how hard a stream pushes.
 
-    warm_s: before it begins. small: whether counts are reduced, too. window_mib: what
-    may be under way.
+    Attributes:
+        warm_s: Before it begins.
+        small: Whether counts are reduced, too.
+        window_mib: What may be under way.
     """
 
     warm_s: float
@@ -57,8 +59,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measurement. value: in the workload's unit. more: what else was seen, by
-    name.
+    """One measurement.
+
+    Attributes:
+        value: In the workload's unit.
+        more: What else was seen, by name.
     """
 
     value: float
@@ -89,7 +94,9 @@ class Stage:
     """An entrant, started, with everything prepared; a context manager that ends all of
     it.
 
-    directory: a temporary one, its own. program: the load generator.
+    Attributes:
+        directory: A temporary one, its own.
+        program: The load generator.
     """
 
     def __init__(self, entrant: Entrant, names: Sequence[str], directory: Path) -> None:
@@ -185,9 +192,13 @@ class Stage:
 class Workload:
     """One kind of work that all systems do.
 
-    key: for the command line. title: for people. unit: of the values. higher: whether
-    more is better. entrants: the systems that take part. own_stages: whether every
-    measurement needs a stage of its own.
+    Attributes:
+        key: The name on the command line.
+        title: The name for people.
+        unit: The unit of the values.
+        higher: Whether more is better.
+        entrants: The systems that take part.
+        own_stages: Whether every measurement needs a stage of its own.
     """
 
     key = ""

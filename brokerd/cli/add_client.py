@@ -47,7 +47,10 @@ class Added:
 def add_client(name: str, main: Path) -> Added:
     """Create a client of this name, with a new key, and return its files.
 
-    name: a valid client name. main: the configuration's main file.
+    Args:
+        name: A valid client name.
+        main: The configuration's main file.
+
     Raises NotAdded, or ConfigError if the configuration has mistakes, before or after.
     In both cases nothing was changed.
     """

@@ -33,7 +33,9 @@ _COMPARISONS: Final = 200_000
 class Findings:
     """The parts of one configuration, collected while its files are read.
 
-    file: the main file. environ: the environment in which ``key_env`` is looked up.
+    Attributes:
+        file: The main file.
+        environ: The environment in which ``key_env`` is looked up.
     """
 
     def __init__(self, file: str, environ: Mapping[str, str]) -> None:

@@ -47,8 +47,9 @@ def load_tls(
     """Return a listener's TLS settings, or None after reporting a fault to
     ``complain``.
 
-    base: the directory of relative paths. environ: for CREDENTIALS_DIRECTORY, as in
-    key_files.read_private.
+    Args:
+        base: The directory of relative paths.
+        environ: For CREDENTIALS_DIRECTORY, as in key_files.read_private.
     """
     paths = {
         field: os.path.join(base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written

@@ -35,12 +35,15 @@ _THIS_MACHINE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 class Plan:
     """The differences between the running configuration and a new one.
 
-    added, removed: names of clients. changed: names of clients, each with its changes.
-    opened, closed: ``listen`` entries, by their address.
-    altered: entries with the same address but other settings, each with its changes.
-    limits, log, monitor: the changes in that section.
-    monitor_opened, monitor_closed: where the monitor starts and stops listening.
-    restart: changes that a reload does not apply.
+    Attributes:
+        added, removed: Names of clients.
+        changed: Names of clients, each with its changes.
+        opened, closed: ``listen`` entries, by their address.
+        altered: Entries with the same address but other settings, each with its
+            changes.
+        limits, log, monitor: The changes in that section.
+        monitor_opened, monitor_closed: Where the monitor starts and stops listening.
+        restart: Changes that a reload does not apply.
     """
 
     added: tuple[str, ...]

@@ -44,11 +44,13 @@ class Unreadable(Exception):
 class FileKind:
     """The limit of one kind of file, and the remedies that its errors give.
 
-    limit: most bytes of a file.
-    remedy: for a path that is not a file of this kind. too_large: for a longer file, by
-    default ``remedy``. forbidden: for a file that this user may not read.
-    hidden: for a path that no error may show.
-    allows_fifo: a FIFO is read until its writers have closed it.
+    Attributes:
+        limit: Most bytes of a file.
+        remedy: For a path that is not a file of this kind.
+        too_large: For a longer file, by default ``remedy``.
+        forbidden: For a file that this user may not read.
+        hidden: For a path that no error may show.
+        allows_fifo: A FIFO is read until its writers have closed it.
     """
 
     limit: int

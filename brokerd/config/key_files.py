@@ -77,9 +77,12 @@ def read_private(
 ) -> bytes:
     """Return the content of a file that only its owner may read.
 
-    environ: as for ``read_key_file``. missing: the remedy if the file does not exist.
-    written: the path as the configuration has it, if that differs. An error repeats the
-    path only if it is clearly a path, and not a key.
+    Args:
+        environ: As for ``read_key_file``.
+        missing: The remedy if the file does not exist.
+        written: The path as the configuration has it, if that differs. An error repeats
+            the path only if it is clearly a path, and not a key.
+
     Raises Unreadable.
     """
     content, _ = read_file(

@@ -167,8 +167,9 @@ class _Files:
     ) -> None:
         """Validate one file, then the files that it includes.
 
-        base: the directory of its relative paths. status: that of the file, or None for
-        a text without a file.
+        Args:
+            base: The directory of its relative paths.
+            status: That of the file, or None for a text without a file.
         """
         findings = self.findings
         findings.problems += document.problems

@@ -370,9 +370,11 @@ class File(IncludedFile):
 class Config:
     """A complete, checked configuration, as returned by ``brokerd.config.load.load``.
 
-    clients: by name, read-only. path: the main file. files: every file read, the main
-    file first. warnings: about keys, and about users who can replace the files, a line
-    each.
+    Attributes:
+        clients: By name, read-only.
+        path: The main file.
+        files: Every file read, the main file first.
+        warnings: About keys, and about users who can replace the files, a line each.
     """
 
     path: str

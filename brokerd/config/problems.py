@@ -56,7 +56,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault. path: as in ``clients.bob.keys[0]``.
+    """One fault.
+
+    Attributes:
+        path: As in ``clients.bob.keys[0]``.
 
     fault: the fault and its remedy.
     """

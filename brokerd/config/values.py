@@ -160,10 +160,12 @@ class RateConfig:
 class TlsConfig:
     """TLS at one listener, with its files read.
 
-    context: used by new connections; it holds the private key, and never shows it.
-    end_point: the channel binding's value (wire.channel_binding). content: a digest of
-    the files and settings, for comparison. not_after: when the certificate expires.
-    binding: whether clients must bind their keys.
+    Attributes:
+        context: Used by new connections; it holds the private key, and never shows it.
+        end_point: The channel binding's value (wire.channel_binding).
+        content: A digest of the files and settings, for comparison.
+        not_after: When the certificate expires.
+        binding: Whether clients must bind their keys.
     """
 
     context: ssl.SSLContext = field(repr=False, compare=False)
@@ -197,11 +199,13 @@ class CertificateConfig:
 class ListenConfig:
     """One listener.
 
-    mode: the file mode of a Unix socket's file, None for every other address.
-    group: the name or number of the group that gets the file, or None.
-    name: the name of the service manager's socket to use, if that is bound to another
-    address; or None.
-    tls: None without TLS. plain: whether TLS is absent on purpose.
+    Attributes:
+        mode: The file mode of a Unix socket's file, None for every other address.
+        group: The name or number of the group that gets the file, or None.
+        name: The name of the service manager's socket to use, if that is bound to
+            another address; or None.
+        tls: None without TLS.
+        plain: Whether TLS is absent on purpose.
     """
 
     address: Address
@@ -219,8 +223,9 @@ class MonitorConfig:
     """The address of the monitor, which answers over HTTP, and the scope of its
     metrics.
 
-    per_client: whether there are metrics for each client. hosts: accepted host names,
-    besides that of the address.
+    Attributes:
+        per_client: Whether there are metrics for each client.
+        hosts: Accepted host names, besides that of the address.
     """
 
     address: Address
@@ -259,12 +264,14 @@ class MonitorConfig:
 class ClientConfig:
     """One client.
 
-    keys: each is accepted within its validity period; empty only with ``peer_uid``.
-    connections: limits the connections that share the name. queue: limits the bytes
-    that may wait for the client. subscriptions, requests: limits how many the broker
-    stores per connection. peer_uid: the users allowed as the peer of a Unix socket,
-    None for all. certificate: the certificate required over TLS, None if none is
-    required. binding: whether the client must use TLS and bind its key to the channel.
+    Attributes:
+        keys: Each is accepted within its validity period; empty only with ``peer_uid``.
+        connections: Limits the connections that share the name.
+        queue: Limits the bytes that may wait for the client.
+        subscriptions, requests: Limits how many the broker stores per connection.
+        peer_uid: The users allowed as the peer of a Unix socket, None for all.
+        certificate: The certificate required over TLS, None if none is required.
+        binding: Whether the client must use TLS and bind its key to the channel.
     """
 
     name: str

@@ -92,8 +92,10 @@ class Seq(list[Any]):
 class Document:
     """The parsed text of one file.
 
-    root: the value, None for an empty file or invalid YAML.
-    problems: the faults of the text itself. complete: whether it was read to its end.
+    Attributes:
+        root: The value, None for an empty file or invalid YAML.
+        problems: The faults of the text itself.
+        complete: Whether it was read to its end.
     """
 
     file: str
@@ -105,8 +107,10 @@ class Document:
         """Return the place that a path leads to, and the part of the path that exists.
 
         The place of a scalar is its own start. The place of a list, a mapping or an
-        empty value is its key, also for anything missing in it. at_key: return the
-        place of the last key instead of its value.
+        empty value is its key, also for anything missing in it.
+
+        Args:
+            at_key: Return the place of the last key instead of its value.
         """
         value: object = self.root
         place = Place(self.file, 1, 1) if isinstance(value, (Map, Seq)) else Place(self.file, 0, 0)
@@ -134,7 +138,10 @@ class Document:
 
 
 def read(text: str, file: str) -> Document:
-    """Return the document in the text. file: its name for the places.
+    """Return the document in the text.
+
+    Args:
+        file: Its name for the places.
 
     Nothing is raised: all faults are in the document's problems.
     """

@@ -20,8 +20,10 @@ _SHARE: Final = 0.1
 class Allowance:
     """The time for which one recipient may hold senders.
 
-    used: seconds that are used up. at: the time at which ``used`` was computed.
-    holding: whether senders have been held since then.
+    Attributes:
+        used: Seconds that are used up.
+        at: The time at which ``used`` was computed.
+        holding: Whether senders have been held since then.
     """
 
     __slots__ = ("at", "holding", "used")

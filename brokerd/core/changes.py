@@ -20,8 +20,10 @@ __all__ = ["Changes"]
 class Changes:
     """The changes since the sessions and clients were copied.
 
-    sessions: those that may differ from their copies, or have no copy, in no order.
-    clients: the same for clients. left: sessions that have left.
+    Attributes:
+        sessions: Those that may differ from their copies, or have no copy, in no order.
+        clients: The same for clients.
+        left: Sessions that have left.
     """
 
     def __init__(self, sessions: Iterable[Session], clients: Iterable[Client]) -> None:

@@ -61,10 +61,14 @@ _LOOKED_AT: Final = 256
 class Spread:
     """An event on its way to its subscribers.
 
-    matches: all subscribers. remaining: the subscribers still to be served; None for a
-        step that serves none of them.
-    served: the subscribers that have been chosen. waiting: the subscriber to try again.
-    deadline: when its ttl is over, or None. frame: the whole frame, once it is built.
+    Attributes:
+        matches: All subscribers.
+        remaining: The subscribers still to be served; None for a step that serves none
+            of them.
+        served: The subscribers that have been chosen.
+        waiting: The subscriber to try again.
+        deadline: When its ttl is over, or None.
+        frame: The whole frame, once it is built.
     """
 
     __slots__ = ("deadline", "frame", "matches", "remaining", "served", "waiting")
@@ -87,9 +91,11 @@ class Spread:
 class Announcement:
     """An event of the broker's own that is to be published.
 
-    about: a client name, or None; subscribers that may not send to that client are
-    skipped. client, online, since: the presence that is visible once the event is
-    published. served: the subscribers that have received it.
+    Attributes:
+        about: A client name, or None; subscribers that may not send to that client are
+            skipped.
+        client, online, since: The presence that is visible once the event is published.
+        served: The subscribers that have received it.
     """
 
     __slots__ = ("_events", "about", "client", "online", "payload", "served", "since", "topic")
@@ -292,8 +298,10 @@ def recipients(
 
     It yields None after each portion of work.
 
-    about: a client name, or None; sessions that may not send to that client are
-    skipped. served: the sessions that have the event; the sessions yielded are added.
+    Args:
+        about: A client name, or None; sessions that may not send to that client are
+            skipped.
+        served: The sessions that have the event; the sessions yielded are added.
     """
     # The search needs an owner; an event of the broker has no connection to own it.
     owner = object()
@@ -318,7 +326,10 @@ def choose(
 
     These are all subscribers without a group, and one member of each group. The member
     is one that gets the event anyway, else one with room for it, else the least loaded.
-    None stands for work that found no session. about, served: as for ``recipients``.
+    None stands for work that found no session.
+
+    Args:
+        about, served: As for ``recipients``.
     """
     for target in matches.everyone:
         if target not in served and (

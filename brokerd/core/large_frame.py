@@ -24,7 +24,9 @@ _ZEROS: Final = memoryview(bytes(256 * 1024))
 class LargeFrame(bytearray):
     """One frame while it is received and then sent: the bytes from SLACK to ``end``.
 
-    end: where the frame ends. filled: where the received bytes end.
+    Attributes:
+        end: Where the frame ends.
+        filled: Where the received bytes end.
     """
 
     __slots__ = ("end", "filled")

@@ -22,13 +22,14 @@ MOST: Final = 256
 class LogEvent(NamedTuple):
     """An event for the log that happened once or several times.
 
-    event: its name in the log. session: the session that caused it, or whose queue it
-    is about. other: the name, address or topic at the other side. It is "" if there is
-    none, or if
-        too many events were noted.
-    code: the reason for programs.
-    reason: the reason for people, as it was noted first.
-    times: the number of times that it happened.
+    Attributes:
+        event: Its name in the log.
+        session: The session that caused it, or whose queue it is about.
+        other: The name, address or topic at the other side. It is "" if there is none,
+            or if too many events were noted.
+        code: The reason for programs.
+        reason: The reason for people, as it was noted first.
+        times: The number of times that it happened.
     """
 
     event: str

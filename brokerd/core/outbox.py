@@ -39,11 +39,13 @@ _PIECES: Final = 512
 class StreamOutbox(WriteBuffer):
     """A byte stream in chunks; the routing loop writes into the last, ``content``.
 
-    limit: bytes that may wait: the queue quota. blocked: whether the system took less
-    than was offered; the network layer sets it. stalled: whether senders were held for
-    the longest time allowed; cleared when half of
-        the queue is free.
-    timed: number of waiting frames with a ttl.
+    Attributes:
+        limit: Bytes that may wait: the queue quota.
+        blocked: Whether the system took less than was offered; the network layer sets
+            it.
+        stalled: Whether senders were held for the longest time allowed; cleared when
+            half of the queue is free.
+        timed: Number of waiting frames with a ttl.
     """
 
     __slots__ = (
@@ -529,7 +531,9 @@ class FrameOutbox(WriteBuffer):
     def refill_plain(self, plain: deque[Queued], size: int, timed: int) -> None:
         """Add the droppable frames of another outbox; this one must have none.
 
-        size: their bytes. timed: the number of them with a ttl.
+        Args:
+            size: Their bytes.
+            timed: The number of them with a ttl.
         """
         self._plain = plain
         self._plain_bytes += size

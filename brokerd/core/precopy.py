@@ -138,9 +138,14 @@ class Copier:
     """A copy of a broker's state in progress: its blocks, and the record of copied
     parts.
 
-    few: fewer frames or subscriptions of one session than this are captured with the
-    rest. subscriptions: the copied subscriptions of each session, which may have ended
-    since. has_copied_start: whether the start of the broker has been copied.
+    Args:
+        few: Fewer frames or subscriptions of one session than this are captured with
+            the rest.
+
+    Attributes:
+        subscriptions: The copied subscriptions of each session, which may have ended
+            since.
+        has_copied_start: Whether the start of the broker has been copied.
     """
 
     def __init__(self, broker: Broker, few: int = _FEW) -> None:
@@ -370,8 +375,10 @@ def _block(session: Session, first: int, frames: list[Queued], now: float) -> Bl
 class CopiedQueue:
     """The copied frames of one queue.
 
-    plain: the frames. first, end: the number of the first frame, and that after the
-    last. size, timed: the bytes of the frames, and how many of the frames have a ttl.
+    Attributes:
+        plain: The frames.
+        first, end: The number of the first frame, and that after the last.
+        size, timed: The bytes of the frames, and how many of the frames have a ttl.
     """
 
     def __init__(self, first: int) -> None:

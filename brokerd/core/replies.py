@@ -41,11 +41,13 @@ _ANSWERS: Final = (Kind.REPLY, Kind.ERROR)
 class Replies:
     """The broker's answers to sessions, and the counts of what it refused.
 
-    touched: sessions with bytes to write, or to be closed.
-    log_events: events to write to the log.
-    refused: refusals by error code. dropped: messages dropped without a report.
-    returned: messages left by closed sessions: ``reported`` to their senders,
-        ``passed_on`` to other pool members, or ``lost``.
+    Attributes:
+        touched: Sessions with bytes to write, or to be closed.
+        log_events: Events to write to the log.
+        refused: Refusals by error code.
+        dropped: Messages dropped without a report.
+        returned: Messages left by closed sessions: ``reported`` to their senders,
+            ``passed_on`` to other pool members, or ``lost``.
     """
 
     def __init__(self, requests: Requests) -> None:

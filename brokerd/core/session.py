@@ -27,43 +27,51 @@ def new_outbox(config: ClientConfig) -> Outbox:
 class Session:
     """One authenticated connection.
 
-    client: the client that it belongs to.
-    address: its address for other clients: the name, or ``name/instance`` in a pool.
-    sender_header: that address as it is written into every frame of this session.
-    connection: the connection in the network layer; the core only carries it.
+    Attributes:
+        client: The client that it belongs to.
+        address: Its address for other clients: the name, or ``name/instance`` in a
+            pool.
+        sender_header: That address as it is written into every frame of this session.
+        connection: The connection in the network layer; the core only carries it.
 
-    bytes_to_skip: bytes of an oversized frame still to be skipped.
-    held_by: the session with a full queue for which this one is not read from, or None.
-    hold_deadline: until when the frame that it is held for may wait.
-    arrived: when the frame being handled arrived; its ttl counts from then.
-    charged: whether that frame has been counted against the client's rate already.
-    closing: why it is to be closed once its outbox is written, or "".
-    closing_code: the code of the ERROR that its client receives then, or None.
-    cut: whether it is to be closed at once, even with bytes unwritten.
-    slow: whether its queue was full, and has not been empty since (slow consumer).
-    allowance: how long it may hold senders; None if it has never held any.
-    waiters: sessions held because this one's queue is full, in order of arrival.
+        bytes_to_skip: Bytes of an oversized frame still to be skipped.
+        held_by: The session with a full queue for which this one is not read from, or
+            None.
+        hold_deadline: Until when the frame that it is held for may wait.
+        arrived: When the frame being handled arrived; its ttl counts from then.
+        charged: Whether that frame has been counted against the client's rate already.
+        closing: Why it is to be closed once its outbox is written, or "".
+        closing_code: The code of the ERROR that its client receives then, or None.
+        cut: Whether it is to be closed at once, even with bytes unwritten.
+        slow: Whether its queue was full, and has not been empty since (slow consumer).
+        allowance: How long it may hold senders; None if it has never held any.
+        waiters: Sessions held because this one's queue is full, in order of arrival.
 
-    incoming_requests: the requester of each request delivered here and not answered
-    yet,
-        by (requester's address, id).
-    outgoing_requests: the responder of each of its own requests not answered yet, by
-        (id, responder's address).
-    expiring: the deadlines of those outgoing requests that have a ttl, by the same key.
-    spread: its event that is still on its way to many subscribers, or None.
-    reached_by_event: the subscribers that have been chosen for that event so far.
-    routes, fanouts: the routing loop's caches of recipients and topics: see ``caches``.
-    widest: outboxes in the largest fan-out in that cache. rank: its rank among the
-    connections of its pool: see Client.pick. number, closed_number: its positions in
-    the order of all attaches and detaches. recipients: the clients that it has sent
-    frames for which the broker may owe a report.
+        incoming_requests: The requester of each request delivered here and not answered
+            yet, by (requester's address, id).
+        outgoing_requests: The responder of each of its own requests not answered yet,
+            by (id, responder's address).
+        expiring: The deadlines of those outgoing requests that have a ttl, by the same
+            key.
+        spread: Its event that is still on its way to many subscribers, or None.
+        reached_by_event: The subscribers that have been chosen for that event so far.
+        routes, fanouts: The routing loop's caches of recipients and topics: see
+            ``caches``.
+        widest: Outboxes in the largest fan-out in that cache.
+        rank: Its rank among the connections of its pool: see Client.pick.
+        number, closed_number: Its positions in the order of all attaches and detaches.
+        recipients: The clients that it has sent frames for which the broker may owe a
+            report.
 
-    goaway: whether it has asked for a notice before the broker closes it. goaway_sent:
-    whether that notice has been sent. parting: whether its new messages are refused
-    because its connection is about to end. finishing: the id of its request
-    ``finished``, or None. finished: it has been answered. marks, marked_at: see
-    :func:`brokerd.core.goaway.has_finished`. retired: whether it receives no more
-    deliveries. mute: the broker sends it nothing.
+        goaway: Whether it has asked for a notice before the broker closes it.
+        goaway_sent: Whether that notice has been sent.
+        parting: Whether its new messages are refused because its connection is about to
+            end.
+        finishing: The id of its request ``finished``, or None.
+        finished: Whether that request has been answered.
+        marks, marked_at: See :func:`brokerd.core.goaway.has_finished`.
+        retired: Whether it receives no more deliveries.
+        mute: Whether the broker sends it nothing.
     """
 
     __slots__ = (

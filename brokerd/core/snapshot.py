@@ -76,8 +76,10 @@ class Snapshot:
 class Restored(NamedTuple):
     """The restored sessions.
 
-    sessions: those in the facts, by position. unconfigured_sessions: those that were
-    copied, and whose names are not configured.
+    Attributes:
+        sessions: Those in the facts, by position.
+        unconfigured_sessions: Those that were copied, and whose names are not
+            configured.
     """
 
     sessions: list[Session]

@@ -12,7 +12,12 @@ __all__ = ["CoreLimits", "Status"]
 
 @dataclass(frozen=True, slots=True)
 class CoreLimits:
-    """The core's ``limits:``. max_message: payload bytes. wait_timeout: seconds."""
+    """The core's ``limits:``.
+
+    Attributes:
+        max_message: Payload bytes.
+        wait_timeout: Seconds.
+    """
 
     max_message: int = 16 * 1024 * 1024
     wait_timeout: float = 30.0
@@ -22,15 +27,17 @@ class CoreLimits:
 class Status:
     """Facts of the broker as a whole.
 
-    limits: the configured limits.
-    version: the version of the daemon. routing: the name of the routing loop.
-    started_at: when the first process started, in seconds since the epoch.
-    generation: the number of the rules in force; an older route cache is stale.
-    draining: whether a drain has begun.
-    upgrades: live upgrades so far, that is processes that served before this one.
-    totals: the counters of closed sessions, summed.
-    changes: the changes since an upgrade began to copy the state; None without an
-        upgrade.
+    Attributes:
+        limits: The configured limits.
+        version: The version of the daemon.
+        routing: The name of the routing loop.
+        started_at: When the first process started, in seconds since the epoch.
+        generation: The number of the rules in force; an older route cache is stale.
+        draining: Whether a drain has begun.
+        upgrades: Live upgrades so far, that is processes that served before this one.
+        totals: The counters of closed sessions, summed.
+        changes: The changes since an upgrade began to copy the state; None without an
+            upgrade.
     """
 
     limits: CoreLimits

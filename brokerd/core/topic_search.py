@@ -24,7 +24,10 @@ class Ends(dict[Member, "set[str | None]"]):
     """The subscriptions that end at a node: each member with the groups it joined
     there.
 
-    None stands for a subscription without a group. pattern: the pattern of the node.
+    None stands for a subscription without a group.
+
+    Attributes:
+        pattern: The pattern of the node.
     """
 
     __slots__ = ("pattern",)
@@ -38,8 +41,10 @@ class Node(Generic[Member]):
     """The subscriptions whose pattern ends here, and the tokens that may follow.
 
     Most nodes have one child and no member, and a pattern can have 128 nodes. So a dict
-    is created only when it is needed. members: the members whose subscriptions end
-    here.
+    is created only when it is needed.
+
+    Attributes:
+        members: The members whose subscriptions end here.
     """
 
     __slots__ = ("_child", "_more", "_token", "members")
@@ -86,10 +91,13 @@ class Matches(Generic[Member]):
     """The recipients of an event: all of ``everyone``, and one member of each of
     ``groups``.
 
-    Each member is stored with the number of its patterns that match. left: members that
-    have left since, and may still be in groups. turn: counts the events of a group, so
-    that its members take turns. fanout: the fan-out that the delivery prepared for
-    everyone, for reuse; None until then.
+    Each member is stored with the number of its patterns that match.
+
+    Attributes:
+        left: Members that have left since, and may still be in groups.
+        turn: Counts the events of a group, so that its members take turns.
+        fanout: The fan-out that the delivery prepared for everyone, for reuse; None
+            until then.
     """
 
     __slots__ = ("_count", "_ordered", "everyone", "fanout", "groups", "left", "turn")
@@ -200,9 +208,11 @@ class TopicSearch(Generic[Member]):
     ) -> int:
         """Look up about ``count`` subscriptions; return about how many were looked up.
 
-        The result is less than ``count`` only if no more are left. departed: members
-        that are skipped. restricted: members that are skipped where their pattern is not
-        allowed.
+        The result is less than ``count`` only if no more are left.
+
+        Args:
+            departed: Members that are skipped.
+            restricted: Members that are skipped where their pattern is not allowed.
         """
         visited = 0
         while visited < count:

@@ -227,9 +227,11 @@ class Topics(Generic[Member]):
         """Continue the search for the members that receive an event on ``topic``.
 
         Args:
-            topic: the topic of the event. owner: the owner of the search, which
-            searches one topic at a time; see abandon. nodes: about how many nodes may
-            be visited now; a subscription counts as _EACH.
+            topic: The topic of the event.
+            owner: The owner of the search, which searches one topic at a time; see
+                abandon.
+            nodes: About how many nodes may be visited now; a subscription counts as
+                _EACH.
 
         Returns:
             The matches as from ``find``, or None if the search is not over; and the

@@ -25,15 +25,17 @@ Chunk: TypeAlias = "bytearray | memoryview"
 class Queued:
     """One waiting frame.
 
-    frame: its bytes with the length prefix; they do not change any more. receipt:
-    whether its sender asked for a RECEIPT. pinned: whether it was sent to this
-    connection's own address, not to the client's name. sender: the session it came
-    from, where that is remembered. orphaned: whether its sender's session is known to
-    have closed. kept: whether it is never dropped for a newer frame. Such a frame
-    answers a frame of
-        the recipient's own.
-    deadline: when its ttl is over and it is no longer written; None without a ttl.
-        It is a time on the clock of ``now``.
+    Attributes:
+        frame: Its bytes with the length prefix; they do not change any more.
+        receipt: Whether its sender asked for a RECEIPT.
+        pinned: Whether it was sent to this connection's own address, not to the
+            client's name.
+        sender: The session it came from, where that is remembered.
+        orphaned: Whether its sender's session is known to have closed.
+        kept: Whether it is never dropped for a newer frame. Such a frame answers a
+            frame of the recipient's own.
+        deadline: When its ttl is over and it is no longer written; None without a ttl.
+            It is a time on the clock of ``now``.
     """
 
     frame: bytes | memoryview
@@ -76,8 +78,10 @@ def cut(
 
     Each chunk is released once its frames have been yielded.
 
-    chunks: each with its Queued if it is a single frame with a ttl, else with None.
-    at: where in the stream the first chunk begins. left: see StreamOutbox.
+    Args:
+        chunks: Each with its Queued if it is a single frame with a ttl, else with None.
+        at: Where in the stream the first chunk begins.
+        left: See StreamOutbox.
     """
     while chunks:
         chunk, timed_frame = chunks.popleft()

@@ -45,8 +45,11 @@ def ask_for_plan(
 ) -> dict[str, Any]:
     """Return the running broker's answer to a dry run of a reload.
 
-    config: the main file, which must be the broker's. addresses, administrators: from
-    it. Raises Failure if no broker answers, if it refuses, or if it reads another file.
+    Args:
+        config: The main file, which must be the broker's.
+        addresses, administrators: From it.
+
+    Raises Failure if no broker answers, if it refuses, or if it reads another file.
     """
     try:
         with _connected(list(addresses), list(administrators), environ) as client:

@@ -106,7 +106,7 @@ def payload_text(message: Message) -> str | None:
 def message_object(message: Message) -> dict[str, Any]:
     """Return a message as `--json` shows it.
 
-    payload: the JSON value, or the text. base64: in its place, bytes that are neither.
+    ``payload`` is the JSON value, or the text. ``base64`` holds bytes that are neither.
     """
     shown: dict[str, Any] = {
         "kind": message.kind.name.lower(),

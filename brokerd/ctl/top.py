@@ -130,9 +130,12 @@ class Rates:
 def top(access: Access, order: str, interval: float, count: int | None, as_json: bool) -> None:
     """Watch every connection: its rates, the bytes that wait for it, and its state.
 
-    slow: the client reads less than is sent to it. held: the client is not read from,
-    because it sends to a slow client. On a terminal, a key changes the order: w
-    waiting, i in, o out, b bytes, e errors, n name; q quits.
+    States:
+        slow: The client reads less than is sent to it.
+        held: The client is not read from, because it sends to a slow client.
+
+    On a terminal, a key changes the order: w waiting, i in, o out, b bytes, e errors,
+    n name; q quits.
     """
     rates = Rates()
     with ended_by_ctrl_c(count is None), access.connect() as client:
@@ -291,8 +294,10 @@ _ADDRESS: Final = 12
 def columns_in(width: int, needed: Mapping[str, int], order: str) -> list[str]:
     """Return the columns that fit side by side; only the address may be shortened.
 
-    width: that of the screen, in characters. needed: the width of each column.
-    order: the sort order of the rows.
+    Args:
+        width: That of the screen, in characters.
+        needed: The width of each column.
+        order: The sort order of the rows.
     """
     columns = list(needed)
     kept = _SORTED_BY.get(order, set())

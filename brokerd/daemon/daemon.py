@@ -66,11 +66,13 @@ class Stopped(Exception):
 class Daemon:
     """One broker in the running event loop.
 
-    config: the configuration in use. log: where log events go. supervisor: the service
-    manager, which is told the daemon's state. activated: sockets that the service
-    manager opened for the daemon.
+    Attributes:
+        config: The configuration in use.
+        log: Where log events go.
+        supervisor: The service manager, which is told the daemon's state.
+        activated: Sockets that the service manager opened for the daemon.
 
-    reloads: the results of the reloads.
+        reloads: The results of the reloads.
     """
 
     def __init__(
@@ -274,8 +276,9 @@ class Daemon:
     def _warn(self, among: Container[Address], users_unseen: dict[str, list[int]]) -> None:
         """Log where the surroundings differ from what the configuration expects.
 
-        among: the addresses of the entries that are new in it. users_unseen: the clients
-        with users that this process can't see.
+        Args:
+            among: The addresses of the entries that are new in it.
+            users_unseen: The clients with users that this process can't see.
         """
         config = self.config
         warn_of_surroundings(self.log, config.listen, users_unseen, self._activated, self._assigned)

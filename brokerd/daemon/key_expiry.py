@@ -42,9 +42,11 @@ class KeyExpiryMonitor:
     """Checks a configuration's keys when it is loaded, when a key expires, and every
     hour.
 
-    log: where warnings go. now: returns the time of day with its zone. call_later:
-    calls a function after a delay in seconds, as an event loop's does. credentials:
-    returns the key that each connection used.
+    Args:
+        log: Where warnings go.
+        now: Returns the time of day with its zone.
+        call_later: Calls a function after a delay in seconds, as an event loop's does.
+        credentials: Returns the key that each connection used.
     """
 
     def __init__(

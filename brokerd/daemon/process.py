@@ -250,8 +250,9 @@ class _Insistence:
     """Forces the end of the process soon after a second signal, if the event loop is
     blocked.
 
-    concerned: returns whether signals are for this process. end: ends the process;
-    called in a thread of its own.
+    Args:
+        concerned: Returns whether signals are for this process.
+        end: Ends the process; called in a thread of its own.
     """
 
     def __init__(self, concerned: Callable[[], bool], end: Callable[[], None]) -> None:

@@ -47,11 +47,14 @@ Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade
 class Prepared:
     """Another configuration, ready to be taken over.
 
-    ending: the clients that have a key with an end. assigned: the service manager's
-    sockets for its entries. blocked: why it can't be taken over, a line each.
-    resolved: the addresses of new host names. warnings: probable mistakes of its author,
-    a line each. opened: sockets that listen at new addresses, for clients and for the
-    monitor. audit: a descriptor of a new audit file, or None.
+    Attributes:
+        ending: The clients that have a key with an end.
+        assigned: The service manager's sockets for its entries.
+        blocked: Why it can't be taken over, a line each.
+        resolved: The addresses of new host names.
+        warnings: Probable mistakes of its author, a line each.
+        opened: Sockets that listen at new addresses, for clients and for the monitor.
+        audit: A descriptor of a new audit file, or None.
     """
 
     config: Config
@@ -78,9 +81,11 @@ class Prepared:
 class ReloadOutcome:
     """How a reload went, or would go.
 
-    plan: as ``plan_fields`` returns it; None where the files have mistakes. problems: a
-    line each; an empty list means success. cause: the kind of the problems. warnings: a
-    line each.
+    Attributes:
+        plan: As ``plan_fields`` returns it; None where the files have mistakes.
+        problems: A line each; an empty list means success.
+        cause: The kind of the problems.
+        warnings: A line each.
     """
 
     plan: dict[str, Any] | None
@@ -108,9 +113,13 @@ def prepare(
 ) -> Prepared:
     """Return the configuration in the files, ready to be taken over.
 
-    Slow: to be run in a thread. activated: the service manager's sockets. assigned:
-    which of them each entry of the running configuration uses. Raises ConfigError and
-    ListenError.
+    Slow: to be run in a thread.
+
+    Args:
+        activated: The service manager's sockets.
+        assigned: Which of them each entry of the running configuration uses.
+
+    Raises ConfigError and ListenError.
     """
     with garbage.undisturbed():
         return _prepared(running, activated, assigned)

@@ -130,8 +130,10 @@ def _bare(value: Any) -> str:
 class AuditBranch:
     """The processor that copies audited events to a file, whatever the levels.
 
-    admit: returns whether a method's event is at or above its level. render: returns
-    the line of an event. put: takes each line.
+    Args:
+        admit: Returns whether a method's event is at or above its level.
+        render: Returns the line of an event.
+        put: Takes each line.
     """
 
     def __init__(

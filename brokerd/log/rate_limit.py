@@ -70,9 +70,11 @@ class LogRateLimiter:
     ) -> None:
         """Log an event now, or count it as one of many.
 
-        about: the parties and the reason, for counting and for people. count: how often
-        it happened since it was last noted. log: the logger for a line of its own, with
-        the fields that are bound to it. The line for many uses none of them.
+        Args:
+            about: The parties and the reason, for counting and for people.
+            count: How often it happened since it was last noted.
+            log: The logger for a line of its own, with the fields that are bound to it.
+                The line for many uses none of them.
         """
         flow = self._flows.get(event)
         if flow is None:

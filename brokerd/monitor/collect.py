@@ -78,12 +78,14 @@ class Share:
 class Reading:
     """All counters at about one moment.
 
-    fullest: how full the fullest queue is; a queue at 1.0 accepts nothing more. slow:
-    connections that accept no bytes at the moment. held: senders that are not read
-    from. incoming_requests: requests not answered. clients: the names with metrics of
-    their own, empty unless asked for. departed: the counters of their closed
-    connections. shares: for clients with connections, open and closed connections
-    together.
+    Attributes:
+        fullest: How full the fullest queue is; a queue at 1.0 accepts nothing more.
+        slow: Connections that accept no bytes at the moment.
+        held: Senders that are not read from.
+        incoming_requests: Requests not answered.
+        clients: The names with metrics of their own, empty unless asked for.
+        departed: The counters of their closed connections.
+        shares: For clients with connections, open and closed connections together.
     """
 
     counts: Counts

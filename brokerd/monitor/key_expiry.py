@@ -15,8 +15,9 @@ __all__ = ["Expiry", "ends_of_keys", "expiry_of"]
 class Expiry:
     """Clients and the ends of their last keys, in seconds since the epoch.
 
-    expired: how many clients can no longer connect. next: when the next client can no
-    longer connect, or None.
+    Attributes:
+        expired: How many clients can no longer connect.
+        next: When the next client can no longer connect, or None.
     """
 
     expired: int

@@ -17,8 +17,9 @@ _EVERY: Final = 0.1
 class Lag:
     """A histogram of how late a timer was called.
 
-    counts: for each bucket, the last one without a bound. total: the sum of all delays,
-    in seconds.
+    Attributes:
+        counts: For each bucket, the last one without a bound.
+        total: The sum of all delays, in seconds.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

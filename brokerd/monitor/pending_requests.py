@@ -40,9 +40,11 @@ class _Peer:
 class Pending:
     """The connections of one monitor that wait for their request, or for their turn.
 
-    most: connections at once without a complete request. most_whole: connections at
-    once with one. longest_s: seconds that a connection may last. on_complete: called
-    when a request is complete.
+    Args:
+        most: Connections at once without a complete request.
+        most_whole: Connections at once with one.
+        longest_s: Seconds that a connection may last.
+        on_complete: Called when a request is complete.
     """
 
     def __init__(

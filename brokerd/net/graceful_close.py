@@ -195,8 +195,10 @@ class Parting:
     async def end(self, until: float) -> None:
         """Close the remaining connections, as far as there is time.
 
-        Waiting messages have been written by now, or are lost. until: in the time of
-        the event loop.
+        Waiting messages have been written by now, or are lost.
+
+        Args:
+            until: In the time of the event loop.
         """
         loop = self._context.loop
         for connection in self.connections():

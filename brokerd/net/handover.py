@@ -397,11 +397,14 @@ class RestoredState:
     """The captured state of another process, restored in a new server with an empty
     broker.
 
-    opened: listening sockets that the other process did not have.
-    descriptors: every descriptor, in order; they belong to this object from now on.
-    ahead: the connections that were copied and passed before.
-    sessions: the sessions in the facts, by position. fresh: the connections that had
-    not been copied, or have changed since.
+    Args:
+        opened: Listening sockets that the other process did not have.
+        descriptors: Every descriptor, in order; they belong to this object from now on.
+        ahead: The connections that were copied and passed before.
+
+    Attributes:
+        sessions: The sessions in the facts, by position.
+        fresh: The connections that had not been copied, or have changed since.
 
     Raises BadSnapshot, KeyError, ValueError, TypeError or OSError for a state that was
     never captured.

@@ -104,7 +104,9 @@ class UpgradeChannelError(Exception):
 class UpgradeMessage:
     """One message, whose descriptors belong to the reader.
 
-    say: the word. facts: the rest of the JSON object.
+    Attributes:
+        say: The word.
+        facts: The rest of the JSON object.
     """
 
     def __init__(

@@ -151,8 +151,9 @@ class _NewProcess:
 class UpgradeSource:
     """The replacement of this process by a new process, on request.
 
-    daemon: the daemon of this process. pid_holder: the pipe to an existing PID holder,
-    or None.
+    Args:
+        daemon: The daemon of this process.
+        pid_holder: The pipe to an existing PID holder, or None.
     """
 
     def __init__(self, daemon: Daemon, pid_holder: int | None = None) -> None:

@@ -186,7 +186,10 @@ class Raw:
         challenge_digest: str | None = "sha256",
         behind: bytes = b"",
     ) -> Raw:
-        """Shake hands. behind: bytes to send in one segment with the last #WELCOME#.
+        """Shake hands.
+
+        Args:
+            behind: Bytes to send in one segment with the last #WELCOME#.
 
         Raises Rejected.
         """

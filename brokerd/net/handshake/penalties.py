@@ -74,7 +74,10 @@ def origin_of(peer: object, uid: int | None) -> str:
 
     The owner of one IPv6 address has its whole /64 to choose from (RFC 4291, 2.5.4).
     systemd makes sockets for both kinds of addresses. An IPv4 address that arrives
-    there counts as IPv4 (2.5.5.2). peer: the address that accept() returns.
+    there counts as IPv4 (2.5.5.2).
+
+    Args:
+        peer: The address that accept() returns.
     """
     if uid is not None:
         return f"uid {uid}"

@@ -201,8 +201,12 @@ def precheck(config: ListenConfig) -> str:
 def listen(config: ListenConfig, resolved: Resolved | None = None) -> list[Listening]:
     """Return the listening sockets of one ``listen`` entry.
 
-    That is one socket, or one for each address of a host name. resolved: the result of
-    ``look_up``. Raises ListenError.
+    That is one socket, or one for each address of a host name.
+
+    Args:
+        resolved: The result of ``look_up``.
+
+    Raises ListenError.
     """
     address = config.address
     try:

@@ -60,9 +60,11 @@ class Sink(Protocol):
 class Dispatcher(Generic[M]):
     """The handlers and wait queues of one client.
 
-    inbox: messages for recv. ordered: jobs done one after the other.
-    requests: jobs done concurrently.
-    answering: wraps a request handler so that its result is sent as the reply.
+    Args:
+        inbox: Messages for recv.
+        ordered: Jobs done one after the other.
+        requests: Jobs done concurrently.
+        answering: Wraps a request handler so that its result is sent as the reply.
     """
 
     def __init__(

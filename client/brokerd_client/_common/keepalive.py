@@ -89,8 +89,11 @@ class Silence:
         """Return the seconds without an answer to retransmissions; 0 if the peer
         answers.
 
-        sock: connected. now: on the same clock as in the last call. A peer that does
-        not read, but answers, is not silent.
+        A peer that does not read, but answers, is not silent.
+
+        Args:
+            sock: A connected socket.
+            now: The time, on the same clock as in the last call.
         """
         quiet_s = _quiet_s(sock)
         if quiet_s is None:

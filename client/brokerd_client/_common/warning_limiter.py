@@ -15,8 +15,11 @@ __all__ = ["WarningLimiter"]
 class WarningLimiter:
     """The limiter for one kind of warning of one client.
 
-    what: the words for the counted warnings. due: when to log them, on the clock of
-    ``now``; None while none is counted.
+    Args:
+        what: The words for the counted warnings.
+
+    Attributes:
+        due: When to log them, on the clock of ``now``; None while none is counted.
     """
 
     def __init__(self, what: str = "more messages were not delivered") -> None:

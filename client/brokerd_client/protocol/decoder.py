@@ -70,8 +70,10 @@ FrameHandler: TypeAlias = Callable[[M | Envelope | Unreadable], None]
 class _LargeFrame:
     """A large frame that comes in pieces.
 
-    payload: None if the frame is skipped. size: bytes of the frame. missing: bytes
-    still to come.
+    Attributes:
+        payload: None if the frame is skipped.
+        size: Bytes of the frame.
+        missing: Bytes still to come.
     """
 
     __slots__ = ("envelope", "missing", "payload", "size")
@@ -86,8 +88,9 @@ class _LargeFrame:
 class FrameDecoder(Generic[M]):
     """The decoder for a client's successive connections.
 
-    message: the class of received messages. largest: longest accepted payload, in
-    bytes.
+    Args:
+        message: The class of received messages.
+        largest: Longest accepted payload, in bytes.
     """
 
     __slots__ = (

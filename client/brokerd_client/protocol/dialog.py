@@ -181,7 +181,9 @@ class Dialog(Generic[M]):
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """Begin the handshake on a new connection.
 
-        nonce: fresh random bytes for it. bindings: the TLS channel bindings of the key.
+        Args:
+            nonce: Fresh random bytes for it.
+            bindings: The TLS channel bindings of the key.
         """
         self._step(Event.OPEN)
         self._finishing = False
@@ -197,7 +199,10 @@ class Dialog(Generic[M]):
         assert first_step is handshake.RECEIVE, "the listener speaks first"
 
     def receive(self, data: bytes, owner: Owner, now: float) -> Effects[M]:
-        """Handle bytes that the connection received. owner: the client of the messages.
+        """Handle bytes that the connection received.
+
+        Args:
+            owner: The client of the messages.
 
         Any error in them is returned as ``effects.broken``. It ends the connection, and
         with it every waiting call.
@@ -522,13 +527,13 @@ class Dialog(Generic[M]):
         body: bytes,
         extension: Mapping[str, Any] | None = None,
     ) -> None:
-        """Queue the REPLY to a request; message_id: the id of the request."""
+        """Queue the REPLY to the request with this id."""
         self._require_connection()
         self._encoder.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
         self._encoder.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
-        """Queue an ERROR as the answer to a request; message_id: the id of the request."""
+        """Queue an ERROR as the answer to the request with this id."""
         self._require_connection()
         self._refuse(to, message_id, code, text)
 

@@ -15,13 +15,17 @@ M = TypeVar("M", bound=Message)
 class Effects(Generic[M]):
     """The effects of one call of a dialog, for the face to pass on.
 
-    messages: MESSAGE and REQUEST frames, in order; ``size`` is about their bytes on the
-    wire. outcomes: (waiter, Message | dict | Receipt | BrokerdError) for waiting calls.
-    events: (sink, Message or Presence) for subscriptions and watches. ended: (sink,
-    error) for subscriptions and watches that have ended. undelivered: failures of sends
-    without a waiting call. unreadable: one error for each skipped frame. warnings:
-    sentences for the log. broken: set when the connection has to be closed; the face
-    then calls ``Dialog.lost`` with it.
+    Attributes:
+        messages: MESSAGE and REQUEST frames, in order; ``size`` is about their bytes on
+            the wire.
+        outcomes: (waiter, Message | dict | Receipt | BrokerdError) for waiting calls.
+        events: (sink, Message or Presence) for subscriptions and watches.
+        ended: (sink, error) for subscriptions and watches that have ended.
+        undelivered: Failures of sends without a waiting call.
+        unreadable: One error for each skipped frame.
+        warnings: Sentences for the log.
+        broken: Set when the connection has to be closed; the face then calls
+            ``Dialog.lost`` with it.
     """
 
     __slots__ = (

@@ -131,8 +131,12 @@ class Inbound(Generic[M]):
     def read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
         """Handle every complete frame in the received bytes.
 
-        owner: the client of the messages. effects: where the effects are added. now:
-        the time, in seconds. Raises RemoteError if the connection has to end.
+        Args:
+            owner: The client of the messages.
+            effects: Where the effects are added.
+            now: The time, in seconds.
+
+        Raises RemoteError if the connection has to end.
         """
 
         def handle_frame(frame: M | Envelope | Unreadable) -> None:

@@ -35,8 +35,10 @@ _ACCEPTED: Final = 16 * 2**20
 def largest_message(inbox: int, max_message: int | None = None) -> int:
     """Return the bytes of the longest message that a client accepts.
 
-    inbox: limit of the client's inbox, in bytes. max_message: the longest message that
-    the broker announced, in bytes; None before the broker's answer to ``whoami``.
+    Args:
+        inbox: Limit of the client's inbox, in bytes.
+        max_message: The longest message that the broker announced, in bytes; None
+            before the broker's answer to ``whoami``.
     """
     largest = max(_ACCEPTED, STRETCH * inbox)
     return largest if max_message is None else min(largest, max(_ACCEPTED, max_message))

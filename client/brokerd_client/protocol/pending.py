@@ -38,10 +38,12 @@ class Purpose(Enum):
 class Pending:
     """A send that waits for its outcome.
 
-    to: the recipient, "" for a publication. about: the topic or name it concerns, or
-    "". end: the position in this connection's sent bytes where the frame ends. waiter:
-    an object of the face's; None if no caller waits. entry, sink: the subscription that
-    the call makes.
+    Attributes:
+        to: The recipient, "" for a publication.
+        about: The topic or name it concerns, or "".
+        end: The position in this connection's sent bytes where the frame ends.
+        waiter: An object of the face's; None if no caller waits.
+        entry, sink: The subscription that the call makes.
     """
 
     __slots__ = ("about", "deadline", "end", "entry", "id", "purpose", "sink", "to", "waiter")

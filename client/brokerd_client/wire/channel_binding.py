@@ -73,10 +73,17 @@ def offer(bindings: Iterable[str]) -> bytes:
 def choose(offered: bytes, bindings: Bindings) -> str:
     """Return the best kind that both sides know.
 
-    offered: the bytes after the nonce. bindings: never empty. END_POINT is the kind if
-    the listener offers no known kind, because every listener must know it. A fallback
-    to an unbound key is not possible: an attacker in the middle could force it. Raises
-    ValueError: the offer does not end in the version of bound keys that is known here.
+    END_POINT is the kind if the listener offers no known kind, because every listener
+    must know it. A fallback to an unbound key is not possible: an attacker in the
+    middle could force it.
+
+    Args:
+        offered: The bytes after the nonce.
+        bindings: Never empty.
+
+    Raises:
+        ValueError: The offer does not end in the version of bound keys that is known
+            here.
     """
     *kinds, version = offered[1:].split(b" ") if offered.startswith(b"\0") else [b""]
     if version != _VERSION:

@@ -114,9 +114,12 @@ _KINDS: Final = {int(kind): kind for kind in Kind}
 class Envelope:
     """A parsed broker frame.
 
-    name: the recipient on the way to the broker, the authenticated sender on the way
-    from it. topic: the topic of an EVENT, "" for other kinds. extension: the JSON
-    object, or None. payload: the bytes as sent; this module never decodes them.
+    Attributes:
+        name: The recipient on the way to the broker, the authenticated sender on the
+            way from it.
+        topic: The topic of an EVENT, "" for other kinds.
+        extension: The JSON object, or None.
+        payload: The bytes as sent; this module never decodes them.
     """
 
     kind: Kind

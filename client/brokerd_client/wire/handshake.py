@@ -142,8 +142,11 @@ class Proof:
 class Established:
     """Both sides have proved that they know the key.
 
-    key: the key with which the listener answers; over TLS it is bound to the channel.
-    digest: the digest of the peer's answer. name: the name in that answer, or b"".
+    Attributes:
+        key: The key with which the listener answers; over TLS it is bound to the
+            channel.
+        digest: The digest of the peer's answer.
+        name: The name in that answer, or b"".
     """
 
     key: bytes = field(repr=False)
@@ -280,9 +283,12 @@ def answer_challenge(
 ) -> Handshake:
     """Answer the peer's challenge with ``key``, and wait for its welcome.
 
-    bindings: if given, the key is bound to the channel. dialing: whether this end is
-    the client, which answers no challenge of another client. The result holds the key
-    with which the peer has to answer.
+    Args:
+        bindings: If given, the key is bound to the channel.
+        dialing: Whether this end is the client, which answers no challenge of another
+            client.
+
+    The result holds the key with which the peer has to answer.
     """
     established = yield from _prove(
         key, name=name, allow_md5=allow_md5, bindings=bindings, dialing=dialing

@@ -27,8 +27,9 @@ _STEP_S = 0.2
 class Siege:
     """The state that all attackers share.
 
-    login: returns a connection of that client. open_: returns a connection that has
-    sent nothing.
+    Args:
+        login: Returns a connection of that client.
+        open_: Returns a connection that has sent nothing.
     """
 
     def __init__(
