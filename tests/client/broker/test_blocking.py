@@ -69,9 +69,9 @@ def script(source: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def test_import_is_cheap() -> None:
-    """Importing the library imports nothing that takes long and is not needed; aio is
-    there when asked for.
+def test_client_import_loads_no_slow_module() -> None:
+    """Importing the library imports no module that is slow and not needed; aio is
+    imported on demand.
     """
     done = script("""
         import sys, brokerd_client
@@ -88,12 +88,12 @@ def test_import_is_cheap() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_public_names_are_there() -> None:
-    """Everything in __all__ can be had."""
+def test_client_public_names_exist() -> None:
+    """Every name in __all__ can be imported."""
     assert all(getattr(brokerd_client, name) for name in brokerd_client.__all__)
 
 
-def test_interpreter_ends_promptly_and_silently(server: FakeServer) -> None:
+def test_client_unclosed_interpreter_ends_at_once(server: FakeServer) -> None:
     """A script that forgets close() ends at once, without a warning, and its last
     message has been sent.
     """
@@ -113,8 +113,8 @@ def test_interpreter_ends_promptly_and_silently(server: FakeServer) -> None:
     bob.close()
 
 
-def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
-    """A client that nobody holds any more is reported as unclosed; its threads and its
+def test_client_dropped_warns_and_leaves_no_thread(server: FakeServer) -> None:
+    """A client without a reference is reported as unclosed; its threads and its
     connection end.
     """
     before = threading.active_count()
@@ -129,10 +129,10 @@ def test_dropped_client_warns_and_leaves_no_thread(server: FakeServer) -> None:
     until(lambda: threading.active_count() == before)
 
 
-def test_dropped_client_says_what_it_only_counted(
+def test_client_dropped_logs_counted_undelivered(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of its undelivered messages too each is in a line of the log, or in a count."""
+    """Each of its undelivered messages too is in a line of the log, or in a count."""
 
     def fail_and_drop() -> None:
         client = join("alice", server)
@@ -147,7 +147,7 @@ def test_dropped_client_says_what_it_only_counted(
 
 
 def test_close_joins_every_thread(server: FakeServer) -> None:
-    """After close() nothing of the client is running."""
+    """After close() no thread of the client is running."""
     before = set(threading.enumerate())
     with join("alice", server) as client:
         client.on_request(lambda message: None)
@@ -156,7 +156,7 @@ def test_close_joins_every_thread(server: FakeServer) -> None:
     assert set(threading.enumerate()) == before
 
 
-def test_close_from_a_handler(server: FakeServer) -> None:
+def test_close_from_handler_closes_client(server: FakeServer) -> None:
     """A handler may close its own client."""
     alice, bob = join("alice", server), join("bob", server)
     alice.on_message(lambda message: alice.close())
@@ -165,8 +165,8 @@ def test_close_from_a_handler(server: FakeServer) -> None:
     bob.close()
 
 
-def test_failed_connect_leaves_nothing(server: FakeServer) -> None:
-    """A wrong key is an error in the caller's hands, and no thread or socket stays."""
+def test_connect_failed_leaves_nothing(server: FakeServer) -> None:
+    """A wrong key is an error for the caller, and no thread or socket stays."""
     before = threading.active_count()
     with pytest.raises(AuthenticationError):
         connect(server.path, "alice", "wrong")
@@ -174,8 +174,10 @@ def test_failed_connect_leaves_nothing(server: FakeServer) -> None:
 
 
 @pytest.mark.timing
-def test_silent_listener_is_given_up_in_time(tmp_path: Path) -> None:
-    """A listener that accepts and says nothing costs connect() its timeout and no more."""
+def test_connect_to_silent_listener_times_out(tmp_path: Path) -> None:
+    """A listener that accepts and sends nothing costs connect() its timeout and no
+    more.
+    """
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -185,7 +187,7 @@ def test_silent_listener_is_given_up_in_time(tmp_path: Path) -> None:
         assert time.monotonic() - started < 5
 
 
-def test_crowded_listener_is_tried_again(tmp_path: Path) -> None:
+def test_connect_to_full_unix_listener_is_repeated(tmp_path: Path) -> None:
     """A Unix listener whose queue is full has no room yet: the client waits for it,
     until its timeout.
     """
@@ -197,8 +199,8 @@ def test_crowded_listener_is_tried_again(tmp_path: Path) -> None:
             connect(str(tmp_path / "s"), "alice", "k", timeout=0.2)
 
 
-def test_tcp_tries_every_address_and_then_says_why() -> None:
-    """A port nobody listens at is Disconnected, with the address."""
+def test_connect_tcp_tries_every_address_then_raises() -> None:
+    """A port without a listener is Disconnected, with the address."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -206,15 +208,15 @@ def test_tcp_tries_every_address_and_then_says_why() -> None:
             connect(("localhost", port), "alice", "k", timeout=PATIENCE)
 
 
-def test_named_pipe_is_refused_where_there_is_none() -> None:
-    """The error says where there are such."""
+def test_connect_to_named_pipe_raises_outside_windows() -> None:
+    """The error says where named pipes exist."""
     with pytest.raises(AddressError, match="named pipes exist on Windows only"):
         Transport(parse(r"\\.\pipe\x"))
 
 
-def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
-    """What was sent and not answered when the connection went is InDoubt, and is not
-    repeated.
+def test_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
+    """A request that was sent and not answered when the connection ended is InDoubt,
+    and is not repeated.
     """
     alice, bob = join("alice", server), join("bob", server)
     caught: list[Exception] = []
@@ -238,8 +240,8 @@ def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
     bob.close()
 
 
-def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
-    """A message of which the broker can't have the whole is Disconnected to
+def test_send_partly_written_at_loss_is_undelivered(server: FakeServer) -> None:
+    """A message that the broker can't have received whole is Disconnected to
     on_undelivered, not in doubt.
     """
     alice = join("alice", server)
@@ -256,7 +258,7 @@ def test_bytes_that_never_left_are_told_as_not_sent(server: FakeServer) -> None:
     alice.close()
 
 
-def test_partial_write_is_finished_before_the_next(server: FakeServer) -> None:
+def test_send_partial_write_is_finished_before_next(server: FakeServer) -> None:
     """A sender that comes while another's bytes wait goes behind them; nothing is mixed
     or lost.
     """
@@ -273,7 +275,7 @@ def test_partial_write_is_finished_before_the_next(server: FakeServer) -> None:
     bob.close()
 
 
-def test_close_flushes_what_was_sent(server: FakeServer) -> None:
+def test_close_flushes_sent_bytes(server: FakeServer) -> None:
     """close() right after a large send does not cut it off."""
     alice, bob = join("alice", server), join("bob", server)
     alice.send("bob", b"x" * 3_000_000)
@@ -282,7 +284,7 @@ def test_close_flushes_what_was_sent(server: FakeServer) -> None:
     bob.close()
 
 
-def test_interrupted_wait_leaves_nothing(
+def test_request_interrupted_leaves_nothing(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C during a request takes its id back."""
@@ -302,7 +304,7 @@ def test_interrupted_wait_leaves_nothing(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_fork_can_not_use_it_and_does_not_hurt_it(server: FakeServer) -> None:
+def test_client_in_fork_raises_and_parent_goes_on(server: FakeServer) -> None:
     """In a child every call is WrongProcess and close() does nothing; the parent goes
     on; its connection is its own.
     """
@@ -351,7 +353,7 @@ def test_fork_can_not_use_it_and_does_not_hurt_it(server: FakeServer) -> None:
         os.kill(child, 9)
 
 
-def test_wrong_process_names_the_way_out(server: FakeServer) -> None:
+def test_wrong_process_error_names_remedy(server: FakeServer) -> None:
     """The error says what to do in the child."""
     client = join("alice", server)
     client._forked = True
@@ -361,7 +363,7 @@ def test_wrong_process_names_the_way_out(server: FakeServer) -> None:
     client.close()
 
 
-def test_iteration_ends_with_close(server: FakeServer) -> None:
+def test_client_iteration_ends_with_close(server: FakeServer) -> None:
     """for message in client: ends when another thread closes the client."""
     alice, bob = join("alice", server), join("bob", server)
     got: list[object] = []
@@ -376,8 +378,8 @@ def test_iteration_ends_with_close(server: FakeServer) -> None:
     alice.close()
 
 
-def test_subscription_is_an_iterator_and_a_context(server: FakeServer) -> None:
-    """Leaving the with block ends the iteration that another thread is in."""
+def test_subscription_context_exit_ends_iteration(server: FakeServer) -> None:
+    """Leaving the with block ends the iteration in another thread."""
     alice = join("alice", server)
     got: list[object] = []
     with alice.subscribe("a.*") as feed:
@@ -391,8 +393,8 @@ def test_subscription_is_an_iterator_and_a_context(server: FakeServer) -> None:
     alice.close()
 
 
-def test_repr_shows_no_key(server: FakeServer) -> None:
-    """A client in a log tells its name and state."""
+def test_client_repr_shows_no_key(server: FakeServer) -> None:
+    """A client in a log shows its name and state."""
     client = connect(server.path, key=b"carol")
     assert "carol" in repr(client)
     assert "ready" in repr(client)
@@ -400,9 +402,9 @@ def test_repr_shows_no_key(server: FakeServer) -> None:
     assert "closed" in repr(client)
 
 
-def test_message_taken_just_when_the_inbox_is_found_full(server: FakeServer) -> None:
-    """Reading begins again also when the last message is taken between the weighing and
-    the look at its result.
+def test_inbox_full_reading_resumes_after_concurrent_recv(server: FakeServer) -> None:
+    """Reading begins again also when the last message is taken between the measurement
+    and the look at its result.
     """
 
     class Slow(deque[Any]):
@@ -430,9 +432,9 @@ def break_writes(client: Client) -> None:
 
 
 @pytest.mark.parametrize("reconnect", [True, False])
-def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconnect: bool) -> None:
-    """send returns its id, and the handler hears that it was not sent, also where no
-    other connection will be made.
+def test_send_write_failed_is_undelivered(server: FakeServer, reconnect: bool) -> None:
+    """send returns its id, and the handler gets the failure, also where no other
+    connection will be made.
     """
     alice = join("alice", server, reconnect=reconnect)
     told: list[Any] = []
@@ -444,8 +446,8 @@ def test_a_write_that_fails_is_told_to_on_undelivered(server: FakeServer, reconn
     alice.close()
 
 
-def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeServer) -> None:
-    """What on_undelivered has not been called with yet is not dropped by close(), as
+def test_close_at_once_still_reports_failed_sends(server: FakeServer) -> None:
+    """Failures that on_undelivered has not received yet are not dropped by close(), as
     messages are.
     """
     alice, bob = join("alice", server), join("bob", server)
@@ -474,10 +476,8 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(server: FakeSer
     bob.close()
 
 
-def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that nobody wanted yet are here, and come before the news that the peer is
-    gone.
-    """
+def test_keepalive_lost_peer_received_bytes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that no call has taken yet come before the error that the peer is gone."""
     monkeypatch.setattr("brokerd_client.blocking.transport.Silence.lasts", lambda *given: 1000.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -494,11 +494,11 @@ def test_what_came_before_a_peer_vanished_is_read(monkeypatch: pytest.MonkeyPatc
                 channel.read()
 
 
-def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
+def test_connect_unexpected_error_is_cause_of_disconnected(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """connect() ends with what went wrong as the cause, which is logged too, instead of
-    with its timeout.
+    """connect() ends with the error as the cause, which is logged too, instead of with
+    its timeout.
     """
 
     def fail(channel: Transport) -> bool:
@@ -511,11 +511,11 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     assert "LookupError" in caplog.text
 
 
-def test_a_bug_while_reading_is_a_loss_like_any_other(
+def test_read_unexpected_error_is_lost_connection(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged, who waits hears that the connection is gone, and there is another
-    one.
+    """It is logged, waiting calls get the loss of the connection, and a new connection
+    is made.
     """
     alice, bob = join("alice", server), join("bob", server)
     read = alice._transport.read
@@ -548,7 +548,7 @@ def panic(message: Any) -> None:
     raise Panic
 
 
-def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_handled(
+def test_handler_raising_base_exception_is_logged(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The requester gets RequestFailed, and every thread of a handler goes on."""
@@ -573,10 +573,10 @@ def test_handler_that_raises_a_base_exception_is_logged_and_the_next_message_han
 
 
 @pytest.mark.parametrize("feed", ["subscription", "watch"])
-def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(
-    server: FakeServer, feed: str
-) -> None:
-    """The items stay for the holder of the feed, and the inbox has room for messages."""
+def test_subscription_ended_with_items_frees_inbox(server: FakeServer, feed: str) -> None:
+    """The items stay for the holder of the subscription, and the inbox has room for
+    messages.
+    """
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         kept = []
         for _ in range(12):
@@ -601,7 +601,7 @@ def test_ended_feed_with_items_left_counts_no_more_against_the_inbox(
         assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
 
 
-def test_reconnect_with_a_full_inbox_is_ready_again(server: FakeServer) -> None:
+def test_reconnect_with_full_inbox_becomes_ready(server: FakeServer) -> None:
     """The handshake and the introduction are read, whatever the inbox holds."""
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         bob.send_many([("alice", b"x" * 1000)] * 200)
@@ -634,7 +634,7 @@ def threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
     [(True, True), (True, False), (False, False)],
     ids=["lock released", "lock held", "perhaps before the thread runs"],
 )
-def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
+def test_connect_interrupted_at_thread_start_raises_interruption(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, runs: bool, released: bool
 ) -> None:
     """``Event.wait`` may then release an unlocked lock, which is a RuntimeError."""
@@ -671,7 +671,7 @@ def test_connect_interrupted_while_its_thread_starts_raises_the_interruption(
         assert alice.ping() > 0
 
 
-def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
+def test_connect_thread_ended_by_interruption_closes_descriptors(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread is alive at the interruption, and ends before it gets to its own work."""
@@ -703,7 +703,7 @@ def test_connect_whose_thread_the_interruption_breaks_closes_its_descriptors(
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["handler's", "thread's"])
-def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
+def test_connect_thread_not_started_raises_runtime_error(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
     """Neither the exception handled around connect() nor the context of a handler's own
@@ -732,9 +732,9 @@ def test_connect_whose_thread_does_not_start_raises_its_runtime_error(
             join("alice", server)
 
 
-def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
-    """A wait without reading tells of the end of the connection; the bytes before it
-    are still there.
+def test_inbox_full_bytes_before_end_of_connection_are_read() -> None:
+    """A wait without reading notices the end of the connection; the bytes before it are
+    still read.
     """
     channel = Transport(parse("/not/used"))
     mine, peer = socket.socketpair()
@@ -753,7 +753,7 @@ def test_full_inbox_reads_what_arrived_before_the_connection_ended() -> None:
     channel.close()
 
 
-def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connection(
+def test_receive_unexpected_error_is_lost_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The I/O thread goes on, the cause is in the log, and the next connection works,
@@ -790,7 +790,7 @@ def test_unexpected_error_while_taking_in_what_a_broker_says_is_a_lost_connectio
 
 
 @pytest.mark.timing
-def test_slow_look_up_of_a_host_ends_with_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_slow_host_lookup_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """connect() and close() do not wait for the system's look-up."""
     gate = threading.Event()
     found = socket.getaddrinfo
@@ -811,8 +811,8 @@ def test_slow_look_up_of_a_host_ends_with_the_timeout(monkeypatch: pytest.Monkey
         until(lambda: all(thread.name != "brokerd look-up" for thread in threading.enumerate()))
 
 
-def test_host_name_that_is_looked_up_in_time_is_connected_to() -> None:
-    """A name that means several addresses, of which the last one answers."""
+def test_connect_host_name_with_several_addresses_succeeds() -> None:
+    """A name has several addresses, of which the last one answers."""
     with running({"alice": {}}) as broker, socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -840,13 +840,13 @@ def pump(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
 
 
-def test_unknown_host_is_disconnected() -> None:
+def test_connect_unknown_host_is_disconnected() -> None:
     with pytest.raises(Disconnected, match="can't connect"):
         connect("brokerd-test.invalid:6000", "alice", "k", timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e10, 10**400, sys.float_info.max, None])
-def test_timeout_without_end_is_taken_everywhere(server: FakeServer, timeout: Any) -> None:
+def test_timeout_infinite_is_accepted_everywhere(server: FakeServer, timeout: Any) -> None:
     with join("alice", server, timeout=timeout) as alice, join("bob", server) as bob:
         bob.on_request(lambda message: message.payload)
         alice.send("bob", "x", timeout=timeout)
@@ -875,7 +875,7 @@ def test_timeout_without_end_is_taken_everywhere(server: FakeServer, timeout: An
         ([], TypeError),
     ],
 )
-def test_timeout_that_is_not_valid_raises_a_clear_error(
+def test_timeout_invalid_raises_error(
     server: FakeServer, timeout: Any, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match="a timeout is a number of seconds"):
@@ -900,7 +900,7 @@ def test_timeout_that_is_not_valid_raises_a_clear_error(
 
 
 @pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_client_that_is_pickled_or_copied_says_what_to_do(
+def test_client_pickled_or_copied_raises_with_remedy(
     server: FakeServer, make: Callable[[Any], Any]
 ) -> None:
     with join("alice", server) as alice, pytest.raises(TypeError, match="connect in the child"):
@@ -949,16 +949,14 @@ def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any)
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_handlers_that_ask_back_do_not_take_up_the_last_thread(
-    server: FakeServer, threads: int
-) -> None:
+def test_handlers_with_nested_requests_get_more_threads(server: FakeServer, threads: int) -> None:
     """Nested requests need more threads than there are; threads that wait for an answer
     have a substitute.
     """
     assert ask_each_other(server, 12, 5, threads=threads) == [12] * 5
 
 
-def test_threads_of_handlers_are_bounded(server: FakeServer) -> None:
+def test_handler_threads_are_bounded(server: FakeServer) -> None:
     """With as many waiting handlers as there may be threads, requests wait; no more
     threads are started.
     """
@@ -989,7 +987,7 @@ def ask(client: Client) -> None:
         client.request("bob", 1, timeout=PATIENCE)
 
 
-def test_threads_of_requests_are_configurable(server: FakeServer) -> None:
+def test_request_threads_are_configurable(server: FakeServer) -> None:
     with pytest.raises(ValueError, match="threads"):
         join("alice", server, threads=0)
     with join("alice", server, threads=7) as alice, join("bob", server) as bob:

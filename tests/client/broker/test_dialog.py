@@ -66,9 +66,9 @@ def pair() -> Pair:
 
 
 @pytest.mark.parametrize("step", [1, 3, 4096])
-def test_handshake_and_introduction_in_pieces(step: int) -> None:
-    """However the bytes are cut, the dialog is ready and knows what the broker calls
-    it.
+def test_handshake_cut_into_pieces_makes_dialog_ready(step: int) -> None:
+    """However the bytes are cut, the dialog is ready and knows the name that the broker
+    gives the client.
     """
     pair = Pair(name="")
     effects = pair.connect(step)
@@ -78,9 +78,9 @@ def test_handshake_and_introduction_in_pieces(step: int) -> None:
     assert pair.dialog.next_deadline() is None
 
 
-def test_message_may_follow_the_welcome_at_once() -> None:
-    """A message in the segment of the broker's #WELCOME# is not lost, and not judged by
-    the handshake's limit.
+def test_message_behind_welcome_in_same_segment_is_received() -> None:
+    """A message in the segment of the broker's #WELCOME# is not lost, and the limit of
+    the handshake does not apply to it.
     """
     pair = Pair()
     pair.broker.intercept = lambda session, envelope: session.deliver(
@@ -90,7 +90,7 @@ def test_message_may_follow_the_welcome_at_once() -> None:
     assert effects.messages[0].body == b"x" * 1000
 
 
-def test_wrong_key_breaks_the_link_and_names_who() -> None:
+def test_handshake_with_wrong_key_raises_error_with_client_name() -> None:
     """A key that the broker does not accept is an AuthenticationError with the client's
     name and never the key.
     """
@@ -101,8 +101,8 @@ def test_wrong_key_breaks_the_link_and_names_who() -> None:
     assert "s3cret" not in str(effects.broken)
 
 
-def test_broker_with_another_key_is_told_so() -> None:
-    """A broker that can't prove the key hears #FAILURE# before the link breaks."""
+def test_handshake_broker_without_key_is_sent_failure() -> None:
+    """A broker that can't prove the key receives #FAILURE# before the connection ends."""
     pair = Pair()
     pair.dialog.dialing(0)
     pair.dialog.opened(NONCE)
@@ -114,9 +114,9 @@ def test_broker_with_another_key_is_told_so() -> None:
     assert pair.dialog.data_to_send() == frame(b"#FAILURE#")
 
 
-def test_first_connection_that_fails_is_final() -> None:
-    """Before the first introduction a loss is not followed by another try: the caller
-    is there to hear why.
+def test_first_connection_failed_is_not_repeated() -> None:
+    """A loss before the first introduction is not followed by another try: the caller
+    of connect() gets the error.
     """
     pair = Pair()
     pair.dialog.dialing(0)
@@ -126,9 +126,9 @@ def test_first_connection_that_fails_is_final() -> None:
         pair.dialog.send("bob", 0, b"")
 
 
-def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
-    """A broker without room ends a connection without a word: within the time for
-    connecting another try follows.
+def test_first_connection_cut_off_in_handshake_is_repeated() -> None:
+    """A broker without room closes a connection without a reason. Within the timeout of
+    connect() another try follows.
     """
     pair = Pair(timeout_s=3, reconnect=False)
     pair.dialog.dialing(10)
@@ -151,8 +151,8 @@ def test_first_connection_cut_off_in_its_handshake_is_tried_again() -> None:
     assert pair.dialog.losses == 1
 
 
-def test_first_connection_cut_off_and_made_counts_no_loss() -> None:
-    """Once it is made nothing is left of the tries before."""
+def test_first_connection_made_after_cut_off_counts_no_loss() -> None:
+    """Once the connection is made, the failed tries before it leave no trace."""
     pair = Pair()
     pair.dialog.dialing(0)
     pair.dialog.opened(NONCE)
@@ -164,10 +164,12 @@ def test_first_connection_cut_off_and_made_counts_no_loss() -> None:
 
 
 @pytest.mark.parametrize("cut_off", [False, True])
-def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_off(
+def test_first_connection_reset_at_open_is_repeated(
     cut_off: bool,
 ) -> None:
-    """A reset may be a want of room; a refusal says that there is no listener."""
+    """A reset may mean that the broker has no room; a refusal means that there is no
+    listener.
+    """
     pair = Pair()
     pair.dialog.dialing(0)
     reason = Disconnected("no connection")
@@ -176,7 +178,7 @@ def test_first_connection_that_can_not_be_opened_is_tried_again_if_it_was_cut_of
     assert pair.dialog.state is (State.WAITING if cut_off else State.GONE)
 
 
-def test_first_connection_that_is_rejected_is_final() -> None:
+def test_first_connection_with_rejected_key_is_not_repeated() -> None:
     """A wrong key stays wrong."""
     pair = Pair(key=b"not hers")
     effects = pair.connect()
@@ -185,8 +187,8 @@ def test_first_connection_that_is_rejected_is_final() -> None:
     assert pair.dialog.state is State.GONE
 
 
-def test_silent_broker_is_given_up_in_time() -> None:
-    """A broker that says nothing is given up at the link's deadline, once."""
+def test_handshake_silent_broker_is_given_up_at_deadline() -> None:
+    """A broker that sends nothing is given up at the connection's deadline, once."""
     pair = Pair(timeout_s=3)
     pair.dialog.dialing(10)
     pair.dialog.opened(NONCE)
@@ -196,9 +198,9 @@ def test_silent_broker_is_given_up_in_time() -> None:
     assert pair.dialog.tick(14).broken is None
 
 
-def test_connection_that_the_broker_closes_is_told_with_what_was_going_on(pair: Pair) -> None:
-    """Once messages pass there is nothing to add; before that, how far we were says
-    what to look at.
+def test_connection_closed_by_broker_names_phase_of_handshake(pair: Pair) -> None:
+    """Before messages pass, the error names the step that was reached. After that there
+    is nothing to add.
     """
     ready = str(pair.dialog.closed_by_broker())
     beginner = Pair()
@@ -212,8 +214,10 @@ def test_connection_that_the_broker_closes_is_told_with_what_was_going_on(pair: 
     )
 
 
-def test_refused_introduction_breaks_the_link() -> None:
-    """A broker that is shutting down refuses whoami: the link breaks with its reason."""
+def test_introduction_refused_ends_connection_with_reason() -> None:
+    """A broker that is shutting down refuses whoami: the connection ends with its
+    reason.
+    """
     pair = Pair()
     pair.broker.intercept = lambda session, envelope: (
         pair.broker.refuse(session, envelope, ErrorCode.SHUTTING_DOWN),
@@ -234,9 +238,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("code", ENDINGS)
-def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(
-    pair: Pair, code: ErrorCode
-) -> None:
+def test_error_with_id_0_from_broker_is_reason_of_closing(pair: Pair, code: ErrorCode) -> None:
     """The connection is over, and no send is reported as undelivered."""
     pair.dialog.send("bob", 0, b"plain")
     effects = pair.hear_frame(
@@ -257,11 +259,11 @@ def test_error_with_id_0_that_tells_why_the_broker_closes_is_the_reason(
         ("$broker", ErrorCode.SHUTTING_DOWN, "bob"),
     ],
 )
-def test_other_error_with_id_0_does_not_end_the_connection(
+def test_error_with_id_0_from_client_does_not_end_connection(
     pair: Pair, sender: str, code: ErrorCode, name: str
 ) -> None:
-    """Another client can't say it; an error about a message with the id 0 is that
-    message's.
+    """Only the broker can announce the closing. An error about a message with the id 0
+    concerns that message.
     """
     effects = pair.hear_frame(
         Kind.ERROR, 0, sender, codec=2, payload=error_payload(code, "why", name)
@@ -269,7 +271,7 @@ def test_other_error_with_id_0_does_not_end_the_connection(
     assert (effects.broken, len(effects.undelivered)) == (None, sender == "$broker")
 
 
-def test_name_taken_is_told_instead_of_the_introduction_and_not_tried_again() -> None:
+def test_introduction_answered_with_name_taken_is_not_repeated() -> None:
     pair = Pair()
     pair.broker.intercept = lambda session, envelope: True
     pair.connect()
@@ -281,8 +283,8 @@ def test_name_taken_is_told_instead_of_the_introduction_and_not_tried_again() ->
 
 
 @pytest.mark.parametrize("answer", [b"{}", b"[]", b"no json", b"\xff"])
-def test_introduction_that_is_none_breaks_the_link(answer: bytes) -> None:
-    """An answer to whoami without a name is the broker's mistake."""
+def test_introduction_without_name_ends_connection(answer: bytes) -> None:
+    """An answer to whoami without a name is a mistake of the broker."""
     pair = Pair()
     pair.broker.intercept = lambda session, envelope: (
         session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2)),
@@ -292,7 +294,7 @@ def test_introduction_that_is_none_breaks_the_link(answer: bytes) -> None:
     assert not pair.dialog.introduction
 
 
-def test_every_state_but_the_last_can_be_closed() -> None:
+def test_dialog_in_every_state_but_last_can_be_closed() -> None:
     """The table lets the caller close at any time, and has a row for every state."""
     assert set(NEXT) == set(State)
     for row in NEXT.values():
@@ -302,10 +304,9 @@ def test_every_state_but_the_last_can_be_closed() -> None:
 # Reconnecting
 
 
-def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
-    """A link that breaks at once is tried again after 0.1, 0.2, 0.4 ...
-
-    10 s times the chance.
+def test_reconnect_wait_doubles_up_to_cap(pair: Pair) -> None:
+    """A connection that ends at once is tried again after 0.1, 0.2, 0.4 ... 10 s, times
+    the random factor.
     """
     waits = []
     for _ in range(10):
@@ -317,8 +318,8 @@ def test_reconnect_waits_longer_each_time_up_to_the_cap(pair: Pair) -> None:
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10]
 
 
-def test_link_that_lived_is_tried_again_soon(pair: Pair) -> None:
-    """After a link of more than the cap's length the waits begin anew."""
+def test_reconnect_after_long_connection_waits_shortly(pair: Pair) -> None:
+    """After a connection longer than the cap, the waits begin at the shortest again."""
     for _ in range(5):
         pair.lose(jitter=0.5)
         pair.connect()
@@ -327,7 +328,7 @@ def test_link_that_lived_is_tried_again_soon(pair: Pair) -> None:
     assert pair.dialog.retry_at - pair.now == pytest.approx(backoff.BASE_S / 2)
 
 
-def test_failed_tries_count_as_well(pair: Pair) -> None:
+def test_reconnect_failed_tries_lengthen_wait(pair: Pair) -> None:
     """A try that never reaches the broker makes the next wait longer."""
     pair.lose(jitter=0.5)
     pair.dialog.dialing(1)
@@ -336,8 +337,8 @@ def test_failed_tries_count_as_well(pair: Pair) -> None:
     assert pair.dialog.losses == 2
 
 
-def test_without_reconnect_the_first_loss_is_final() -> None:
-    """reconnect=False: the dialog is gone, and says why."""
+def test_reconnect_disabled_first_loss_is_final() -> None:
+    """With reconnect=False the dialog has ended, and its error says why."""
     pair = Pair(reconnect=False)
     pair.connect()
     pair.lose()
@@ -346,7 +347,7 @@ def test_without_reconnect_the_first_loss_is_final() -> None:
         pair.dialog.request("bob", 0, b"", None, "w", None)
 
 
-def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
+def test_subscriptions_are_repeated_on_new_connection(pair: Pair) -> None:
     """After a reconnect the broker knows every subscription, each once, before anything
     else is sent.
     """
@@ -362,9 +363,9 @@ def test_subscriptions_are_made_again_on_a_new_connection(pair: Pair) -> None:
     assert [sink for sink, _ in effects.events] == ["one", "two"]
 
 
-def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
+def test_subscription_refused_on_new_connection_ends(pair: Pair) -> None:
     """If the rules have changed meanwhile, the subscriptions concerned end with the
-    broker's reason; others live.
+    broker's reason; the rest go on.
     """
     pair.dialog.subscribe("a", None, "one", "w", None)
     pair.dialog.subscribe("b", None, "two", "w", None)
@@ -382,8 +383,8 @@ def test_subscription_refused_on_a_new_connection_ends(pair: Pair) -> None:
 # Outcomes
 
 
-def test_request_gets_its_reply(pair: Pair) -> None:
-    """The reply with the request's id, from the one who was asked, is the outcome;
+def test_request_reply_with_its_id_is_outcome(pair: Pair) -> None:
+    """The reply with the request's id, from the client that was asked, is the outcome;
     nothing stays behind.
     """
     message_id = pair.dialog.request("bob", 0, b"?", None, "w", 5.0)
@@ -396,8 +397,10 @@ def test_request_gets_its_reply(pair: Pair) -> None:
     )
 
 
-def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
-    """A request to a name is answered by name/instance; one to an instance by no other."""
+def test_request_to_pool_is_answered_by_any_member(pair: Pair) -> None:
+    """A request to a name is answered by name/instance; a request to an instance by no
+    other.
+    """
     message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     assert pair.hear_frame(Kind.REPLY, message_id, "bob/1").outcomes
     message_id = pair.dialog.request("bob/1", 0, b"?", None, "w", None)
@@ -406,7 +409,7 @@ def test_member_of_a_pool_may_answer_for_it(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("sender", ["carol", "bobby", "bo", "$broker"])
-def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
+def test_reply_from_wrong_client_is_counted_and_dropped(pair: Pair, sender: str) -> None:
     """A reply with the right id from the wrong client is dropped and counted; the
     request still waits.
     """
@@ -415,16 +418,16 @@ def test_reply_of_somebody_else_is_no_outcome(pair: Pair, sender: str) -> None:
     assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (1, 1)
 
 
-def test_refused_request(pair: Pair) -> None:
+def test_request_refused_by_broker_has_typed_error(pair: Pair) -> None:
     """An ERROR of the broker about the recipient is the outcome, typed by its code."""
     message_id = pair.dialog.request("carol", 0, b"?", None, "w", None)
     [(_, error)] = pair.talk().outcomes
     assert (type(error), error.message_id, error.name) == (Offline, message_id, "carol")
 
 
-def test_error_about_somebody_else_with_our_id_is_not_ours(pair: Pair) -> None:
-    """An undeliverable REPLY comes back with the id its asker chose: our own request of
-    that id goes on waiting.
+def test_error_about_other_client_does_not_end_own_request(pair: Pair) -> None:
+    """An undeliverable REPLY comes back with the id that its requester chose. An own
+    request with that id goes on waiting.
     """
     message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     pair.dialog.reply("carol", message_id, 0, b"late answer")
@@ -474,8 +477,8 @@ def test_dialog_denied_send_is_reported(pair: Pair) -> None:
     )
 
 
-def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
-    """Whatever code the other client says, even one of the broker's, it is
+def test_error_from_responder_is_request_failed(pair: Pair) -> None:
+    """Whatever code the responder sends, even a code of the broker's, the outcome is
     RequestFailed with that code.
     """
     message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
@@ -490,14 +493,14 @@ def test_error_of_the_client_asked_is_a_failed_request(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"[]", b"\xff", b"[" * 100_000])
-def test_error_without_a_readable_payload_is_still_an_error(pair: Pair, payload: bytes) -> None:
-    """A payload that is no JSON object does not hide that the request failed."""
+def test_error_with_unreadable_payload_fails_request(pair: Pair, payload: bytes) -> None:
+    """A payload that is not a JSON object does not hide that the request failed."""
     message_id = pair.dialog.request("bob", 0, b"?", None, "w", None)
     [(_, error)] = pair.hear_frame(Kind.ERROR, message_id, "bob", payload=payload).outcomes
     assert (type(error), error.code) == (RequestFailed, "failed")
 
 
-def test_error_of_another_client_is_dropped(pair: Pair) -> None:
+def test_error_from_wrong_client_is_dropped(pair: Pair) -> None:
     """A client that was not asked can't fail a request, nor a send that waits for its
     receipt.
     """
@@ -508,9 +511,9 @@ def test_error_of_another_client_is_dropped(pair: Pair) -> None:
     assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (3, 2)
 
 
-def test_receipts(pair: Pair) -> None:
-    """RECEIPT is the outcome of a send or a publication that asked; any other is
-    counted.
+def test_receipt_is_outcome_of_send_that_asked(pair: Pair) -> None:
+    """A RECEIPT is the outcome of a send or a publication that asked for it; any other
+    is counted.
     """
     first = pair.dialog.send_for_receipt("alice", 0, b"", None, "one", None)
     second = pair.dialog.publish_for_receipt("a.b", 0, b"", None, "two", None)
@@ -524,23 +527,23 @@ def test_receipts(pair: Pair) -> None:
     assert pair.dialog.counters["late"] == 2
 
 
-def test_reply_to_a_send_is_no_receipt(pair: Pair) -> None:
-    """A client's REPLY does not count as the broker's word."""
+def test_reply_to_send_is_not_receipt(pair: Pair) -> None:
+    """A client's REPLY does not count as a RECEIPT of the broker."""
     message_id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, message_id, "bob").outcomes
     assert pair.dialog.counters["late"] == 1
 
 
-def test_send_without_receipt_that_fails_is_told(pair: Pair) -> None:
-    """Nobody waits for it, so its failure is told as undelivered, with the id that send
-    returned.
+def test_send_without_receipt_refused_is_undelivered(pair: Pair) -> None:
+    """No call waits for it, so its failure is reported as undelivered, with the id that
+    send returned.
     """
     message_id = pair.dialog.send("carol", 0, b"")
     [error] = pair.talk().undelivered
     assert (type(error), error.message_id, pair.dialog.undelivered) == (Offline, message_id, 1)  # type: ignore[attr-defined]
 
 
-def test_control_answer_is_a_dict(pair: Pair) -> None:
+def test_control_operation_outcome_is_dict_or_refusal(pair: Pair) -> None:
     """An operation's outcome is the JSON object, or the broker's refusal."""
     pair.dialog.control("clients", {}, "one", None)
     pair.dialog.control("no such", {"n": 1, "address": "bob"}, "two", None)
@@ -549,7 +552,7 @@ def test_control_answer_is_a_dict(pair: Pair) -> None:
     assert error.code == "unsupported"
 
 
-def test_refused_subscription_leaves_nothing(pair: Pair) -> None:
+def test_subscription_refused_leaves_nothing(pair: Pair) -> None:
     """A subscription that is denied is not made again later, and gets no event."""
     pair.dialog.subscribe("denied.x", None, "sink", "w", None)
     [(_, error)] = pair.talk().outcomes
@@ -560,9 +563,9 @@ def test_refused_subscription_leaves_nothing(pair: Pair) -> None:
 # Time, and callers who give up
 
 
-def test_deadlines_are_kept_in_order(pair: Pair) -> None:
-    """Each waiter hears TimedOut at its own deadline, whatever the order of asking; the
-    answer is then late.
+def test_pending_deadlines_end_calls_in_order(pair: Pair) -> None:
+    """Each waiter gets TimedOut at its own deadline, whatever the order of the calls. A
+    later answer is counted as late.
     """
     first = pair.dialog.request("bob", 0, b"", None, "slow", 9.0)
     pair.dialog.request("bob", 0, b"", None, "quick", 3.0)
@@ -576,13 +579,13 @@ def test_deadlines_are_kept_in_order(pair: Pair) -> None:
     assert (pair.dialog.counters["late"], len(pair.dialog.pending_calls)) == (1, 1)
 
 
-def test_earliest_of_link_and_request(pair: Pair) -> None:
-    """The next deadline is the nearer one of the link's and the requests'."""
+def test_next_deadline_is_nearer_of_connection_and_request(pair: Pair) -> None:
+    """The next deadline is the nearer of the connection's and the requests'."""
     pair.dialog.close(100.0)
     assert pair.dialog.next_deadline() == 100.0 + dialog.LINGER_S
 
 
-def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
+def test_request_abandoned_leaves_nothing(pair: Pair) -> None:
     """After a cancellation the table is empty, its reply is counted, and abandoning
     twice is harmless.
     """
@@ -601,17 +604,17 @@ def test_abandoned_request_leaves_nothing(pair: Pair) -> None:
     )
 
 
-def test_many_finished_requests_leave_no_deadlines(pair: Pair) -> None:
-    """The heap of deadlines does not grow with the requests that are done."""
+def test_requests_finished_leave_no_deadlines(pair: Pair) -> None:
+    """The heap of deadlines does not grow with finished requests."""
     for _ in range(1000):
         pair.dialog.abandon(pair.dialog.request("bob", 0, b"", None, "w", 5.0))
     assert len(pair.dialog.pending_calls._deadlines) < 100
 
 
 @pytest.mark.parametrize("how", ["abandon", "deadline"])
-def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
-    """Whoever stops waiting for a subscription has none: the broker is told, and no
-    event is delivered here.
+def test_subscription_abandoned_is_unsubscribed(pair: Pair, how: str) -> None:
+    """A caller that stops waiting for a subscription has none: it is ended at the
+    broker, and no event is delivered here.
     """
     assert pair.session is not None
     message_id, _ = pair.dialog.subscribe("a", None, "sink", "w", 5.0)
@@ -626,7 +629,7 @@ def test_subscription_given_up_is_taken_back(pair: Pair, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["abandon", "deadline", "loss", "refusal"])
-def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
+def test_watch_abandoned_is_ended(pair: Pair, how: str) -> None:
     """A watch whose list never came is over, here and at the broker."""
     assert pair.session is not None
     message_id, _ = pair.dialog.watch("sink", "w", 5.0)
@@ -651,9 +654,9 @@ def test_watch_given_up_is_taken_back(pair: Pair, how: str) -> None:
 # What becomes of sends when the connection goes
 
 
-def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) -> None:
-    """A whole frame that was handed over is in doubt; one of which a byte is missing
-    can't have been delivered.
+def test_loss_whole_frames_are_in_doubt_and_cut_ones_not_sent(pair: Pair) -> None:
+    """A whole frame that was handed over is in doubt; a frame with a byte missing can't
+    have been delivered.
     """
     pair.dialog.request("bob", 0, b"first", None, "left", None)
     whole = len(pair.dialog.data_to_send())
@@ -673,9 +676,9 @@ def test_what_may_have_left_is_in_doubt_what_did_not_was_not_sent(pair: Pair) ->
     assert outgoing_requests[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
 
 
-def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
-    """Where the face can't say how much has left, what it was given is in doubt, and
-    what it was not was not sent.
+def test_loss_with_unknown_written_bytes_is_in_doubt(pair: Pair) -> None:
+    """If the face can't say how much has left, the frames given to it are in doubt. The
+    rest were not sent.
     """
     pair.dialog.request("bob", 0, b"first", None, "given", None)
     sent = pair.dialog.send("bob", 0, b"plain")
@@ -696,9 +699,9 @@ def test_doubtful_bytes_are_in_doubt(pair: Pair) -> None:
     assert pair.dialog.undelivered == 2
 
 
-def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
-    """A send without receipt asked for nothing: once it has left, a loss says nothing
-    about it.
+def test_loss_send_without_receipt_written_is_not_reported(pair: Pair) -> None:
+    """A send without receipt has no outcome: once it is written, a loss does not report
+    it.
     """
     pair.dialog.send("bob", 0, b"x")
     first = len(pair.dialog.data_to_send())
@@ -707,9 +710,9 @@ def test_plain_send_that_left_is_not_reported(pair: Pair) -> None:
     assert len(pair.lose().undelivered) == 1
 
 
-def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> None:
-    """A face that can't say what has left of many may hear of the first before the last
-    has gone.
+def test_loss_refused_send_is_not_reported_again(pair: Pair) -> None:
+    """A face that can't say how much of many frames has left may receive the refusal of
+    the first before the last has left.
     """
     first, second, third = (pair.dialog.send(name, 0, b"x") for name in ("nobody", "bob", "nobody"))
     data = pair.dialog.data_to_send()
@@ -721,8 +724,8 @@ def test_a_send_that_was_refused_is_not_told_of_again_at_a_loss(pair: Pair) -> N
     assert pair.dialog.undelivered == 3
 
 
-def test_what_was_refused_is_forgotten_when_all_has_left(pair: Pair) -> None:
-    """Nothing grows with the messages that nobody takes."""
+def test_refused_ids_are_forgotten_when_all_bytes_left(pair: Pair) -> None:
+    """The memory does not grow with messages that are refused."""
     for _ in range(3):
         pair.dialog.send("nobody", 0, b"x")
         data = pair.dialog.data_to_send()
@@ -734,16 +737,20 @@ def test_what_was_refused_is_forgotten_when_all_has_left(pair: Pair) -> None:
         assert not pair.dialog._encoder._refused
 
 
-def test_subscription_under_way_at_a_loss_is_over(pair: Pair) -> None:
-    """Its caller hears of the loss, so it is not made again behind his back."""
+def test_loss_ends_subscription_under_way(pair: Pair) -> None:
+    """Its caller gets the error of the loss, so the subscription is not made again
+    without the caller's knowledge.
+    """
     pair.dialog.subscribe("a", None, "sink", "w", None)
     [(_, error)] = pair.lose().outcomes
     assert isinstance(error, Disconnected)
     assert len(pair.dialog.subscriptions) == 0
 
 
-def test_old_bytes_do_not_reach_a_new_connection(pair: Pair) -> None:
-    """Half a frame, and what was put out, are forgotten with their connection."""
+def test_reconnect_discards_bytes_of_old_connection(pair: Pair) -> None:
+    """Half a received frame, and bytes still to be written, are forgotten with their
+    connection.
+    """
     pair.hear(b"\0\0\0\x20half")
     pair.dialog.send("bob", 0, b"never")
     pair.lose()
@@ -754,9 +761,9 @@ def test_old_bytes_do_not_reach_a_new_connection(pair: Pair) -> None:
 # Closing
 
 
-def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
-    """Waiters hear Closed; refusals that come before the connection ends are still
-    told.
+def test_close_fails_waiters_and_reports_late_refusals(pair: Pair) -> None:
+    """Waiters get Closed; refusals that come before the connection ends are still
+    reported.
     """
     pair.dialog.request("bob", 0, b"", None, "w", None)
     pair.dialog.subscribe("a", None, "sink", "v", None)
@@ -775,14 +782,14 @@ def test_close_fails_who_waits_and_hears_the_rest(pair: Pair) -> None:
     pair.dialog.close(2.0)
 
 
-def test_close_waits_for_the_broker_only_so_long(pair: Pair) -> None:
+def test_close_broker_without_end_is_given_up_after_linger(pair: Pair) -> None:
     """A broker that does not end the connection is given up after LINGER_S."""
     pair.dialog.close(1.0)
     assert pair.dialog.tick(1.0 + dialog.LINGER_S).broken is not None
 
 
-def test_close_of_what_never_connected() -> None:
-    """There is nothing to hear out."""
+def test_close_before_connection_ends_at_once() -> None:
+    """There are no answers to wait for."""
     pair = Pair()
     pair.dialog.close(0)
     assert pair.dialog.state is State.CLOSED
@@ -790,7 +797,7 @@ def test_close_of_what_never_connected() -> None:
 
 
 def test_close_forgets_internal_operations(pair: Pair) -> None:
-    """An operation nobody waits for is not told to anybody."""
+    """The outcome of an operation without a waiter is reported to no caller."""
     pair.lose()
     pair.dialog.dialing(0)
     pair.dialog.opened(NONCE)
@@ -807,8 +814,10 @@ def test_close_forgets_internal_operations(pair: Pair) -> None:
 # Events
 
 
-def test_event_goes_to_every_subscription_that_fits_once(pair: Pair) -> None:
-    """Plain subscriptions each get it; those of one group and pattern take turns."""
+def test_event_reaches_every_matching_subscription_once(pair: Pair) -> None:
+    """Plain subscriptions each get the event; those of one group and pattern take
+    turns.
+    """
     for sink, pattern, group in (
         ("all", ">", None),
         ("exact", "a.b", None),
@@ -828,9 +837,9 @@ def test_event_goes_to_every_subscription_that_fits_once(pair: Pair) -> None:
     assert all(len(each) == 4 for each in got)
 
 
-def test_unsubscribe_tells_the_broker_when_the_last_is_gone(pair: Pair) -> None:
+def test_unsubscribe_is_sent_when_last_local_one_ends(pair: Pair) -> None:
     """Two local subscriptions of one pattern are one at the broker: only the second end
-    is told.
+    is sent.
     """
     _, entry = pair.dialog.subscribe("a", None, "one", "w", None)
     pair.dialog.subscribe("a", None, "two", "w", None)
@@ -841,8 +850,8 @@ def test_unsubscribe_tells_the_broker_when_the_last_is_gone(pair: Pair) -> None:
     assert len(pair.dialog.subscriptions) == 0
 
 
-def test_unsubscribe_without_a_connection_needs_no_answer(pair: Pair) -> None:
-    """What is not made again needs not be ended."""
+def test_unsubscribe_without_connection_needs_no_answer(pair: Pair) -> None:
+    """A subscription that is not made again need not be ended at the broker."""
     _, entry = pair.dialog.subscribe("a", None, "one", "w", None)
     pair.talk()
     pair.lose()
@@ -855,8 +864,10 @@ def test_unsubscribe_without_a_connection_needs_no_answer(pair: Pair) -> None:
 @pytest.mark.parametrize(
     ("pattern", "group"), [("a..b", None), (">.a", None), ("", None), ("a", ""), ("a", "a b")]
 )
-def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: str | None) -> None:
-    """Nothing is sent for a pattern or group the broker would refuse."""
+def test_subscribe_with_invalid_pattern_or_group_raises(
+    pair: Pair, pattern: str, group: str | None
+) -> None:
+    """Nothing is sent for a pattern or group that the broker would refuse."""
     with pytest.raises(InvalidName):
         pair.dialog.subscribe(pattern, group, "sink", "w", None)
     assert not pair.dialog.data_to_send()
@@ -866,8 +877,10 @@ def test_bad_pattern_or_group_is_refused_here(pair: Pair, pattern: str, group: s
 # Presence
 
 
-def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
-    """The list first, then each change; what an event repeats is not told again."""
+def test_watch_yields_list_once_and_then_changes(pair: Pair) -> None:
+    """The list comes first, then each change; an event that repeats a known state is
+    ignored.
+    """
     pair.dialog.watch("sink", "w", None)
     effects = pair.talk()
     assert [item for _, item in effects.events] == [
@@ -893,18 +906,18 @@ def test_watch_tells_everybody_once_and_then_changes(pair: Pair) -> None:
     ]
 
 
-def test_event_before_the_list_is_told_by_the_list(pair: Pair) -> None:
-    """Events that arrive before the list are in it: telling them too would tell
-    somebody twice.
+def test_watch_event_before_list_is_not_repeated(pair: Pair) -> None:
+    """Events that arrive before the list are in the list: passing them on would repeat
+    a client.
     """
     pair.dialog.watch("sink", "w", None)
     assert not pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.online.alice").events
     assert Presence("alice", online=True) in [item for _, item in pair.talk().events]
 
 
-def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
-    """Changes that happened without a connection are told once it is back, and nothing
-    else.
+def test_watch_after_reconnect_yields_missed_changes(pair: Pair) -> None:
+    """Changes that happened without a connection are passed on after the reconnect, and
+    nothing else.
     """
     bob = Pair(pair.broker, "bob", b"bob")
     bob.connect()
@@ -926,7 +939,7 @@ def test_watch_catches_up_after_a_reconnect(pair: Pair) -> None:
 
 def test_unwatch_leaves_nothing(pair: Pair) -> None:
     """A watch that is over costs nothing here or at the broker; the list's late answer
-    is told to nobody.
+    is ignored.
     """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.dialog.unwatch(watch)
@@ -1013,9 +1026,9 @@ def test_watch_resumed_with_a_list_that_is_not_valid_breaks_the_link(
     assert isinstance(pair.connect().broken, ProtocolError)
 
 
-def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
-    """Nothing that can't be a client's name, and nothing from another sender, is told
-    or remembered.
+def test_presence_event_without_valid_name_is_ignored(pair: Pair) -> None:
+    """A text that can't be a client's name is ignored, and so is an event from another
+    sender.
     """
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
@@ -1030,10 +1043,10 @@ def test_presence_event_that_names_no_client_is_ignored(pair: Pair) -> None:
     assert len(watch._states) == known
 
 
-def test_presence_of_more_names_than_any_broker_has_breaks_the_link(
+def test_presence_of_too_many_names_ends_connection(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a watch remembers is bounded."""
+    """The memory of a watch is bounded."""
     monkeypatch.setattr("brokerd_client.presence._MAX_NAMES", 5)
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
@@ -1060,9 +1073,9 @@ FRAMES = [
 
 
 @pytest.mark.parametrize("step", [1, 2, 15, 16, 17, 64, 4096, 10**6])
-def test_frames_however_they_are_cut(pair: Pair, step: int) -> None:
-    """Whole, a byte at a time, with a tail: the same messages, in order, with
-    everything they carry.
+def test_frames_cut_anywhere_give_same_messages(pair: Pair, step: int) -> None:
+    """Whole, a byte at a time, with a tail: the same messages, in order, with all their
+    fields.
     """
     pair.dialog.subscribe(">", None, "sink", "w", None)
     pair.talk()
@@ -1103,9 +1116,11 @@ RUNS = st.lists(
 
 
 @given(RUNS, st.integers(1, 20_000))
-def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> None:
-    """Many frames that begin alike, and where that ends: the same messages as one by
-    one, cut anywhere.
+def test_frames_alike_in_runs_give_same_messages(
+    runs: list[tuple[int, Envelope]], step: int
+) -> None:
+    """Many frames that begin alike, and the end of such a run: the same messages as one
+    by one, cut anywhere.
     """
     pair = Pair()
     pair.connect()
@@ -1124,7 +1139,7 @@ def test_runs_of_frames_alike(runs: list[tuple[int, Envelope]], step: int) -> No
 
 @pytest.mark.parametrize("name", [b"b\xffb", b"b b", b"/ab", b"b/A"])
 @pytest.mark.parametrize("alike", [0, 3, 5, 30])
-def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> None:
+def test_frames_alike_with_invalid_sender_are_skipped(pair: Pair, alike: int, name: bytes) -> None:
     """A message whose sender is not valid is skipped wherever it stands; all others are
     delivered.
     """
@@ -1134,7 +1149,7 @@ def test_run_skips_a_name_that_is_none(pair: Pair, alike: int, name: bytes) -> N
     assert isinstance(effects.unreadable[0], MalformedEnvelope)
 
 
-def test_long_form_of_a_length(pair: Pair) -> None:
+def test_frame_with_long_length_form_is_received(pair: Pair) -> None:
     """A frame announced with -1 and 64 bits is a frame like any other, whole or in
     pieces.
     """
@@ -1156,10 +1171,12 @@ def test_long_form_of_a_length(pair: Pair) -> None:
         (b"\x40\0\0\0" + b"\0" * MAX_HEAD_SIZE, FrameTooBig),
     ],
 )
-def test_lengths_that_no_frame_has_break_the_link(
+def test_frame_with_invalid_length_ends_connection(
     pair: Pair, data: bytes, cause: type[RemoteError], pieces: int
 ) -> None:
-    """Where the next frame begins is not known any more; what came before is delivered."""
+    """The beginning of the next frame is not known any more. The frames before it are
+    delivered.
+    """
     effects = pair.hear(frame(encode(FRAMES[0])))
     step = len(data) if pieces == 1 else 1
     for start in range(0, len(data), step):
@@ -1185,10 +1202,10 @@ def test_lengths_that_no_frame_has_break_the_link(
         (b"\0\0\0\x0d\x05\0\0\x01" + b"\0" * 8 + b"a", MalformedEnvelope),
     ],
 )
-def test_frames_that_cannot_be_read_are_skipped(
+def test_frame_unreadable_is_skipped(
     pair: Pair, data: bytes, error: type[RemoteError], pieces: int
 ) -> None:
-    """What is before and behind them is delivered."""
+    """The frames before and behind it are delivered."""
     good = frame(encode(FRAMES[0]))
     effects: Effects[Message] = Effects()
     for each in (good, data, good, data * 2, good):
@@ -1219,7 +1236,7 @@ def with_extension(
     )
 
 
-def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
+def test_request_unreadable_is_answered_with_error(pair: Pair) -> None:
     """Its requester does not wait for its timeout; a message is only reported."""
     effects = pair.hear(
         with_extension(TOO_DEEP)
@@ -1238,8 +1255,8 @@ def test_request_that_cannot_be_read_is_answered(pair: Pair) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.REPLY, Kind.ERROR])
 @pytest.mark.parametrize("purpose", ["request", "control"])
-def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpose: str) -> None:
-    """The call that it answers gets an error, and nothing waits for ever."""
+def test_answer_unreadable_fails_its_call(pair: Pair, kind: Kind, purpose: str) -> None:
+    """The call that it answers gets an error, and does not wait without end."""
     if purpose == "request":
         message_id, name = pair.dialog.request("bob", 0, b"", None, "w", None), b"bob"
     else:
@@ -1251,9 +1268,9 @@ def test_answer_that_cannot_be_read_is_an_outcome(pair: Pair, kind: Kind, purpos
 
 
 @given(st.binary(max_size=200), st.integers(1, 40))
-def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) -> None:
-    """Whatever arrives, before the handshake or after it, the dialog goes on or names
-    the peer's mistake.
+def test_random_bytes_raise_remote_errors_only(data: bytes, step: int) -> None:
+    """Whatever bytes arrive, before or after the handshake, the dialog goes on or
+    reports a mistake of the peer.
     """
     for ready in (False, True):
         pair = Pair()
@@ -1272,7 +1289,7 @@ def test_random_bytes_raise_nothing_but_remote_errors(data: bytes, step: int) ->
 # Bytes out
 
 
-def test_what_is_sent_is_what_was_meant(pair: Pair) -> None:
+def test_sent_frames_hold_given_fields(pair: Pair) -> None:
     """Recipient, codec, payload and extension of every kind arrive at the broker as
     given.
     """
@@ -1307,9 +1324,11 @@ LOT = [
 
 
 @pytest.mark.parametrize("limit", [2**31, 100])
-def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """Messages sent together leave as the bytes of the same messages sent one after the
-    other; so do long ones.
+def test_bulk_bytes_equal_those_of_single_sends(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Messages sent together have the bytes of the same messages sent one after the
+    other, long ones too.
     """
     monkeypatch.setattr(encoder, "_MAX_SHORT_BODY", limit)
     one, many = Pair(), Pair()
@@ -1325,9 +1344,9 @@ def test_many_at_once_are_what_they_are_alone(monkeypatch: pytest.MonkeyPatch, l
 
 @pytest.mark.parametrize("handed", [0, 1, 21, 22, 60, 3000, None])
 @pytest.mark.parametrize("doubtful", [0, 30])
-def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: int) -> None:
-    """Where the connection goes in between, each of them is in doubt or was not sent,
-    as if it had been sent alone.
+def test_bulk_lost_has_outcomes_of_single_sends(handed: int | None, doubtful: int) -> None:
+    """If the connection ends in between, each message is in doubt or was not sent, as
+    if it had been sent alone.
     """
     told = []
     for together in (False, True):
@@ -1351,8 +1370,8 @@ def test_many_at_once_are_lost_as_they_are_alone(handed: int | None, doubtful: i
     assert bool(told[0]) is (handed is not None)
 
 
-def test_many_with_a_bad_recipient_leave_nothing(pair: Pair) -> None:
-    """One recipient that is none, and nothing is put out; without a connection neither."""
+def test_bulk_with_invalid_recipient_sends_nothing(pair: Pair) -> None:
+    """With one invalid recipient nothing is written; without a connection neither."""
     with pytest.raises(InvalidName):
         pair.dialog.send_many(["bob", "b b"], [0, 0], [b"", b""])
     assert not pair.dialog.untaken
@@ -1362,8 +1381,8 @@ def test_many_with_a_bad_recipient_leave_nothing(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("to", ["", "a b", "x/Y", "-a", "a/", "ä"])
-def test_bad_recipient_is_refused_here(pair: Pair, to: str) -> None:
-    """Nothing leaves for a name that can't exist."""
+def test_send_to_invalid_name_raises(pair: Pair, to: str) -> None:
+    """Nothing is sent to a name that can't exist."""
     with pytest.raises(InvalidName):
         pair.dialog.send(to, 0, b"")
     with pytest.raises(InvalidName):
@@ -1371,7 +1390,7 @@ def test_bad_recipient_is_refused_here(pair: Pair, to: str) -> None:
     assert not pair.dialog.data_to_send()
 
 
-def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
+def test_name_and_topic_caches_are_bounded(pair: Pair) -> None:
     """Any number of different names and topics, in and out, costs bounded memory and
     arrives unchanged.
     """
@@ -1397,7 +1416,9 @@ def test_names_and_topics_are_remembered_within_bounds(pair: Pair) -> None:
         assert 0 < len(table) <= 4096
 
 
-def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frame_encoder_long_body_uses_long_length_form(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A body beyond the short form is framed by wire.framing, to the same effect."""
     monkeypatch.setattr(encoder, "_MAX_SHORT_BODY", 10)
     pair.broker.seen.clear()
@@ -1407,7 +1428,7 @@ def test_body_too_long_for_a_short_length(pair: Pair, monkeypatch: pytest.Monkey
     assert [envelope.payload for envelope in pair.broker.seen] == [b"x" * 20, b"y" * 20]
 
 
-def test_counters_name_what_went_wrong(pair: Pair) -> None:
+def test_dialog_counters_are_read_by_name(pair: Pair) -> None:
     """The counters can be read by name."""
     pair.lose()
     assert pair.dialog.counters == {
@@ -1419,10 +1440,8 @@ def test_counters_name_what_went_wrong(pair: Pair) -> None:
     }
 
 
-def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:
-    """On a new connection a refused list of a watch that is over already is told to
-    nobody.
-    """
+def test_watch_ended_before_refused_list_is_not_reported(pair: Pair) -> None:
+    """On a new connection, the refused list of a watch that is over already is ignored."""
     _, watch = pair.dialog.watch("sink", "w", None)
     pair.talk()
     pair.lose()
@@ -1437,8 +1456,8 @@ def test_watch_ended_while_its_list_is_under_way(pair: Pair) -> None:
     assert pair.connect().ended == []
 
 
-def test_refused_internal_operation_is_told_to_nobody(pair: Pair) -> None:
-    """Taking back a subscription may fail; there is nobody to hear it."""
+def test_internal_operation_refused_is_ignored(pair: Pair) -> None:
+    """Taking back a subscription may fail; no caller waits for the outcome."""
     pair.dialog.subscribe("a", None, "sink", "w", None)
     pair.broker.intercept = lambda session, envelope: (
         b"unsubscribe" in envelope.payload
@@ -1472,7 +1491,7 @@ def outgoing_requests(pair: Pair) -> list[str]:
     return [json.loads(each.payload)["op"] for each in pair.broker.seen if each.name == "$broker"]
 
 
-def test_draining_event_ends_the_link_once_finished_is_answered(pair: Pair) -> None:
+def test_draining_event_ends_connection_after_finished(pair: Pair) -> None:
     effects = draining(pair)
     assert outgoing_requests(pair) == ["whoami", "goaway", "finished"]
     assert type(effects.broken) is Disconnected
@@ -1484,7 +1503,7 @@ def test_draining_event_ends_the_link_once_finished_is_answered(pair: Pair) -> N
     assert pair.dialog.state is State.READY
 
 
-def test_draining_dialog_sends_nothing_new_and_answers(pair: Pair) -> None:
+def test_draining_dialog_answers_and_sends_nothing_new(pair: Pair) -> None:
     pair.hear_frame(Kind.REQUEST, 9, payload=b"?")
     pair.dialog.control("ping", {}, "pending", None)
     pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
@@ -1508,7 +1527,7 @@ def test_draining_dialog_sends_nothing_new_and_answers(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("end", ["answer", "timeout", "abandon"])
-def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
+def test_draining_finished_waits_for_calls_under_way(pair: Pair, end: str) -> None:
     pair.broker.intercept = lambda session, envelope: envelope.name == "bob"
     message_id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
     assert draining(pair).broken is None
@@ -1523,7 +1542,7 @@ def test_finished_waits_for_the_calls_under_way(pair: Pair, end: str) -> None:
     assert outgoing_requests(pair)[-1] == "finished"
 
 
-def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None:
+def test_draining_refusals_before_finished_are_reported(pair: Pair) -> None:
     def refuse(session: Session, envelope: Envelope) -> bool:
         if envelope.name == "bob":
             pair.broker.refuse(session, envelope, ErrorCode.SHUTTING_DOWN)
@@ -1542,8 +1561,8 @@ def test_refusals_before_the_answer_to_finished_are_reported(pair: Pair) -> None
 
 @pytest.mark.parametrize("subscribed", [False, True])
 def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None:
-    """A broker that does not know the operation refuses it; a subscriber gets the event
-    all the same.
+    """A broker that does not know the operation refuses it; a subscriber still gets the
+    event.
     """
     pair = Pair()
 
@@ -1566,7 +1585,7 @@ def test_draining_event_without_goaway_changes_nothing(subscribed: bool) -> None
     )
 
 
-def test_draining_event_reaches_its_subscribers_too(pair: Pair) -> None:
+def test_draining_event_reaches_subscribers(pair: Pair) -> None:
     pair.dialog.subscribe("$broker.draining", None, "sink", "waiter", None)
     pair.talk()
     effects = draining(pair)
@@ -1574,13 +1593,13 @@ def test_draining_event_reaches_its_subscribers_too(pair: Pair) -> None:
     assert effects.broken is not None
 
 
-def test_draining_event_of_another_client_changes_nothing(pair: Pair) -> None:
+def test_draining_event_from_client_changes_nothing(pair: Pair) -> None:
     pair.hear_frame(Kind.EVENT, name="bob", topic="$broker.draining")
     assert pair.dialog.state is State.READY
 
 
 @pytest.mark.parametrize("close", [False, True])
-def test_draining_dialog_that_is_closed_or_cut_ends(pair: Pair, close: bool) -> None:
+def test_draining_dialog_closed_or_cut_ends(pair: Pair, close: bool) -> None:
     pair.broker.intercept = lambda session, envelope: b"finished" in envelope.payload
     draining(pair)
     assert pair.dialog.state is State.DRAINING

@@ -1,5 +1,5 @@
-"""Messages that are sent together: what is checked, and that the usual lot is treated
-like any other.
+"""Messages that are sent together: the checks of their recipients and payloads, the
+same for the usual bulk as for any other.
 """
 
 from __future__ import annotations

@@ -100,10 +100,8 @@ def connect(face: Face, broker: RunningBroker) -> Callable[..., Any]:
 Connect = Callable[..., Any]
 
 
-def test_message_of_every_kind_of_payload(connect: Connect) -> None:
-    """What goes in as bytes, text or JSON comes out equal, with the sender's
-    authenticated name.
-    """
+def test_send_payload_of_every_kind_arrives_equal(connect: Connect) -> None:
+    """Bytes, text and JSON arrive equal, with the sender's authenticated name."""
     alice, bob = connect("alice"), connect("bob")
     for payload in (
         b"bytes",
@@ -123,21 +121,21 @@ def test_message_of_every_kind_of_payload(connect: Connect) -> None:
         assert message.sender == "alice"
 
 
-def test_key_alone_says_who_one_is(face: Face, broker: RunningBroker) -> None:
-    """Without a name the broker finds the client by its key, and says so."""
+def test_connect_without_name_is_identified_by_key(face: Face, broker: RunningBroker) -> None:
+    """Without a name the broker finds the client by its key, and answers with its name."""
     client = face.connect(broker.address, key=broker.key("carol"))
     assert (client.name, client.address, client.whoami()["protocol"]) == ("carol", "carol", 1)
 
 
-def test_wrong_key_is_refused_at_once(face: Face, broker: RunningBroker) -> None:
-    """The error says that the key was rejected, and there is no second try behind the
-    caller's back.
+def test_connect_with_wrong_key_raises_at_once(face: Face, broker: RunningBroker) -> None:
+    """The error says that the key was rejected, and no second try follows without the
+    caller's knowledge.
     """
     with pytest.raises(AuthenticationError):
         face.connect(broker.address, "alice", "not the key")
 
 
-def test_second_connection_of_a_name_is_told_so_at_once(
+def test_connect_with_name_taken_raises_at_once(
     face: Face, broker: RunningBroker, connect: Connect
 ) -> None:
     """The error is not that of a wrong key; the first connection stays."""
@@ -148,7 +146,7 @@ def test_second_connection_of_a_name_is_told_so_at_once(
     assert alice.ping() > 0
 
 
-def test_disconnected_client_knows_why(connect: Connect) -> None:
+def test_client_disconnected_by_broker_has_reason(connect: Connect) -> None:
     ops, alice = connect("ops"), connect("alice", reconnect=False)
     undelivered: list[Any] = []
     alice.on_undelivered(undelivered.append)
@@ -161,13 +159,13 @@ def test_disconnected_client_knows_why(connect: Connect) -> None:
     assert undelivered == []
 
 
-def test_nobody_there(face: Face, tmp_path: Any) -> None:
-    """Where nobody listens, connecting fails at once with the address in the message."""
+def test_connect_without_listener_raises_at_once(face: Face, tmp_path: Any) -> None:
+    """Without a listener, connecting fails at once with the address in the message."""
     with pytest.raises(Disconnected, match="no-such-socket"):
         face.connect(str(tmp_path / "no-such-socket"), "alice", "k")
 
 
-def test_order_and_number_are_kept(connect: Connect) -> None:
+def test_messages_arrive_once_and_in_order(connect: Connect) -> None:
     """Thousands of messages, one by one and in batches, arrive once each and in order."""
     alice, bob = connect("alice"), connect("bob")
     for number in range(500):
@@ -178,10 +176,8 @@ def test_order_and_number_are_kept(connect: Connect) -> None:
     assert [bob.recv(PATIENCE).payload for _ in range(5000)] == list(range(5000))
 
 
-def test_large_messages_pass_whole(connect: Connect) -> None:
-    """A message far larger than any socket's buffer arrives unchanged, and nothing gets
-    between its parts.
-    """
+def test_message_larger_than_socket_buffers_arrives_unchanged(connect: Connect) -> None:
+    """Nothing gets between the parts of a message far larger than any socket's buffer."""
     alice, bob = connect("alice"), connect("bob")
     bodies = [bytes([number]) * 900_000 for number in range(8)]
     for body in bodies:
@@ -192,7 +188,7 @@ def test_large_messages_pass_whole(connect: Connect) -> None:
     assert set(got[1::2]) == {b"small"}
 
 
-def test_request_and_reply(connect: Connect) -> None:
+def test_request_received_without_handler_is_replied_to(connect: Connect) -> None:
     """A request is received like a message where no handler is set, and answered by
     hand.
     """
@@ -208,7 +204,7 @@ def test_request_and_reply(connect: Connect) -> None:
     assert answers == [{"n": 21}]
 
 
-def test_handler_answers_requests_and_leaves_messages(connect: Connect) -> None:
+def test_request_handler_answers_requests_only(connect: Connect) -> None:
     """Handlers get the requests, also those that waited already; messages still go to
     recv.
     """
@@ -227,11 +223,11 @@ def test_handler_answers_requests_and_leaves_messages(connect: Connect) -> None:
     assert bob.recv(PATIENCE).payload == "message"
 
 
-def test_handler_that_fails_says_only_what_kind(
+def test_request_handler_failed_sends_type_only(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The asker learns the exception's type, the log here the rest; the handler lives
-    on.
+    """The requester gets the exception's type, the log here has the rest; the handler
+    goes on.
     """
     alice, bob = connect("alice"), connect("bob")
 
@@ -248,7 +244,7 @@ def test_handler_that_fails_says_only_what_kind(
     assert "secret detail" in caplog.text
 
 
-def test_failing_a_request_by_hand(connect: Connect) -> None:
+def test_request_failed_by_hand_has_given_code(connect: Connect) -> None:
     """message.fail answers with a code and a text of the caller's own."""
     alice, bob = connect("alice"), connect("bob")
     caught: list[RequestFailed] = []
@@ -266,9 +262,9 @@ def test_failing_a_request_by_hand(connect: Connect) -> None:
     assert [(error.code, str(error)) for error in caught] == [("closed_shop", "too late for that")]
 
 
-def test_request_gets_one_answer(connect: Connect) -> None:
-    """A second reply, or a refusal behind a reply, is an error where it is given; the
-    first one counts.
+def test_request_answered_twice_raises(connect: Connect) -> None:
+    """A second reply, or a refusal behind a reply, raises AlreadyAnswered; the first
+    answer counts.
     """
     alice, bob = connect("alice"), connect("bob")
     answers: list[Any] = []
@@ -286,11 +282,11 @@ def test_request_gets_one_answer(connect: Connect) -> None:
 
 
 @pytest.mark.parametrize("then", ["return", "raise"])
-def test_handler_that_has_answered_gives_no_second_answer(
+def test_request_handler_after_own_answer_sends_none(
     connect: Connect, caplog: pytest.LogCaptureFixture, then: str
 ) -> None:
-    """What a handler returns or raises after its own answer goes into the log here, and
-    the handler lives on.
+    """A result or exception after the handler's own answer goes into the log here, and
+    the handler goes on.
     """
     alice, bob = connect("alice"), connect("bob")
 
@@ -313,8 +309,10 @@ def test_handler_that_has_answered_gives_no_second_answer(
     until(lambda: "had answered" in caplog.text or "after the answer" in caplog.text)
 
 
-def test_messages_go_to_a_handler_in_order(connect: Connect) -> None:
-    """on_message gets those that waited and those that come, one after the other."""
+def test_message_handler_is_called_in_order(connect: Connect) -> None:
+    """on_message gets the messages that waited and those that come, one after the
+    other.
+    """
     alice, bob = connect("alice"), connect("bob")
     got: list[int] = []
     alice.send("bob", 0)
@@ -325,8 +323,8 @@ def test_messages_go_to_a_handler_in_order(connect: Connect) -> None:
     assert got == list(range(2000))
 
 
-def test_refusals_are_typed(connect: Connect) -> None:
-    """Each word of the broker has its exception, with the recipient's name."""
+def test_refusal_has_class_of_its_code(connect: Connect) -> None:
+    """Each error code of the broker has its exception, with the recipient's name."""
     ops, ruled = connect("ops"), connect("ruled")
     cases: list[tuple[type[Exception], Callable[[], object]]] = [
         (Offline, lambda: ops.send_confirmed("carol", 1)),
@@ -351,15 +349,15 @@ def test_refusals_are_typed(connect: Connect) -> None:
     }
 
 
-def test_many_receipts_each_have_their_outcome(connect: Connect) -> None:
-    """send_many with receipts hides no failure behind another, and raises none."""
+def test_bulk_with_receipts_returns_each_outcome(connect: Connect) -> None:
+    """send_many_confirmed hides no failure behind another, and raises none."""
     alice = connect("alice")
     connect("bob")
     outcomes = alice.send_many_confirmed([("bob", 1), ("carol", 2), ("bob", 3), ("nobody", 4)])
     assert [type(outcome) for outcome in outcomes] == [Receipt, Offline, Receipt, NoSuchClient]
 
 
-def test_undelivered_sends_are_told(connect: Connect) -> None:
+def test_undelivered_send_calls_handler_with_its_id(connect: Connect) -> None:
     """A send without a receipt that fails comes to the handler, with the id that send
     returned.
     """
@@ -374,10 +372,10 @@ def test_undelivered_sends_are_told(connect: Connect) -> None:
     assert alice.counters["undelivered"] == 1
 
 
-def test_undelivered_sends_are_logged_without_a_handler(
+def test_undelivered_send_without_handler_is_logged(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing fails in silence."""
+    """No send fails without a trace."""
     alice = connect("alice")
     alice.send("carol", "x")
     until(lambda: "carol" in caplog.text)
@@ -392,10 +390,10 @@ def lines_and_counts(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
     return len(texts) - len(counts), sum(counts)
 
 
-def test_many_undelivered_sends_are_counted_in_the_log(
+def test_undelivered_sends_beyond_first_are_counted_in_log(
     connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few have their lines and one line counts the others, a while later and though
+    """A few have their lines and one line counts the rest, a while later and even if
     nothing else happens.
     """
     monkeypatch.setattr(rate_limit, "_PERIOD_S", 0.1)
@@ -406,10 +404,10 @@ def test_many_undelivered_sends_are_counted_in_the_log(
     assert "carol" in caplog.records[-1].getMessage()
 
 
-def test_what_was_only_counted_is_told_at_the_end(
+def test_undelivered_count_is_logged_at_close(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """close() is no reason for silence."""
+    """close() does not swallow the count."""
     alice = connect("alice")
     alice.send_many([("carol", number) for number in range(100)])
     until(lambda: alice.counters["undelivered"] == 100)
@@ -419,18 +417,20 @@ def test_what_was_only_counted_is_told_at_the_end(
     assert lines < 20
 
 
-def test_refusals_that_follow_close_are_still_heard(
+def test_close_reports_refusals_that_arrive_after_it(
     connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A script's last send before close() does not fail in silence."""
+    """A script's last send before close() does not fail without a trace."""
     alice = connect("alice")
     alice.send("carol", "x")
     alice.close()
     assert "carol" in caplog.text
 
 
-def test_unsendable_payloads_and_codecs(connect: Connect) -> None:
-    """What has no codec is refused before anything is sent, naming the way out."""
+def test_send_payload_without_codec_raises_with_remedy(connect: Connect) -> None:
+    """A payload without a codec is refused before anything is sent; the error names the
+    remedy.
+    """
     alice = connect("alice")
     connect("bob")
     with pytest.raises(PayloadError, match="pickle"):
@@ -440,8 +440,8 @@ def test_unsendable_payloads_and_codecs(connect: Connect) -> None:
     assert alice.counters["undelivered"] == 0
 
 
-def test_pickles_are_read_only_from_who_is_trusted(connect: Connect) -> None:
-    """A pickled payload is decoded for a named sender, and for nobody else."""
+def test_pickle_is_decoded_for_trusted_sender_only(connect: Connect) -> None:
+    """A pickled payload is decoded only if its sender is named in allow_pickle_from."""
     alice, carol = connect("alice"), connect("carol")
     bob = connect("bob", allow_pickle_from=["alice"])
     for sender in (alice, carol):
@@ -455,7 +455,7 @@ def test_pickles_are_read_only_from_who_is_trusted(connect: Connect) -> None:
     assert second.body
 
 
-def test_own_codecs_and_extensions_pass_untouched(connect: Connect) -> None:
+def test_own_codec_and_extension_arrive_unchanged(connect: Connect) -> None:
     """A codec of 128 or more and the keys of an extension arrive as given."""
     alice, bob = connect("alice"), connect("bob")
     alice.send("bob", b"\x01\x02", codec=200, ttl=9, extension={"traceparent": "00-1"})
@@ -464,7 +464,7 @@ def test_own_codecs_and_extensions_pass_untouched(connect: Connect) -> None:
     assert message.extension == {"traceparent": "00-1", "ttl": 9}
 
 
-def test_timeouts_leave_nothing(connect: Connect) -> None:
+def test_request_timed_out_leaves_nothing(connect: Connect) -> None:
     """After a request timed out its late reply is dropped and counted, and the table is
     empty.
     """
@@ -478,8 +478,8 @@ def test_timeouts_leave_nothing(connect: Connect) -> None:
     assert len(alice._dialog.pending_calls) == 0
 
 
-def test_topics(connect: Connect) -> None:
-    """Each subscription gets what fits it, in order, until it is ended."""
+def test_subscription_gets_matching_events_until_end(connect: Connect) -> None:
+    """Each subscription gets the matching events, in order, until it is ended."""
     alice, bob = connect("alice"), connect("bob")
     called: list[Any] = []
     wide, narrow = bob.subscribe("a.>"), bob.subscribe("a.*.c")
@@ -498,7 +498,7 @@ def test_topics(connect: Connect) -> None:
     assert bob.counters["unrouted"] == 0
 
 
-def test_groups_share_events(connect: Connect) -> None:
+def test_group_members_share_events(connect: Connect) -> None:
     """Each event goes to one member of the group, and both get some."""
     alice = connect("alice")
     members = [connect("worker"), connect("worker")]
@@ -517,8 +517,8 @@ def test_groups_share_events(connect: Connect) -> None:
     assert got[1]
 
 
-def test_pool_members_have_addresses(connect: Connect) -> None:
-    """A pool's connections share the name; a reply finds the very one that asked."""
+def test_pool_reply_reaches_requesting_member(connect: Connect) -> None:
+    """A pool's connections share the name; a reply reaches the connection that asked."""
     first, second, bob = connect("worker"), connect("worker"), connect("bob")
     assert first.name == second.name == "worker"
     assert first.address != second.address
@@ -527,8 +527,8 @@ def test_pool_members_have_addresses(connect: Connect) -> None:
         assert member.request("bob", 1, timeout=PATIENCE).payload == member.address
 
 
-def test_presence(connect: Connect) -> None:
-    """A watch tells everybody once, then the changes; clients() agrees."""
+def test_presence_watch_yields_list_then_changes(connect: Connect) -> None:
+    """A watch yields every client once, then the changes; clients() agrees."""
     alice = connect("alice")
     watch = alice.watch_presence()
     told = [watch.recv(PATIENCE) for _ in range(6)]
@@ -544,9 +544,11 @@ def test_presence(connect: Connect) -> None:
         watch.recv(PATIENCE)
 
 
-def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> None:
+def test_reconnect_restores_subscriptions_handlers_and_watch(
+    connect: Connect, broker: RunningBroker
+) -> None:
     """After the broker was killed and started again: same client, same subscriptions,
-    same handlers, and a watch that has missed nobody.
+    same handlers, and a watch that has missed no client.
     """
     alice, bob = connect("alice"), connect("bob")
     feed, watch = bob.subscribe("a.>"), bob.watch_presence()
@@ -562,10 +564,10 @@ def test_reconnects_with_everything(connect: Connect, broker: RunningBroker) -> 
     assert feed.recv(PATIENCE).payload == "again"
 
 
-def test_send_while_the_broker_is_away_waits_for_it(
+def test_send_without_connection_waits_for_reconnect(
     connect: Connect, broker: RunningBroker
 ) -> None:
-    """A send that finds no connection waits for one; it is sent once."""
+    """A send without a connection waits for one; it is sent once."""
     alice = connect("alice")
     broker.kill()
     until(lambda: not alice.connected)
@@ -578,7 +580,7 @@ def test_send_while_the_broker_is_away_waits_for_it(
         alice.recv(0.1)
 
 
-def test_send_without_a_broker_says_that_nothing_was_sent(
+def test_send_without_broker_is_disconnected_not_in_doubt(
     connect: Connect, broker: RunningBroker
 ) -> None:
     """When the broker does not come back in time the send is Disconnected, and not in
@@ -596,13 +598,11 @@ def test_send_without_a_broker_says_that_nothing_was_sent(
         assert type(caught.value) is Disconnected
 
 
-def test_messages_that_came_before_the_connection_broke_are_there(
-    connect: Connect, broker: RunningBroker
-) -> None:
-    """What the broker delivered and nobody had taken yet is not lost with the
-    connection, though a write finds it gone.
+def test_messages_received_before_loss_are_kept(connect: Connect, broker: RunningBroker) -> None:
+    """Messages that were delivered and not yet taken are not lost with the connection,
+    though a write notices its end.
 
-    The broker has told the sender that it was delivered: nobody would ever know.
+    The broker has reported them as delivered, so their loss would go unnoticed.
     """
     alice, bob = connect("alice"), connect("bob", inbox=1)
     for number in range(20):
@@ -616,9 +616,9 @@ def test_messages_that_came_before_the_connection_broke_are_there(
     broker.start()
 
 
-def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: RunningBroker) -> None:
-    """reconnect=False: every later call is Disconnected, what had arrived can still be
-    taken.
+def test_reconnect_disabled_first_loss_is_final(connect: Connect, broker: RunningBroker) -> None:
+    """With reconnect=False every later call is Disconnected; messages that had arrived
+    can still be taken.
     """
     alice = connect("alice", reconnect=False)
     alice.send_confirmed("alice", "kept")
@@ -631,9 +631,9 @@ def test_without_reconnect_the_first_loss_is_final(connect: Connect, broker: Run
 
 
 @pytest.mark.timing
-def test_closed_client_says_so(connect: Connect) -> None:
-    """close() twice is fine; everything else is Closed; who was waiting hears it at
-    once.
+def test_client_closed_raises_closed(connect: Connect) -> None:
+    """close() twice is harmless; every other call is Closed; waiting calls get Closed
+    at once.
     """
     alice = connect("alice")
     heard: list[Exception] = []
@@ -662,9 +662,9 @@ def test_closed_client_says_so(connect: Connect) -> None:
             act()
 
 
-def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
-    """Messages nobody takes wait in the broker and then in the sender, and all arrive
-    once they are taken.
+def test_slow_recipient_holds_sender_and_bounds_memory(connect: Connect) -> None:
+    """Messages that are not taken wait in the broker and then in the sender, and all
+    arrive once they are taken.
     """
     alice, bob = connect("alice"), connect("bob", inbox=100_000)
     body = b"x" * 50_000
@@ -682,7 +682,7 @@ def test_slow_taker_holds_the_sender_not_the_memory(connect: Connect) -> None:
     assert len(sent) == 600
 
 
-def test_outcome_behind_untaken_messages_is_heard(connect: Connect) -> None:
+def test_request_with_full_inbox_gets_its_reply(connect: Connect) -> None:
     """A request made while the inbox is full gets its reply, although that is behind
     the messages.
     """
@@ -694,7 +694,7 @@ def test_outcome_behind_untaken_messages_is_heard(connect: Connect) -> None:
     assert [len(bob.recv(PATIENCE).body) for _ in range(5)] == [300] * 5
 
 
-def test_many_threads_share_a_client(connect: Connect) -> None:
+def test_client_shared_by_threads_gives_each_its_reply(connect: Connect) -> None:
     """Requests from many threads over one connection each get their own reply."""
     alice, bob = connect("alice"), connect("bob")
     bob.on_request(lambda message: message.payload + 1)
