@@ -86,12 +86,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             or options.seconds
             or options.window != FULL.window_mib
         )
-    for name, known in (("only", WORKLOADS), ("systems", SYSTEMS)):
-        given = getattr(options, name)
-        chosen = given.split(",") if given else list(known)
-        if unknown := [each for each in chosen if each not in known]:
+    for name, choices in (("only", WORKLOADS), ("systems", SYSTEMS)):
+        value = getattr(options, name)
+        chosen = value.split(",") if value else list(choices)
+        if unknown := [choice for choice in chosen if choice not in choices]:
             parser.error(
-                f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(known)}"
+                f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(choices)}"
             )
         setattr(options, name, chosen)
     timing = QUICK if options.quick else FULL
@@ -101,9 +101,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _print_missing(versions: dict[str, str | None], wanted: Collection[str]) -> None:
+def _print_missing(versions: dict[str, str | None], systems: Collection[str]) -> None:
     for name, version in versions.items():
-        if version is None and name in wanted:
+        if version is None and name in systems:
             print(
                 f"{SYSTEMS[name].title} is not installed and is left out ({SYSTEMS[name].install})"
             )
@@ -119,9 +119,9 @@ def _measure(run: Run, workload: Workload, systems: Collection[str], directory: 
     if run.others[-1] > TOO_BUSY:
         print(f"  careful: other programs use {run.others[-1]:.0%} of the processors", flush=True)
     entrants = [
-        each
-        for each in workload.entrants
-        if each.system in systems and run.versions[each.system] is not None
+        entrant
+        for entrant in workload.entrants
+        if entrant.system in systems and run.versions[entrant.system] is not None
     ]
     results: dict[str, list[Result]] = {entrant.name: [] for entrant in entrants}
     run.results[workload.key] = results

@@ -222,8 +222,8 @@ class Mqtt(Dialect):
     def _packet(head: int, body: bytes) -> bytes:
         size, length = len(body), bytearray()
         while True:
-            size, rest = divmod(size, 128)
-            length.append(rest | (128 if size else 0))
+            size, digit = divmod(size, 128)
+            length.append(digit | (128 if size else 0))
             if not size:
                 return bytes([head]) + bytes(length) + body
 

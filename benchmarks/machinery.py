@@ -77,14 +77,14 @@ def busy_share(seconds: float) -> float:
         ]
         return sum(fields) - fields[3] - fields[4], sum(fields)
 
-    busy, whole = ticks()
+    busy, total = ticks()
     time.sleep(seconds)
-    busy_then, whole_then = ticks()
-    return (busy_then - busy) / max(whole_then - whole, 1)
+    busy_then, total_then = ticks()
+    return (busy_then - busy) / max(total_then - total, 1)
 
 
 @contextlib.contextmanager
-def wait_for(what: str, timeout_s: float) -> Iterator[Iterator[None]]:
+def wait_for(event: str, timeout_s: float) -> Iterator[Iterator[None]]:
     """Yield turns of a loop, a few milliseconds apart.
 
     Raises TimeoutError when there were too many.
@@ -95,7 +95,7 @@ def wait_for(what: str, timeout_s: float) -> Iterator[Iterator[None]]:
         while time.monotonic() < deadline:
             yield
             time.sleep(0.005)
-        raise TimeoutError(f"{what}: not within {timeout_s:g} s")
+        raise TimeoutError(f"{event}: not within {timeout_s:g} s")
 
     yield turns()
 
@@ -104,8 +104,8 @@ class Process:
     """One process that this program started and will end.
 
     Args:
-        log: Where its output goes.
-        given: What it reads on standard input.
+        log: The file for its output.
+        stdin: The bytes that it reads on standard input.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Process:
         command: Sequence[str],
         log: Path,
         *,
-        given: bytes = b"",
+        stdin: bytes = b"",
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
@@ -121,7 +121,7 @@ class Process:
         try:
             self._popen = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE if given else subprocess.DEVNULL,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {})},
@@ -131,7 +131,7 @@ class Process:
             self._output.close()
             raise
         if self._popen.stdin is not None:
-            self._popen.stdin.write(given)
+            self._popen.stdin.write(stdin)
             self._popen.stdin.close()
 
     @property

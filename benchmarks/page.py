@@ -65,12 +65,12 @@ class Run:
         None without any.
         """
         results = self.results.get(workload, {}).get(entrant, [])
-        found = (
+        values = (
             [result.more[of] for result in results if of in result.more]
             if of
             else [r.value for r in results]
         )
-        return statistics.median(found) if found else None
+        return statistics.median(values) if values else None
 
 
 def number(value: float) -> str:
@@ -228,22 +228,22 @@ def _workload(
     busy = any(
         "server_busy" in result.more for entrant in entrants for result in results[entrant.name]
     )
-    each = workload.higher and any(
+    per_message = workload.higher and any(
         "server_ns" in result.more for entrant in entrants for result in results[entrant.name]
     )
     p99 = any("p99" in result.more for entrant in entrants for result in results[entrant.name])
     against = f"| {reference.title} to it " if reference else ""
     extra = "".join(
         title
-        for title, wanted in (
+        for title, shown in (
             ("| server's use of a core ", busy),
-            ("| server's ns for each ", each),
+            ("| server's ns for each ", per_message),
             ("| p99 ", p99),
         )
-        if wanted
+        if shown
     )
     yield f"| system | {workload.unit} | spread {against}{extra}|"
-    yield "|---|---|---|" + "---|" * ((reference is not None) + busy + each + p99)
+    yield "|---|---|---|" + "---|" * ((reference is not None) + busy + per_message + p99)
     for entrant in entrants:
         values = [result.value for result in results[entrant.name]]
         middle = statistics.median(values)
@@ -254,7 +254,7 @@ def _workload(
         if busy:
             use = run.median(workload.key, entrant.name, "server_busy")
             cells.append("" if use is None else f"{use:.0%}")
-        if each:
+        if per_message:
             cost = run.median(workload.key, entrant.name, "server_ns")
             cells.append(
                 "" if cost is None or entrant.system.startswith("direct") else number(cost)

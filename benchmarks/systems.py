@@ -130,8 +130,8 @@ def _version(command: Sequence[str], pattern: str) -> str | None:
     done = subprocess.run(
         [path, *command[1:]], capture_output=True, text=True, timeout=20, check=False
     )
-    found = re.search(pattern, done.stdout + done.stderr)
-    return found[1] if found else "of unknown version"
+    match = re.search(pattern, done.stdout + done.stderr)
+    return match[1] if match else "of unknown version"
 
 
 # brokerd
@@ -226,7 +226,7 @@ def _start_mosquitto(names: Sequence[str], directory: Path) -> Running:
 def _start_threads(names: Sequence[str], directory: Path) -> Running:
     port = free_port()
     command = [sys.executable, str(HERE / "thread_broker.py"), str(port)]
-    process = Process(command, directory / "log", given=key_of("all").encode() + b"\n")
+    process = Process(command, directory / "log", stdin=key_of("all").encode() + b"\n")
     return Running(process, dialects.ThreadBroker(), port)
 
 
@@ -276,10 +276,10 @@ class _Direct(Running):
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 sock = socket.create_connection(listener.getsockname())
                 self._other, _ = listener.accept()
-        for each in (sock, self._other):
-            each.settimeout(_ANSWER_S)
+        for end in (sock, self._other):
+            end.settimeout(_ANSWER_S)
             if not self.path:
-                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
     def await_ready(self) -> None:

@@ -32,7 +32,8 @@ __all__ = ["compare", "main"]
 KNOWN, UNKNOWN = "c00000", "nobody"
 #: Clients configured: their number must not matter either.
 CLIENTS = 100
-#: Tries from one address: the broker slows who has failed ten times within a minute.
+#: Tries from one address: the broker delays a peer that has failed ten times within a
+#: minute.
 TRIES = 5
 
 
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order = random.Random(seed)
     names = [KNOWN, UNKNOWN] * options.tries
     order.shuffle(names)
-    taken: dict[str, list[float]] = {KNOWN: [], UNKNOWN: []}
+    times: dict[str, list[float]] = {KNOWN: [], UNKNOWN: []}
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:
         clients = [f"c{number:05}" for number in range(CLIENTS)]
         running = SYSTEMS["brokerd"].started(clients, Path(directory) / "b")
@@ -120,13 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for number, name in enumerate(names):
                 address = number // TRIES + 2
                 source = f"127.{address >> 16 & 255}.{address >> 8 & 255}.{address & 255}"
-                taken[name].append(_refusal_ns(running.port, source, name) / 1000)
+                times[name].append(_refusal_ns(running.port, source, name) / 1000)
         finally:
             running.process.stop()
-    share, z, p = compare(taken[KNOWN], taken[UNKNOWN])
+    share, z, p = compare(times[KNOWN], times[UNKNOWN])
     print(f"seed {seed}, {options.tries} tries each, {CLIENTS} clients configured; microseconds")
     for label, name in (("known name, wrong key", KNOWN), ("unknown name", UNKNOWN)):
-        low, median, high = statistics.quantiles(taken[name], n=4)
+        low, median, high = statistics.quantiles(times[name], n=4)
         print(f"{label:22} median {median:8.1f}   quartiles {low:.1f} to {high:.1f}")
     print(
         f"known is the faster one in {share:.4f} of all pairs; Mann-Whitney z = {z:+.2f}, p ="

@@ -182,11 +182,11 @@ class Stage:
             raise Spoilt(f"the server ended:\n{process.last_words()}")
         if done.returncode:
             raise Spoilt(f"the load generator failed: {done.stderr.strip()}")
-        said: dict[str, Any] = json.loads(done.stdout)
-        if said["trouble"]:
-            raise Spoilt(f"{said['trouble']} {said} {done.stderr.strip()[:500]}")
-        said["server_cpu_whole"] = process.cpu_s() - cpu
-        return said
+        report: dict[str, Any] = json.loads(done.stdout)
+        if report["trouble"]:
+            raise Spoilt(f"{report['trouble']} {report} {done.stderr.strip()[:500]}")
+        report["server_cpu_whole"] = process.cpu_s() - cpu
+        return report
 
 
 class Workload:
@@ -288,19 +288,19 @@ class Stream(Workload):
 def _pump(stage: Stage, timing: Timing, times: int = 1) -> Result:
     dialect = stage.running.dialect
     window = times * timing.window_mib * _MIB
-    said = stage.load(
+    report = stage.load(
         ["pump", timing.warm_s, timing.seconds, window, dialect.stray, *stage.members],
         timing.warm_s + timing.seconds + 40,
     )
-    if said["answers"] and not (dialect.answers or dialect.stray):
-        raise Spoilt(f"the senders got {said['answers']} bytes of errors")
-    rate = said["bytes"] / stage.size / said["seconds"]
+    if report["answers"] and not (dialect.answers or dialect.stray):
+        raise Spoilt(f"the senders got {report['answers']} bytes of errors")
+    rate = report["bytes"] / stage.size / report["seconds"]
     return Result(
         rate,
         {
-            "server_busy": said["server_cpu"] / said["seconds"],
-            "load_busy": said["cpu"] / said["seconds"],
-            "server_ns": said["server_cpu_whole"] / (said["arrived"] / stage.size) * 1e9,
+            "server_busy": report["server_cpu"] / report["seconds"],
+            "load_busy": report["cpu"] / report["seconds"],
+            "server_ns": report["server_cpu_whole"] / (report["arrived"] / stage.size) * 1e9,
         },
     )
 
@@ -375,14 +375,17 @@ class RoundTrip(Workload):
                     dialects.read_until(stage.connections[name], b"\r\n")
                 answer = len(b":1\r\n") if dialect.answers else 0
                 ends += [stage.connections[name].fileno(), stage.file(name, message), size + answer]
-            said = stage.load(
+            report = stage.load(
                 ["pingpong", timing.warm_s, timing.seconds, dialect.stray, *ends],
                 timing.warm_s + timing.seconds + 40,
             )
         stage.connections.clear()
         return Result(
-            said["p50"],
-            {"p99": said["p99"], "server_us": said["server_cpu"] / max(said["count"], 1) * 1e6},
+            report["p50"],
+            {
+                "p99": report["p99"],
+                "server_us": report["server_cpu"] / max(report["count"], 1) * 1e6,
+            },
         )
 
 
@@ -452,20 +455,20 @@ class Connecting(Workload):
     def measure(self, stage: Stage, timing: Timing) -> Result:
         dialect = stage.running.dialect
         if isinstance(dialect, dialects.Brokerd):
-            how = ["named" if "name" in stage.entrant.variant else "stock"]
+            handshake = ["named" if "name" in stage.entrant.variant else "stock"]
         else:
             greeting = int(isinstance(dialect, dialects.Nats))
             reply = {dialects.Nats: 6, dialects.Redis: 5, dialects.Mqtt: 4}[type(dialect)]
-            how = ["script", str(greeting), str(reply)]
+            handshake = ["script", str(greeting), str(reply)]
         welcomed = self._welcomed(stage)
-        said = stage.load(
+        report = stage.load(
             [
                 "connect",
                 timing.warm_s,
                 timing.seconds,
                 self.parallel,
                 stage.running.port,
-                *how,
+                *handshake,
                 stage.directory / "clients",
             ],
             timing.warm_s + timing.seconds + 40,
@@ -474,15 +477,15 @@ class Connecting(Workload):
             # Its log names the clients that connected.
             with wait_for("every client that was welcome is in the log", 10) as turns:
                 for _ in turns:
-                    if self._welcomed(stage) - welcomed >= said["all"]:
+                    if self._welcomed(stage) - welcomed >= report["all"]:
                         break
-        if not said["count"]:
+        if not report["count"]:
             raise Spoilt("no client connected")
         return Result(
-            said["count"] / said["seconds"],
+            report["count"] / report["seconds"],
             {
-                "server_busy": said["server_cpu"] / said["seconds"],
-                "load_busy": said["cpu"] / said["seconds"],
+                "server_busy": report["server_cpu"] / report["seconds"],
+                "load_busy": report["cpu"] / report["seconds"],
             },
         )
 
@@ -531,13 +534,13 @@ class PythonToPython(Workload):
                 held.callback(process.stop)
                 return process
 
-            def wait_until(what: str, of: Process, happened: Callable[[], object]) -> None:
-                with wait_for(what, 20) as turns:
+            def wait_until(event: str, of: Process, happened: Callable[[], object]) -> None:
+                with wait_for(event, 20) as turns:
                     for _ in turns:
                         if happened():
                             return
                         if of.status:
-                            raise Spoilt(f"{what}: it ended instead\n{of.last_words()}")
+                            raise Spoilt(f"{event}: it ended instead\n{of.last_words()}")
 
             receiver = start("receive")
             wait_until("the receiver is ready", receiver, lambda: board[Board.RECEIVER_READY])
@@ -589,7 +592,7 @@ class Configured(Stream):
     def prepare(self, stage: Stage, timing: Timing) -> None:
         self._few.prepare(stage, timing)
 
-    #: Those who connect.
+    #: The clients that connect.
     _few: Final = Stream("", "", 16, receivers=8)
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
@@ -653,10 +656,10 @@ class SlowReader(Workload):
         view = memoryview(data)
         while time.monotonic() < deadline:
             try:
-                taken = sock.send(view)
+                sent = sock.send(view)
             except TimeoutError:
                 return
-            view = view[taken:] if taken < len(view) else memoryview(data)
+            view = view[sent:] if sent < len(view) else memoryview(data)
         raise Spoilt("the sender to the client that does not read was never held")
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
