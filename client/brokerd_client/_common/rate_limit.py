@@ -82,9 +82,9 @@ class RateLimit:
         counted = self.counted
         if not counted:
             return None
-        found = Counted(sum(counted.values()), self.period_s, dict(counted.most_common(_NAMED)))
+        period = Counted(sum(counted.values()), self.period_s, dict(counted.most_common(_NAMED)))
         self._begin(min(self.period_s * 2, _LONGEST_S))
-        return found
+        return period
 
     def restart(self) -> None:
         """Begin again with a first period, because the last one was quiet."""

@@ -16,14 +16,14 @@ class WarningLimiter:
     """The limiter for one kind of warning of one client.
 
     Args:
-        what: The words for the counted warnings.
+        words: The words for the counted warnings.
 
     Attributes:
         due: When to log them, on the clock of ``now``; None while none is counted.
     """
 
-    def __init__(self, what: str = "more messages were not delivered") -> None:
-        self._what = what
+    def __init__(self, words: str = "more messages were not delivered") -> None:
+        self._words = words
         self._limit = RateLimit()
         self._ends = 0.0
         self.due: float | None = None
@@ -52,4 +52,4 @@ class WarningLimiter:
             return ""
         self._ends = now + self._limit.period_s
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counted.reasons.items())
-        return f"{counted.total} {self._what}: {reasons}"
+        return f"{counted.total} {self._words}: {reasons}"

@@ -183,18 +183,18 @@ class TlsStream:
         """
         self._begin()
         try:
-            taken = self._take(data)
+            accepted = self._take(data)
         except OSError as error:
             self._torn = not _by_system(error)
             raise
         self._torn = False
-        return taken
+        return accepted
 
     def _take(self, data: bytes | bytearray | memoryview) -> int:
         if not self.flush():
             raise BlockingIOError
-        taken = memoryview(data)[:_PIECE]
-        self.engine.write(taken)
+        piece = memoryview(data)[:_PIECE]
+        self.engine.write(piece)
         # Some bytes may have been sent before the connection broke, and the peer may
         # have got a whole message. The next write fails again.
         try:
@@ -202,7 +202,7 @@ class TlsStream:
         except OSError as error:
             if not _by_system(error):
                 raise
-        return len(taken)
+        return len(piece)
 
     def flush(self) -> bool:
         """Write the bytes that were taken and not sent; return whether all are. Raises
