@@ -10,7 +10,7 @@ from brokerd_client.errors import InvalidName, PayloadError
 from brokerd_client.protocol.bulk import encode_many
 
 
-def test_bytes_and_other_payloads_keep_their_order() -> None:
+def test_bulk_of_mixed_payloads_keeps_order() -> None:
     """Each payload has the codec it would have alone."""
     to, codecs, bodies = encode_many(
         iter([("a", b"1"), ["b/x", {"k": 2}], ("c", bytearray(b"3"))]), None
@@ -22,36 +22,36 @@ def test_bytes_and_other_payloads_keep_their_order() -> None:
     )
 
 
-def test_codec_is_for_all() -> None:
-    """A codec that is given goes before the payload's own."""
+def test_bulk_given_codec_applies_to_all_payloads() -> None:
+    """A given codec takes precedence over the payload's own."""
     assert encode_many([("a", b"1"), ("b", b"2")], 128)[1] == [128, 128]
 
 
 @pytest.mark.parametrize("messages", [[], iter(())])
-def test_no_message_is_an_empty_lot(messages: list[tuple[str, object]]) -> None:
-    """Nothing to send is no mistake."""
+def test_bulk_without_messages_is_empty(messages: list[tuple[str, object]]) -> None:
+    """An empty bulk is valid."""
     assert encode_many(messages, None) == ((), (), ())
 
 
 @pytest.mark.parametrize("payload", [b"", "text"])
-def test_first_bad_recipient_is_named(payload: object) -> None:
-    """Of several recipients that are none, the error names the first, whatever the
-    payloads are.
+def test_bulk_with_invalid_recipients_names_first(payload: object) -> None:
+    """Of several invalid recipients, the error names the first, whatever the payloads
+    are.
     """
     names = ["a", *(f"no name {number}" for number in range(20))]
     with pytest.raises(InvalidName, match="'no name 0'"):
         encode_many([(name, payload) for name in names], None)
 
 
-def test_payload_without_codec() -> None:
-    """A payload of no codec is refused, wherever it stands."""
+def test_bulk_payload_without_codec_raises() -> None:
+    """A payload without a codec is refused, wherever it stands."""
     with pytest.raises(PayloadError, match="object"):
         encode_many([("a", b""), ("a", object())], None)
 
 
 @pytest.mark.parametrize("message", [("a",), ("a", b"", b""), 5])
-def test_what_is_no_pair_is_refused(message: object) -> None:
-    """A message that is no pair is the caller's mistake, also among pairs."""
+def test_bulk_message_that_is_not_pair_raises(message: object) -> None:
+    """A message that is not a pair is the caller's mistake, also among pairs."""
     for messages in ([message], [("a", b""), message]):
         with pytest.raises((ValueError, TypeError)):
             encode_many(messages, None)  # type: ignore[arg-type]

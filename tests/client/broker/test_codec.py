@@ -25,7 +25,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_json_comes_back_equal(payload: object) -> None:
+def test_codec_json_round_trip_is_equal(payload: object) -> None:
     """Whatever JSON can say comes back as it was."""
     number, body = encode(payload)
     assert number == 2
@@ -33,8 +33,10 @@ def test_json_comes_back_equal(payload: object) -> None:
 
 
 @pytest.mark.parametrize("payload", [b"x", bytearray(b"x"), memoryview(b"x")])
-def test_bytes_stay_bytes(payload: object) -> None:
-    """Bytes-like payloads are raw, by themselves and by name, and come back as bytes."""
+def test_codec_raw_returns_bytes(payload: object) -> None:
+    """Bytes-like payloads are raw, without a codec and by its name, and come back as
+    bytes.
+    """
     assert encode(payload) == encode(payload, "raw") == encode(payload, 0) == (0, b"x")
     assert decode(0, b"x") == decode(255, b"x") == b"x"
     assert encode(payload, 128) == (128, b"x")
@@ -43,27 +45,31 @@ def test_bytes_stay_bytes(payload: object) -> None:
 @pytest.mark.parametrize(
     "payload", [{1, 2}, (1,), object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"]
 )
-def test_what_has_no_codec_names_pickle(payload: object) -> None:
-    """Nothing is converted in silence: the error names what could carry it."""
+def test_codec_missing_for_payload_names_pickle(payload: object) -> None:
+    """Nothing is converted implicitly: the error names the codec that could carry the
+    payload.
+    """
     with pytest.raises(PayloadError, match="pickle"):
         encode(payload)
 
 
 @pytest.mark.parametrize("codec", ["yaml", 4, 127, 256, -1])
-def test_codecs_that_are_not_to_be_used(codec: str | int) -> None:
-    """Reserved numbers and unknown names are refused, saying which are known."""
+def test_codec_reserved_or_unknown_raises(codec: str | int) -> None:
+    """Reserved numbers and unknown names are refused, and the error lists the known
+    ones.
+    """
     with pytest.raises(PayloadError, match="128 to 255"):
         encode(b"", codec)
 
 
 @pytest.mark.parametrize("codec", ["raw", 200])
-def test_codecs_of_bytes_take_bytes(codec: str | int) -> None:
+def test_codec_of_bytes_refuses_text(codec: str | int) -> None:
     """A text is not turned into bytes by guessing."""
     with pytest.raises(PayloadError, match="takes bytes"):
         encode("text", codec)
 
 
-def test_pickle_both_ways_only_when_asked() -> None:
+def test_codec_pickle_needs_name_and_permission() -> None:
     """A pickle is written by name and read by permission."""
     number, body = encode({1, 2}, "pickle")
     assert decode(number, body, allow_pickle=True) == {1, 2}
@@ -78,13 +84,13 @@ def test_pickle_both_ways_only_when_asked() -> None:
 @pytest.mark.parametrize(
     ("codec", "body"), [(2, b"{"), (2, b"\xff"), (2, b"[" * 100_000), (4, b""), (127, b"")]
 )
-def test_bodies_that_are_not_what_they_say(codec: int, body: bytes) -> None:
-    """UndecodablePayload, whatever the reason."""
+def test_codec_undecodable_body_raises(codec: int, body: bytes) -> None:
+    """The error is UndecodablePayload, whatever the reason."""
     with pytest.raises(UndecodablePayload):
         decode(codec, body)
 
 
-def test_msgpack_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codec_msgpack_missing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package both directions say what is missing."""
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(PayloadError, match="msgpack package"):
@@ -93,8 +99,8 @@ def test_msgpack_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(3, b"")
 
 
-def test_msgpack_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the package both directions use it, and its errors become ours."""
+def test_codec_msgpack_installed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package both directions use it, and its errors become the library's."""
 
     def fail(payload: object) -> bytes:
         raise TypeError("no")
@@ -118,9 +124,9 @@ class Owner:
     allow_pickle_from = frozenset({"bob"})
 
 
-def test_message_decodes_once_and_lazily() -> None:
-    """A broken payload hurts only who looks at it; a good one is decoded at the first
-    look.
+def test_message_payload_is_decoded_once_and_lazily() -> None:
+    """A broken payload raises only when it is read; a good one is decoded at the first
+    access.
     """
     broken = Message(1, 7, "bob", 2, b"{", Owner())
     assert (broken.id, broken.body, len(broken), bool(Message(1, 0, "bob", 0, b"", Owner()))) == (
@@ -138,7 +144,7 @@ def test_message_decodes_once_and_lazily() -> None:
 @pytest.mark.parametrize(
     ("sender", "trusted"), [("bob", True), ("bob/x1", True), ("bobby", False), ("alice", False)]
 )
-def test_trust_goes_by_name(sender: str, trusted: bool) -> None:
+def test_message_pickle_trust_is_by_client_name(sender: str, trusted: bool) -> None:
     """Every connection of a trusted name is trusted, and no other name."""
     number, body = encode((1, 2), "pickle")
     message = Message(1, 0, sender, number, body, Owner())
@@ -149,8 +155,8 @@ def test_trust_goes_by_name(sender: str, trusted: bool) -> None:
             _ = message.payload
 
 
-def test_text_of_a_message() -> None:
-    """text() reads raw UTF-8 and JSON strings, and refuses what is no text."""
+def test_message_text_reads_utf8_and_json_strings() -> None:
+    """text() reads raw UTF-8 and JSON strings, and refuses other payloads."""
     assert Message(1, 0, "bob", 0, "ä".encode(), Owner()).text() == "ä"
     assert Message(1, 0, "bob", 2, b'"\\u00e4"', Owner()).text() == "ä"
     assert Message(1, 0, "bob", 2, b"[1]", Owner()).text() == "[1]"
@@ -158,14 +164,14 @@ def test_text_of_a_message() -> None:
         Message(1, 0, "bob", 0, b"\xff", Owner()).text()
 
 
-def test_repr_shows_no_body() -> None:
-    """A message in a log tells who and how much, not what."""
+def test_message_repr_shows_no_body() -> None:
+    """A message in a log shows sender and size, not its content."""
     shown = repr(Message(5, 7, "bob", 0, b"secret", Owner(), "a.b"))
     assert "secret" not in shown
     assert all(word in shown for word in ("EVENT", "7", "bob", "a.b", "6 bytes"))
 
 
-def test_ttl_goes_into_the_extension() -> None:
+def test_send_ttl_is_added_to_extension() -> None:
     """The caller's own keys stay."""
     given_extension = {"k": 1}
     assert with_ttl(given_extension, 2.5) == {"k": 1, "ttl": 2.5}
@@ -193,7 +199,7 @@ def test_ttl_goes_into_the_extension() -> None:
         ("a*", "ab", False),
     ],
 )
-def test_topics_and_patterns(pattern: str, topic: str, fits: bool) -> None:
+def test_topic_pattern_matches_tokens(pattern: str, topic: str, fits: bool) -> None:
     """``*`` is one token, a final ``>`` one or more; anything else is itself."""
     assert matches(pattern, topic) is fits
     assert has_wildcard(pattern) is (pattern not in ("a.b", "a*"))
@@ -209,7 +215,7 @@ def test_topics_and_patterns(pattern: str, topic: str, fits: bool) -> None:
     ],
     ids=["rows of bytes", "rows of numbers", "gaps"],
 )
-def test_encode_of_a_buffer_of_any_shape_takes_all_its_bytes(
+def test_codec_buffer_of_any_shape_is_encoded_whole(
     view: memoryview, codec: str | int | None
 ) -> None:
     """A payload may have several dimensions, longer items, and gaps, which are left

@@ -129,7 +129,7 @@ def collect(effects: Effects[Message], outcomes: list[tuple[Any, Any]]) -> None:
     end="lost",
     later=[],
 )
-def test_call_gets_one_outcome_whatever_the_broker_sends(
+def test_call_has_one_outcome_for_any_broker_answer(
     calls: list[tuple[str, float | None]], pieces: list[Any], step: int, end: str, later: list[Any]
 ) -> None:
     """Whether its answer is right, wrong, twice, cut or never there; and on the next
@@ -198,8 +198,10 @@ def again(pair: Pair) -> bytes:
     return bytes(session.out)
 
 
-def test_exception_in_the_dialog_itself_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of the library ends the connection, and every call hears of it."""
+def test_call_dialog_exception_is_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of the library ends the connection, and every call gets it as its
+    outcome.
+    """
     pair = Pair()
     pair.connect()
     pair.dialog.request("bob", 0, b"", None, "w", None)
@@ -221,8 +223,8 @@ def test_exception_in_the_dialog_itself_is_an_outcome(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "payload", [b"[1]", b"7", b"", b"{", b"\xff", json.dumps({"n": "x"})[:-1].encode()]
 )
-def test_operation_answered_with_no_object_fails_at_once(payload: bytes) -> None:
-    """Its caller need not wait until its time is over."""
+def test_operation_answered_without_object_fails_at_once(payload: bytes) -> None:
+    """Its caller need not wait for its timeout."""
     pair = Pair()
     pair.connect()
     message_id = pair.dialog.control("ping", {}, "w", None)

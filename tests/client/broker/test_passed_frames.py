@@ -307,7 +307,7 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rule_is_the_same_on_both_sides(rule: str) -> None:
+def test_frame_limit_is_equal_in_broker_and_library(rule: str) -> None:
     """Up to its limit a frame arrives in the library; beyond it the sender gets an
     answer, the recipient nothing.
     """
@@ -327,8 +327,10 @@ def test_rule_is_the_same_on_both_sides(rule: str) -> None:
 @pytest.mark.parametrize(
     "payload", [b"", b"{", b"[" * 900 + b"]" * 900, b'{"code":' + b"[" * 900 + b"]" * 900 + b"}"]
 )
-def test_answer_passes_whatever_it_holds(kind: int, codec: int, payload: bytes) -> None:
-    """A payload is not looked at by the broker, and ends no connection in the library."""
+def test_answer_with_any_payload_is_passed(kind: int, codec: int, payload: bytes) -> None:
+    """The broker does not read a payload, and no payload ends a connection in the
+    library.
+    """
     way = Way()
     extension = nested(32)
     assert (
@@ -399,7 +401,7 @@ BODIES = st.builds(
 
 
 @given(st.lists(BODIES, min_size=1, max_size=3))
-def test_frame_that_the_broker_passes_is_accepted(bodies: list[bytes]) -> None:
+def test_frame_passed_by_broker_is_accepted_by_library(bodies: list[bytes]) -> None:
     """Whatever ann sends, and though the recipient's interpreter allows less than the
     broker's does.
     """
@@ -419,8 +421,8 @@ def test_frame_that_the_broker_passes_is_accepted(bodies: list[bytes]) -> None:
         sys.set_int_max_str_digits(allowed)
 
 
-def test_deepest_extension_needs_little_room_on_the_stack() -> None:
-    """A recipient that allows no deep recursion reads it all the same."""
+def test_extension_of_greatest_depth_needs_little_stack() -> None:
+    """A recipient that allows no deep recursion still reads it."""
     way = Way()
     limit = sys.getrecursionlimit()
     way.ann.send_bytes(
@@ -438,7 +440,7 @@ TOKENS = st.text(max_size=3) | st.sampled_from(["a", "*", ">", "$broker", "\ud80
 
 
 @given(st.lists(TOKENS, min_size=1, max_size=4).map(".".join), st.none() | TOKENS)
-def test_pattern_that_the_library_sends_is_accepted(pattern: str, group: str | None) -> None:
+def test_subscription_pattern_sent_by_library_is_accepted(pattern: str, group: str | None) -> None:
     """Patterns and groups are checked on both sides, by the same rules."""
     way = Way()
     try:
@@ -462,10 +464,10 @@ def test_pattern_that_the_library_sends_is_accepted(pattern: str, group: str | N
     ),
     st.binary(max_size=4),
 )
-def test_frame_that_the_library_sends_is_not_malformed(
+def test_frame_sent_by_library_is_not_malformed(
     how: str, to: str, extension: dict[str, Any] | None, payload: bytes
 ) -> None:
-    """What the library does not refuse by itself never ends its connection at the
+    """A frame that the library does not refuse itself never ends its connection at the
     broker.
     """
     way = Way()

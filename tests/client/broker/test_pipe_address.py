@@ -65,7 +65,7 @@ def at_pipe(
 
 
 @pytest.mark.usefixtures("at_pipe")
-def test_both_faces_connect_by_a_pipe() -> None:
+def test_client_pipe_connects_both_faces() -> None:
     """The blocking and the asyncio client exchange messages and requests, large ones
     too, over a pipe each.
     """
@@ -97,10 +97,10 @@ def connect_aio() -> None:
 
 
 @pytest.mark.parametrize("connect", [connect_blocking, connect_aio])
-def test_no_such_pipe_is_disconnected(
+def test_client_pipe_without_listener_is_disconnected(
     dialed: Callable[..., None], connect: Callable[[], None]
 ) -> None:
-    """A pipe that nobody listens at is the error of any address where nobody does."""
+    """A pipe without a listener raises the error of any address without a listener."""
 
     def dial(name: str) -> bridge.BridgedSocket:
         raise FileNotFoundError(errno.ENOENT, "no such pipe")
@@ -110,8 +110,8 @@ def test_no_such_pipe_is_disconnected(
         connect()
 
 
-def test_there_are_no_pipes_elsewhere() -> None:
-    """Outside Windows both faces refuse such an address as such."""
+def test_client_pipe_outside_windows_raises() -> None:
+    """Outside Windows both faces refuse such an address."""
     with pytest.raises(AddressError, match="Windows only"):
         connect_blocking()
     with pytest.raises(AddressError, match="Windows only"):
@@ -120,8 +120,8 @@ def test_there_are_no_pipes_elsewhere() -> None:
         bridge.dial_pipe(parse(PIPE).path)
 
 
-def test_a_loop_may_hand_over_any_bytes() -> None:
-    """The asyncio client takes a bytearray too, as the loop of Windows gives it."""
+def test_aio_transport_accepts_bytearray() -> None:
+    """The asyncio client takes a bytearray too, as the event loop of Windows passes it."""
     heard: list[object] = []
 
     class Heard:

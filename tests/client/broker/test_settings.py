@@ -26,13 +26,13 @@ def settle(**given: Any) -> Settings:
     return resolve(**{**defaults, **options, **given})
 
 
-def test_defaults_without_an_environment() -> None:
+def test_settings_without_environment_are_defaults() -> None:
     """The system's socket, no name, the key given."""
     found = settle(key="k")
     assert (str(found.address), found.name, found.key) == (DEFAULT_ADDRESS, "", b"k")
 
 
-def test_environment_fills_in_and_arguments_win(
+def test_settings_argument_overrides_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A variable is used where the argument is missing, and only there."""
@@ -63,7 +63,9 @@ def test_environment_fills_in_and_arguments_win(
         ({"key": "k", "allow_pickle_from": "bob"}, TypeError, "list"),
     ],
 )
-def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_settings_mistake_is_named_before_connecting(
+    given: dict[str, Any], error: type[Exception], says: str
+) -> None:
     """Each mistake is refused before anything is opened, and the message says what
     would be right.
     """
@@ -72,8 +74,10 @@ def test_mistakes_are_named(given: dict[str, Any], error: type[Exception], says:
 
 
 @pytest.mark.parametrize("content", [b"k", b"k\n", b"k\r\n"])
-def test_a_key_file_may_end_with_a_newline(tmp_path: Path, content: bytes) -> None:
-    """One is cut, that of Windows too, as the daemon does; another one is the key's."""
+def test_key_file_final_newline_is_removed(tmp_path: Path, content: bytes) -> None:
+    """One newline is cut, that of Windows too, as the daemon does; another one belongs
+    to the key.
+    """
     (tmp_path / "key").write_bytes(content)
     assert settle(key_file=tmp_path / "key").key == b"k"
     (tmp_path / "key").write_bytes(b"\n" + content)
@@ -107,19 +111,19 @@ def test_settings_key_given_for_its_file_is_not_shown(
     assert key not in "".join(traceback.format_exception(refused.value))
 
 
-def test_empty_key_file(tmp_path: Path) -> None:
+def test_key_file_empty_raises(tmp_path: Path) -> None:
     """A file that holds nothing but a newline holds no key."""
     (tmp_path / "key").write_bytes(b"\n")
     with pytest.raises(InvalidKey, match="is empty"):
         settle(key_file=tmp_path / "key")
 
 
-def test_key_is_never_shown() -> None:
+def test_settings_repr_shows_no_key() -> None:
     """A repr of the settings can be logged."""
     assert "sesame" not in repr(settle(key="sesame"))
 
 
-def test_key_that_is_not_valid_text_is_refused_without_repeating_it() -> None:
+def test_key_of_invalid_text_raises_without_repeating_it() -> None:
     """An environment variable of other bytes is such a text: neither the error nor its
     context holds the key.
     """
@@ -128,7 +132,7 @@ def test_key_that_is_not_valid_text_is_refused_without_repeating_it() -> None:
     assert refused.value.__cause__ is refused.value.__context__ is None
 
 
-def test_key_that_is_a_number_is_refused() -> None:
+def test_key_number_raises() -> None:
     """bytes(5) would be five zeros."""
     with pytest.raises(TypeError, match="bytes or text, not int"):
         settle(key=5)

@@ -9,8 +9,10 @@ import random
 from brokerd_client._common.warning_limiter import WarningLimiter
 
 
-def test_the_first_few_have_a_line_and_the_rest_is_counted() -> None:
-    """Five in a second; then one line for all others, when the second is over."""
+def test_warning_limiter_logs_first_few_and_counts_rest() -> None:
+    """Five in a second have a line each; one line counts the rest when the second is
+    over.
+    """
     those = WarningLimiter()
     assert [those.note("Offline carol", 10.0 + number / 100) for number in range(8)] == [
         True
@@ -21,9 +23,9 @@ def test_the_first_few_have_a_line_and_the_rest_is_counted() -> None:
     assert those.due is None
 
 
-def test_a_flood_that_goes_on_is_told_of_ever_more_rarely() -> None:
-    """The second becomes two, four, at last a minute; each has one line of its own
-    besides.
+def test_warning_limiter_continued_flood_is_logged_less_often() -> None:
+    """The period of a second becomes two, four, at last a minute; each has one line of
+    its own besides.
     """
     those = WarningLimiter()
     now, lines, periods = 0.0, 0, []
@@ -38,8 +40,8 @@ def test_a_flood_that_goes_on_is_told_of_ever_more_rarely() -> None:
     assert lines == 5 + 9
 
 
-def test_a_flood_after_a_pause_is_a_new_one() -> None:
-    """A period without any is the end of the last flood."""
+def test_warning_limiter_flood_after_pause_starts_again() -> None:
+    """A period without any warning is the end of the last flood."""
     those = WarningLimiter()
     for _ in range(9):
         those.note("Offline carol", 0.0)
@@ -48,10 +50,8 @@ def test_a_flood_after_a_pause_is_a_new_one() -> None:
     assert those.due == 4.1
 
 
-def test_nothing_more_is_nothing_to_say() -> None:
-    """Few messages are told of by their lines alone, and asking for the rest changes
-    nothing.
-    """
+def test_warning_limiter_few_warnings_have_no_count() -> None:
+    """Few messages have only their own lines, and asking for the rest changes nothing."""
     those = WarningLimiter()
     assert those.more(0.0) == ""
     assert all(those.note("Offline carol", 5.0) for _ in range(5))
@@ -59,9 +59,9 @@ def test_nothing_more_is_nothing_to_say() -> None:
     assert those.more(6.0) == ""
 
 
-def test_only_so_many_reasons_are_kept_apart() -> None:
-    """Whoever sends to a million names that do not exist has their number, and the
-    commonest of those known first.
+def test_warning_limiter_reasons_are_bounded() -> None:
+    """A sender to a million names that do not exist gets their number, and the
+    commonest of the first known reasons.
     """
     those = WarningLimiter()
     for number in range(3000):
@@ -72,8 +72,8 @@ def test_only_so_many_reasons_are_kept_apart() -> None:
     )
 
 
-def test_every_message_is_in_a_line_or_in_a_count() -> None:
-    """Whatever their times and reasons."""
+def test_warning_limiter_every_warning_is_logged_or_counted() -> None:
+    """This holds for all times and reasons."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     jitter = random.Random(seed)
