@@ -77,7 +77,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
-def test_every_way_to_open(server: FakeServer) -> None:
+def test_aio_client_every_way_to_open_closes_at_end(server: FakeServer) -> None:
     """await, async with, async with await, and async for: what is opened is closed at
     the end.
     """
@@ -107,13 +107,13 @@ def test_every_way_to_open(server: FakeServer) -> None:
     run(main)
 
 
-def test_opening_not_awaited_does_nothing(server: FakeServer) -> None:
-    """A connect() that nobody awaits opens nothing, and warns of nothing."""
+def test_aio_connect_not_awaited_does_nothing(server: FakeServer) -> None:
+    """A connect() that is not awaited opens nothing, and warns of nothing."""
     aio.connect(server.path, "alice", "alice")
     assert server.broker.online == {}
 
 
-def test_cancelled_request_leaves_nothing(server: FakeServer) -> None:
+def test_aio_request_cancelled_leaves_nothing(server: FakeServer) -> None:
     """However many requests are cancelled, at whatever point, the tables are empty and
     late replies only counted.
     """
@@ -140,8 +140,8 @@ def test_cancelled_request_leaves_nothing(server: FakeServer) -> None:
     run(main)
 
 
-def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
-    """The broker is told, and no event is routed here."""
+def test_aio_subscription_cancelled_is_unsubscribed(server: FakeServer) -> None:
+    """The subscription is ended at the broker, and no event is delivered here."""
 
     async def main() -> None:
         async with join("alice", server) as alice:
@@ -163,7 +163,7 @@ def test_cancelled_subscription_is_taken_back(server: FakeServer) -> None:
     run(main)
 
 
-def test_cancelled_recv_loses_no_message(server: FakeServer) -> None:
+def test_aio_recv_cancelled_loses_no_message(server: FakeServer) -> None:
     """A message that arrives as its taker is cancelled goes to the next taker."""
 
     async def main() -> None:
@@ -183,7 +183,7 @@ def test_cancelled_recv_loses_no_message(server: FakeServer) -> None:
     run(main)
 
 
-def test_timed_out_recv_leaves_no_waiter(server: FakeServer) -> None:
+def test_aio_recv_timed_out_leaves_no_waiter(server: FakeServer) -> None:
     """Polling with a timeout does not pile anything up."""
 
     async def main() -> None:
@@ -196,7 +196,7 @@ def test_timed_out_recv_leaves_no_waiter(server: FakeServer) -> None:
     run(main)
 
 
-def test_sends_of_one_turn_leave_with_one_write(server: FakeServer) -> None:
+def test_aio_sends_of_one_turn_share_one_write(server: FakeServer) -> None:
     """What many tasks send in one turn of the loop is written at once."""
 
     async def main() -> None:
@@ -215,7 +215,7 @@ def test_sends_of_one_turn_leave_with_one_write(server: FakeServer) -> None:
     run(main)
 
 
-def test_sender_waits_while_the_broker_takes_nothing(server: FakeServer) -> None:
+def test_aio_send_waits_while_broker_reads_nothing(server: FakeServer) -> None:
     """Above the socket's buffer a send waits; its timeout means that it was not sent;
     what was given is in doubt.
     """
@@ -237,7 +237,7 @@ def test_sender_waits_while_the_broker_takes_nothing(server: FakeServer) -> None
     run(main)
 
 
-def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
+def test_aio_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
     """It is not repeated on the next connection, which comes by itself."""
 
     async def main() -> None:
@@ -254,7 +254,7 @@ def test_request_in_flight_at_a_loss_is_in_doubt(server: FakeServer) -> None:
     run(main)
 
 
-def test_coroutine_handlers_run_side_by_side(server: FakeServer) -> None:
+def test_aio_request_handlers_run_concurrently(server: FakeServer) -> None:
     """A request does not wait for the one before it; messages do, in order."""
 
     async def main() -> None:
@@ -281,7 +281,7 @@ def test_coroutine_handlers_run_side_by_side(server: FakeServer) -> None:
     run(main)
 
 
-def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
+def test_aio_close_ends_handlers_and_waiting_calls(server: FakeServer) -> None:
     """A handler that hangs is cancelled, a call that waits is Closed, and no task stays
     (see run).
     """
@@ -304,7 +304,7 @@ def test_close_ends_handlers_and_who_waits(server: FakeServer) -> None:
     run(main)
 
 
-def test_failed_connects_leave_nothing(server: FakeServer, tmp_path: Path) -> None:
+def test_aio_connect_failed_leaves_nothing(server: FakeServer, tmp_path: Path) -> None:
     """A wrong key, nobody there, a silent listener, a pipe: the error of each, in time,
     and no task (see run).
     """
@@ -333,7 +333,7 @@ def test_failed_connects_leave_nothing(server: FakeServer, tmp_path: Path) -> No
     run(main)
 
 
-def test_cancelled_connect_leaves_nothing(tmp_path: Path) -> None:
+def test_aio_connect_cancelled_leaves_nothing(tmp_path: Path) -> None:
     """Giving up on a listener that says nothing closes what was opened."""
 
     async def main() -> None:
@@ -353,7 +353,7 @@ def test_cancelled_connect_leaves_nothing(tmp_path: Path) -> None:
     run(main)
 
 
-def test_wrong_process_is_said(server: FakeServer) -> None:
+def test_aio_client_in_fork_raises_wrong_process(server: FakeServer) -> None:
     """A fork's copy refuses every call, and its close() does nothing."""
 
     async def main() -> None:
@@ -370,7 +370,7 @@ def test_wrong_process_is_said(server: FakeServer) -> None:
     run(main)
 
 
-def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
+def test_aio_connect_unexpected_error_is_cause_of_disconnected(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """connect() ends with what went wrong as the cause, which is logged too, instead of
@@ -391,7 +391,7 @@ def test_a_bug_while_connecting_reaches_who_waits_for_the_connection(
     assert "LookupError" in caplog.text
 
 
-def test_a_bug_while_connecting_again_is_not_the_end(
+def test_aio_reconnect_unexpected_error_is_repeated(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged and counted as a loss like any other, and another try follows."""
@@ -414,7 +414,7 @@ def test_a_bug_while_connecting_again_is_not_the_end(
     assert "LookupError" in caplog.text
 
 
-def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
+def test_aio_keepalive_peer_already_disconnected_is_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some systems refuse to set options then: connect() hears that the connection is
@@ -441,7 +441,7 @@ def test_a_peer_that_has_hung_up_before_it_is_asked_for_signs_of_life_is_a_loss(
     run(main)
 
 
-def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
+def test_aio_end_of_peer_that_does_not_read_is_noticed() -> None:
     """A peer, or somebody on the way, that says that nothing more comes and does not
     read is gone at once.
     """
@@ -472,7 +472,7 @@ def test_the_end_is_noticed_though_the_peer_takes_nothing() -> None:
     run(main)
 
 
-def test_failures_of_sends_are_told_though_close_follows_at_once(
+def test_aio_close_at_once_still_logs_failed_sends(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What on_undelivered has not been called with yet is logged by close(), which ends
@@ -506,7 +506,7 @@ def test_failures_of_sends_are_told_though_close_follows_at_once(
     run(main)
 
 
-def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
+def test_aio_close_cancelled_counts_undelivered_in_log(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though the loop may end before the next line is due."""
@@ -530,7 +530,7 @@ def test_what_a_cancelled_close_gives_up_is_counted_in_the_log(
     run(main)
 
 
-def test_what_came_before_a_peer_vanished_is_read() -> None:
+def test_aio_keepalive_lost_peer_received_bytes_are_read() -> None:
     """Bytes that nobody wanted yet are here, and come before the news that the peer is
     gone.
     """
@@ -572,7 +572,7 @@ def test_what_came_before_a_peer_vanished_is_read() -> None:
     run(main)
 
 
-def test_a_send_that_finds_the_connection_gone_is_told(server: FakeServer) -> None:
+def test_aio_send_on_lost_connection_is_undelivered(server: FakeServer) -> None:
     """What the loop could not take is no send that has left: on_undelivered hears of
     each.
     """

@@ -72,7 +72,7 @@ def feed(pair: Pair, size: int) -> tuple[Effects[Message], int]:
 
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.EVENT, Kind.REPLY])
-def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> None:
+def test_inbox_longer_frame_is_not_stored(pair: Pair, kind: Kind) -> None:
     """It is told of once; a requester is answered; the next message arrives."""
     size = 16 * MIB + HEAD
     head = announced(size, kind)
@@ -91,7 +91,7 @@ def test_frame_longer_than_accepted_is_not_stored(pair: Pair, kind: Kind) -> Non
     assert answers == ([(Kind.ERROR, "bob", "too_large")] if kind is Kind.REQUEST else [])
 
 
-def test_answer_longer_than_accepted_is_an_outcome(pair: Pair) -> None:
+def test_inbox_longer_answer_fails_its_call(pair: Pair) -> None:
     """Its caller hears of it before the last byte has come."""
     message_id = pair.dialog.control("clients", {}, "w", None)
     size = 2**30
@@ -105,7 +105,7 @@ def test_answer_longer_than_accepted_is_an_outcome(pair: Pair) -> None:
     assert (waiter, type(error)) == ("w", ProtocolError)
 
 
-def test_long_frame_is_stored_once(pair: Pair) -> None:
+def test_inbox_long_frame_is_stored_once(pair: Pair) -> None:
     """What is handed out are the bytes that were collected."""
     pair.hear(announced(16 * MIB))
     effects, held = feed(pair, 16 * MIB)
@@ -113,7 +113,7 @@ def test_long_frame_is_stored_once(pair: Pair) -> None:
     assert held < 1.3 * 16 * MIB
 
 
-def test_inbox_decides_how_long_a_message_may_be() -> None:
+def test_inbox_limits_message_length() -> None:
     """Every client accepts what a broker passes unless it is configured otherwise."""
     assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [
         16 * MIB,
@@ -208,7 +208,7 @@ def test_client_frame_above_max_message_is_skipped_and_counted(
 
 
 @pytest.mark.parametrize(("most", "warned"), [(16 * MIB, False), (16 * MIB + 1, True)])
-def test_broker_that_passes_longer_messages_is_warned_of(most: int, warned: bool) -> None:
+def test_inbox_smaller_than_broker_limit_is_warned_of(most: int, warned: bool) -> None:
     """The warning says which inbox would do."""
     pair = Pair()
     pair.broker.intercept = introduce_with(most)
@@ -245,7 +245,7 @@ SIZES = st.sampled_from(
     ),
     st.sampled_from([4001, 30_011, PIECE, 100_003]),
 )
-def test_long_frames_however_they_are_cut(
+def test_inbox_long_frames_cut_anywhere_give_same_messages(
     frames: list[tuple[int, int, dict[str, Any] | None]], step: int
 ) -> None:
     """Short, long and too long ones, in pieces no longer than what is accepted: the
@@ -279,7 +279,7 @@ def test_long_frames_however_they_are_cut(
     assert not effects.broken
 
 
-def test_long_frame_whose_head_is_none_is_skipped(pair: Pair) -> None:
+def test_inbox_long_frame_with_invalid_header_is_skipped(pair: Pair) -> None:
     """Of a frame that is not too long only its head is looked at; where it ends is
     known.
     """
