@@ -91,8 +91,10 @@ def test_the_standard_librarys_handlers_catch_ours() -> None:
 
 
 @pytest.mark.parametrize("code", ErrorCode)
-def test_every_code_has_its_class(code: ErrorCode) -> None:
-    """A code of the wire becomes the exception that carries it, and no other code does."""
+def test_error_code_has_one_class(code: ErrorCode) -> None:
+    """An error code of the wire becomes the exception that carries it, and no other
+    code does.
+    """
     error = refusal(code, "why", name="bob", message_id=7)
 
     assert type(error) is not RequestFailed
@@ -100,15 +102,15 @@ def test_every_code_has_its_class(code: ErrorCode) -> None:
     assert (str(error), error.code, error.name, error.message_id) == ("why", code, "bob", 7)
 
 
-def test_the_classes_of_codes_are_the_drawn_ones() -> None:
+def test_error_classes_equal_error_codes() -> None:
     """Refused has one subclass a code, and RequestFailed for a client's own."""
     codes = {cls.code for cls in Refused.__subclasses__() if cls is not RequestFailed}
 
     assert codes == set(ErrorCode)
 
 
-def test_a_code_of_a_clients_own_is_a_failed_request() -> None:
-    """What another client answers with is passed on under its own code."""
+def test_error_code_of_client_is_request_failed() -> None:
+    """An error code that another client chose is passed on in RequestFailed."""
     error = refusal("out_of_paper", "tray 2", name="printer")
 
     assert type(error) is RequestFailed

@@ -85,8 +85,8 @@ def test_resolver_whose_look_up_outlasts_an_attempt_uses_it_for_the_next(names: 
     asyncio.run(main())
 
 
-def test_name_without_an_address_is_told(names: SlowNames) -> None:
-    """The system's own words, as Disconnected."""
+def test_connect_host_without_address_is_disconnected(names: SlowNames) -> None:
+    """The error has the system's own words, as Disconnected."""
     names.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     names.released.set()
 
@@ -97,8 +97,8 @@ def test_name_without_an_address_is_told(names: SlowNames) -> None:
     asyncio.run(main())
 
 
-def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
-    """The first that accepts is used; where none does the last error is told."""
+def test_connect_host_with_several_addresses_tries_each(names: SlowNames) -> None:
+    """The first address that accepts is used; if none does, the last error is raised."""
     names.released.set()
 
     async def main() -> None:
@@ -128,8 +128,8 @@ def test_name_with_several_addresses_is_tried_at_each(names: SlowNames) -> None:
     asyncio.run(main())
 
 
-def test_address_that_is_a_number_needs_no_thread(names: SlowNames) -> None:
-    """Neither IPv4 nor IPv6."""
+def test_connect_numeric_address_needs_no_thread(names: SlowNames) -> None:
+    """This holds for IPv4 and IPv6."""
 
     async def main() -> None:
         for host in ("127.0.0.1", "::1"):

@@ -160,9 +160,7 @@ def test_connect_to_no_broker_raises_a_documented_error(
     assert not isinstance(caught.value, TimedOut)
 
 
-def test_client_that_is_called_another_name_at_a_reconnect_stays_what_it_is(
-    face: Face, server: FakeServer
-) -> None:
+def test_reconnect_with_another_name_is_given_up(face: Face, server: FakeServer) -> None:
     """The new connection is given up, the next is tried, and the name never becomes one
     that kills the client.
     """
@@ -214,7 +212,7 @@ def test_clients_answered_with_a_list_that_is_not_valid_raises(
             client.watch_presence()
 
 
-def test_message_that_cannot_be_read_is_skipped(
+def test_message_unreadable_is_skipped(
     face: Face, server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged and counted, a request is answered, and the next message arrives on
@@ -247,7 +245,7 @@ def test_message_that_cannot_be_read_is_skipped(
 @pytest.mark.parametrize(
     ("codec", "payload"), [(2, b"\xff"), (2, b"[" * 5000), (1, b"junk"), (3, b"\xc1"), (77, b"?")]
 )
-def test_request_whose_payload_cannot_be_decoded_is_answered(
+def test_request_with_undecodable_payload_is_answered(
     face: Face, server: FakeServer, codec: int, payload: bytes
 ) -> None:
     """The handler that looks at it fails, its requester hears of that, and the next
@@ -274,8 +272,8 @@ def test_request_whose_payload_cannot_be_decoded_is_answered(
     assert client.counters["losses"] == 0
 
 
-def test_error_without_a_payload_is_a_refusal(face: Face, server: FakeServer) -> None:
-    """It has a code and a sentence all the same."""
+def test_error_without_payload_is_refusal(face: Face, server: FakeServer) -> None:
+    """It still has a code and a text."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
 
     def intercept(session: Session, envelope: Envelope) -> object:
@@ -288,9 +286,7 @@ def test_error_without_a_payload_is_a_refusal(face: Face, server: FakeServer) ->
     assert caught.value.code == "failed"
 
 
-def test_error_of_another_client_with_a_deep_payload_is_an_outcome(
-    face: Face, server: FakeServer
-) -> None:
+def test_error_of_client_with_deep_payload_is_outcome(face: Face, server: FakeServer) -> None:
     """What another client puts into its ERROR can't end this client's connection."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     for payload in (
@@ -311,7 +307,7 @@ def test_error_of_another_client_with_a_deep_payload_is_an_outcome(
     assert client.counters["losses"] == 0
 
 
-def test_texts_of_errors_are_cut(face: Face, server: FakeServer) -> None:
+def test_error_text_is_cut(face: Face, server: FakeServer) -> None:
     """What an error says is for people: a broker can't fill memory with it."""
     client = face.connect(server.path, "alice", b"alice", timeout=5)
     payload = json.dumps({"code": "offline", "message": "m" * 100_000, "name": "bob"}).encode()
@@ -326,7 +322,7 @@ def test_texts_of_errors_are_cut(face: Face, server: FakeServer) -> None:
     assert len(str(caught.value)) == 1000
 
 
-def test_introduction_that_is_refused_is_tried_again(face: Face, server: FakeServer) -> None:
+def test_introduction_refused_at_reconnect_is_repeated(face: Face, server: FakeServer) -> None:
     """A client that is over its rate when it connects again is let in later, and not
     given up.
     """
@@ -349,8 +345,8 @@ def test_introduction_that_is_refused_is_tried_again(face: Face, server: FakeSer
     assert refused == 2
 
 
-def test_connect_that_is_refused_says_why(face: Face, server: FakeServer) -> None:
-    """The refusal itself is behind the error."""
+def test_connect_refused_has_refusal_as_cause(face: Face, server: FakeServer) -> None:
+    """The refusal itself is the cause of the error."""
     server.broker.intercept = lambda session, envelope: (
         server.broker.refuse(session, envelope, ErrorCode.RATE_LIMITED),
         True,
