@@ -1041,7 +1041,7 @@ class BaseClient(ClientProperties):
             self._transport.renew()
             self._dropping = False
             # Calls whose chore is still queued go on waiting.
-            for call in self._calls - {call for _, call in self._chores}:
+            for call in self._calls - {call for _, call in list(self._chores)}:
                 call.settle(InDoubt("the connection broke; the outcome of this call is not known"))
             self._note_state()
 

@@ -82,8 +82,8 @@ class Waiters:
     __slots__ = ("_gates",)
 
     def __init__(self) -> None:
-        #: In order of arrival. No operation on it raises an exception of its own, so
-        #: that a signal handler's exception can't be mistaken for one.
+        #: In order of arrival. Only ``_first`` expects an exception of an operation on
+        #: it, so that a signal handler's exception can't be mistaken for one.
         self._gates: dict[threading.Lock, None] = {}
 
     def __bool__(self) -> bool:
@@ -102,10 +102,20 @@ class Waiters:
     def wake(self, count: int | None = None) -> None:
         """Open ``count`` gates; with None, open all of them."""
         remaining = len(self._gates) if count is None else count
-        while remaining > 0 and (first := next(iter(self._gates), None)) is not None:
+        while remaining > 0 and (first := self._first()) is not None:
             if self.leave(first):
                 first.release()
                 remaining -= 1
+
+    def _first(self) -> threading.Lock | None:
+        """Return the gate that was entered first, or None."""
+        while True:
+            try:
+                return next(iter(self._gates), None)
+            except RuntimeError as error:
+                # Another thread has entered or left between ``iter`` and ``next``.
+                if raised_by_handler(error):
+                    raise
 
 
 class WaitQueue(Generic[T]):
