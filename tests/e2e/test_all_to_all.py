@@ -39,7 +39,7 @@ def all_to_all(
             plan = {
                 "address": str(unix if number % 2 else tcp),
                 "keys": {name: key_of(name).decode() for name in names_of_member},
-                "everyone": recipients,
+                "recipients": recipients,
                 "blocking": names_of_member[::2],
                 "asyncio": names_of_member[1::2],
                 "count": count,

@@ -19,7 +19,7 @@ from support.raw_client import MESSAGE, Rejected, login
 
 PEERS = Path(__file__).resolve().parents[1] / "support" / "unauthorized_peers.py"
 TRIES = 15
-#: Tries that may fail while strangers insist: a busy machine may not let the client
+#: Tries that may fail while peers reconnect: a busy machine may not let the client
 #: answer in time.
 MAX_REFUSED = TRIES // 3
 

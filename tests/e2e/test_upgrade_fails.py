@@ -286,15 +286,15 @@ def test_upgrade_without_free_descriptor_is_refused(socket_dir: Path) -> None:
     clients = {"ops": {"admin": True}, "crowd": {"connections": 100}}
     with Upgradable(socket_dir, clients, preexec=few) as broker:
         ops = broker.login("ops")
-        crowd: list[Raw] = []
+        connections: list[Raw] = []
         while not broker.events("listener.paused"):
-            crowd.append(Raw(broker.address))
+            connections.append(Raw(broker.address))
             threading.Event().wait(0.005)
         answer = broker.upgrade(ops)
         assert answer["problems"][0].startswith(
             "the new process can't be started: Too many open files"
         )
-        for raw in crowd:
+        for raw in connections:
             raw.close()
         ops.ping()
         ops.close()

@@ -12,7 +12,7 @@ import pytest
 from support.fuzz.corpus import CORPUS, TARGETS, inputs
 from support.fuzz.mutator import mutated
 
-#: For a longer look: so many times as many.
+#: How many times as many inputs a longer run mutates.
 FACTOR = int(os.environ.get("BROKERD_FUZZ_FACTOR", "1"))
 #: How many changed inputs each gets: what takes less than two seconds.
 CHANGED = {

@@ -135,7 +135,7 @@ def test_client_at_a_stock_listener_wrong_key_is_told(
     assert peer.answer() == {"error": "AuthenticationError"}
 
 
-def test_listener_without_md5_accepts_newer_unauthorized_peers(
+def test_listener_without_md5_accepts_newer_stock_clients(
     version: str, peer: StockPeer, free_address: Callable[[str], Any]
 ) -> None:
     """With allow_md5=False, Python 3.12 and later come in, and older ones are refused

@@ -49,10 +49,10 @@ def receive(self, *, within_s, was=channel.UpgradeChannel.receive):
     return message
 
 def take_over(*given, was=new_process.UpgradeTarget.take_over):
-    told = was(*given)
+    result = was(*given)
     soon = asyncio.get_running_loop().call_soon
     soon(lambda: soon(lambda: soon(note)))
-    return told
+    return result
 
 old_process.UpgradeSource._hand_over = hand_over
 channel.UpgradeChannel.receive = receive

@@ -155,7 +155,7 @@ class BrokerModel(RuleBasedStateMachine):
         self.sent: dict[int, Sent] = {}
         self.outcomes: dict[tuple[Peer, int], Outcomes] = defaultdict(Outcomes)
         self.of_id: dict[tuple[Peer, int], list[Sent]] = defaultdict(list)
-        self.everyone: list[Peer] = []
+        self.all_peers: list[Peer] = []
         self.sessions: list[Session] = []
         self.left: list[Peer] = []
         self.subscribed: dict[Peer, set[tuple[str, str | None]]] = defaultdict(set)
@@ -211,7 +211,7 @@ class BrokerModel(RuleBasedStateMachine):
         """Return a recipient; @ stands for the exact address of some connection, now or
         before.
         """
-        return self.everyone[pick % len(self.everyone)].address if to == "@" else to
+        return self.all_peers[pick % len(self.all_peers)].address if to == "@" else to
 
     def members(self, to: str) -> list[Peer]:
         """Return the connections that may get a frame sent to ``to``."""
@@ -329,7 +329,7 @@ class BrokerModel(RuleBasedStateMachine):
             if waiting == least and (not writing or waiting + size <= limit)
         ]
         if not all(before[peer][0] for peer in members):
-            assert places, "everyone reads and it was not delivered"
+            assert places, "all recipients read and it was not delivered"
             assert not new_errors
             STATISTICS["foretold delivered"] += 1
         elif roomy and len(roomy) == sum(waiting == least for _, waiting, _ in before.values()):
@@ -504,7 +504,7 @@ class BrokerModel(RuleBasedStateMachine):
         got = [peer for peer in there if self.has_frame(peer, self.sent[max(self.sent)])]
         possible = plain.union(*groups.values())
         if sender.reading and not sender.content:
-            assert set(got) <= possible, "somebody got what it did not subscribe to"
+            assert set(got) <= possible, "a client got an event that it did not subscribe to"
         if sure and denied:
             assert not got
         elif sure:
@@ -592,7 +592,7 @@ class BrokerModel(RuleBasedStateMachine):
         assert peer is not None
         if full:
             assert there[0].gone == "connection replaced by a new one"
-        self.everyone.append(peer)
+        self.all_peers.append(peer)
         self.sessions.append(peer.session)
 
     @precondition(lambda self: self.net.peers)
@@ -661,7 +661,7 @@ class BrokerModel(RuleBasedStateMachine):
                 for pattern, group in self.subscribed[peer]
                 if allowed_to_subscribe(rules, pattern)
             }
-            # Whom it may see has changed, and nobody tells.
+            # The clients that it may see have changed, without an event.
             self.views.pop(peer, None)
         self.net.settle()
 
@@ -688,7 +688,7 @@ class BrokerModel(RuleBasedStateMachine):
 
     def collect(self) -> None:
         """Check everything that arrived since the last time."""
-        for peer in self.everyone:
+        for peer in self.all_peers:
             for envelope in peer.take():
                 if envelope.name == BROKER:
                     self.collect_own(peer, envelope)
@@ -825,7 +825,7 @@ class BrokerModel(RuleBasedStateMachine):
             if not any(peer.writing or peer.held for peer in self.net.peers):
                 break
         for peer in list(self.net.peers):
-            assert peer.reading, "held for ever"
+            assert peer.reading, "held without end"
             assert not peer.content
             assert not peer.session.outbox.waiting
         self.everything_has_its_place()

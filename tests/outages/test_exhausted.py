@@ -130,7 +130,7 @@ def test_reload_with_slow_disk_delays_no_client(socket_dir: Path) -> None:
             until(lambda: _reads(broker.popen.pid, fifo), "it does not read the file")
             traffic.goes_on(more=100)
             assert not broker.events("daemon.reloaded")
-            os.write(writer, b"clients: {new: {key: a key for somebody new}}\n")
+            os.write(writer, b"clients: {new: {key: a key for a new client}}\n")
             os.close(writer)
             assert broker.wait("daemon.reloaded")[0]["added"] == ["new"]
             traffic.goes_on()

@@ -75,10 +75,10 @@ class Pair:
             self.session.receive(data)
             if not data and not self.session.out:
                 return effects
-            heard = bytes(self.session.out)
+            data_received = bytes(self.session.out)
             self.session.out.clear()
-            for start in range(0, len(heard), step):
-                merge(effects, self.hear(heard[start : start + step]))
+            for start in range(0, len(data_received), step):
+                merge(effects, self.hear(data_received[start : start + step]))
 
     def hear(self, data: bytes) -> Effects[Message]:
         """Give these bytes to the dialog."""

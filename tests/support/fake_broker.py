@@ -152,9 +152,9 @@ class FakeBroker:
         session.deliver(Envelope(Kind.ERROR, envelope.id, "$broker", payload, 2))
 
     def _operate(self, session: Session, envelope: Envelope) -> None:
-        said = json.loads(envelope.payload)
+        operation = json.loads(envelope.payload)
         answer: dict[str, object] = {}
-        if said["op"] == "whoami":
+        if operation["op"] == "whoami":
             answer = {
                 "name": session.name,
                 "address": session.name,
@@ -162,24 +162,24 @@ class FakeBroker:
                 "protocol": 1,
                 "limits": {},
             }
-        elif said["op"] == "clients":
+        elif operation["op"] == "clients":
             answer = {
                 "clients": [
                     {"name": name, "online": name in self.online, "since": 1.5}
                     for name in self.keys
                 ]
             }
-        elif said["op"] == "subscribe":
-            if said["topic"].startswith("denied"):
+        elif operation["op"] == "subscribe":
+            if operation["topic"].startswith("denied"):
                 self.refuse(session, envelope, ErrorCode.DENIED)
                 return
             # A subscription that is made twice is one, as in a real broker.
-            if (said["topic"], said.get("group", "")) not in session.subscriptions:
-                session.subscriptions.append((said["topic"], said.get("group", "")))
-        elif said["op"] == "unsubscribe":
+            if (operation["topic"], operation.get("group", "")) not in session.subscriptions:
+                session.subscriptions.append((operation["topic"], operation.get("group", "")))
+        elif operation["op"] == "unsubscribe":
             with contextlib.suppress(ValueError):
-                session.subscriptions.remove((said["topic"], said.get("group", "")))
-        elif said["op"] not in ("ping", "goaway", "finished"):
+                session.subscriptions.remove((operation["topic"], operation.get("group", "")))
+        elif operation["op"] not in ("ping", "goaway", "finished"):
             self.refuse(session, envelope, ErrorCode.UNSUPPORTED)
             return
         session.deliver(

@@ -466,7 +466,7 @@ class FakeNet:
         self.broker, self._copies = new, None
         pieces = Pieces(b"".join(taken.pieces))
         restored = restore(new, json.loads(json.dumps(taken.facts)), pieces, self.now, copies)
-        assert not len(pieces), "bytes that nobody asked for"
+        assert not len(pieces), "bytes that no test asked for"
         there = [*new.exchange.sessions(), *restored.sessions, *restored.unconfigured_sessions]
         sessions = {session.number: session for session in there if session.open}
         assert sessions.keys() == {peer.session.number for peer in self.peers}

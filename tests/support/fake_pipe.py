@@ -196,8 +196,8 @@ class PipeRaw(Raw):
         return self.pipe.message()
 
     def is_closed(self, code: str = "") -> bool:
-        said = self.read_to_end()
-        return is_reason(prefixed(said), code) if code else said == b""
+        data = self.read_to_end()
+        return is_reason(prefixed(data), code) if code else data == b""
 
     def read_to_end(self) -> bytes:
         data = bytearray()

@@ -51,7 +51,7 @@ class Recorded(FakeNet):
         self.entries = [
             self.connect(name) for name in ("a", "b", "c", "pool", "pool", "slow", "metered")
         ]
-        self.everyone: list[Peer] = list(self.entries)
+        self.all_peers: list[Peer] = list(self.entries)
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -98,7 +98,7 @@ class Recorded(FakeNet):
                 again = self.try_connect(name)
                 if again is not None:
                     self.entries[entry] = again
-                    self.everyone.append(again)
+                    self.all_peers.append(again)
 
     def state(self) -> dict[str, Any]:
         """Return all state that is visible from outside, and the loop's counters."""
@@ -121,7 +121,7 @@ class Recorded(FakeNet):
                     sorted(peer.session.routes),
                     sorted(peer.session.fanouts),
                 )
-                for peer in self.everyone
+                for peer in self.all_peers
             ],
         }
 

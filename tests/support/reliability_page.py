@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
 
 def put(name: str, text: str, page: Path = PAGE) -> None:
-    """Write a section of the page anew."""
+    """Replace a section of the page."""
     begin, end = f"<!-- {name}: written by make {name} -->\n", f"<!-- end of {name} -->"
     before, mark, rest = page.read_text().partition(begin)
     assert mark, f"{page} has no section {name}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: What a session is made of: captured, or there anew (found again, empty, or the
+#: The attributes of a session: captured, or made again (found again, empty, or the
 #: connection's own).
 CAPTURED = {
     "address",

@@ -640,8 +640,8 @@ def test_compose_file_runs_hardened(
         )
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
 
-    # Without a service manager nobody runs health checks by the clock, and what waits
-    # for one would wait for ever.
+    # Without a service manager no health checks run by the clock, and a service that
+    # waits for one would never start.
     run("up", "--detach", "--no-build", "broker")
     broker = Container(podman, podman("ps", "--quiet", "--filter=name=broker_1"))
     broker.wait("daemon.started")

@@ -449,7 +449,7 @@ def test_systemd_upgrade_keeps_clients_and_supervision(machine: Machine) -> None
         for _ in range(2):
             pid = upgrade(machine)
             assert ask() == first
-        # Longer than the watchdog waits: somebody feeds it.
+        # Longer than the watchdog waits: the new process feeds it.
         time.sleep(7)
         assert ask() == first
     state = properties(machine)

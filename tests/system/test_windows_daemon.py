@@ -151,7 +151,7 @@ class Screen:
         try:
             data = os.read(self._terminal, 65536)
         except OSError:
-            # Linux's way to say that nobody has the other end any more.
+            # On Linux this means that no process has the other end any more.
             return False
         self.text += data.decode(errors="replace")
         return bool(data)

@@ -273,7 +273,7 @@ def test_handshake_dialer_with_wrong_key_is_refused() -> None:
 
 
 def test_handshake_listener_with_wrong_key_is_refused() -> None:
-    """A listener that welcomes everybody must still prove that it has the key."""
+    """A listener that welcomes every peer must still prove that it has the key."""
     dialer = Side(as_dialer(KEY, OTHER_NONCE))
     dialer.feed(frame(CHALLENGE + b"{sha256}" + NONCE) + frame(WELCOME))
 

@@ -25,9 +25,9 @@ def target(data: bytes) -> None:
 
     reader = FrameReader()
     got: list[bytes] = []
-    said = ""
+    error_name = ""
     fed = turn = 0
-    while not said:
+    while not error_name:
         try:
             missing = reader.missing(limit)
             body = reader.next_frame(limit)
@@ -43,9 +43,9 @@ def target(data: bytes) -> None:
             # Nothing can be whole before what is missing has come.
             assert len(piece) >= missing or reader.missing(limit) > 0
         except (FrameTooBig, BadLength) as error:
-            said = type(error).__name__
+            error_name = type(error).__name__
     assert got == expected
-    assert said == refusal
+    assert error_name == refusal
     assert reader.take_rest() == stream[consumed:fed]
     assert read_in_one_piece(b"".join(map(frame, got)), limit) == (
         got,

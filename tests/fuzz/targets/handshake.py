@@ -40,7 +40,7 @@ from brokerd_client.wire.handshake import (
     as_listener,
 )
 
-#: Nobody finds them by chance, and they are the same in every run, so that an input
+#: No random input finds them, and they are the same in every run, so that an input
 #: means the same.
 KEY = hashlib.sha256(b"the key of the target").digest()
 OTHER_KEY = hashlib.sha256(b"a stranger's key").digest()

@@ -80,7 +80,7 @@ def target(data: bytes) -> None:
         assert str(error)
         return
     if len(pieces):
-        # Whoever has sockets takes their bytes next, and refuses what is left then.
+        # The process with the sockets takes their bytes next, and refuses the rest.
         return
     sessions = [session for session in restored.sessions if session.open]
     for session in sessions:
@@ -175,7 +175,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
             else [each["chunks"], sorted(each["left"])]
         )
         waits = sum(item[0] for item in each["queue"]) if "queue" in each else sum(each["chunks"])
-        # One in which nothing waits is begun anew.
+        # An outbox without frames begins empty.
         outboxes.append(
             [
                 each["frames"],

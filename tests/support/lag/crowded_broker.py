@@ -191,7 +191,7 @@ class Crowded:
         def act() -> None:
             try:
                 done.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - whoever called hears of it
+            except BaseException as error:  # noqa: BLE001 - the caller gets it
                 done.set_exception(error)
 
         act.measured = measured  # type: ignore[attr-defined]

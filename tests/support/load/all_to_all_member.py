@@ -2,7 +2,7 @@
 
 python all_to_all_member.py PLAN
 
-PLAN is JSON: address, keys (name to key), everyone (all names), blocking and asyncio
+PLAN is JSON: address, keys (name to key), recipients (all names), blocking and asyncio
 (names of this process), count, seed. The process prints ``ready`` when all its clients
 are connected, and begins at a line on its standard input. At the end it prints for
 every client what it sent, with the outcomes, by (recipient, number), and what it
@@ -31,7 +31,7 @@ class MemberRecord:
     def __init__(self, name: str, plan: dict[str, Any]) -> None:
         self.name = name
         random_ = random.Random(f"{plan['seed']} {name}")
-        self.recipients = random_.choices(plan["everyone"], k=plan["count"])
+        self.recipients = random_.choices(plan["recipients"], k=plan["count"])
         self.sent: dict[int, tuple[str, int]] = {}
         self.errors: dict[int, str] = {}
         self.received: dict[str, list[int]] = defaultdict(list)

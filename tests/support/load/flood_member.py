@@ -48,27 +48,27 @@ def receive(address: str, name: str, key: str, other: str) -> None:
     print("ready", flush=True)
     expected = count()
     wanted: int | None = None
-    came = 0
+    received = 0
     rest = b""
-    while came != wanted:
+    while received != wanted:
         if wanted is None and select.select([sys.stdin], [], [], 0)[0]:
             wanted = int(sys.stdin.readline())
             continue
         if not select.select([raw.sock, sys.stdin], [], [], 30)[0]:
-            raise SystemExit(f"only {came} of {wanted} came")
+            raise SystemExit(f"only {received} of {wanted} came")
         if not select.select([raw.sock], [], [], 0)[0]:
             continue
         piece = raw.sock.recv(1 << 20)
         if not piece:
-            raise SystemExit(f"the broker closed the connection after {came}")
+            raise SystemExit(f"the broker closed the connection after {received}")
         data = rest + piece
         whole = len(data) // frame.size * frame.size
         for *got_head, number in frame.iter_unpack(data[:whole]):
             if tuple(got_head) != head or number != next(expected):
-                raise SystemExit(f"after {came} came {got_head}, {number}")
-            came += 1
+                raise SystemExit(f"after {received} came {got_head}, {number}")
+            received += 1
         rest = data[whole:]
-    print(came, flush=True)
+    print(received, flush=True)
 
 
 if __name__ == "__main__":

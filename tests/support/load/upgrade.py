@@ -67,7 +67,7 @@ CLIENTS: dict[str, Any] = {
 }
 
 
-def gone_until(changes: Iterable[Any], last: str) -> Iterator[str]:
+def offline_until(changes: Iterable[Any], last: str) -> Iterator[str]:
     """Yield the clients that were online and went offline; ``last`` is the last of
     them.
     """
@@ -141,9 +141,9 @@ class Load:
         self.stop.set()
         for number, (sender, receiver) in enumerate(self._floods):
             sent, _ = sender.communicate("\n", WAIT_S)
-            came, _ = receiver.communicate(sent, WAIT_S)
-            assert int(sent) == int(came), f"pair {number}"
-            self.account["flood: sent, and received once and in order"] += int(came)
+            received, _ = receiver.communicate(sent, WAIT_S)
+            assert int(sent) == int(received), f"pair {number}"
+            self.account["flood: sent, and received once and in order"] += int(received)
         for thread in self._threads:
             thread.join(WAIT_S)
             assert not thread.is_alive(), thread.name
@@ -270,11 +270,11 @@ class Load:
         """
         boss, crew = self._login("boss"), [self._login("crew") for _ in range(3)]
         addresses = [raw.ask("whoami").json["address"] for raw in crew]
-        took: dict[int, list[int]] = defaultdict(list)
+        taken: dict[int, list[int]] = defaultdict(list)
 
         def work(which: int) -> None:
             while (job := crew[which].recv()).body != END:
-                took[which].append(NUMBER.unpack(job.body)[0])
+                taken[which].append(NUMBER.unpack(job.body)[0])
 
         threads = [self._beside(lambda which=which: work(which)) for which in range(3)]  # type: ignore[misc]
         ready.set()
@@ -288,8 +288,8 @@ class Load:
             boss.send(MESSAGE, address, END)
         for thread in threads:
             thread.join(WAIT_S)
-        assert sorted(chain.from_iterable(took.values())) == list(range(sent))
-        assert all(numbers == sorted(numbers) for numbers in took.values())
+        assert sorted(chain.from_iterable(taken.values())) == list(range(sent))
+        assert all(numbers == sorted(numbers) for numbers in taken.values())
         self.account["pool: each taken by one member, with a receipt"] += sent
 
     def _slow(self, ready: threading.Event) -> None:
@@ -390,14 +390,14 @@ class Load:
 
         thread = self._beside(give)
         ready.set()
-        came = 0
+        received = 0
         while (message := taker.recv()).body != END:
-            assert message.body == NUMBER.pack(came) * 655_360
-            assert taker.recv().body == NUMBER.pack(came)
-            came += 1
+            assert message.body == NUMBER.pack(received) * 655_360
+            assert taker.recv().body == NUMBER.pack(received)
+            received += 1
         thread.join(WAIT_S)
-        assert came == sent
-        self.account["5 MB frames in pieces: arrived whole"] += came
+        assert received == sent
+        self.account["5 MB frames in pieces: arrived whole"] += received
 
     def _stock(self, ready: threading.Event) -> None:
         """Let two clients of the standard library send each other messages."""
@@ -438,8 +438,8 @@ class Load:
             second.close()
             # At the end, these have gone too.
             ended = {"newcomer", "stock1", "stock2", "from0", "to0", "from1", "to1"}
-            gone = set(gone_until(changes, "library2"))
-            assert gone - ended == {"library2"}, f"{gone} were seen to go"
+            offline = set(offline_until(changes, "library2"))
+            assert offline - ended == {"library2"}, f"{offline} were seen to go"
 
     def _newcomers(self, ready: threading.Event) -> None:
         """Connect new clients all the time; each is accepted and gets an answer."""

@@ -194,15 +194,15 @@ class Work:
                 pusher.send(MESSAGE, "slow", b"end")
 
             thread = self._beside(push)
-            came = 0
+            received = 0
             while (body := slow.recv().body) != b"end":
-                assert NUMBER.unpack(body[:8])[0] == came
-                came += 1
-                if came % 50 == 0:
+                assert NUMBER.unpack(body[:8])[0] == received
+                received += 1
+                if received % 50 == 0:
                     self.stop.wait(0.1)
             thread.join(WAIT_S)
-            assert came == sent
-        self.account["messages to a slow reader, each received once and in order"] += came
+            assert received == sent
+        self.account["messages to a slow reader, each received once and in order"] += received
 
     def _drop_oldest(self) -> None:
         """Send to a queue with drop_oldest: each message arrives, in order, or comes

@@ -130,10 +130,10 @@ class Machine:
 
     def write(self, path: str, text: str, *, owner: str = "root", mode: int = 0o600) -> None:
         """Write a file inside."""
-        there = self.host_path(path)
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_text(text, encoding="utf-8")
-        there.chmod(mode)
+        target = self.host_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+        target.chmod(mode)
         self.run("chown", owner, path)
 
     def show(self, unit: str, *names: str) -> dict[str, str]:
@@ -197,7 +197,7 @@ def boot(
         ROOT / "systemd": "/usr/share/doc/brokerd/systemd",
         **(binds or {}),
     }
-    arguments = ["-D", root, *(f"--bind-ro={here}:{there}" for here, there in shared.items())]
+    arguments = ["-D", root, *(f"--bind-ro={source}:{target}" for source, target in shared.items())]
     # The unified hierarchy alone: so are real machines, and systemd 256 and later know
     # no other.
     outside = {

@@ -128,14 +128,14 @@ class Link:
         """Return the descriptor of a TUN device in this network, which reads and writes
         packets.
         """
-        here = os.open("/proc/self/ns/net", os.O_RDONLY)
+        own_network = os.open("/proc/self/ns/net", os.O_RDONLY)
         try:
             self.inside(end)()
             tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", b"wire", _IFF_TUN_NO_PI))
         finally:
-            _enter(here)
-            os.close(here)
+            _enter(own_network)
+            os.close(own_network)
         return tun
 
     def inside(self, end: str) -> Callable[[], None]:
@@ -154,13 +154,13 @@ class Link:
     @contextlib.contextmanager
     def visit(self, end: str) -> Iterator[None]:
         """Let this thread open its sockets in this network."""
-        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        own_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             self.inside(end)()
             yield
         finally:
-            _enter(here)
-            os.close(here)
+            _enter(own_network)
+            os.close(own_network)
 
     def cut(self, end: str) -> None:
         """Drop all packets in and out at this end."""
@@ -194,7 +194,7 @@ def _carry(
     jitter_s: float,
     loss: float,
     twice: float,
-    chance: random.Random,
+    rng: random.Random,
 ) -> None:
     """Carry packets from each end to the other until killed.
 
@@ -207,10 +207,10 @@ def _carry(
         for end in select.select(ends, [], [], wait)[0]:
             packet = os.read(end, 65536)
             other = ends[1] if end == ends[0] else ends[0]
-            copies = 0 if chance.random() < loss else 2 if chance.random() < twice else 1
+            copies = 0 if rng.random() < loss else 2 if rng.random() < twice else 1
             for _ in range(copies):
                 order += 1
-                at = time.monotonic() + delay_s + chance.random() * jitter_s
+                at = time.monotonic() + delay_s + rng.random() * jitter_s
                 heapq.heappush(due, (at, order, packet, other))
         while due and due[0][0] <= time.monotonic():
             _, _, packet, other = heapq.heappop(due)

@@ -62,4 +62,4 @@ def run_cases(clean_up=lambda: None):
             print("passed", function.__name__, flush=True)
     clean_up()
     print("end", flush=True)
-    os._exit(0)  # threads that a failed case left behind wait for ever
+    os._exit(0)  # threads that a failed case left behind never end

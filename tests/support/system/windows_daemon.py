@@ -147,14 +147,14 @@ def brokerctl(*arguments, key_file="ops.key", name="ops"):
 
 
 @case
-def listens_at_a_pipe_and_a_port():
+def listener_at_pipe_and_port_starts():
     started = DAEMON.wait("daemon.started")
     assert started["listeners"][0] == PIPE, started
     assert DAEMON.tcp()[1] > 0
 
 
 @case
-def unauthorized_peers_exchange_messages():
+def stock_clients_at_pipe_and_port_exchange_messages():
     for address in (PIPE, DAEMON.tcp()):
         with stock("alice", address) as alice, stock("bob") as bob:
             for body in (b"hello", BIG, b"behind it"):
@@ -167,7 +167,7 @@ def unauthorized_peers_exchange_messages():
 
 
 @case
-def many_small_messages_keep_their_order():
+def messages_small_and_many_keep_order():
     with stock("alice") as alice, stock("bob") as bob:
         sent = aside(
             lambda: [
@@ -182,14 +182,14 @@ def many_small_messages_keep_their_order():
 
 
 @case
-def a_wrong_key_is_refused():
+def daemon_handshake_with_wrong_key_is_refused():
     for address in (PIPE, DAEMON.tcp()):
         raised(AuthenticationError, Client, address, authkey=b"wrong")
     assert DAEMON.wait("client.refused")["reason"] == "unknown key"
 
 
 @case
-def what_is_too_large_is_answered():
+def message_too_large_is_answered():
     with stock("alice") as alice:
         alice.send_bytes(broker_frame(MESSAGE, "bob", bytes(17 * 2**20), message_id=5))
         refusal = alice.recv_bytes()
@@ -199,17 +199,17 @@ def what_is_too_large_is_answered():
 
 
 @case
-def garbage_is_hung_up_on():
-    with Client(PIPE) as stranger:
-        stranger.recv_bytes()
+def handshake_garbage_ends_connection():
+    with Client(PIPE) as peer:
+        peer.recv_bytes()
         raised(
             (EOFError, ConnectionError),
-            lambda: [stranger.send_bytes(os.urandom(100_000)) for _ in range(3)],
+            lambda: [peer.send_bytes(os.urandom(100_000)) for _ in range(3)],
         )
 
 
 @case
-def a_client_that_leaves_is_offline():
+def client_after_close_is_offline():
     with stock("alice") as alice:
         bob = stock("bob")
         bob.send_bytes(broker_frame(MESSAGE, alice.me, b"last words"))
@@ -221,7 +221,7 @@ def a_client_that_leaves_is_offline():
 
 
 @case
-def our_own_clients_connect():
+def library_clients_at_pipe_exchange_messages():
     async def ask():
         async with await aio.connect(
             PIPE, name="carol", key=key("carol"), timeout=TIMEOUT_S
@@ -234,7 +234,7 @@ def our_own_clients_connect():
 
     with connect("alice") as alice, connect("bob") as bob:
         bob.on_request(lambda message: message.payload * 2)
-        alice.send("carol", "nobody is there", timeout=TIMEOUT_S)
+        alice.send("carol", "offline", timeout=TIMEOUT_S)
         assert asyncio.run(ask()) == 42
         assert alice.recv(timeout=TIMEOUT_S).payload == BIG
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
@@ -243,15 +243,15 @@ def our_own_clients_connect():
 
 
 @case
-def no_such_pipe_is_said():
-    said = raised(
+def connect_to_missing_pipe_names_it():
+    error_text = raised(
         brokerd_client.Disconnected, brokerd_client.connect, PIPE + "-none", name="alice", key="k"
     )
-    assert PIPE + "-none" in said
+    assert PIPE + "-none" in error_text
 
 
 @case
-def brokerctl_talks_through_a_pipe():
+def brokerctl_at_pipe_works():
     assert brokerctl("ping")[0] == 0
     status, printed = brokerctl("clients", "--json")
     assert status == 0, printed
@@ -260,7 +260,7 @@ def brokerctl_talks_through_a_pipe():
 
 
 @case
-def a_reload_opens_and_closes_pipes():
+def reload_opens_and_closes_pipes():
     with stock("alice") as alice:
         configure(PIPE, SECOND)
         status, printed = brokerctl("reload")
@@ -274,18 +274,18 @@ def a_reload_opens_and_closes_pipes():
 
 
 @case
-def many_clients_come_and_go():
+def clients_at_connection_limit_are_refused():
     for _ in range(2):
-        everyone = [stock("carol") for _ in range(20)]
+        connections = [stock("carol") for _ in range(20)]
         raised((AuthenticationError, EOFError, ConnectionError), Client, PIPE, authkey=key("carol"))
-        for each in everyone:
+        for each in connections:
             each.close()
-        for each in everyone:
+        for each in connections:
             DAEMON.goodbye_to(each.me)
 
 
 @case
-def the_other_commands_run():
+def commands_demo_and_check_run():
     done = subprocess.run(
         [sys.executable, "-m", "brokerd.cli.main", "demo"],
         capture_output=True,
@@ -301,7 +301,7 @@ def the_other_commands_run():
 
 
 @case
-def the_fixture_for_tests_runs():
+def testing_running_broker_works():
     from brokerd.testing import running
 
     with running() as broker:
@@ -311,7 +311,7 @@ def the_fixture_for_tests_runs():
 
 
 @case
-def draining_lets_what_is_queued_arrive():
+def drain_delivers_queue():
     with stock("alice") as alice, stock("bob") as bob, stock("bob", DAEMON.tcp()) as at_port:
         for to in (bob, at_port):
             for _ in range(20):

@@ -56,7 +56,7 @@ def pipes_are_the_default_family():
 
 
 @case
-def right_key():
+def handshake_with_right_key_succeeds():
     for family in ("AF_PIPE", "AF_INET"):
         with Listener(family=family, authkey=KEY) as listener:
             accepted = aside(listener.accept, TIMEOUT_S)
@@ -65,7 +65,7 @@ def right_key():
 
 
 @case
-def no_key():
+def connection_without_key_works():
     for family in ("AF_PIPE", "AF_INET"):
         with Listener(family=family) as listener:
             accepted = aside(listener.accept, TIMEOUT_S)
@@ -74,7 +74,7 @@ def no_key():
 
 
 @case
-def the_standard_library_at_the_other_end():
+def handshake_with_standard_library_succeeds():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         dialer = standard.Client(listener.address, authkey=KEY)
@@ -86,7 +86,7 @@ def the_standard_library_at_the_other_end():
 
 
 @case
-def wrong_key():
+def handshake_with_wrong_key_is_refused():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         assert "the peer rejected" in raised(
@@ -98,7 +98,7 @@ def wrong_key():
 
 
 @case
-def bad_peers_hold_up_nobody():
+def accept_among_bad_peers_succeeds():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         bad = [
@@ -114,7 +114,7 @@ def bad_peers_hold_up_nobody():
 
 
 @case
-def a_crowd_that_says_nothing():
+def accept_among_80_silent_peers_succeeds():
     with Listener(family="AF_PIPE", authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         bad = [
@@ -126,7 +126,7 @@ def a_crowd_that_says_nothing():
 
 
 @case
-def silent_peers_are_hung_up_on():
+def handshake_timeout_ends_silent_peer():
     with Listener(family="AF_PIPE", authkey=KEY, handshake_timeout=0.2) as listener:
         accepted = aside(listener.accept)
         silent = Client(listener.address, timeout=TIMEOUT_S)
@@ -138,7 +138,7 @@ def silent_peers_are_hung_up_on():
 
 
 @case
-def time_runs_out():
+def accept_and_connect_time_out():
     with Listener(family="AF_PIPE") as listener:
         begun = time.monotonic()
         raised(TimedOut, listener.accept, 0.2)
@@ -148,7 +148,7 @@ def time_runs_out():
 
 
 @case
-def close_wakes():
+def listener_close_wakes_accept():
     for family in ("AF_PIPE", "AF_INET"):
         for key in (None, KEY):
             listener = Listener(family=family, authkey=key)
@@ -160,7 +160,7 @@ def close_wakes():
 
 
 @case
-def nobody_listens():
+def connect_without_listener_fails():
     # That a second listener can't take the name is not to be seen under wine 8, which
     # lets it.
     with Listener(family="AF_PIPE") as listener:
@@ -169,7 +169,7 @@ def nobody_listens():
 
 
 @case
-def message_limit():
+def message_above_limit_is_refused():
     with Listener(family="AF_PIPE", max_message=1000) as listener:
         dialer = Client(listener.address, timeout=TIMEOUT_S)
         accepted = listener.accept(TIMEOUT_S)
@@ -182,7 +182,7 @@ def message_limit():
 
 
 @case
-def frames_of_many_threads_do_not_mix():
+def frames_of_threads_do_not_mix():
     one, other = Pipe()
     senders = [
         aside(lambda n=n: [one.send_bytes(bytes([n]) * (n * 5000 + 1)) for _ in range(30)])
@@ -198,7 +198,7 @@ def frames_of_many_threads_do_not_mix():
 
 
 @case
-def waiting_and_old_names():
+def wait_poll_and_old_names_work():
     one, other = Pipe()
     assert not one.poll()
     assert wait([one, other], 0.05) == []
@@ -219,7 +219,7 @@ def waiting_and_old_names():
 
 
 @case
-def xml():
+def xml_listener_and_client_work():
     with XmlListener(authkey=KEY) as listener:
         accepted = aside(listener.accept, TIMEOUT_S)
         dialer = XmlClient(listener.address, authkey=KEY, timeout=TIMEOUT_S)
