@@ -249,3 +249,71 @@ def test_language_planted_fault_is_found(
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
 
     assert problems(planted)
+
+
+#: Words of names that the glossary replaced; none may come back as a file's name.
+FORMER_WORDS: Final = frozenset(
+    [
+        "aside",
+        "chance",
+        "desk",
+        "door",
+        "doors",
+        "elder",
+        "farewell",
+        "floods",
+        "happenings",
+        "heir",
+        "knock",
+        "life",
+        "lot",
+        "misfit",
+        "newcomer",
+        "notices",
+        "orders",
+        "parcel",
+        "predecessor",
+        "pulse",
+        "seat",
+        "stamp",
+        "strangers",
+        "successor",
+        "tail",
+        "tally",
+        "verdict",
+    ]
+)
+
+
+def file_name_words() -> Iterator[tuple[str, Path]]:
+    """Yield the words in the names of modules and folders of both packages."""
+    for package in (ROOT / "brokerd", ROOT / "client" / "brokerd_client"):
+        for path in sorted([*package.rglob("*.py"), *package.rglob("*.pyx")]):
+            names = list(path.relative_to(package).parts[:-1])
+            if not path.stem.startswith("__"):
+                names.append(path.stem)
+            for name in names:
+                for word in name.strip("_").split("_"):
+                    yield word, path
+
+
+def glossary_words() -> set[str]:
+    """Return every word of the glossary."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def test_file_name_words_are_in_the_glossary() -> None:
+    """A module is named by a word that the glossary defines or lists."""
+    known = glossary_words()
+
+    assert {
+        word: path.relative_to(ROOT).as_posix()
+        for word, path in file_name_words()
+        if not {word, word.rstrip("s"), f"{word}s"} & known
+    } == {}
+
+
+def test_file_name_words_of_the_old_vocabulary_are_gone() -> None:
+    """No module has a name of the private vocabulary."""
+    assert {word for word, _ in file_name_words()} & FORMER_WORDS == set()
