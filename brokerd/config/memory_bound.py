@@ -46,7 +46,7 @@ _TLS: Final = 256 * _KIB
 #: Bytes per subscription of 128 tokens that shares none with another, and per
 #: unanswered request.
 _SUBSCRIPTION: Final = 12 * _KIB
-_REQUEST: Final = 640
+_REQUEST: Final = 1024
 #: Bytes per configured client, and per client in the cache of a connection that has
 #: sent to it.
 _CLIENT: Final = 8 * _KIB
@@ -86,7 +86,11 @@ def memory_bound(config: Config) -> Bound:
         base=BASE,
         clients=clients * _CLIENT,
         handshakes=limits.handshakes * _HANDSHAKE,
-        queues=_sum(_queue(client, limits.max_message) for client in connections),
+        queues=_sum(_queue(client, limits.max_message) for client in connections)
+        + _sum(
+            _waiting(client, limits.max_message)
+            for client in {client.name: client for client in connections}.values()
+        ),
         partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections),
         subscriptions=sum(client.subscriptions * _SUBSCRIPTION for client in connections),
         requests=sum(client.requests * _REQUEST for client in connections),
@@ -112,6 +116,16 @@ def _queue(client: ClientConfig, max_message: int) -> int:
     single = client.connections > 1 or client.when_full is WhenFull.DROP_OLDEST
     waiting = max(client.queue, max_message + _KIB) + _RESERVE
     return waiting * (_OUTCOMES + (_SINGLE_FRAMES if single else 1))
+
+
+def _waiting(client: ClientConfig, max_message: int) -> int:
+    """Return the bytes of requests that may wait for one client or be kept for it.
+
+    Requests beyond ``in_flight`` wait within the queue, or one longer message. A pool
+    keeps as many bytes of delivered requests, for another member.
+    """
+    waiting = max(client.queue, max_message + _KIB) * (_OUTCOMES + _SINGLE_FRAMES)
+    return waiting + client.queue * _SINGLE_FRAMES * (client.connections > 1)
 
 
 def _most_costly(config: Config) -> Iterator[ClientConfig]:

@@ -252,6 +252,8 @@ class ClientEntry(_Entry):
     """Most subscriptions of each of its connections."""
     requests: Annotated[int, Field(ge=1, le=10_000_000)] = 10000
     """Most unanswered requests of each of its connections; one more ends the oldest."""
+    in_flight: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Most requests delivered to one connection without an outcome; 32 for pools, else no limit."""
     when_full: Annotated[WhenFull, Field(strict=False)] = WhenFull.WAIT
     """Treatment of messages to a full queue: wait, refuse, drop_oldest or disconnect."""
     when_connected: Annotated[WhenConnected, Field(strict=False)] = WhenConnected.REFUSE

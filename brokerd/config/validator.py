@@ -48,6 +48,8 @@ _MAX_SOCKET_PATH: Final = 107
 _WILDCARDS: Final = frozenset("*?[")
 #: The kind of key that each field of a client gives.
 _KINDS: Final = {"key": "key", "key_file": "file", "key_env": "env", "key_credential": "credential"}
+#: Requests in flight per connection of a pool, unless configured.
+_POOL_IN_FLIGHT: Final = 32
 _UNLIMITED: Final = RateConfig(None, None)
 _DEFAULT_RULES: Final = {
     field: tuple(Rule(pattern) for pattern in ClientEntry.model_fields[field].default)
@@ -309,6 +311,7 @@ class Entries:
             source=Source(self._document.file, line),
             certificate=self._certificate(path, entry),
             binding=entry.channel_binding,
+            in_flight=entry.in_flight or (_POOL_IN_FLIGHT if entry.connections > 1 else None),
         )
 
     def _certificate(self, path: Path, entry: ClientEntry) -> CertificateConfig | None:

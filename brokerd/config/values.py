@@ -269,6 +269,8 @@ class ClientConfig:
         connections: Limits the connections that share the name.
         queue: Limits the bytes that may wait for the client.
         subscriptions, requests: Limits how many the broker stores per connection.
+        in_flight: Limits the requests delivered to one connection without an outcome,
+            None without a limit.
         peer_uid: The users allowed as the peer of a Unix socket, None for all.
         certificate: The certificate required over TLS, None if none is required.
         binding: Whether the client must use TLS and bind its key to the channel.
@@ -292,3 +294,4 @@ class ClientConfig:
     source: Source = field(compare=False)
     certificate: CertificateConfig | None = None
     binding: Requirement = Requirement.OPTIONAL
+    in_flight: int | None = None

@@ -6,7 +6,8 @@ dropped silently: one that cannot be delivered comes back to its sender as an ER
 (docs/protocol.md, "Outcomes").
 
 The broker is composed of parts, each of which uses only the parts before it: exchange,
-topics, requests, replies, held senders, reports, delivery, events, goaway, operations.
+topics, requests, replies, held senders, requests in flight, reports, delivery, events,
+goaway, operations.
 No part calls the broker, so a frame enters it once.
 
 The network layer finds its work in six places:
@@ -28,10 +29,13 @@ from typing import Final
 from brokerd.config.values import ClientConfig, Rule, WhenConnected
 from brokerd.core.deferred import Deferred
 from brokerd.core.delivery import Delivery
+from brokerd.core.error_codes import is_cancel
 from brokerd.core.events import Events
 from brokerd.core.exchange import Client, Exchange
+from brokerd.core.flight import WaitingRequest
 from brokerd.core.goaway import Goaway
 from brokerd.core.held_senders import HeldSenders
+from brokerd.core.in_flight import InFlight
 from brokerd.core.operations import AdminCommand, Operations
 from brokerd.core.replies import Replies
 from brokerd.core.reports import Reports, mark_orphaned
@@ -87,8 +91,9 @@ class Broker:
         self.deferred = Deferred()
         self.requests = Requests()
         self.replies = Replies(self.requests)
-        self.held = HeldSenders(self.status, self.replies)
-        self.reports = Reports(self.exchange, self.replies, self.requests)
+        self.held = HeldSenders(self.status, self.replies, self.requests)
+        self.in_flight = InFlight(self.requests, self.replies, self.held)
+        self.reports = Reports(self.exchange, self.replies, self.requests, self.in_flight)
         self.delivery = Delivery(
             self.exchange,
             self.status,
@@ -96,6 +101,7 @@ class Broker:
             self.requests,
             self.replies,
             self.held,
+            self.in_flight,
             self.reports,
         )
         self.events = Events(
@@ -108,6 +114,7 @@ class Broker:
             self.requests,
             self.replies,
             self.held,
+            self.in_flight,
             self.reports,
         )
         self.operations = Operations(
@@ -117,6 +124,7 @@ class Broker:
             self.turn,
             self.replies,
             self.held,
+            self.in_flight,
             self.deferred,
             self.goaway,
         )
@@ -153,6 +161,7 @@ class Broker:
             self.status.changes.note(session)
         first = not client.online
         client.add(session)
+        self.requests.note_room(client)
         for member in client.sessions.values():
             self.held.release_waiters(member)
         if first:
@@ -182,6 +191,7 @@ class Broker:
         self.held.release(session)
         self.held.release_waiters(session)
         self.requests.end_all(session)
+        self.requests.forget_retained(session)
         self.reports.add(session, session.outbox.take_unsent())
         mark_orphaned(session)
         self._drop_references(session)
@@ -200,6 +210,7 @@ class Broker:
         # A retired session has been removed from its client before.
         if not session.retired:
             session.client.remove(session)
+            self.in_flight.leave(session)
         self.topics.leave(session, session.subscriptions)
         session.subscriptions.clear()
         self.topics.abandon(session)
@@ -225,6 +236,7 @@ class Broker:
         """Whether closed sessions or new rules left work for :meth:`run_deferred`."""
         return (
             bool(self.reports)
+            or bool(self.in_flight)
             or bool(self.deferred)
             or self.held.has_deferred_work
             or bool(self.revocation)
@@ -240,6 +252,7 @@ class Broker:
         every other client.
         """
         count = self.reports.run_deferred(count)
+        self.in_flight.run_deferred(_STEPS)
         self.topics.tidy(count)
         self.revocation.run_deferred(count)
         self.deferred.run_deferred(_STEPS)
@@ -265,8 +278,11 @@ class Broker:
         number of requests; the rest follow in further calls.
         """
         self.held.release_due(now)
-        for requester, message_id, address in self.requests.deadlines.due(now, _EXPIRED):
-            self.reports.expire_request(requester, message_id, address)
+        for due in self.requests.deadlines.due(now, _EXPIRED):
+            if isinstance(due, WaitingRequest):
+                self.in_flight.expire(due)
+            else:
+                self.reports.expire_request(*due)
 
     def expire(self, session: Session, now: float) -> None:
         """Remove expired frames from the front of an outbox, and tell their senders.
@@ -344,6 +360,7 @@ class Broker:
                 for session in client.sessions.values():
                     self.revocation.finish(session)
             client.reconfigure(config)
+            self.requests.note_room(client)
             for session in client.sessions.values() if narrower else ():
                 self.revocation.begin(session)
 
@@ -448,6 +465,11 @@ class Broker:
             return self.replies.refuse_frame(
                 source, envelope, ErrorCode.NO_SUCH_CLIENT, f"unknown recipient {envelope.name}"
             )
+        if envelope.kind is Kind.ERROR and is_cancel(frame[split(frame)[1] :]):
+            if envelope.flags & RECEIPT_FLAG:
+                self.replies.confirm(source, envelope.id)
+            self.in_flight.cancel(source, envelope.id)
+            return RoutingResult.CONSUMED
         if envelope.kind is not Kind.REQUEST:
             return self.replies.refuse_frame(
                 source, envelope, ErrorCode.UNSUPPORTED, "the broker accepts only requests"

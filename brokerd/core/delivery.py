@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from brokerd.config.values import WhenFull
+from brokerd.core.error_codes import BACK, code_of
+from brokerd.core.flight import WaitingRequest
 from brokerd.core.large_frame import LargeFrame, joined
 from brokerd.core.outbox import FrameOutbox, Queued
 from brokerd.core.room import Room
@@ -14,14 +16,16 @@ from brokerd_client.wire.envelope import (
     Envelope,
     ErrorCode,
     Kind,
+    split,
     split_address,
 )
 from brokerd_client.wire.framing import frame_prefix
 from brokerd_client.wire.layout import RECEIPT_FLAG
 
 if TYPE_CHECKING:
-    from brokerd.core.exchange import Exchange
+    from brokerd.core.exchange import Client, Exchange
     from brokerd.core.held_senders import HeldSenders
+    from brokerd.core.in_flight import InFlight
     from brokerd.core.replies import Replies
     from brokerd.core.reports import Reports
     from brokerd.core.requests import Requests
@@ -48,6 +52,7 @@ class Delivery:
         requests: Requests,
         replies: Replies,
         held: HeldSenders,
+        in_flight: InFlight,
         reports: Reports,
     ) -> None:
         self._exchange = exchange
@@ -56,6 +61,7 @@ class Delivery:
         self._requests = requests
         self._replies = replies
         self._held = held
+        self._in_flight = in_flight
         self._reports = reports
 
     def send(
@@ -70,6 +76,9 @@ class Delivery:
             requester = source.incoming_requests.get((envelope.name, message_id))
             if requester is None:
                 return self._deny_answer(source, envelope)
+            if kind is Kind.ERROR and code_of(frame[split(frame)[1] :]) == BACK:
+                self._in_flight.give_back(source, requester, message_id)
+                return RoutingResult.CONSUMED
         elif source.client.policy.sending(name) is None:
             return refuse_frame(
                 source, envelope, ErrorCode.DENIED, f"{source.client.name} may not send to {name}"
@@ -83,6 +92,8 @@ class Delivery:
             return refuse_frame(
                 source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
             )
+        if kind is Kind.REQUEST and client.flight is not None and not source.mute:
+            return self._send_request(source, client, envelope, frame, now)
         target = requester or (client.sessions.get(envelope.name) if instance else client.pick())
         if target is None:
             return refuse_frame(
@@ -102,6 +113,8 @@ class Delivery:
         self._deliver(source, target, envelope, remainder, size, deadline)
         if requester is not None:
             self._requests.end(requester, message_id, source)
+            if source.client in self._requests.freed:
+                self._in_flight.dispatch(source.client)
         if (
             kind is Kind.MESSAGE
             and client.direct is target.outbox
@@ -111,6 +124,102 @@ class Delivery:
         ):
             source.routes[envelope.name.encode()] = client
         return RoutingResult.CONSUMED
+
+    def _send_request(
+        self, source: Session, client: Client, envelope: Envelope, frame: memoryview, now: float
+    ) -> RoutingResult:
+        """Deliver a request to a connection with room in flight, or let it wait for one."""
+        refuse_frame = self._replies.refuse_frame
+        flight = client.track()
+        pinned = client.sessions.get(envelope.name) if "/" in envelope.name else None
+        if not client.sessions or ("/" in envelope.name and pinned is None):
+            return refuse_frame(
+                source, envelope, ErrorCode.OFFLINE, f"{envelope.name} is not connected"
+            )
+        remainder = frame[HEADER.size + len(envelope.name) :]
+        size = 4 + HEADER.size + len(source.sender_header) + len(remainder)
+        deadline = deadline_of(source, envelope)
+        target: Session | None
+        if pinned is not None:
+            target = pinned if flight.has_room(pinned) else None
+        else:
+            target = None if flight.waits_for_any else flight.pick()
+        if target is None:
+            room = self._find_room_to_wait(source, pinned, client, size, now, deadline)
+        else:
+            room = self.find_room(source, target, size, now, deadline)
+        if room is Room.NONE:
+            reason = (
+                f"{target.address} does not read; its queue of {target.outbox.limit} bytes is full"
+                if target is not None
+                else f"all requests in flight are taken, and {flight.size} bytes of requests wait;"
+                f" the queue has {client.config.queue} (clients.{client.name}.in_flight)"
+            )
+            name = envelope.name if target is None else target.address
+            return refuse_frame(source, envelope, ErrorCode.FULL, reason, name)
+        if room is not Room.OK:
+            return room.result
+        if target is not None:
+            self._deliver(source, target, envelope, remainder, size, deadline)
+            return RoutingResult.CONSUMED
+        queued = Queued(
+            bytes(joined(frame_head(source, envelope, size), remainder)),
+            receipt=bool(envelope.flags & RECEIPT_FLAG),
+            pinned=pinned is not None,
+            sender=source,
+            deadline=deadline,
+        )
+        source.recipients.add(client)
+        self._in_flight.wait(
+            client, WaitingRequest(source, envelope.id, envelope.name, queued), pinned
+        )
+        self._requests.note_room(client)
+        if queued.receipt:
+            self._replies.confirm(source, envelope.id)
+        self._limit_requests(source)
+        return RoutingResult.CONSUMED
+
+    def _find_room_to_wait(
+        self,
+        source: Session,
+        pinned: Session | None,
+        client: Client,
+        size: int,
+        now: float,
+        deadline: float | None,
+    ) -> Room:
+        """Return whether a request may wait for room in flight; apply ``when_full``."""
+        flight = client.track()
+        limit = client.config.queue
+        if not flight.size or flight.size + size <= limit:
+            return Room.OK
+        when_full = client.config.when_full
+        if when_full is WhenFull.WAIT and not flight.stalled:
+            holder = pinned or next(iter(client.sessions.values()))
+            if source.hold_deadline is None:
+                source.hold_deadline = now + self._held.hold_at_most(holder, now)
+            if source.hold_deadline > now:
+                until = (
+                    source.hold_deadline
+                    if deadline is None
+                    else min(deadline, source.hold_deadline)
+                )
+                flight.holds_senders = True
+                self._held.hold(source, holder, until)
+                return Room.HELD
+            flight.stalled = True
+        elif when_full is WhenFull.DROP_OLDEST:
+            dropped = 0
+            while flight.size + size > limit and dropped < _DROPPED:
+                oldest = flight.oldest()
+                if oldest is None:
+                    break
+                reason = f"{client.name} is busy; the request was dropped for a newer one"
+                self._in_flight.fail(oldest, ErrorCode.FULL, reason)
+                dropped += 1
+            self._turn.charge(dropped // _DROPS)
+            return Room.OK if not flight.size or flight.size + size <= limit else Room.LATER
+        return Room.NONE
 
     def _deny_answer(self, source: Session, envelope: Envelope) -> RoutingResult:
         """Refuse an answer to a request that is not pending, even an ERROR."""
@@ -134,20 +243,19 @@ class Delivery:
         outbox = target.outbox
         wants_receipt = bool(envelope.flags & RECEIPT_FLAG)
         head = frame_head(source, envelope, size)
+        queued: Queued | None = None
         if isinstance(outbox, FrameOutbox):
             pinned = "/" in envelope.name
             is_answer = envelope.kind in (Kind.REPLY, Kind.ERROR)
-            outgoing_frame = joined(head, remainder)
-            outbox.put(
-                Queued(
-                    outgoing_frame,
-                    receipt=wants_receipt,
-                    pinned=pinned,
-                    sender=source,
-                    kept=is_answer,
-                    deadline=deadline,
-                )
+            queued = Queued(
+                joined(head, remainder),
+                receipt=wants_receipt,
+                pinned=pinned,
+                sender=source,
+                kept=is_answer,
+                deadline=deadline,
             )
+            outbox.put(queued)
         elif deadline is not None:
             outbox.append_timed(
                 Queued(
@@ -164,9 +272,8 @@ class Delivery:
         self._replies.touch(target)
         source.recipients.add(target.client)
         if envelope.kind is Kind.REQUEST and not source.mute:
-            self._requests.expect(source, target, envelope.id, deadline)
-            if len(source.outgoing_requests) > source.client.config.requests:
-                self._give_up_oldest(source)
+            self._requests.expect(source, target, envelope.id, deadline, queued)
+            self._limit_requests(source)
         if wants_receipt:
             self._replies.confirm(source, envelope.id)
 
@@ -232,16 +339,26 @@ class Delivery:
             self._replies.close(target, "queue is full and the client does not read", cut=True)
         return Room.NONE
 
-    def _give_up_oldest(self, requester: Session) -> None:
-        """End the oldest pending request, so that requests use bounded memory."""
-        (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
-        self._requests.end(requester, message_id, responder)
+    def _limit_requests(self, requester: Session) -> None:
+        """End the oldest pending request, if there are too many: they use memory."""
         config = requester.client.config
+        pending = len(requester.outgoing_requests) + len(requester.waiting_requests)
+        if pending <= config.requests:
+            return
         message = (
             f"more than {config.requests} requests are pending; this was the oldest"
             f" (clients.{config.name}.requests)"
         )
+        if not requester.outgoing_requests:
+            oldest = next(iter(requester.waiting_requests.values()))[0]
+            self._in_flight.fail(oldest, ErrorCode.EXPIRED, message)
+            return
+        (message_id, address), responder = next(iter(requester.outgoing_requests.items()))
+        self._requests.end(requester, message_id, responder)
         self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
+        self._replies.revoke(
+            responder, requester, message_id, ErrorCode.EXPIRED, "the requester has too many"
+        )
 
 
 def deadline_of(source: Session, envelope: Envelope) -> float | None:

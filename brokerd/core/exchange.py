@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, TypeAlias
 
 from brokerd.config.values import ClientConfig
+from brokerd.core.flight import Flight
 from brokerd.core.outbox import StreamOutbox
 from brokerd.core.policy import Policy
 from brokerd.core.rate import Meter
@@ -36,6 +37,7 @@ class Client(RouteEntry):
     sessions: its connections by address, oldest first.
     changed_at: when it last came online or went offline, in seconds since the epoch.
     shown_online, shown_since: its presence, as far as that has been published.
+    flight: its requests in flight; None where these are not limited.
     """
 
     __slots__ = (
@@ -44,6 +46,7 @@ class Client(RouteEntry):
         "_ranks",
         "changed_at",
         "config",
+        "flight",
         "meter",
         "name",
         "policy",
@@ -68,6 +71,17 @@ class Client(RouteEntry):
         self._numbered: dict[int, Session] = {}
         #: Whether a session of the pool has a StreamOutbox, whose load is not tracked.
         self._mixed = False
+        self.flight: Flight | None = None
+        if config.connections > 1 or config.in_flight is not None:
+            self.track()
+
+    def track(self) -> Flight:
+        """Return the requests in flight, which are counted from now on."""
+        if self.flight is None:
+            self.flight = Flight()
+            for session in self.sessions.values():
+                self.flight.update(session)
+        return self.flight
 
     @property
     def online(self) -> bool:
@@ -131,6 +145,8 @@ class Client(RouteEntry):
         self._numbered[session.number] = session
         session.rank = (*_load(session), self.turn, session.number)
         heapq.heappush(self._ranks, session.rank)
+        if self.flight is not None:
+            self.flight.update(session)
         self._choose_direct()
 
     def remove(self, session: Session) -> None:
@@ -138,6 +154,8 @@ class Client(RouteEntry):
         del self.sessions[session.address]
         del self._numbered[session.number]
         session.rank = None
+        if self.flight is not None:
+            self.flight.remove(session)
         if not self.sessions:
             self._ranks = []
         elif len(self._ranks) > _STALE + 2 * len(self.sessions):
@@ -165,6 +183,11 @@ class Client(RouteEntry):
             else:
                 session.renew_outbox()
         self._rank_all()
+        if config.connections > 1 or config.in_flight is not None:
+            self.track()
+        if self.flight is not None:
+            for session in self.sessions.values():
+                self.flight.update(session)
         self._choose_direct()
 
     def _choose_direct(self) -> None:

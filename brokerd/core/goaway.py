@@ -25,6 +25,7 @@ from brokerd_client.wire.framing import frame as make_frame
 if TYPE_CHECKING:
     from brokerd.core.exchange import Exchange
     from brokerd.core.held_senders import HeldSenders
+    from brokerd.core.in_flight import InFlight
     from brokerd.core.outbox import Outbox
     from brokerd.core.replies import Replies
     from brokerd.core.reports import Reports
@@ -68,6 +69,7 @@ class Goaway:
         requests: Requests,
         replies: Replies,
         held: HeldSenders,
+        in_flight: InFlight,
         reports: Reports,
     ) -> None:
         self._exchange = exchange
@@ -76,6 +78,7 @@ class Goaway:
         self._requests = requests
         self._replies = replies
         self._held = held
+        self._in_flight = in_flight
         self._reports = reports
         self.finishing: dict[Session, None] = {}
 
@@ -121,6 +124,7 @@ class Goaway:
         if self._status.changes is not None:
             self._status.changes.note(session)
         session.client.remove(session)
+        self._in_flight.leave(session)
         self._topics.leave(session, session.subscriptions)
         session.subscriptions.clear()
         self._topics.abandon(session)
@@ -141,7 +145,11 @@ class Goaway:
         It has not finished while another client still waits for its answer. A client that
         has sent ``finished`` itself does not wait.
         """
-        if _owes(session.incoming_requests.values()):
+        if session.waiting_requests or _owes(session.incoming_requests.values()):
+            return False
+        flight = session.client.flight
+        if flight and session.in_flight != 0 and len(session.client.sessions) <= 1:
+            # Requests wait for this member, the last one of its client.
             return False
         marks = session.marks
         if marks is None or not all(other.open for other, _, _ in marks):

@@ -10,6 +10,7 @@ from brokerd.core.routing_result import RoutingResult
 
 if TYPE_CHECKING:
     from brokerd.core.replies import Replies
+    from brokerd.core.requests import Requests
     from brokerd.core.session import Session
     from brokerd.core.status import Status
 
@@ -28,8 +29,9 @@ class HeldSenders:
     released: sessions that may be read from again.
     """
 
-    def __init__(self, status: Status, replies: Replies) -> None:
+    def __init__(self, status: Status, replies: Replies, requests: Requests) -> None:
         self._status = status
+        self._requests = requests
         self._replies = replies
         self.deadlines: dict[Session, float] = {}
         self.released: list[Session] = []
@@ -132,6 +134,7 @@ class HeldSenders:
                 allowance.end(now)
                 allowance.earn(self._status.limits.wait_timeout)
             session.outbox.stalled = False
+            self._requests.note_room(session.client)
             # A message to a pool's name may go to any member, so the senders that other
             # members hold try again too.
             for member in session.client.sessions.values():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from brokerd.core.exchange import Exchange
     from brokerd.core.goaway import Goaway
     from brokerd.core.held_senders import HeldSenders
+    from brokerd.core.in_flight import InFlight
     from brokerd.core.replies import Replies
     from brokerd.core.session import Session
     from brokerd.core.status import Status
@@ -60,7 +61,9 @@ _SEARCHES: Final = 4
 #: Connections listed or counted per step of a long answer.
 _CONNECTIONS: Final = 8
 #: Features that this broker offers beyond the first version of the protocol.
-_FEATURES: Final = ("goaway",)
+_FEATURES: Final = ("goaway", "cancels", "in_flight")
+#: Most requests in flight that a connection may ask for.
+_MOST_IN_FLIGHT: Final = 10_000_000
 #: Counters that are the sum of those of the sessions.
 _SUMS: Final = ("messages_in", "bytes_in", "messages_out", "bytes_out")
 #: Most characters per argument: more than any name, address, topic or pattern has. A
@@ -121,6 +124,7 @@ class Operations:
         turn: Turn,
         replies: Replies,
         held: HeldSenders,
+        in_flight: InFlight,
         deferred: Deferred,
         goaway: Goaway,
     ) -> None:
@@ -130,6 +134,7 @@ class Operations:
         self._turn = turn
         self._replies = replies
         self._held = held
+        self._in_flight = in_flight
         self._deferred = deferred
         self._goaway = goaway
         self.asking: set[Session] = set()
@@ -279,6 +284,25 @@ class Operations:
         source.finishing = message_id
         self._goaway.finishing[source] = None
 
+    def _ask_for_cancels(
+        self, source: Session, message_id: int, arguments: _Arguments
+    ) -> _Arguments:
+        source.cancels = True
+        return {}
+
+    def _limit_in_flight(
+        self, source: Session, message_id: int, arguments: _Arguments
+    ) -> _Arguments:
+        limit = arguments.get("n")
+        if type(limit) is not int or not 0 <= limit <= _MOST_IN_FLIGHT:
+            raise _Refusal(
+                ErrorCode.UNSUPPORTED,
+                f"invalid n: in_flight needs a number of requests from 0 to {_MOST_IN_FLIGHT}",
+                BROKER,
+            )
+        self._in_flight.set_limit(source, limit)
+        return {"in_flight": source.in_flight_limit}
+
     def _stats(self, source: Session) -> Generator[None, None, bytes]:
         return json.dumps((yield from self._count())).encode()
 
@@ -298,9 +322,12 @@ class Operations:
         sums = Counter(self._status.totals)
         clients = list(self._exchange.clients.values())
         sessions: list[Session] = []
-        online = waiting = 0
+        online = waiting = in_flight = waiting_requests = 0
         for number, client in enumerate(clients, 1):
             online += client.online
+            if client.flight:
+                waiting_requests += len(client.flight)
+                waiting += client.flight.size
             sessions += client.sessions.values()
             if number % _COUNTED == 0:
                 yield
@@ -308,6 +335,7 @@ class Operations:
             for counter in _SUMS:
                 sums[counter] += getattr(session, counter)
             waiting += session.outbox.waiting
+            in_flight += len(session.incoming_requests)
             if number % _CONNECTIONS == 0:
                 yield
         return {
@@ -321,6 +349,8 @@ class Operations:
             "connections": len(sessions),
             "subscriptions": len(self._topics),
             "waiting_bytes": waiting,
+            "requests_in_flight": in_flight,
+            "requests_waiting": waiting_requests,
             "dropped": self._replies.dropped,
             "refused": dict(self._replies.refused),
             **{counter: sums[counter] for counter in _SUMS},
@@ -345,6 +375,7 @@ class Operations:
                     "held": session.held_by is not None,
                     "subscriptions": len(session.subscriptions),
                     "owed": len(session.incoming_requests),
+                    "in_flight": session.in_flight_limit,
                 }
                 if session.open
                 else None
@@ -514,6 +545,8 @@ _OPEN: Final[dict[str, _Operation]] = {
     "unsubscribe": Operations._unsubscribe,
     "goaway": Operations._ask_for_goaway,
     "finished": Operations._finished,
+    "cancels": Operations._ask_for_cancels,
+    "in_flight": Operations._limit_in_flight,
 }
 _ADMIN: Final[dict[str, _Operation]] = {
     "stats": _ask("stats"),

@@ -76,6 +76,8 @@ _STATE: Final = attrgetter(
     "slow",
     "allowance",
     "goaway",
+    "cancels",
+    "in_flight",
     "reached_by_event",
     "outbox",
     "outbox.limit",
@@ -93,6 +95,9 @@ _BUSY: Final = attrgetter(
     "allowance",
     "incoming_requests",
     "outgoing_requests",
+    "waiting_requests",
+    "retained",
+    "revoked",
     "expiring",
     "reached_by_event",
     "outbox.waiting",
@@ -252,6 +257,9 @@ class Copier:
             copied is None
             or session.incoming_requests
             or session.outgoing_requests
+            or session.waiting_requests
+            or session.retained
+            or session.revoked
             or session.expiring
             or session.outbox.waiting
             or not session.open
@@ -466,6 +474,8 @@ class Copies:
             raise BadSnapshot("two open sessions have one address")
         if client.sessions and next(reversed(client.sessions.values())).number > session.number:
             self._unordered.add(client)
+        if session.in_flight is not None:
+            client.track()
         client.add(session)
 
     def put_in_order(self) -> None:

@@ -23,7 +23,7 @@ from brokerd_client.wire.envelope import (
     error_payload,
 )
 from brokerd_client.wire.framing import frame as make_frame
-from brokerd_client.wire.layout import RECEIPT_FLAG
+from brokerd_client.wire.layout import ACK_FLAG, RECEIPT_FLAG
 
 if TYPE_CHECKING:
     from brokerd.core.requests import Requests
@@ -162,6 +162,27 @@ class Replies:
             self._requests.end(session, message_id, answerer)
             reason = f"the answer of {answerer.address} was refused: {message}"
             self.refuse(session, message_id, code, reason, answerer.address)
+
+    def revoke(
+        self, holder: Session, requester: Session, message_id: int, code: ErrorCode, message: str
+    ) -> None:
+        """Tell the connection that holds a request that the request is over.
+
+        A connection that has not asked for it, or that does not read, is not told.
+        """
+        if holder.cancels and not (holder.finished or self.reads_nothing(holder)):
+            payload = error_payload(code, message, holder.address)
+            self.answer(
+                holder,
+                Envelope(
+                    Kind.ERROR,
+                    message_id,
+                    requester.address,
+                    payload,
+                    codec=CodecId.JSON,
+                    flags=ACK_FLAG,
+                ),
+            )
 
     def drop(self, session: Session, other: str, code: str, reason: str) -> None:
         """Count a message that is dropped without a report, and log it."""

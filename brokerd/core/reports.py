@@ -15,6 +15,7 @@ from brokerd_client.wire.envelope import BROKER, Envelope, ErrorCode, Kind, head
 
 if TYPE_CHECKING:
     from brokerd.core.exchange import Exchange
+    from brokerd.core.in_flight import InFlight
     from brokerd.core.replies import Replies
     from brokerd.core.requests import Requests
     from brokerd.core.session import Session
@@ -30,10 +31,13 @@ class Reports:
         connection ended while they waited in its outbox.
     """
 
-    def __init__(self, exchange: Exchange, replies: Replies, requests: Requests) -> None:
+    def __init__(
+        self, exchange: Exchange, replies: Replies, requests: Requests, in_flight: InFlight
+    ) -> None:
         self._exchange = exchange
         self._replies = replies
         self._requests = requests
+        self._in_flight = in_flight
         self.unheard: Counter[str] = Counter()
         #: Closed sessions, each with the frames of its outbox that the system did not
         #: take.
@@ -75,6 +79,10 @@ class Reports:
                     f"{session.address} disconnected before it answered",
                     session.address,
                 )
+            elif session.waiting_requests:
+                request = next(iter(session.waiting_requests.values()))[0]
+                reason = "its requester has disconnected"
+                self._in_flight.fail(request, ErrorCode.OFFLINE, reason)
             else:
                 self._closed.popleft()
         return count
@@ -98,24 +106,30 @@ class Reports:
             # The sender joined after this session closed: the frame is from an earlier
             # connection with the same address.
             sender = None
-        if _is_over(queued, envelope, sender, session):
+        if (
+            _is_over(queued, envelope, sender, session)
+            or (envelope.name, envelope.id) in session.revoked
+        ):
             return
+        if envelope.kind is Kind.REQUEST and sender is not None:
+            self._requests.end(sender, envelope.id, session)
+            client = session.client
+            if client.config.connections > 1 and client.sessions and not queued.pinned:
+                returned["passed_on"] += 1
+                self._in_flight.requeue(client, sender, envelope.id, queued)
+                return
         other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
         has_room = (
             other is not None
             and isinstance(other.outbox, FrameOutbox)
             and other.outbox.reserve(len(queued.frame))
         )
-        if envelope.kind is Kind.REQUEST and sender is not None:
-            self._requests.end(sender, envelope.id, session)
         if has_room:
             assert other is not None
             assert isinstance(other.outbox, FrameOutbox)
             other.outbox.put(queued)
             returned["passed_on"] += 1
             self._replies.touch(other)
-            if envelope.kind is Kind.REQUEST and sender is not None:
-                self._requests.expect(sender, other, envelope.id, queued.deadline)
         elif sender is not None:
             name = session.address if queued.pinned else session.client.name
             returned["reported"] += 1
@@ -176,6 +190,11 @@ class Reports:
             self._requests.end(requester, message_id, responder)
             message = reason or f"ttl was over before {address} answered"
             self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
+            if not reason:
+                # Its frame may have reached the responder.
+                self._replies.revoke(
+                    responder, requester, message_id, ErrorCode.EXPIRED, "its ttl is over"
+                )
 
     def _sender_of(self, queued: Queued, name: str) -> Session | None:
         """Return the session that a queued frame came from, or None if that has closed."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from brokerd.config.values import ClientConfig, WhenFull
-from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
+from brokerd.core.outbox import FrameOutbox, Outbox, Queued, StreamOutbox
 
 if TYPE_CHECKING:
     from brokerd.core.allowance import Allowance
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
+    from brokerd.core.flight import WaitingRequest
     from brokerd.core.goaway import Marks
     from brokerd.core.routing import RouteEntry, WriteBuffer
     from brokerd_client.wire.envelope import ErrorCode
@@ -53,6 +54,15 @@ class Session:
             by (id, responder's address).
         expiring: The deadlines of those outgoing requests that have a ttl, by the same
             key.
+        addresses_asked: The responders' addresses of those outgoing requests, by id.
+        waiting_requests: Its requests that wait for a recipient with room in flight, by
+            id.
+        in_flight: Its own limit of delivered requests without an outcome, or None.
+        retained: Frames of delivered requests that another member of the pool can get,
+            by the key of incoming_requests.
+        cancels: Whether it is told that a request delivered to it is over.
+        revoked: Cancelled requests whose frames may still wait in its outbox, by that
+            key.
         spread: Its event that is still on its way to many subscribers, or None.
         reached_by_event: The subscribers that have been chosen for that event so far.
         routes, fanouts: The routing loop's caches of recipients and topics: see
@@ -76,10 +86,12 @@ class Session:
 
     __slots__ = (
         "address",
+        "addresses_asked",
         "allowance",
         "arrived",
         "bytes_in",
         "bytes_to_skip",
+        "cancels",
         "charged",
         "client",
         "closed_number",
@@ -97,6 +109,7 @@ class Session:
         "goaway_sent",
         "held_by",
         "hold_deadline",
+        "in_flight",
         "incoming_requests",
         "instance",
         "marked_at",
@@ -112,7 +125,9 @@ class Session:
         "rank",
         "reached_by_event",
         "recipients",
+        "retained",
         "retired",
+        "revoked",
         "routes",
         "sender_header",
         "since",
@@ -121,6 +136,7 @@ class Session:
         "subscriptions",
         "topics_version",
         "waiters",
+        "waiting_requests",
         "widest",
     )
 
@@ -160,6 +176,12 @@ class Session:
         self.incoming_requests: dict[tuple[str, int], Session] = {}
         self.outgoing_requests: dict[tuple[int, str], Session] = {}
         self.expiring: dict[tuple[int, str], float] = {}
+        self.addresses_asked: dict[int, tuple[str, ...]] = {}
+        self.waiting_requests: dict[int, list[WaitingRequest]] = {}
+        self.in_flight: int | None = None
+        self.retained: dict[tuple[str, int], Queued] = {}
+        self.cancels = False
+        self.revoked: set[tuple[str, int]] = set()
         self.recipients: set[Client] = set()
         self.spread: Spread | None = None
         self.reached_by_event: dict[Session, None] | None = None
@@ -203,6 +225,14 @@ class Session:
             self.fanouts.clear()
             self.widest = 0
         return self.routes, self.fanouts
+
+    @property
+    def in_flight_limit(self) -> int | None:
+        """Most requests delivered to this connection without an outcome; None: no limit."""
+        configured = self.client.config.in_flight
+        if configured is None or self.in_flight is None:
+            return self.in_flight if configured is None else configured
+        return min(configured, self.in_flight)
 
     @property
     def messages_out(self) -> int:

@@ -24,6 +24,7 @@ from brokerd.core.broker import Broker
 from brokerd.core.deferred import Job
 from brokerd.core.events import Announcement
 from brokerd.core.exchange import Client
+from brokerd.core.flight import WaitingRequest
 from brokerd.core.operations import Question
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
@@ -194,6 +195,12 @@ def capture(
             [index[session], _queue(queue, index, snapshot), _timed(queue, now)]
             for session, queue in leaving
         ],
+        "waiting": _waiting(broker, index, snapshot, now),
+        "retained": [
+            [index[session], address, message_id, *_frame(queued, index, snapshot, now)]
+            for session in captured
+            for (address, message_id), queued in session.retained.items()
+        ],
     }
     if asker is not None:
         snapshot.position = index[asker]
@@ -289,6 +296,9 @@ def _session(
         "allowance": session.allowance
         and [session.allowance.used, now - session.allowance.at, session.allowance.holding],
         "goaway": session.goaway,
+        "cancels": session.cancels,
+        "in_flight": session.in_flight,
+        "revoked": [[address, message_id] for address, message_id in session.revoked],
         "in": [session.messages_in, session.bytes_in, session.errors_in],
         "subscriptions": sorted(([pattern, group] for pattern, group in added), key=str),
         "unsubscribed": [[pattern, group] for pattern, group in ended],
@@ -379,6 +389,42 @@ def _timed(queue: Iterable[Queued], now: float) -> list[list[Any]]:
     ]
 
 
+def _frame(
+    queued: Queued, index: Mapping[Session, int], snapshot: Snapshot, now: float
+) -> list[Any]:
+    """Return [size, flags, sender, seconds left] of a frame; append it to the bytes."""
+    snapshot.pieces.append(bytes(queued.frame))
+    left = None if queued.deadline is None else queued.deadline - now
+    return [len(queued.frame), *_told_of(queued, index), left]
+
+
+def _waiting(
+    broker: Broker, index: Mapping[Session, int], snapshot: Snapshot, now: float
+) -> list[list[Any]]:
+    """Return [name, member, recipient, id, frame...] of each request that waits.
+
+    Requests whose requester has left are not in it.
+    """
+    rows = [
+        (client.name, member, request)
+        for client in broker.exchange.clients.values()
+        if client.flight
+        for request, member in client.flight.waiting()
+    ]
+    rows += [(name, None, request) for request, name in broker.in_flight.waiting()]
+    return [
+        [
+            name.partition("/")[0],
+            None if member is None or not member.open else index[member],
+            request.to,
+            request.id,
+            *_frame(request.queued, index, snapshot, now),
+        ]
+        for name, member, request in rows
+        if request.requester.open
+    ]
+
+
 def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
     """Return the flags of a frame, and the index of its sender."""
     flags = flags_of(queued)
@@ -458,6 +504,14 @@ def restore(
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)
         broker.reports.add(sessions[position], Unsent(iter(queue), len(items)))
+    for waiting_facts in facts["waiting"]:
+        _restore_waiting(broker, waiting_facts, sessions, pieces, now)
+    for position, address, message_id, *frame in facts["retained"]:
+        responder = sessions[position]
+        requester = responder.incoming_requests[address, message_id]
+        queued = _restore_frame(frame, sessions, pieces, now)
+        broker.requests.end(requester, message_id, responder)
+        broker.requests.expect(requester, responder, message_id, queued.deadline, queued)
     copies.drop_rest()
     return Restored(sessions, unconfigured_sessions)
 
@@ -491,8 +545,9 @@ def _take_sessions(
 def adapt(facts: Facts, copies: Copies) -> None:
     """Add to facts of the formats 2 and 3 what they lack.
 
-    There, the facts list every session that is open.
+    There, the facts list every session that is open, and no request waits.
     """
+    facts["waiting"], facts["retained"] = [], []
     entries = facts.get("sessions")
     numbers = [
         entry.get("number") if type(entry) is dict else entry
@@ -562,6 +617,9 @@ def _restore_dialogs(
         (message_id, address): sessions[responder]
         for message_id, address, responder in facts["asked"]
     }
+    for message_id, address in session.outgoing_requests:
+        addresses = session.addresses_asked.get(message_id, ())
+        session.addresses_asked[message_id] = (*addresses, address)
     session.expiring = {
         (message_id, address): now + left for message_id, address, left in facts["expiring"]
     }
@@ -678,6 +736,10 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
         used, since, holding = facts["allowance"]
         session.allowance = Allowance(used, now - since, holding=holding)
     session.goaway = facts["goaway"]
+    # The formats 2 and 3 do not have these.
+    session.cancels = facts.get("cancels", False)
+    session.in_flight = facts.get("in_flight")
+    session.revoked = {(address, message_id) for address, message_id in facts.get("revoked", ())}
     session.messages_in, session.bytes_in, session.errors_in = facts["in"]
     return session
 
@@ -725,6 +787,41 @@ def _restore_outbox(
     outbox.frames, outbox.size = facts["frames"], facts["size"]
     outbox.blocked, outbox.stalled = facts["blocked"], facts["stalled"]
     session.outbox = outbox
+
+
+def _restore_frame(facts: list[Any], sessions: list[Session], pieces: Pieces, now: float) -> Queued:
+    """Return a frame that was captured by itself."""
+    size, flags, sender, left = facts
+    frame = pieces.take(size)
+    check_frames(frame, one=True)
+    queued = _known(frame, flags, sender, sessions)
+    return queued if left is None else replace(queued, deadline=now + left)
+
+
+def _restore_waiting(
+    broker: Broker, facts: list[Any], sessions: list[Session], pieces: Pieces, now: float
+) -> None:
+    """Restore a request that waits for a connection with room in flight."""
+    name, member, to, message_id, *frame = facts
+    queued = _restore_frame(frame, sessions, pieces, now)
+    request = WaitingRequest(queued.sender, message_id, to, queued)
+    client = broker.exchange.resolve(name)
+    member_session = sessions[member] if queued.pinned and member is not None else None
+    if (
+        client is None
+        or not client.sessions
+        or (
+            queued.pinned
+            and (
+                member_session is None
+                or client.sessions.get(member_session.address) is not member_session
+            )
+        )
+    ):
+        broker.in_flight.add_undeliverable(request, to)
+        return
+    broker.in_flight.wait(client, request, member_session)
+    broker.requests.note_room(client)
 
 
 def _restore_queue(

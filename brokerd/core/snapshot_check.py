@@ -233,10 +233,23 @@ _SESSION: Final = _record(
         "expiring": _each(_row(_id, _text, _seconds)),
     }
 )
+#: What the formats 2 and 3 do not have.
+_NEWER: Final[dict[str, Check]] = {
+    "cancels": _flag,
+    "in_flight": _optional(_count),
+    "revoked": _each(_row(_text, _id)),
+}
+
+
+def _whole_session(value: Any, path: str) -> None:
+    _SESSION(value, path)
+    for name, check in _NEWER.items():
+        if name in value:
+            check(value[name], path and f"{path}.{name}")
 
 
 def _session(value: Any, path: str) -> None:
-    (_count if type(value) is int else _SESSION)(value, path)
+    (_count if type(value) is int else _whole_session)(value, path)
 
 
 _JOB: Final = _record(
@@ -284,6 +297,13 @@ _FACTS: Final = _record(
         "gone": _NUMBERS,
         "held": _each(_row(_count, _count, _LIMIT)),
         "leaving": _each(_row(_count, _queue, _each(_row(_count, _seconds)))),
+        # Each ends in the size, flags, sender and seconds left of its frame.
+        "waiting": _each(
+            _row(_text, _optional(_count), _text, _id, _count, _count, _count, _optional(_seconds))
+        ),
+        "retained": _each(
+            _row(_count, _text, _id, _count, _count, _optional(_count), _optional(_seconds))
+        ),
     }
 )
 
@@ -351,6 +371,7 @@ def check(facts: Any, copied: Callable[[int], dict[str, Any]]) -> None:
     for position, queue, timed in facts["leaving"]:
         _check_senders(queue, len(sessions), f"leaving of sessions[{position}]")
         _check_timed(timed, len(queue), f"leaving of sessions[{position}]")
+    _check_requests(facts, sessions, opened)
     held = [source for source, _, _ in facts["held"]]
     _hold(len(set(held)) == len(held), "a session is held twice")
     _hold(
@@ -383,7 +404,7 @@ def check_idle(facts: Any) -> None:
         _check_levels(client["rate"], client["levels"], session["name"])
 
 
-_IDLE: Final = _record({"session": _SESSION, "outbox": _outbox, "client": _optional(_CLIENT)})
+_IDLE: Final = _record({"session": _whole_session, "outbox": _outbox, "client": _optional(_CLIENT)})
 
 
 def check_clients(facts: Any) -> None:
@@ -512,6 +533,31 @@ def _check_session(
         _hold(
             len({(row[0], row[1]) for row in session[key]}) == len(rows),
             f"{path}.{key} has one entry twice",
+        )
+
+
+def _check_requests(facts: Any, sessions: list[dict[str, Any]], opened: set[int]) -> None:
+    """Check the requests that wait, and the frames kept of those that were delivered."""
+    for position, row in enumerate(facts["waiting"]):
+        _, member, _, _, size, flags, sender, _ = row
+        _hold(
+            sender in opened and (member is None or member in opened),
+            f"waiting[{position}] names a session that is not open",
+        )
+        _hold(size >= _LEAST_FRAME and flags <= FLAGS, f"waiting[{position}] is not one frame")
+    places = [(row[0], row[1], row[2]) for row in facts["retained"]]
+    _hold(len(set(places)) == len(places), "retained has one entry twice")
+    for position, row in enumerate(facts["retained"]):
+        responder, address, message_id, size, flags, sender, _ = row
+        _hold(
+            responder < len(facts["outboxes"])
+            and type(facts["sessions"][responder]) is dict
+            and any([address, message_id] == owed[:2] for owed in sessions[responder]["owed"]),
+            f"retained[{position}] is not a request that its session owes an answer",
+        )
+        _hold(
+            size >= _LEAST_FRAME and flags <= FLAGS and (sender is None or sender < len(sessions)),
+            f"retained[{position}] is not one frame",
         )
 
 

@@ -336,6 +336,7 @@ def _heading(stats: Mapping[str, Any]) -> Text:
     return Text(
         f"brokerd {stats['version']}, {stats['online']} of {stats['clients']} clients online, "
         f"{stats['connections']} connections, {as_bytes(stats['waiting_bytes'])} waiting"
+        + (f", {waiting} requests waiting" if (waiting := stats.get("requests_waiting")) else "")
         + (", draining" if stats["draining"] else ""),
         style="bold",
         no_wrap=True,

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from brokerd.core.exchange import Client
 from brokerd.core.session import Session
 from brokerd.monitor.sources import Sources
 from brokerd.net.connection.connection import Connection
@@ -82,7 +83,8 @@ class Reading:
         fullest: How full the fullest queue is; a queue at 1.0 accepts nothing more.
         slow: Connections that accept no bytes at the moment.
         held: Senders that are not read from.
-        incoming_requests: Requests not answered.
+        incoming_requests: Requests delivered and not answered.
+        waiting_requests: Requests that wait for a connection with room in flight.
         clients: The names with metrics of their own, empty unless asked for.
         departed: The counters of their closed connections.
         shares: For clients with connections, open and closed connections together.
@@ -101,10 +103,21 @@ class Reading:
     slow: int = 0
     held: int = 0
     incoming_requests: int = 0
+    waiting_requests: int = 0
 
     def share(self, name: str) -> Share:
         """Return the share of one of ``clients``."""
         return self.shares.get(name) or Share(self.departed.get(name, _NOTHING))
+
+    def _add_client(self, client: Client, share: Share | None) -> None:
+        """Add the requests of an online client that wait for room in flight."""
+        flight = client.flight
+        if flight:
+            self.waiting_requests += len(flight)
+            self.queued_bytes += flight.size
+            self.fullest = max(self.fullest, flight.size / client.config.queue)
+            if share is not None:
+                share.queued_bytes += flight.size
 
     def add(self, session: Session) -> None:
         """Add the counters of one connection.
@@ -127,7 +140,9 @@ class Reading:
         self.held += session.held_by is not None
         self.incoming_requests += len(session.incoming_requests)
         # Only the client's first connection counts it as online.
-        self.online += next(iter(session.client.sessions.values()), None) is session
+        if next(iter(session.client.sessions.values()), None) is session:
+            self.online += 1
+            self._add_client(session.client, share)
         if share is not None:
             share.connections += 1
             share.queued_bytes += waiting

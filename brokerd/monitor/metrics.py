@@ -117,6 +117,11 @@ def of_the_broker(
             "Requests delivered and not answered yet.",
             reading.incoming_requests,
         ),
+        _gauge(
+            "waiting_requests",
+            "Requests that wait until a recipient may receive one more (in_flight).",
+            reading.waiting_requests,
+        ),
         *_handshake_metrics(sources),
         *_about_reloads(sources),
         _lag(lag),

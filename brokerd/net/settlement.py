@@ -159,7 +159,9 @@ class Settlement:
 
     def _set_timer(self) -> None:
         deadline = self._broker.next_deadline
-        if self._tick is not None and (deadline is None or deadline < self._tick_at):
+        # A timer that turns out to be early is kept: most requests are answered long before
+        # their ttl is over, and setting it again for each of them would cost more.
+        if self._tick is not None and deadline is not None and deadline < self._tick_at:
             self._tick.cancel()
             self._tick = None
         if self._tick is None and deadline is not None and deadline != float("inf"):

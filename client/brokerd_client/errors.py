@@ -24,7 +24,7 @@
     │       └── TlsError             (ConnectionError) ... in TLS: certificate, version, or no TLS
     ├── Refused                      the broker or the other client refused: one class per code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
-    │   ├── RateLimited  Malformed  Unsupported  ShuttingDown
+    │   ├── Cancelled  RateLimited  Malformed  Unsupported  ShuttingDown
     │   ├── NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
     │   └── RequestFailed            the other client answered a request with an error of its own
     ├── Disconnected                 (ConnectionError) the connection to the broker is gone
@@ -50,6 +50,7 @@ __all__ = [
     "BadLength",
     "BrokerdError",
     "BufferTooShort",
+    "Cancelled",
     "Closed",
     "Denied",
     "Disconnected",
@@ -274,6 +275,12 @@ class Expired(Refused):
     code = "expired"
 
 
+class Cancelled(Refused):
+    """The request was cancelled before it was answered."""
+
+    code = "cancelled"
+
+
 class RateLimited(Refused):
     """The sender exceeded the rate its configuration allows."""
 
@@ -375,6 +382,7 @@ _BY_CODE: dict[str, type[Refused]] = {
         Full,
         TooLarge,
         Expired,
+        Cancelled,
         RateLimited,
         Malformed,
         Unsupported,

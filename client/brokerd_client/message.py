@@ -14,7 +14,15 @@ from brokerd_client import codec as codecs
 from brokerd_client.errors import AlreadyAnswered, UndecodablePayload
 from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 
-__all__ = ["VALUE_COST", "Message", "Owner", "Receipt", "extension_cost", "with_ttl"]
+__all__ = [
+    "VALUE_COST",
+    "Message",
+    "Owner",
+    "Receipt",
+    "extension_cost",
+    "with_time_limit",
+    "with_ttl",
+]
 
 #: Approximate memory of each value in an extension, in bytes.
 VALUE_COST: Final = 64
@@ -56,7 +64,10 @@ class Message:
     """
 
     __slots__ = (
+        "__weakref__",
         "_answered",
+        "_cancelled",
+        "_deadline",
         "_kind",
         "_owner",
         "_payload",
@@ -71,6 +82,10 @@ class Message:
     _payload: Any
     #: Set when the message has been answered.
     _answered: bool
+    #: Set when its requester does not wait any more.
+    _cancelled: bool
+    #: Set when a request that has a ttl is received.
+    _deadline: float
 
     def __init__(
         self,
@@ -144,6 +159,35 @@ class Message:
         """Record that the request's only answer was sent."""
         self._answered = True
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the requester does not wait for the answer any more.
+
+        It has cancelled the request, or the request's time is over. An answer is not
+        sent then.
+        """
+        return hasattr(self, "_cancelled")
+
+    def mark_cancelled(self) -> None:
+        """Record that the requester does not wait any more."""
+        self._cancelled = True
+
+    @property
+    def deadline(self) -> float | None:
+        """When the requester stops waiting, at the latest; None if that is not known.
+
+        It is a time of ``time.monotonic()``; of the event loop's clock for an asyncio
+        client. The requester's own clock ends earlier by the time that the request
+        travelled.
+        """
+        return getattr(self, "_deadline", None)
+
+    def set_deadline(self, now: float) -> None:
+        """Record that the message was received at ``now``, for its deadline."""
+        ttl = None if self.extension is None else self.extension.get("ttl")
+        if ttl is not None and is_ttl(ttl):
+            self._deadline = now + ttl
+
     def require_unanswered(self) -> None:
         """Raise AlreadyAnswered if the request was answered before."""
         if self.answered:
@@ -178,6 +222,29 @@ def extension_cost(extension: Mapping[str, Any]) -> int:
         elif isinstance(value, str):
             cost += len(value)
     return cost
+
+
+def with_time_limit(
+    extension: Mapping[str, Any] | None, ttl: float | None, timeout: float | None
+) -> tuple[Mapping[str, Any] | None, float | None]:
+    """Return the extension of a request whose requester waits for ``timeout`` seconds.
+
+    Without a time to live of its own, the request gets the timeout as one.
+
+    Args:
+        extension: The sender's JSON object, or None.
+        ttl: The time to live, in seconds, or None.
+        timeout: How long the requester waits, in seconds; None for no limit.
+
+    Returns:
+        The extension, None if it is empty; and the timeout, if it is the time to live.
+
+    Raises:
+        ValueError: The ttl is not a number from 0 to MAX_TTL.
+    """
+    if ttl is None and "ttl" not in (extension or {}) and is_ttl(timeout) and timeout:
+        return {**(extension or {}), "ttl": timeout}, timeout
+    return with_ttl(extension, ttl), None
 
 
 def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:

@@ -41,7 +41,8 @@ def test_clients_come_go_and_change() -> None:
         ("rate: {messages: 5/s}", "admin: false", "rate: 5 messages/s -> no limit"),
         ("admin: false", "peer_uid: [0, 5]", "peer_uid: all -> [0, 5]"),
         ("when_full: wait", "when_full: refuse", "when_full: wait -> refuse"),
-        ("connections: 1", "connections: 4", "connections: 1 -> 4"),
+        ("connections: 2", "connections: 4", "connections: 2 -> 4"),
+        ("in_flight: 5", "admin: false", "in_flight: 5 -> none"),
     ],
 )
 def test_what_changes_is_said_in_the_units_of_the_file(

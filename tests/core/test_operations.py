@@ -32,7 +32,7 @@ def test_operation_whoami_returns_name_versions_and_limits() -> None:
         "version": "test",
         "protocol": 1,
         "limits": {"max_message": 16 * 2**20, "queue": 1234},
-        "features": ["goaway"],
+        "features": ["goaway", "cancels", "in_flight"],
     }
 
 
@@ -357,6 +357,7 @@ def test_operation_connections_shows_slow_held_and_waiting_bytes() -> None:
         "held": False,
         "subscriptions": 0,
         "owed": 0,
+        "in_flight": None,
     }
 
 

@@ -28,6 +28,8 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "log_level": dict,
     "reload": lambda: {"dry_run": True},
     "upgrade": dict,
+    "cancels": dict,
+    "in_flight": lambda: {"n": 1},
     "goaway": dict,
     "finished": dict,
 }

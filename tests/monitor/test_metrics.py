@@ -140,6 +140,22 @@ def test_metrics_count_pending_requests_until_answered() -> None:
     assert (before, after) == (1, 0)
 
 
+def test_metrics_count_requests_that_wait_for_room_in_flight() -> None:
+    """Requests beyond a connection's in_flight are counted until they are delivered."""
+    with watched() as broker, broker.login("alice") as alice, broker.login("bob") as bob:
+        bob.send(REQUEST, "$broker", b'{"op": "in_flight", "n": 1}', message_id=9, codec=2)
+        bob.recv()
+        alice.send(REQUEST, "bob", b"?", message_id=1)
+        alice.send(REQUEST, "bob", b"?", message_id=2)
+        request = bob.recv()
+        before = samples(broker)["brokerd_waiting_requests"]
+        bob.send(3, request.name, b"!", message_id=request.id)
+        alice.recv()
+        after = samples(broker)["brokerd_waiting_requests"]
+
+    assert (before, after) == (1, 0)
+
+
 def test_metrics_counters_never_decrease() -> None:
     """Clients connect, send and disconnect in a random order. No counter of the broker
     or of a client decreases between two scrapes.

@@ -34,8 +34,14 @@ CAPTURED = {
     "sender_header",
     "subscriptions",
     "waiters",
+    "cancels",
+    "in_flight",
+    "revoked",
+    "retained",
+    "waiting_requests",
 }
 MADE_ANEW = {
+    "addresses_asked",
     "cut",
     "widest",
     "rank",

@@ -46,7 +46,8 @@ class ClientProperties:
     def counters(self) -> dict[str, int]:
         """Counts of failures so far, by kind.
 
-        Counted are late answers, undelivered sends, unclaimed events and lost
+        Dropped requests are those whose requesters did not wait any more. Counted are
+        also late answers, undelivered sends, unclaimed events and lost
         connections.
         """
         return self._dialog.counters

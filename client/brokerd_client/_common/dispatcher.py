@@ -38,6 +38,10 @@ class WaitQueue(Protocol):
         """Add items of ``size`` bytes in all, and wake the waiting threads or tasks."""
         ...
 
+    def take_all(self) -> list[Any]:
+        """Take and return all items."""
+        ...
+
     def end(self, reason: BrokerdError) -> None:
         """End the queue: no more items will come. Wake the waiting threads or tasks."""
         ...
@@ -164,6 +168,17 @@ class Dispatcher(Generic[M]):
             log().warning(
                 "message %s was not delivered: %s", getattr(error, "message_id", 0), error
             )
+
+    def take_requests(self) -> list[M]:
+        """Take and return the requests that no handler has begun and no caller has
+        taken.
+        """
+        requests: list[M] = [item for _, item in self.requests.take_all()]
+        waiting: list[M] = self.inbox.take_all()
+        others = [message for message in waiting if message._kind != REQUEST_KIND]
+        if others:
+            self.inbox.put(others, sum(map(_weight, others)))
+        return requests + [message for message in waiting if message._kind == REQUEST_KIND]
 
     def drop_jobs(self) -> None:
         """Drop the waiting jobs of message handlers and callbacks, but not reports of

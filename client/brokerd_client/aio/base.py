@@ -111,6 +111,9 @@ class BaseClient(ClientProperties):
             self._ordered: set(),
             self._requests: set(),
         }
+        #: The tasks of the request handlers that run; None after a cancelled request has
+        #: stopped its handler.
+        self._running: dict[Message, asyncio.Task[None] | None] = {}
         #: Whether close() has cancelled every task of the client.
         self._ended = False
         #: Whether a timer checks the connection while it is not read.
@@ -353,6 +356,9 @@ class BaseClient(ClientProperties):
 
     async def _answer(self, request: message.Message, put: Callable[..., None], *args: Any) -> None:
         """Queue the answer to a request with ``put``, once it can be written."""
+        request.require_unanswered()
+        if self._dialog.needs_no_answer(request):
+            return
         await self._wait_until_clear(None, answer=True)
         request.require_unanswered()
         put(*args)
@@ -370,6 +376,9 @@ class BaseClient(ClientProperties):
         """Set a handler of the dispatcher with ``handle``; return the handler."""
         self._check()
         handle(handler)
+        if handle == self._dispatcher.handle_requests:
+            self._dialog.limit_in_flight(_REQUEST_TASKS)
+            self._write()
         return handler
 
     # Receiving
@@ -431,7 +440,63 @@ class BaseClient(ClientProperties):
         self._write()
         return message_id
 
+    def _is_over(self, request: Message) -> bool:
+        """Return whether no requester waits for a request that no handler has begun."""
+        return self._dialog.is_over(request, self._loop.time())
+
+    def _was_stopped(self, request: Message, task: asyncio.Task[None]) -> bool:
+        """Return whether the request's cancellation has stopped its handler; take that
+        cancellation of the task back.
+        """
+        stopped = self._running.pop(request, task) is None
+        if stopped:
+            task.uncancel()
+        return stopped
+
     # Closing
+
+    async def _drain(self, timeout: float | None) -> bool:
+        """Finish the work in progress, then close; return whether all was finished."""
+        deadline = self._deadline(timeout)
+        self._check()
+        finished = False
+        try:
+            self._dialog.stop_requests()
+            self._write()
+            if self._dialog.state is State.READY:
+                with contextlib.suppress(BrokerdError):
+                    # Behind the answer to this, no further request comes.
+                    await self._ask(timeout, self._dialog.control, "ping", {})
+            current_task = asyncio.current_task()
+            while not self.closed:
+                self._give_back_waiting()
+                busy = {
+                    task
+                    for workers in self._workers.values()
+                    for task in workers
+                    if task is not current_task
+                }
+                remaining = None if deadline is None else deadline - self._loop.time()
+                finished = not busy and not self._ordered.inbox.items
+                if finished or (remaining is not None and remaining <= 0):
+                    break
+                pause = _END_CHECK_S if remaining is None else min(remaining, _END_CHECK_S)
+                if busy:
+                    await asyncio.wait(busy, timeout=pause)
+                else:
+                    await asyncio.sleep(0)
+        finally:
+            await self._close()
+        return finished
+
+    def _give_back_waiting(self) -> None:
+        """Return the requests that no handler has begun."""
+        if self._dialog.may_answer and self._dialog.returns_requests:
+            for request in self._dispatcher.take_requests():
+                if not self._dialog.needs_no_answer(request):
+                    self._dialog.give_back(request.sender, request.id)
+                    request.mark_answered()
+            self._write()
 
     async def wait_until_ready(self) -> None:
         """Wait for the first introduction.
@@ -604,6 +669,11 @@ class BaseClient(ClientProperties):
         """Deliver the dialog's effects: outcomes, messages, events, ended
         subscriptions, errors.
         """
+        for request in effects.cancelled:
+            task = self._running.get(request)
+            if task is not None:
+                self._running[request] = None
+                task.cancel()
         for call, value in effects.outcomes:
             if not call.done():
                 if isinstance(value, BaseException):

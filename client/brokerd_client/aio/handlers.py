@@ -23,15 +23,21 @@ def request_job(handler: Callable[[Message], object]) -> Callable[[Message], obj
     """Return a job that answers a request with the handler's result."""
 
     async def answer(request: Message) -> None:
+        client = request._owner
+        if client._is_over(request):
+            return
         result: object = None
         returned = False
         task = asyncio.current_task()
         assert task is not None
+        client._running[request] = task
         try:
             result = handler(request)
             if inspect.isawaitable(result):
                 result = await result
             returned = True
+            if client._was_stopped(request, task) or request.cancelled:
+                return
             if not request.answered:
                 await request.reply(result)
             elif result is not None:
@@ -40,17 +46,24 @@ def request_job(handler: Callable[[Message], object]) -> Callable[[Message], obj
                     request.sender,
                 )
         except BaseException as error:
+            stopped = client._was_stopped(request, task)
             if isinstance(error, GeneratorExit) and not runs(task):
                 raise
+            if stopped and isinstance(error, asyncio.CancelledError) and not task.cancelling():
+                # Its requester does not wait for the answer any more.
+                return
             if returned and isinstance(error, (Disconnected, Closed)):
                 log().warning(
                     "a request of %s could not be answered: the connection is gone", request.sender
                 )
                 return
+            if isinstance(error, Closed) and client.closed:
+                log().info("a request of %s was not finished: client closed", request.sender)
+                return
             text = f"the handler failed: {type(error).__name__}"
             if ends_worker(error, task):
                 # Its task must not wait any more.
-                request._owner._fail_at_once(request, text)
+                client._fail_at_once(request, text)
                 raise
             log().exception("the handler of a request of %s failed", request.sender)
             with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):

@@ -41,6 +41,10 @@ class WaitQueue(Generic[T]):
             self.on_put()
         self._wake(len(items))
 
+    def take_all(self) -> list[T]:
+        """Take and return all items."""
+        return self.inbox.take_all()
+
     def end(self, reason: BrokerdError) -> None:
         """Store the reason why no more items will arrive, and wake every waiting task.
 

@@ -89,6 +89,8 @@ _REST_S: Final = 0.01
 _LONGEST_REST_S: Final = 1.0
 #: Seconds by which the dialog may be late with its own deadlines.
 _LATENESS_S: Final = 1.0
+#: Seconds between two checks of drain() whether the handlers have finished.
+_DRAIN_CHECK_S: Final = 0.01
 #: Seconds that close() waits for a handler that is still running.
 _HANDLER_GRACE_S: Final = 1.0
 #: Seconds that close() waits for the I/O thread.
@@ -426,7 +428,7 @@ class BaseClient(ClientProperties):
         waiting = self._for_requests.begin_wait()
         try:
             if waiting and self._for_requests.short:
-                self._queue_chore(self._for_requests.start)
+                self._queue_chore(self._start_more_threads)
             arrived = call.wait(deadline)
         finally:
             if waiting:
@@ -440,6 +442,16 @@ class BaseClient(ClientProperties):
         if isinstance(call.value, BaseException):
             raise call.value
         return call.value
+
+    def _start_more_threads(self) -> None:
+        """Start handler threads in place of those that wait; with the lock, in the I/O
+        thread.
+
+        The limit in flight grows with them, and does not shrink: an operation per
+        nested request would cost more than a few requests that wait here.
+        """
+        self._for_requests.start()
+        self._dialog.raise_in_flight(self._for_requests.capacity)
 
     def _abandon(self, call: Call) -> None:
         """Drop a call that was interrupted while it waited for its outcome."""
@@ -621,6 +633,9 @@ class BaseClient(ClientProperties):
         """Queue the answer to a request with ``put``, once it can be written."""
         self._check()
 
+        if self._drop_answer(request):
+            return
+
         def put_frame() -> None:
             request.require_unanswered()
             put(*args)
@@ -640,6 +655,8 @@ class BaseClient(ClientProperties):
         def set_handler() -> None:
             handle(handler)
             threads.start()
+            if for_requests:
+                self._dialog.limit_in_flight(threads.capacity)
 
         self._check()
         self._run_in_io_thread(set_handler)
@@ -756,7 +773,48 @@ class BaseClient(ClientProperties):
         self._dialog.forget(subscription)
         self._end_queue(subscription.queue, Closed(reason))
 
+    def _is_over(self, request: Message) -> bool:
+        """Return whether no requester waits for a request that no handler has begun."""
+        return self._dialog.is_over(request, time.monotonic())
+
+    def _drop_answer(self, request: message.Message) -> bool:
+        """Return whether an answer is discarded, because its request was cancelled."""
+        request.require_unanswered()
+        return self._dialog.needs_no_answer(request)
+
     # Closing; without the lock
+
+    def _drain(self, timeout: float | None) -> bool:
+        """Finish the work in progress, then close; return whether all was finished."""
+        deadline = _deadline(timeout)
+        self._check()
+        self._refuse_to_wait()
+        finished = False
+        try:
+            self._run_in_io_thread(self._dialog.stop_requests)
+            if self._dialog.state is State.READY:
+                with contextlib.suppress(BrokerdError):
+                    # Behind the answer to this, no further request comes.
+                    self._ask(timeout, self._dialog.control, "ping", {})
+            while not self.closed:
+                self._run_in_io_thread(self._give_back_waiting)
+                finished = self._for_requests.idle and self._for_messages.idle
+                if finished or (deadline is not None and time.monotonic() >= deadline):
+                    break
+                time.sleep(_DRAIN_CHECK_S)
+        finally:
+            self._close()
+        return finished
+
+    def _give_back_waiting(self) -> None:
+        """Return the requests that no handler has begun; with the lock, in the I/O
+        thread.
+        """
+        if self._dialog.may_answer and self._dialog.returns_requests:
+            for request in self._dispatcher.take_requests():
+                if not self._dialog.needs_no_answer(request):
+                    self._dialog.give_back(request.sender, request.id)
+                    request.mark_answered()
 
     def wait_until_ready(self) -> None:
         """Wait for the first introduction.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -21,7 +22,7 @@ from brokerd_client.blocking.base import BaseClient
 from brokerd_client.blocking.subscriptions import Message, PresenceWatch, Subscription
 from brokerd_client.codec import encode
 from brokerd_client.errors import BrokerdError
-from brokerd_client.message import Receipt, with_ttl
+from brokerd_client.message import Receipt, with_time_limit, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.settings import (
@@ -208,9 +209,11 @@ class Client(BaseClient):
         Args:
             to: The address of the client that is to answer.
             payload: The object to send.
-            timeout: Seconds to wait for the reply; None for no limit.
+            timeout: Seconds to wait for the reply; None for no limit. It travels as the
+                request's ttl, and a call that ends early cancels the request.
             codec: The codec of the payload, by name or number.
-            ttl: Seconds that the request stays deliverable while it waits in a queue.
+            ttl: Seconds after which the broker ends the request, answered or not. The
+                default is the timeout.
             extension: A JSON object that travels beside the payload.
 
         Returns:
@@ -219,13 +222,14 @@ class Client(BaseClient):
         Raises:
             RequestFailed: The other client answered with an error.
             Refused: The broker refused the request.
+            Expired: Its own ttl was over.
             TimedOut: No reply came in time.
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
-        put = self._dialog.request
+        extension, limit_s = with_time_limit(extension, ttl, timeout)
+        put = partial(self._dialog.request, limit_s=limit_s)
         return cast("Message", self._ask(timeout, put, to, number, body, extension))
 
     def reply(
@@ -520,6 +524,24 @@ class Client(BaseClient):
         return time.perf_counter() - started
 
     # The end
+
+    def drain(self, timeout: float | None = 30.0) -> bool:
+        """Finish the work in progress, then close: for a graceful stop.
+
+        The broker delivers no further request. Requests that no handler has begun go
+        back to the broker, which gives them to another member of the pool; a client
+        that is not a pool lets its requesters know that they were not begun (Offline).
+        Handlers that run may finish and answer, and handlers of messages and
+        callbacks finish what has been received. A second call, or a close() meanwhile,
+        ends the wait.
+
+        Args:
+            timeout: Seconds for the handlers to finish; None for no limit.
+
+        Returns:
+            Whether all of them finished in time. The client is closed in both cases.
+        """
+        return self._drain(timeout)
 
     def close(self) -> None:
         """Close the connection and end every thread of the client.

@@ -39,6 +39,19 @@ class HandlerThreads:
         self._lock = threading.Lock()
         self._threads: dict[int, threading.Thread] = {}
         self._waiting: set[int] = set()
+        #: Number of jobs that were done.
+        self._done = 0
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that the threads can do at once: of those that run, and of those needed."""
+        return max(self._count, len(self._threads))
+
+    @property
+    def idle(self) -> bool:
+        """Whether every job is done, the job that the calling thread does set aside."""
+        own = threading.get_ident() in self._threads
+        return self._new_queue.added - self._done - own <= 0
 
     @property
     def threads(self) -> list[threading.Thread]:
@@ -87,6 +100,8 @@ class HandlerThreads:
                     except BaseException as error:  # noqa: BLE001 - see the head of this file
                         _on_failure(function, item, error)
                     finally:
+                        with self._lock:
+                            self._done += 1
                         # An interrupted wait may have left the thread in the set.
                         self._waiting.discard(threading.get_ident())
                     del function, item
@@ -125,8 +140,12 @@ class RequestJob:
         self._handler = handler
 
     def __call__(self, request: Message) -> None:
+        if request._owner._is_over(request):
+            return
         result = self._handler(request)
         try:
+            if request.cancelled:
+                return
             if not request.answered:
                 request.reply(result)
             elif result is not None:
@@ -143,6 +162,9 @@ class RequestJob:
         """Log the handler's exception, and tell the requester that its request has
         failed.
         """
+        if isinstance(error, Closed) and request._owner.closed:
+            log().info("a request of %s was not finished: client closed", request.sender)
+            return
         log().error("the handler of a request of %s failed", request.sender, exc_info=error)
         with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
             request.fail(f"the handler failed: {type(error).__name__}")
@@ -152,7 +174,9 @@ def _on_failure(function: Any, item: Any, error: BaseException) -> None:
     """Log a handler's exception, and send an error to a peer that waits for its answer."""
     try:
         report = getattr(function, "failed", None)
-        if report is None:
+        if report is None and isinstance(error, Closed):
+            log().info("a handler was not finished: client closed")
+        elif report is None:
             log().error("a handler failed", exc_info=error)
         else:
             report(item, error)

@@ -133,6 +133,7 @@ class WaitQueue(Generic[T]):
         "_interrupting",
         "_meter",
         "_transport",
+        "added",
         "ended",
         "inbox",
         "waiters",
@@ -143,6 +144,8 @@ class WaitQueue(Generic[T]):
     ) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
+        #: Number of items added so far, without those that take_all returned.
+        self.added = 0
         #: The reason why no more items will arrive; None while they may.
         self.ended: BrokerdError | None = None
         self._meter = meter
@@ -151,8 +154,15 @@ class WaitQueue(Generic[T]):
 
     def put(self, items: list[T], size: int) -> None:
         """Add items, and wake one waiting thread per item."""
+        self.added += len(items)
         self.inbox.put(items, size)
         self.waiters.wake(len(items))
+
+    def take_all(self) -> list[T]:
+        """Take and return all items."""
+        items = self.inbox.take_all()
+        self.added -= len(items)
+        return items
 
     def end(self, reason: BrokerdError) -> None:
         """Store the reason why no more items will arrive, and wake every waiting

@@ -27,7 +27,9 @@ from brokerd_client.wire.layout import (
     FRAME_HEAD,
     HEADER,
     MAX_HEAD_SIZE,
+    MESSAGE_KIND,
     REPLY_KIND,
+    REQUEST_KIND,
     Kind,
 )
 
@@ -102,6 +104,7 @@ class FrameDecoder(Generic[M]):
         "_runs",
         "_senders",
         "_topics",
+        "requests",
     )
 
     def __init__(self, message: type[M], largest: int) -> None:
@@ -117,6 +120,8 @@ class FrameDecoder(Generic[M]):
         self._senders: dict[bytes, str] = {}
         self._topics: dict[bytes, str] = {}
         self._runs: dict[tuple[int, int], struct.Struct] = {}
+        #: The requests among the messages of the last call of ``read``.
+        self.requests: list[M] = []
 
     def accept(self, largest: int) -> None:
         """Skip all later frames whose payload is longer than ``largest`` bytes.
@@ -139,6 +144,7 @@ class FrameDecoder(Generic[M]):
         raises RemoteError. Return the approximate number of bytes of the frames.
         """
         self._extra = 0
+        self.requests = []
         position, end, size_before = 0, len(data), 0
         if self._partial or self._large is not None:
             size_before = (
@@ -170,9 +176,11 @@ class FrameDecoder(Generic[M]):
                             kind, message_id, sender, codec, data[body:stop], owner
                         )
                         position = stop
-                        if kind >= REPLY_KIND:
-                            handle_frame(message)
-                            continue
+                        if kind != MESSAGE_KIND:
+                            if kind == REPLY_KIND:
+                                handle_frame(message)
+                                continue
+                            self.requests.append(message)
                         append(message)
                         if size != size_of_last:
                             size_of_last, in_a_row = size, 0
@@ -262,6 +270,8 @@ class FrameDecoder(Generic[M]):
             message.topic = ""
             message.extension = None
             append(message)
+        if kind == REQUEST_KIND:
+            self.requests += messages[count_before:]
         return position + (len(messages) - count_before) * step
 
     def _complete(
@@ -463,3 +473,5 @@ class FrameDecoder(Generic[M]):
             handle_frame(message)
         else:
             messages.append(message)
+            if kind is Kind.REQUEST:
+                self.requests.append(message)

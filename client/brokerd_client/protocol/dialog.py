@@ -116,6 +116,15 @@ class Dialog(Generic[M]):
         self.retry_at = 0.0
         #: Why the connection was lost or could not be made; None while it is open.
         self.reason: BrokerdError | None = None
+        #: Most requests that the broker delivers before they are answered; None before
+        #: it was set.
+        self._in_flight: int | None = None
+        #: Whether no further requests are wanted.
+        self._stopped = False
+        #: Requests dropped because their requesters did not wait any more.
+        self.dropped = 0
+        #: Features of the broker of the present connection.
+        self._features: frozenset[str] = frozenset()
         #: Number of lost connections.
         self.losses = 0
         #: Failed sends without a waiting call.
@@ -188,6 +197,7 @@ class Dialog(Generic[M]):
         self._step(Event.OPEN)
         self._finishing = False
         self._reader = FrameReader()
+        self._features = frozenset()
         self._inbound.reset()
         # Messages may come before the broker's answer to whoami.
         self._inbound.accept(largest_message(self._inbox))
@@ -303,6 +313,7 @@ class Dialog(Generic[M]):
             if not at_once:
                 self.retry_at += wait
                 self._attempt += 1
+        self._inbound.lost()
         max_written = self._encoder.written + doubtful
         for pending in self.pending_calls.clear():
             self._inbound.forget_subscription(pending)
@@ -362,6 +373,7 @@ class Dialog(Generic[M]):
         """The numbers of failures so far, by name."""
         return {
             "late": self._inbound.late,
+            "dropped": self.dropped,
             "undelivered": self.undelivered,
             "unreadable": self._inbound.unreadable,
             "unrouted": self._inbound.unrouted,
@@ -397,10 +409,7 @@ class Dialog(Generic[M]):
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.
             self._withdraw(pending)
-            to = pending.to or pending.about
-            effects.outcomes.append(
-                (pending.waiter, TimedOut(f"no answer from {to} to {pending.id} in time"))
-            )
+            effects.outcomes.append((pending.waiter, pending.timed_out()))
         self._finish()
         return effects
 
@@ -510,13 +519,17 @@ class Dialog(Generic[M]):
         extension: Mapping[str, Any] | None,
         waiter: object,
         deadline: float | None,
+        limit_s: float | None = None,
     ) -> int:
-        """Queue a REQUEST; the waiter gets the REPLY or an error. Return its id."""
+        """Queue a REQUEST; the waiter gets the REPLY or an error. Return its id.
+
+        limit_s: the caller's timeout in seconds, if it is the request's ttl.
+        """
         message_id = self._take_id()
         self._encoder.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
-        self.pending_calls.add(
-            Pending(message_id, Purpose.REQUEST, to, self._encoder.queued, waiter, deadline)
-        )
+        pending = Pending(message_id, Purpose.REQUEST, to, self._encoder.queued, waiter, deadline)
+        pending.limit_s = limit_s
+        self.pending_calls.add(pending)
         return message_id
 
     def reply(
@@ -529,13 +542,60 @@ class Dialog(Generic[M]):
     ) -> None:
         """Queue the REPLY to the request with this id."""
         self._require_connection()
+        self._inbound.close_request(to, message_id)
         self._encoder.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
         self._encoder.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
         """Queue an ERROR as the answer to the request with this id."""
         self._require_connection()
+        self._inbound.close_request(to, message_id)
         self._refuse(to, message_id, code, text)
+
+    def give_back(self, to: str, message_id: int) -> None:
+        """Return a request that no handler has begun, for another member of the pool."""
+        self.fail(to, message_id, "back", "the client stops, and has not begun this request")
+
+    def limit_in_flight(self, limit: int) -> None:
+        """Set how many requests the broker delivers before they are answered."""
+        if limit != self._in_flight and not (self._stopped and limit):
+            self._in_flight = limit
+            self._tell_in_flight()
+
+    def raise_in_flight(self, limit: int) -> None:
+        """Raise the number of requests that the broker delivers to ``limit``."""
+        if self._in_flight is not None and limit > self._in_flight:
+            self.limit_in_flight(limit)
+
+    def stop_requests(self) -> None:
+        """Stop further requests, on later connections too."""
+        self._stopped = True
+        self.limit_in_flight(0)
+
+    def is_over(self, request: Message, now: float) -> bool:
+        """Return whether no requester waits for a request that no handler has begun."""
+        deadline = request.deadline
+        over = request.cancelled or (deadline is not None and deadline <= now)
+        if over:
+            request.mark_answered()
+            self.dropped += 1
+        return over
+
+    def needs_no_answer(self, request: Message) -> bool:
+        """Return whether an answer to a request is discarded, because it was cancelled."""
+        if request.cancelled:
+            request.mark_answered()
+            self._inbound.late += 1
+        return request.cancelled
+
+    @property
+    def returns_requests(self) -> bool:
+        """Whether the broker takes requests back."""
+        return "in_flight" in self._features
+
+    def _tell_in_flight(self) -> None:
+        if self._in_flight is not None and "in_flight" in self._features and self.may_answer:
+            self._operate("in_flight", {"n": self._in_flight}, Purpose.FORGET)
 
     def control(
         self, op: str, arguments: Mapping[str, Any], waiter: object, deadline: float | None
@@ -690,6 +750,15 @@ class Dialog(Generic[M]):
             self._leave(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
+        elif pending.purpose is Purpose.REQUEST:
+            self._cancel(pending)
+
+    def _cancel(self, pending: Pending) -> None:
+        """Tell the broker that no caller awaits the answer to a request any more."""
+        self._inbound.give_up(pending.id)
+        if self.state in _CONNECTED and "cancels" in self._features:
+            body = b'{"code":"cancelled","message":"the requester does not wait","name":""}'
+            self._encoder.put(Kind.ERROR, 0, pending.id, BROKER, JSON_CODEC, body, None)
 
     def _loss(self, message_id: int, to: str, *, in_doubt: bool) -> Disconnected:
         reason = f"the connection to the broker is lost ({self.reason})"
@@ -806,7 +875,13 @@ class Dialog(Generic[M]):
             raise ProtocolError("the broker's introduction has limits that are not valid")
         self.name, self.address = name, address
         self.introduction = answer
+        features = answer.get("features")
+        if isinstance(features, list):
+            self._features = frozenset(item for item in features if isinstance(item, str))
         self._step(Event.INTRODUCE)
+        if "cancels" in self._features:
+            self._operate("cancels", {}, Purpose.FORGET)
+        self._tell_in_flight()
         if not self._introduced:
             # Failed attempts before the first success must not lengthen later waits.
             self._introduced, self._attempt = True, 0

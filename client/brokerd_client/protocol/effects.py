@@ -19,6 +19,7 @@ class Effects(Generic[M]):
         messages: MESSAGE and REQUEST frames, in order; ``size`` is about their bytes on
             the wire.
         outcomes: (waiter, Message | dict | Receipt | BrokerdError) for waiting calls.
+        cancelled: Requests received earlier whose requesters do not wait any more.
         events: (sink, Message or Presence) for subscriptions and watches.
         ended: (sink, error) for subscriptions and watches that have ended.
         undelivered: Failures of sends without a waiting call.
@@ -30,6 +31,7 @@ class Effects(Generic[M]):
 
     __slots__ = (
         "broken",
+        "cancelled",
         "ended",
         "events",
         "messages",
@@ -44,6 +46,7 @@ class Effects(Generic[M]):
         self.messages: list[M] = []
         self.size = 0
         self.outcomes: list[tuple[Any, Any]] = []
+        self.cancelled: list[M] = []
         self.events: list[tuple[Any, Any]] = []
         self.ended: list[tuple[Any, BrokerdError]] = []
         self.undelivered: list[BrokerdError] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from brokerd_client import presence
 from brokerd_client.errors import (
@@ -17,6 +18,7 @@ from brokerd_client.errors import (
     Denied,
     Disconnected,
     DisconnectedByOperator,
+    Expired,
     FrameTooBig,
     KeyRemoved,
     NameTaken,
@@ -32,7 +34,7 @@ from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, is_address
-from brokerd_client.wire.layout import EVENT_KIND, Kind
+from brokerd_client.wire.layout import EVENT_KIND, Flag, Kind
 
 __all__ = ["Inbound"]
 
@@ -51,6 +53,8 @@ _ENDINGS: Final = frozenset(
 _MAX_ERROR_COST: Final = 2**20
 _LIST_FACTOR: Final = 8
 _MAX_ANSWER_COST: Final = 2**18
+#: Most requests remembered whose outcomes no caller awaits any more.
+_MAX_GIVEN_UP: Final = 4096
 #: Approximate memory of each value in a decoded answer, in bytes.
 _VALUE_COST: Final = 64
 #: Most characters kept of an ERROR's texts: its code, its name, its message from the
@@ -115,6 +119,10 @@ class Inbound(Generic[M]):
         self._has_answered = has_answered
         #: Whether the broker will announce the end of this connection.
         self._goaway = False
+        #: Requests that were received and may still be answered, by sender and id.
+        self._open: WeakValueDictionary[tuple[str, int], M] = WeakValueDictionary()
+        #: Ids of this client's own requests whose outcome no caller awaits any more.
+        self._given_up: dict[int, None] = {}
         self._decoder = FrameDecoder(message, largest)
         self.accept(largest)
 
@@ -153,6 +161,34 @@ class Inbound(Generic[M]):
                 self._on_receipt(frame.id, effects)
 
         effects.size += self._decoder.read(data, owner, effects.messages, handle_frame)
+        for request in self._decoder.requests:
+            if request.extension is not None:
+                request.set_deadline(now)
+            self._open[request.sender, request.id] = request
+
+    def give_up(self, message_id: int) -> None:
+        """Remember that no caller awaits the outcome of a request any more."""
+        if len(self._given_up) >= _MAX_GIVEN_UP:
+            del self._given_up[next(iter(self._given_up))]
+        self._given_up[message_id] = None
+
+    def close_request(self, sender: str, message_id: int) -> None:
+        """Forget a request that is answered."""
+        self._open.pop((sender, message_id), None)
+
+    def lost(self) -> None:
+        """Forget all open requests of a lost connection.
+
+        Their handlers go on: a short outage must not stop what they have begun.
+        """
+        self._open.clear()
+        self._given_up.clear()
+
+    def _on_cancel(self, envelope: Envelope, effects: Effects[M]) -> None:
+        request = self._open.pop((envelope.name, envelope.id), None)
+        if request is not None and not request.answered:
+            request.mark_cancelled()
+            effects.cancelled.append(request)
 
     def _on_event(self, message: M, effects: Effects[M]) -> None:
         subscriptions = self._subscriptions.of(message.topic)
@@ -256,6 +292,10 @@ class Inbound(Generic[M]):
             self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
+        if envelope.flags & Flag.ACK:
+            # It concerns a request that this client has received.
+            self._on_cancel(envelope, effects)
+            return
         fields = _json_object(envelope.payload, _MAX_ERROR_COST) or {}
         max_length = _MAX_TEXT if envelope.name == BROKER else _MAX_CLIENT_TEXT
         code, text = _text(fields.get("code"), _MAX_CODE), _text(fields.get("message"), max_length)
@@ -285,6 +325,10 @@ class Inbound(Generic[M]):
             effects.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
             effects.broken.__cause__ = error
             return
+        if pending is None and envelope.id in self._given_up:
+            del self._given_up[envelope.id]
+            self.late += 1
+            return
         if pending is None or not pending.concerned_by(name):
             if code == Denied.code and self._has_answered(envelope.id):
                 # The requester already has its outcome, or is disconnected: no message
@@ -308,6 +352,9 @@ class Inbound(Generic[M]):
         elif pending.purpose is Purpose.RESYNC:
             self._end([pending.sink], None, error, effects)
         elif pending.waiter is not None:
+            if pending.limit_s is not None and isinstance(error, Expired):
+                # Its ttl is the caller's timeout, which the broker's clock met first.
+                error = pending.timed_out()
             effects.outcomes.append((pending.waiter, error))
 
     def _end(

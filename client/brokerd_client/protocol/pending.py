@@ -11,6 +11,7 @@ import heapq
 from enum import Enum
 from typing import Any, Final
 
+from brokerd_client.errors import TimedOut
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
 __all__ = ["Pending", "PendingTable", "Purpose"]
@@ -44,9 +45,21 @@ class Pending:
         end: The position in this connection's sent bytes where the frame ends.
         waiter: An object of the face's; None if no caller waits.
         entry, sink: The subscription that the call makes.
+        limit_s: The timeout of the caller in seconds, if it is the request's ttl.
     """
 
-    __slots__ = ("about", "deadline", "end", "entry", "id", "purpose", "sink", "to", "waiter")
+    __slots__ = (
+        "about",
+        "deadline",
+        "end",
+        "entry",
+        "id",
+        "limit_s",
+        "purpose",
+        "sink",
+        "to",
+        "waiter",
+    )
 
     def __init__(
         self,
@@ -69,6 +82,12 @@ class Pending:
         self.about = about
         self.entry = entry
         self.sink = sink
+        self.limit_s: float | None = None
+
+    def timed_out(self) -> TimedOut:
+        """Return the error for a caller whose time is over."""
+        within = "in time" if self.limit_s is None else f"within {self.limit_s:g} s"
+        return TimedOut(f"no answer from {self.to or self.about} to {self.id} {within}")
 
     def answered_by(self, sender: str) -> bool:
         """Return whether a REPLY or ERROR from ``sender`` can answer this call.

@@ -93,6 +93,7 @@ class ErrorCode(StrEnum):
     DENIED = "denied"
     FULL = "full"
     TOO_LARGE = "too_large"
+    CANCELLED = "cancelled"
     EXPIRED = "expired"
     RATE_LIMITED = "rate_limited"
     MALFORMED = "malformed"

@@ -42,6 +42,7 @@ CALLS: dict[str, Use] = {
     "whoami": lambda client, feed, watch, request: client.whoami(),
     "ping": lambda client, feed, watch, request: client.ping(),
     "close": lambda client, feed, watch, request: client.close(),
+    "drain": lambda client, feed, watch, request: client.drain(),
     "wait_until_ready": lambda client, feed, watch, request: client.wait_until_ready(),
     "__aenter__": lambda client, feed, watch, request: client.__aenter__(),
     "__aexit__": lambda client, feed, watch, request: client.__aexit__(None, None, None),

@@ -1433,6 +1433,7 @@ def test_dialog_counters_are_read_by_name(pair: Pair) -> None:
     pair.lose()
     assert pair.dialog.counters == {
         "late": 0,
+        "dropped": 0,
         "undelivered": 0,
         "unreadable": 0,
         "unrouted": 0,

@@ -342,6 +342,7 @@ def test_refusal_has_class_of_its_code(connect: Connect) -> None:
     assert ops.send_confirmed("ops", 1).to == "ops"
     assert ops.counters == {
         "late": 0,
+        "dropped": 0,
         "undelivered": 0,
         "unreadable": 0,
         "unrouted": 0,

@@ -111,7 +111,10 @@ def target(data: bytes) -> None:
         if facts["clients"][name]["rate"] != each["rate"]:
             each["rate"] = facts["clients"][name]["rate"]
     assert comparable(again.facts, net.broker) == comparable(facts, net.broker)
-    assert b"".join(again.pieces) == body
+    if not (facts["waiting"] or facts["retained"]):
+        # A request whose recipient is not configured waits elsewhere, and a frame that no
+        # pool needs is not kept.
+        assert b"".join(again.pieces) == body
     if are_frames(body):
         use_and_leave(net)
 
