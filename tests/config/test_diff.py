@@ -1,4 +1,4 @@
-"""What a reload would change, in words."""
+"""The changes that a reload would make, in words."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def planned(before: str, after: str) -> Plan:
     return compare(config(before), config(after))
 
 
-def test_clients_come_go_and_change() -> None:
-    """Each client is in one list, and moved lines are no change."""
+def test_diff_clients_added_removed_and_changed_are_listed() -> None:
+    """Each client is in one list only. An entry that only moved to another line is not
+    a change.
+    """
     found = planned(
         "clients: {a: {key: a}, b: {key: b}, c: {key: c}}\n",
         "clients:\n  d: {key: d}\n  c: {key: c, admin: true}\n  a: {key: a}\n",
@@ -45,10 +47,12 @@ def test_clients_come_go_and_change() -> None:
         ("in_flight: 5", "admin: false", "in_flight: 5 -> none"),
     ],
 )
-def test_what_changes_is_said_in_the_units_of_the_file(
+def test_diff_client_key_changed_is_described_in_units_of_file(
     before: str, after: str, phrase: str
 ) -> None:
-    """A phrase for each key of the client: what it was, and what it will be."""
+    """Each changed key of a client gives one phrase: the value before and the value
+    after.
+    """
     found = planned(
         f"clients: {{a: {{key: k, {before}}}}}\n", f"clients: {{a: {{key: k, {after}}}}}\n"
     )
@@ -56,8 +60,8 @@ def test_what_changes_is_said_in_the_units_of_the_file(
     assert found.changed == {"a": (phrase,)}
 
 
-def test_long_lists_are_cut() -> None:
-    """A hundred rules are not repeated whole."""
+def test_diff_long_rule_list_is_shortened() -> None:
+    """A list of a hundred rules is shortened to its first few."""
     many = ", ".join(f"c{number}*" for number in range(100))
 
     (phrase,) = planned(
@@ -67,9 +71,9 @@ def test_long_lists_are_cut() -> None:
     assert phrase.endswith("c7*, and 92 more]")
 
 
-def test_keys_are_named_by_their_ids() -> None:
-    """A key that comes, goes or gets another time is told by its id; the key is in no
-    phrase.
+def test_diff_client_keys_changed_are_named_by_key_id() -> None:
+    """A key that is added, removed or valid at another time is named by its id. No
+    phrase holds the key itself.
     """
     before = config("clients: {a: {keys: [{key: secret-one}, {key: secret-two}]}}\n")
     after = config(
@@ -88,8 +92,8 @@ def test_keys_are_named_by_their_ids() -> None:
     assert "secret" not in "".join(phrases)
 
 
-def test_another_order_of_keys_is_a_change() -> None:
-    """Nothing is hidden, even if it hardly matters."""
+def test_diff_client_keys_reordered_is_a_change() -> None:
+    """A new order of keys is reported, although it hardly matters."""
     found = planned(
         "clients: {a: {keys: [{key: k}, {key: l}]}}\n",
         "clients: {a: {keys: [{key: l}, {key: k}]}}\n",
@@ -98,8 +102,10 @@ def test_another_order_of_keys_is_a_change() -> None:
     assert found.changed == {"a": ("keys: in another order",)}
 
 
-def test_listeners_open_close_and_change() -> None:
-    """By address; what changes about one that stays is said."""
+def test_diff_listeners_opened_closed_and_changed_are_listed() -> None:
+    """Listeners are compared by address. A listener that stays is listed with its
+    changes.
+    """
     found = planned(
         "listen: [/run/a, {address: /run/b, mode: '0600'}]\n",
         "listen: [{address: /run/b, mode: '0660', group: 5, allow_md5: true}, 127.0.0.1:6000]\n",
@@ -115,8 +121,8 @@ def test_listeners_open_close_and_change() -> None:
     ]
 
 
-def test_limits_and_log() -> None:
-    """Each section's keys, in their units."""
+def test_diff_limits_and_log_changed_are_described_in_units() -> None:
+    """The changed keys of each section are given with their units."""
     found = planned(
         "limits: {max_message: 16MiB, drain_timeout: 1.5, expiry_warning: 7d}\n",
         "limits: {max_message: 1GiB, drain_timeout: 2h}\nlog: {level: debug}\n",
@@ -143,18 +149,22 @@ def test_limits_and_log() -> None:
         ("127.0.0.1:0", "0.0.0.0:0", False),
     ],
 )
-def test_an_address_inside_one_that_is_to_be_closed_is_seen(
+def test_diff_new_address_covered_by_closing_listener_is_overlap(
     new: str, old: str, clash: bool
 ) -> None:
-    """New addresses are opened first: one that the old one covers can't be."""
+    """New addresses are opened first. An address that a listener to be closed covers
+    can't be opened yet.
+    """
     found = planned(f"listen: [{old}]\n", f"listen: [{new}]\n")
 
     assert bool(list(overlaps(found.opened, found.closed))) == clash
 
 
-def test_what_only_a_restart_takes_over_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the configuration that no reload takes over is named, and keeps its
-    running value.
+def test_diff_section_not_reloadable_is_named_and_keeps_running_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A section that a reload doesn't apply is named in the plan, and keeps its running
+    value.
     """
     monkeypatch.setattr(plan, "_RELOADED", plan._RELOADED - {"log"})
     before, after = (
@@ -167,8 +177,8 @@ def test_what_only_a_restart_takes_over_stays(monkeypatch: pytest.MonkeyPatch) -
     assert merge(before, after).limits == after.limits
 
 
-def test_the_plan_as_fields_is_plain() -> None:
-    """Lists, mappings and text only, for a reply and a log event."""
+def test_diff_plan_as_fields_holds_only_plain_values() -> None:
+    """The fields are lists, mappings and text only, for a reply and a log event."""
     found = planned("clients: {a: {key: a}}\n", "listen: [/run/c]\nclients: {b: {key: b}}\n")
 
     assert found.as_fields() == {

@@ -1,6 +1,4 @@
-"""Whatever the bytes: a configuration comes out, or ConfigError with whole lines, and
-nothing else.
-"""
+"""Any bytes give either a configuration or a ConfigError with whole lines."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ _LINE = re.compile(r"f:[1-9][0-9]*:[1-9][0-9]*: [^\n]+: [^\n]+ \([^\n]+\)")
 
 
 def judge(text: str | bytes) -> None:
-    """Load the text; hold an error to its form."""
+    """Load the text, and check the form of an error."""
     try:
         load_text(text, "f", {})
     except ConfigError as error:
@@ -43,14 +41,14 @@ def judge(text: str | bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes(content: bytes) -> None:
-    """Random bytes are refused, or are a configuration, in an orderly way."""
+def test_config_random_bytes_load_or_give_config_error(content: bytes) -> None:
+    """Random bytes either load as a configuration or raise a well-formed ConfigError."""
     judge(content)
 
 
 @given(st.text(max_size=300))
-def test_any_text(text: str) -> None:
-    """Random text too."""
+def test_config_random_text_loads_or_gives_config_error(text: str) -> None:
+    """Random text either loads as a configuration or raises a well-formed ConfigError."""
     judge(text)
 
 
@@ -162,15 +160,15 @@ _KEYS = st.sampled_from(
 
 @settings(max_examples=400)
 @given(st.lists(_TOKENS, max_size=40))
-def test_any_words_of_the_language(words: list[str]) -> None:
-    """The program's own words and YAML's punctuation, in any order."""
+def test_config_random_yaml_tokens_load_or_give_config_error(words: list[str]) -> None:
+    """The configuration's own words and YAML's punctuation are joined in any order."""
     judge("".join(words))
 
 
 @settings(max_examples=400)
 @given(st.data())
-def test_a_good_file_changed_anywhere(data: st.DataObject) -> None:
-    """A valid file with pieces cut out, doubled, swapped or written over."""
+def test_config_valid_file_mutated_loads_or_gives_config_error(data: st.DataObject) -> None:
+    """Pieces of a valid file are removed, doubled, swapped or overwritten."""
     text = VALID
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(text)))
@@ -191,8 +189,8 @@ def test_a_good_file_changed_anywhere(data: st.DataObject) -> None:
         max_leaves=30,
     )
 )
-def test_any_tree_of_values(tree: object) -> None:
-    """Every kind of value in every place of the model."""
+def test_config_random_value_tree_loads_or_gives_config_error(tree: object) -> None:
+    """Every kind of value is tried in every place of the model."""
     try:
         text = yaml.safe_dump(tree)
     except yaml.YAMLError:
@@ -201,9 +199,9 @@ def test_any_tree_of_values(tree: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
-def test_a_good_file_cut_short_anywhere(name: str) -> None:
-    """A file that ends too early at any of its bytes is judged like any other, by
-    either of PyYAML's parsers.
+def test_config_file_truncated_loads_or_gives_config_error(name: str) -> None:
+    """A file that ends too early is judged like any other file. Every seventh byte is
+    tried.
     """
     content = (ROOT / "config" / name).read_bytes()
 
@@ -211,9 +209,9 @@ def test_a_good_file_cut_short_anywhere(name: str) -> None:
         judge(content[:end])
 
 
-def test_the_plain_parser_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without libyaml, a good file gives the same configuration, and a bad one errors
-    at the same places.
+def test_config_without_libyaml_gives_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without libyaml a valid file gives the same configuration, and a truncated file
+    is judged in the same form.
     """
     compiled = load_text(VALID, "f", {})
     monkeypatch.setattr(yaml_reader, "_LOADER", yaml.SafeLoader)

@@ -1,4 +1,4 @@
-"""Keys: where they may be, who else may read them, and when they are accepted."""
+"""Keys: where they may be stored, which users may read them, and when they are valid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from brokerd.config.values import Key
 
 LISTEN = "listen: [/run/b.sock]\n"
 
-posix_modes = pytest.mark.skipif(os.name != "posix", reason="file modes mean nothing here")
+posix_modes = pytest.mark.skipif(os.name != "posix", reason="no POSIX file modes here")
 
 
 def key_file(path: Path, content: bytes = b"the key\n", mode: int = 0o600) -> Path:
@@ -48,15 +48,19 @@ def refusal(text: str, environ: dict[str, str] | None = None) -> str:
         (b"k\r", b"k\r"),
     ],
 )
-def test_one_trailing_newline_is_cut(tmp_path: Path, content: bytes, key: bytes) -> None:
-    """The bytes of a key file are the key, without one newline at their end, whatever
-    else they are.
+def test_key_file_one_trailing_newline_is_removed(
+    tmp_path: Path, content: bytes, key: bytes
+) -> None:
+    """The bytes of a key file are the key, whatever they are. Only one newline at their
+    end is removed.
     """
     assert read_key_file(str(key_file(tmp_path / "key", content)), {}) == key
 
 
-def test_a_key_of_the_largest_size(tmp_path: Path) -> None:
-    """64 KiB is a key, one byte more is some other file."""
+def test_key_file_above_largest_size_is_refused(tmp_path: Path) -> None:
+    """A key file of 64 KiB is accepted. One byte more is refused, as the file can't be
+    a key.
+    """
     path = str(key_file(tmp_path / "key", b"k" * MAX_KEY))
     assert len(read_key_file(path, {})) == MAX_KEY
 
@@ -69,9 +73,9 @@ def test_a_key_of_the_largest_size(tmp_path: Path) -> None:
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o602, 0o660, 0o666, 0o440])
-def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None:
-    """A key file that others can read or write is refused, and the command in the
-    error, run as it is, mends it.
+def test_key_file_open_to_other_users_error_gives_working_chmod(tmp_path: Path, mode: int) -> None:
+    """A key file that other users can read or write is refused. The command in the
+    error repairs it, run as it is.
     """
     path = key_file(tmp_path / "it's a key", mode=mode)
     text = LISTEN + f'clients: {{a: {{key_file: "{path}"}}}}\n'
@@ -90,15 +94,15 @@ def test_the_chmod_in_the_error_puts_it_right(tmp_path: Path, mode: int) -> None
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o700, 0o611])
-def test_modes_that_keep_a_key_to_its_owner(tmp_path: Path, mode: int) -> None:
-    """What only the owner can read and write is accepted."""
+def test_key_file_private_to_owner_is_accepted(tmp_path: Path, mode: int) -> None:
+    """A key file that only its owner can read and write is accepted."""
     assert read_key_file(str(key_file(tmp_path / "key", mode=mode)), {}) == b"the key"
 
 
 @posix_modes
-def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
-    """A file with keys in it that others can read is one error, at its first key,
-    whatever the number of keys.
+def test_config_inline_keys_in_file_open_to_other_users_are_refused(tmp_path: Path) -> None:
+    """A file with inline keys that other users can read is one error, however many keys
+    it holds. The error stands at the first key.
     """
     file = tmp_path / "b.yaml"
     file.write_text(LISTEN + "clients:\n  a: {key: one}\n  b: {keys: [{key: two}]}\n")
@@ -117,9 +121,9 @@ def test_an_inline_key_needs_a_private_file(tmp_path: Path) -> None:
 
 
 @posix_modes
-def test_a_file_without_keys_may_be_read_by_all(tmp_path: Path) -> None:
-    """A configuration that only names key files needs no protection, though the file it
-    includes does.
+def test_config_without_inline_keys_may_be_readable_by_all(tmp_path: Path) -> None:
+    """A configuration that only names key files needs no protection. A file with inline
+    keys that it includes does.
     """
     key_file(tmp_path / "key")
     file = tmp_path / "b.yaml"
@@ -136,9 +140,9 @@ def test_a_file_without_keys_may_be_read_by_all(tmp_path: Path) -> None:
     assert str(refused.value).endswith(f"(chmod 600 {included})")
 
 
-def test_a_key_from_the_environment() -> None:
-    """key_env takes the variable's bytes as they are; one that is missing or empty is
-    an error.
+def test_key_env_variable_bytes_are_key() -> None:
+    """key_env uses the variable's bytes unchanged. A missing or empty variable is an
+    error.
     """
     text = LISTEN + "clients: {a: {key_env: A_KEY}}\n"
 
@@ -153,9 +157,11 @@ def test_a_key_from_the_environment() -> None:
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o400, 0o440, 0o600])
-def test_a_credential_of_systemd(tmp_path: Path, mode: int) -> None:
-    """A file in $CREDENTIALS_DIRECTORY is accepted as any version of systemd makes it,
-    by name or as a key file.
+def test_key_credential_of_systemd_is_accepted_by_name_and_as_file(
+    tmp_path: Path, mode: int
+) -> None:
+    """A file in $CREDENTIALS_DIRECTORY is accepted with every mode that a version of
+    systemd gives it. It may be given by name or as a key file.
     """
     path = key_file(tmp_path / "ops", mode=mode)
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
@@ -168,8 +174,10 @@ def test_a_credential_of_systemd(tmp_path: Path, mode: int) -> None:
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o444, 0o460])
-def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None:
-    """Only reading by the group is forgiven."""
+def test_key_credential_open_beyond_group_read_is_refused(tmp_path: Path, mode: int) -> None:
+    """The only permission that a credential may have beyond a key file's is reading by
+    the group.
+    """
     key_file(tmp_path / "ops", mode=mode)
 
     line = refusal(
@@ -181,9 +189,9 @@ def test_a_credential_is_still_no_public_file(tmp_path: Path, mode: int) -> None
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o444, 0o644, 0o440, 0o600])
-def test_a_secret_of_a_container(tmp_path: Path, mode: int) -> None:
-    """A file in $BROKERD_SEALED_DIRECTORY may be readable by all: as a key file, by
-    name, and as a configuration.
+def test_key_file_in_sealed_directory_may_be_readable_by_all(tmp_path: Path, mode: int) -> None:
+    """A file in $BROKERD_SEALED_DIRECTORY may be readable by all users: as a key file,
+    by name, and as a configuration.
     """
     path = key_file(tmp_path / "ops", mode=mode)
     file = key_file(tmp_path / "b.yaml", (LISTEN + "clients: {b: {key: inline}}\n").encode(), mode)
@@ -198,8 +206,10 @@ def test_a_secret_of_a_container(tmp_path: Path, mode: int) -> None:
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o464, 0o446, 0o666])
-def test_a_secret_is_still_no_scratch_paper(tmp_path: Path, mode: int) -> None:
-    """Only reading is forgiven, and only inside that directory."""
+def test_key_file_writable_or_outside_sealed_directory_is_refused(
+    tmp_path: Path, mode: int
+) -> None:
+    """Only reading is allowed to other users, and only inside that directory."""
     path = key_file(tmp_path / "ops", mode=mode)
     text = LISTEN + f"clients: {{a: {{key_file: {path}}}}}\n"
 
@@ -210,9 +220,10 @@ def test_a_secret_is_still_no_scratch_paper(tmp_path: Path, mode: int) -> None:
 
 
 @posix_modes
-def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
-    """Neither '..' in a key file's path nor a path for a name borrows the credentials'
-    forgiveness.
+def test_key_credential_path_outside_directory_is_refused(tmp_path: Path) -> None:
+    """A path that leaves the credentials' directory doesn't get the wider permissions
+    of a credential. This holds for '..' in a key file's path and for a path given as a
+    name.
     """
     (tmp_path / "credentials").mkdir()
     key_file(tmp_path / "key", mode=0o440)
@@ -227,8 +238,8 @@ def test_a_path_out_of_the_credentials_is_no_credential(tmp_path: Path) -> None:
     assert "is not a valid credential name" in by_name
 
 
-def test_a_credential_without_systemd() -> None:
-    """Where there are no credentials, the error says who makes them."""
+def test_key_credential_without_systemd_error_names_load_credential() -> None:
+    """Where no credentials exist, the error says how systemd provides them."""
     assert (
         refusal(LISTEN + "clients: {a: {key_credential: ops}}\n")
         == "f:2:31: clients.a.key_credential: CREDENTIALS_DIRECTORY is not set "
@@ -236,8 +247,10 @@ def test_a_credential_without_systemd() -> None:
     )
 
 
-def test_no_key_file(tmp_path: Path) -> None:
-    """A missing, an empty and a nonsensical key file are one line each."""
+def test_key_file_missing_empty_or_invalid_is_one_error_line(tmp_path: Path) -> None:
+    """A missing key file, a directory, an empty key file and an invalid path are one
+    line each.
+    """
     (tmp_path / "dir").mkdir()
     key_file(tmp_path / "empty", b"\n")
 
@@ -254,13 +267,11 @@ def test_no_key_file(tmp_path: Path) -> None:
 
 
 def warnings(text: str, environ: dict[str, str] | None = None) -> list[str]:
-    """Return what is warned of in a text that is accepted, with an administrator's name
-    for places.
-    """
+    """Return the warnings for a text that is accepted."""
     return lint_warnings(load_text(text, "f", environ or {}), datetime.now(UTC))
 
 
-ANEW = "(write the key again: brokerd key > FILE)"
+AGAIN = "(write the key again: brokerd key > FILE)"
 
 
 @pytest.mark.parametrize(
@@ -268,26 +279,26 @@ ANEW = "(write the key again: brokerd key > FILE)"
     [
         (
             b"the key\n\n",
-            (f"ends with a line break besides the one that is cut, and is used as it is {ANEW}"),
+            (f"ends with a line break besides the one that is cut, and is used as it is {AGAIN}"),
         ),
         (
             b"the key\r",
-            (f"ends with a line break besides the one that is cut, and is used as it is {ANEW}"),
+            (f"ends with a line break besides the one that is cut, and is used as it is {AGAIN}"),
         ),
-        (b"the key \n", f"ends with white space, and is used as it is {ANEW}"),
-        (b"the key\t", f"ends with white space, and is used as it is {ANEW}"),
-        (b" the key\n", f"begins with white space, and is used as it is {ANEW}"),
-        (b" \n", f"is only white space, and is used as it is {ANEW}"),
+        (b"the key \n", f"ends with white space, and is used as it is {AGAIN}"),
+        (b"the key\t", f"ends with white space, and is used as it is {AGAIN}"),
+        (b" the key\n", f"begins with white space, and is used as it is {AGAIN}"),
+        (b" \n", f"is only white space, and is used as it is {AGAIN}"),
         (
             b"\xef\xbb\xbfthe key\n",
-            f"begins with a byte order mark, and is used as it is {ANEW}",
+            f"begins with a byte order mark, and is used as it is {AGAIN}",
         ),
-        ("the key\n".encode("utf-16"), f"is UTF-16, and is used as it is {ANEW}"),
-        ("the key\n".encode("utf-16-le"), f"is UTF-16, and is used as it is {ANEW}"),
-        ("the key\n".encode("utf-16-be"), f"is UTF-16, and is used as it is {ANEW}"),
+        ("the key\n".encode("utf-16"), f"is UTF-16, and is used as it is {AGAIN}"),
+        ("the key\n".encode("utf-16-le"), f"is UTF-16, and is used as it is {AGAIN}"),
+        ("the key\n".encode("utf-16-be"), f"is UTF-16, and is used as it is {AGAIN}"),
         (
             "\ufeffthe key\r\n".encode("utf-16-be"),
-            f"is UTF-16, and is used as it is {ANEW}",
+            f"is UTF-16, and is used as it is {AGAIN}",
         ),
         (b"the key\n", ""),
         (b"the key\r\n", ""),
@@ -299,11 +310,9 @@ ANEW = "(write the key again: brokerd key > FILE)"
         (b"a\0b", ""),
     ],
 )
-def test_keys_file_with_bytes_hardly_meant_is_warned_of(
-    tmp_path: Path, content: bytes, odd: str
-) -> None:
-    """A key that an editor or a shell has lengthened passes the check, and no client
-    has it: the place is told.
+def test_key_file_with_stray_bytes_is_warned_of(tmp_path: Path, content: bytes, odd: str) -> None:
+    """An editor or a shell may have added bytes to a key file. The configuration is
+    accepted, but no client has that key, so a warning names the place.
     """
     key_file(tmp_path / "key", content)
 
@@ -313,8 +322,10 @@ def test_keys_file_with_bytes_hardly_meant_is_warned_of(
     assert "the key of" not in "".join(found)
 
 
-def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
-    """A block of text, and a variable that holds a line, end with a line break."""
+def test_key_inline_or_env_with_stray_white_space_is_warned_of() -> None:
+    """A block of text, and a variable that holds a line, end with a line break. The key
+    then has it too.
+    """
     text = (
         LISTEN + "clients:\n  a:\n    key: |\n      secret one\n  b: {key_env: B}\n"
         "  c: {keys: [{env: C}, {key: ' secret two'}]}\n"
@@ -338,9 +349,9 @@ def test_keys_elsewhere_with_bytes_hardly_meant_are_warned_of() -> None:
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o440, 0o444])
-def test_keys_read_only_file_names_the_sealed_directory(tmp_path: Path, mode: int) -> None:
-    """A mounted secret can't be changed by chmod: the error names the variable that
-    admits it.
+def test_key_file_read_only_error_names_sealed_directory(tmp_path: Path, mode: int) -> None:
+    """The mode of a mounted secret can't be changed by chmod. The error names the
+    variable that allows it.
     """
     path = key_file(tmp_path / "key", mode=mode)
 
@@ -353,9 +364,9 @@ def test_keys_read_only_file_names_the_sealed_directory(tmp_path: Path, mode: in
 
 
 @posix_modes
-def test_keys_projected_file_names_the_sealed_directory(tmp_path: Path) -> None:
-    """Kubernetes mounts secrets with mode 0644 unless told otherwise, behind links that
-    begin with dots.
+def test_key_file_projected_by_kubernetes_error_names_sealed_directory(tmp_path: Path) -> None:
+    """Kubernetes mounts secrets with mode 0644 by default, behind links that begin with
+    dots.
     """
     (tmp_path / "..2026_01_01").mkdir()
     key_file(tmp_path / "..2026_01_01" / "key", mode=0o644)
@@ -372,9 +383,7 @@ def test_keys_projected_file_names_the_sealed_directory(tmp_path: Path) -> None:
 
 
 def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return what is warned of in a configuration with keys, TLS aside, that this user
-    would serve.
-    """
+    """Return the warnings for a configuration with keys that this user would serve."""
     file = home / "b.yaml"
     key_file(
         file, b"listen: [./b.sock]\nclients:\n  a: {key_file: keys/a}\n  b: {key_file: keys/b}\n"
@@ -389,22 +398,22 @@ def served_from(home: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> list[s
 
 
 @posix_modes
-def test_keys_of_this_user_are_in_good_hands(
+def test_key_file_of_own_user_has_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files of the broker's own user, in directories of its own, need no warning; nor
-    does root, whatever it checks.
+    """Files of the broker's own user, in directories of its own, give no warning. Nor
+    do they when root checks them.
     """
     assert served_from(tmp_path, os.getuid(), monkeypatch) == []
     assert served_from(tmp_path, 0, monkeypatch) == []
 
 
 @posix_modes
-def test_keys_of_a_foreign_owner_are_warned_of(
+def test_key_file_of_other_owner_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner of a file, or of its directory, can replace the key: one warning for
-    each directory and owner.
+    """The owner of a file, or of its directory, can replace the key. Each directory and
+    owner gives one warning.
     """
     stat = os.stat
 
@@ -430,11 +439,11 @@ def test_keys_of_a_foreign_owner_are_warned_of(
 
 @posix_modes
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
-def test_keys_in_a_directory_open_to_all_are_warned_of(
+def test_key_file_in_directory_writable_by_all_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    """Every user could put another file there, also where the sticky bit is set: one
-    warning for the directory.
+    """Every user could put another file there, even where the sticky bit is set. Each
+    directory gives one warning.
     """
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys").chmod(mode)
@@ -448,11 +457,11 @@ def test_keys_in_a_directory_open_to_all_are_warned_of(
 
 
 @posix_modes
-def test_configuration_below_a_directory_open_to_all_is_warned_of(
+def test_config_below_directory_writable_by_all_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the sticky bit the directory between could be replaced; with it, only
-    what stands there directly.
+    """Without the sticky bit a directory on the way could be replaced. With it, only
+    files directly in the open directory are at risk.
     """
     home = tmp_path / "open" / "home"
     home.mkdir(parents=True, mode=0o700)
@@ -465,11 +474,11 @@ def test_configuration_below_a_directory_open_to_all_is_warned_of(
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root gives files away")
-def test_keys_given_to_another_user_are_warned_of(
+def test_key_file_of_other_user_in_root_directory_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As root: another user's file in root's directory is odd, one in that user's own
-    directory is the broker's.
+    """For root, a file of another user in root's directory is suspect. A file in that
+    user's own directory belongs to the broker's user.
     """
     assert served_from(tmp_path, 0, monkeypatch) == []
     os.chown(tmp_path / "keys" / "a", 4711, -1)
@@ -482,9 +491,9 @@ def test_keys_given_to_another_user_are_warned_of(
     assert lint_warnings(load(tmp_path / "b.yaml", {}), datetime.now(UTC)) == []
 
 
-def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
-    """The same key under two names is an error that names both, wherever the keys come
-    from and whatever their time.
+def test_key_shared_by_two_clients_is_refused(tmp_path: Path) -> None:
+    """Two clients with the same key are an error that names both. It doesn't matter
+    where the keys come from or when they are valid.
     """
     key_file(tmp_path / "key", b"the same\n")
     text = (
@@ -503,11 +512,11 @@ def test_two_clients_can_not_share_a_key(tmp_path: Path) -> None:
     "clients",
     ["  ops: {peer_uid: [0]}\n  a: {key: ops}\n", "  a: {key: ops}\n  ops: {peer_uid: [0]}\n"],
 )
-def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
-    """Whoever has no key uses its name, which everybody may know: with it they would
-    all be the other client.
+def test_key_equal_to_name_of_keyless_client_is_refused(clients: str) -> None:
+    """A client without a key uses its name as one. Names aren't secret, so a client with
+    that key could connect as the other.
 
-    Neither the key nor the name, which are the same, is in the error.
+    The key and the name are the same text, and the error doesn't contain it.
     """
     (line,) = refusal(LISTEN + "clients:\n" + clients).splitlines()
 
@@ -520,9 +529,9 @@ def test_no_key_is_the_name_of_a_client_without_one(clients: str) -> None:
     )
 
 
-def test_a_client_may_have_the_name_of_another_with_a_key_for_its_key() -> None:
-    """It is a poor key, and harms nobody else: only a client without a key uses its
-    name.
+def test_key_equal_to_name_of_client_with_key_is_accepted() -> None:
+    """Such a key is weak, but endangers no other client: only a client without a key
+    uses its name.
     """
     assert (
         len(load_text(LISTEN + "clients: {ops: {key: k, peer_uid: [0]}, a: {key: ops}}\n").clients)
@@ -530,8 +539,8 @@ def test_a_client_may_have_the_name_of_another_with_a_key_for_its_key() -> None:
     )
 
 
-def test_one_client_may_name_a_key_twice() -> None:
-    """Sharing is between clients; a client's own keys may repeat."""
+def test_key_repeated_by_one_client_is_accepted() -> None:
+    """Two clients can't share a key, but one client may repeat its own."""
     config = load_text(
         LISTEN + "clients: {a: {keys: [{key: k, not_after: 2001-01-01}, {key: k}]}}\n"
     )
@@ -539,8 +548,10 @@ def test_one_client_may_name_a_key_twice() -> None:
     assert len(config.clients["a"].keys) == 2
 
 
-def test_a_key_is_accepted_within_its_window() -> None:
-    """A key is valid from not_before to not_after, both included; without them, always."""
+def test_key_within_validity_window_is_valid() -> None:
+    """A key is valid from not_before to not_after, both included. Without them it is
+    always valid.
+    """
     now = datetime(2026, 6, 1, tzinfo=UTC)
     second = timedelta(seconds=1)
 
@@ -552,8 +563,8 @@ def test_a_key_is_accepted_within_its_window() -> None:
     assert not Key(b"k", not_before=now + second).expired_at(now)
 
 
-def test_a_time_without_a_zone_is_utc() -> None:
-    """Times may carry a zone, in YAML or as text; without one they are UTC."""
+def test_key_validity_time_without_zone_is_utc() -> None:
+    """Times may have a zone, in YAML or as text. Without a zone they are UTC."""
     text = (
         "clients: {a: {keys: [{key: k, not_before: 2026-01-01 10:00:00, not_after:"
         " 2026-01-01T13:00:00+02:00},\n  {key: l, not_before: '2026-01-01', not_after:"
@@ -568,9 +579,9 @@ def test_a_time_without_a_zone_is_utc() -> None:
     assert second.not_after == datetime(2026, 1, 2, tzinfo=UTC)
 
 
-def test_expired_keys_stay_and_are_warned_about() -> None:
-    """A client whose keys are all over is kept, with a warning; one that has a valid
-    key has none.
+def test_key_expired_stays_and_is_warned_of() -> None:
+    """A client whose keys have all expired is kept, with a warning. A client with a
+    valid key gives no warning.
     """
     now = datetime(2026, 6, 1, tzinfo=UTC)
     config = load_text(
@@ -594,9 +605,9 @@ def test_expired_keys_stay_and_are_warned_about() -> None:
     ]
 
 
-def test_other_things_worth_a_warning() -> None:
-    """No clients at all, and a group that this machine does not have, are warned about
-    and accepted.
+def test_config_without_clients_or_with_unknown_group_is_warned_of() -> None:
+    """A configuration without clients, or with a group that this machine doesn't have,
+    is accepted with a warning.
     """
     config = load_text("listen: [{address: /run/b.sock, group: no such group}]\n", "f")
 
@@ -606,9 +617,9 @@ def test_other_things_worth_a_warning() -> None:
     ]
 
 
-def test_a_key_id_tells_keys_apart_and_nothing_else() -> None:
-    """The id is the same for the same key, differs between keys, and is no plain digest
-    of the key.
+def test_key_id_differs_by_key_and_is_not_plain_digest() -> None:
+    """The same key always has the same id, and different keys have different ids. The
+    id is not a plain digest of the key.
     """
     import hashlib
 

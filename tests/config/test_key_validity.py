@@ -1,4 +1,4 @@
-"""Until when keys let their client in."""
+"""How long keys admit their client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DAY = timedelta(days=1)
 
 
 def key(begin: int | None, end: int | None) -> Key:
-    """Return a key that is accepted from and until so many days from now."""
+    """Return a key that is valid from `begin` to `end` days from now."""
     return Key(
         f"{begin} {end}".encode(),
         None if begin is None else NOW + begin * DAY,
@@ -24,8 +24,10 @@ def key(begin: int | None, end: int | None) -> Key:
     )
 
 
-def test_states_of_a_key() -> None:
-    """Valid within its window, both ends included; before it not yet; after it expired."""
+def test_key_state_depends_on_validity_window() -> None:
+    """A key is valid within its window, both ends included. Before the window it is not
+    yet valid, after it expired.
+    """
     assert state_of(key(None, None), NOW) is KeyState.VALID
     assert state_of(key(0, 0), NOW) is KeyState.VALID
     assert state_of(key(1, None), NOW) is KeyState.NOT_YET
@@ -48,16 +50,18 @@ def test_states_of_a_key() -> None:
         ([key(None, -1)], None),
     ],
 )
-def test_the_key_with_which_the_time_ends(keys: list[Key], last: Key | None) -> None:
-    """Keys that follow each other without a gap count as one time; None where it has no
-    end, or has not begun.
+def test_key_validity_end_is_last_key_without_gap(keys: list[Key], last: Key | None) -> None:
+    """Keys that follow each other without a gap count as one time. The result is None
+    if that time has no end or hasn't begun.
     """
     assert let_in_until(keys, NOW) == last
     assert let_in_until(reversed(keys), NOW) == last
 
 
-def test_check_warns_before_the_last_key_expires() -> None:
-    """Within limits.expiry_warning and not before; a key that carries on silences it."""
+def test_check_last_key_expiring_is_warned_of() -> None:
+    """The warning comes within limits.expiry_warning of the expiry, not before. A key
+    that continues the time prevents it.
+    """
     text = (
         "listen: [/run/b.sock]\nclients:\n"
         "  a: {keys: [{key: k, not_after: 2026-06-10}]}\n"

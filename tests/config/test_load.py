@@ -1,6 +1,4 @@
-"""Files to a configuration: what comes out of a good one, and every mistake of a bad
-one with its place.
-"""
+"""Loading: a valid file gives a configuration, an invalid one each mistake with its place."""
 
 from __future__ import annotations
 
@@ -21,14 +19,14 @@ from brokerd_client.address import Address
 
 
 def lines_of(text: str, path: str = "f") -> list[str]:
-    """Return the lines a text is refused with."""
+    """Return the error lines of an invalid text."""
     with pytest.raises(ConfigError) as refused:
         load_text(text, path)
     return str(refused.value).splitlines()
 
 
 def lines_of_file(path: Path) -> list[str]:
-    """Return the lines a file is refused with, relative to its directory."""
+    """Return the error lines of an invalid file, relative to its directory."""
     with pytest.raises(ConfigError) as refused:
         load(path)
     return [line.replace(f"{path.parent}{os.sep}", "") for line in str(refused.value).splitlines()]
@@ -82,9 +80,9 @@ log: {level: debug, format: json}
 """
 
 
-def test_every_key_arrives() -> None:
-    """A file with every key gives a configuration with every value, durations in
-    seconds and sizes in bytes.
+def test_config_with_every_key_gives_every_value() -> None:
+    """A file with every key gives a configuration with every value. Durations are in
+    seconds, sizes in bytes.
     """
     config = load_text(EVERYTHING, "f")
 
@@ -124,8 +122,8 @@ def test_every_key_arrives() -> None:
     assert (config.log.level, config.log.format) == (LogLevel.DEBUG, LogFormat.JSON)
 
 
-def test_defaults() -> None:
-    """What is not said is as docs/configuration.md says."""
+def test_config_key_left_out_has_documented_default() -> None:
+    """A key that is left out has the default of docs/configuration.md."""
     config = load_text("listen: [/run/b.sock]\nclients: {a: {key: k}}\n", "f")
 
     client = config.clients["a"]
@@ -148,9 +146,9 @@ def test_defaults() -> None:
     assert (config.log.level, config.log.format) == (LogLevel.INFO, LogFormat.AUTO)
 
 
-def test_six_mistakes_are_six_lines() -> None:
-    """Six different mistakes in one file give six lines, each with its own line and
-    column, in their order.
+def test_config_six_mistakes_are_six_error_lines() -> None:
+    """Six different mistakes in one file give six lines, in the order of the file. Each
+    line has its own line number and column.
     """
     text = """\
 listen: [/run/b.sock]
@@ -202,7 +200,7 @@ GOOD = "listen: [/run/b.sock]\n"
         ("- a\n", "f:1:1: (file): is not a mapping (a configuration begins with keys such as listen: and clients:)"),
         ("just text\n", "f:1:1: (file): is not a mapping (a configuration begins with keys such as listen: and clients:)"),
         ("clients: {}\n", "f:1:1: listen: is missing (give at least one address, such as /run/brokerd/brokerd.sock)"),
-        # Keys nobody knows, and keys of a later version.
+        # Unknown keys, and the monitor.
         (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
         (GOOD + "zzz: 1\n", ("f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log, "
          "monitor)")),
@@ -305,16 +303,16 @@ GOOD = "listen: [/run/b.sock]\n"
          "another)")),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_its_place(text: str, line: str) -> None:
-    """Each mistake is one line: file, line, column, path, what is wrong, what would be
-    right.
+def test_config_mistake_is_one_error_line_with_place(text: str, line: str) -> None:
+    """Each mistake is one line: file, line, column and path, the mistake, and how to
+    correct it.
     """
     assert lines_of(text) == [line]
 
 
-def test_a_mistake_in_an_entry_hides_no_other() -> None:
-    """An entry with a bad value is still searched for missing key files, shared keys
-    and unknown names.
+def test_config_entry_with_mistake_is_checked_further() -> None:
+    """An entry with an invalid value is still checked for missing key files, shared
+    keys and unknown names.
     """
     text = (
         GOOD + "clients:\n"
@@ -333,9 +331,9 @@ def test_a_mistake_in_an_entry_hides_no_other() -> None:
     ]
 
 
-def test_many_slips_in_a_large_file_take_no_time_without_measure() -> None:
-    """Of thousands of unknown names among thousands of clients each is reported, and
-    the first have a guess.
+def test_config_many_unknown_names_get_limited_suggestions() -> None:
+    """Each of thousands of unknown names is reported. Only the first have a suggestion,
+    so that the check ends soon.
     """
     count = 3000
     entries = "".join(f"  client-{n}: {{key: k{n}, send_to: [klient-{n}]}}\n" for n in range(count))
@@ -347,8 +345,8 @@ def test_many_slips_in_a_large_file_take_no_time_without_measure() -> None:
     assert 0 < sum("did you mean" in line for line in lines) <= 200_000 // count
 
 
-def test_an_anchors_mistake_is_said_once() -> None:
-    """What is wrong in an anchor is one line, however many entries merge it."""
+def test_config_anchor_mistake_is_reported_once() -> None:
+    """A mistake in an anchor is one line, however many entries merge it."""
     text = (
         GOOD
         + "clients:\n  a: &a {key: k, qeue: 1}\n"
@@ -358,9 +356,9 @@ def test_an_anchors_mistake_is_said_once() -> None:
     assert lines_of(text) == ["f:3:18: clients.a.qeue: unknown key 'qeue' (did you mean 'queue'?)"]
 
 
-def test_an_anchors_rules_keep_their_place() -> None:
-    """Rules that come through an anchor say where they are written, and are shared by
-    those who merge them.
+def test_config_anchor_rules_keep_their_place() -> None:
+    """Rules that come through an anchor keep the place where they are written. The
+    entries that merge the anchor share them.
     """
     text = GOOD + "clients:\n  a: &a {key: k, send_to: [b]}\n  b: {<<: *a, key: l}\n"
 
@@ -370,23 +368,23 @@ def test_an_anchors_rules_keep_their_place() -> None:
     assert clients["a"].send_to is clients["b"].send_to
 
 
-def test_a_name_that_only_a_pattern_could_match_is_no_mistake() -> None:
-    """A pattern may match nobody yet; only a plain name has to exist."""
+def test_config_send_to_pattern_without_match_is_accepted() -> None:
+    """A pattern may match no client yet. Only a plain name has to exist."""
     config = load_text(GOOD + "clients: {a: {key: k, send_to: ['b*', 'c?', '[de]', '[!f]g']}}\n")
 
     assert [rule.pattern for rule in config.clients["a"].send_to] == ["b*", "c?", "[de]", "[!f]g"]
 
 
-def test_two_ports_chosen_by_the_system_are_two_listeners() -> None:
-    """Port 0 given twice is no duplicate: each is another port."""
+def test_config_port_0_twice_gives_two_listeners() -> None:
+    """Port 0 given twice is not a duplicate: the system chooses two different ports."""
     config = load_text("listen: ['127.0.0.1:0', '127.0.0.1:0']\n")
 
     assert len(config.listen) == 2
 
 
-def test_a_line_stays_a_line() -> None:
-    """Line breaks and escapes in names, patterns and file names can't make a second
-    line.
+def test_config_error_with_line_breaks_in_names_stays_one_line() -> None:
+    """Line breaks and escapes in names, patterns and file names can't add a second line
+    to an error.
     """
     lines = lines_of(
         GOOD
@@ -398,8 +396,8 @@ def test_a_line_stays_a_line() -> None:
     assert all(line.startswith(r"f\ng:2:") and line.isprintable() for line in lines)
 
 
-def test_one_line_escapes_only_what_is_not_printable() -> None:
-    """Letters of any script stay as they are; control characters and half characters
+def test_one_line_unprintable_characters_are_escaped() -> None:
+    """Letters of any script stay unchanged. Control characters and lone surrogates
     become escapes.
     """
     assert one_line("é ü 日本 a\tb\udcff") == "é ü 日本 a\\tb\\udcff"
@@ -408,7 +406,7 @@ def test_one_line_escapes_only_what_is_not_printable() -> None:
 # Files.
 
 
-def test_relative_paths_start_from_the_file(
+def test_config_relative_paths_start_from_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Key files and sockets are found beside the configuration, wherever the broker is
@@ -427,9 +425,9 @@ def test_relative_paths_start_from_the_file(
     assert load("etc/b.yaml").listen[0].address.path == str(Path("etc", "b.sock"))
 
 
-def test_includes_add_listeners_and_clients(tmp_path: Path) -> None:
-    """Files that are included, and included by those, add to listen and clients, in
-    sorted order, once each.
+def test_include_nested_adds_listeners_and_clients(tmp_path: Path) -> None:
+    """Included files, and the files that these include, add to listen and clients. They
+    come in sorted order, once each.
     """
     file = write(
         tmp_path / "b.yaml",
@@ -465,16 +463,18 @@ def test_includes_add_listeners_and_clients(tmp_path: Path) -> None:
     ]
 
 
-def test_a_directory_with_wildcards_in_its_name_is_taken_as_it_is(tmp_path: Path) -> None:
-    """Only the pattern is a pattern, not the directory of the file it stands in."""
+def test_include_wildcards_in_directory_name_are_literal(tmp_path: Path) -> None:
+    """Only the include is a pattern, not the directory of the file that holds it."""
     file = write(tmp_path / "[ab]*" / "b.yaml", "listen: [b.sock]\ninclude: ['c*.yaml']\n")
     write(tmp_path / "[ab]*" / "c1.yaml", "clients: {c: {key: c}}\n")
 
     assert list(load(file).clients) == ["c"]
 
 
-def test_a_name_given_twice_names_both_places(tmp_path: Path) -> None:
-    """A client in two files is an error at the second, naming the first."""
+def test_include_duplicate_client_error_names_both_places(tmp_path: Path) -> None:
+    """A client in two files is an error at the second place, and the error names the
+    first.
+    """
     file = write(
         tmp_path / "b.yaml", "listen: [b.sock]\nclients:\n  a: {key: a}\ninclude: [c.yaml]\n"
     )
@@ -486,9 +486,9 @@ def test_a_name_given_twice_names_both_places(tmp_path: Path) -> None:
     ]
 
 
-def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
-    """Errors of the main file come first, those of each included file under its own
-    name, all at once.
+def test_include_errors_are_sorted_by_file_and_line(tmp_path: Path) -> None:
+    """All errors come at once: those of the main file first, then those of each
+    included file under its own name.
     """
     file = write(
         tmp_path / "b.yaml",
@@ -503,8 +503,7 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
     assert [line.split(": ")[:2] for line in lines] == [
         ["b.yaml:4:7", "clients.a.kye"],
         ["c.yaml:1:1", "limits"],
-        # bob may be in a file that can't be read; 'dd' is too like nothing to be called
-        # a slip.
+        # 'bob' may be in the file that can't be read, and 'dd' resembles no other name.
         ["d.yaml:2:14", "clients.d.key"],
         ["bad.yaml:2:3", "(file)"],
     ]
@@ -513,8 +512,10 @@ def test_errors_come_by_file_and_line(tmp_path: Path) -> None:
     assert lines[3] == "bad.yaml:2:3: (file): is not UTF-8 (save it as UTF-8)"
 
 
-def test_a_slip_is_named_even_where_a_file_is_missing(tmp_path: Path) -> None:
-    """With a file unreadable, a name much like one that exists is still called a slip."""
+def test_include_missing_file_keeps_suggestion_for_unknown_name(tmp_path: Path) -> None:
+    """A name much like an existing one is still called a mistake when an included file
+    can't be read.
+    """
     file = write(
         tmp_path / "b.yaml",
         "listen: [b.sock]\ninclude: [c.yaml]\nclients: {alice: {key: a, send_to: [alcie]}}\n",
@@ -526,8 +527,8 @@ def test_a_slip_is_named_even_where_a_file_is_missing(tmp_path: Path) -> None:
     ]
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
-    """A missing file, a directory and a device are one line each."""
+def test_config_path_not_regular_file_is_refused(tmp_path: Path) -> None:
+    """A missing file, a directory, a device and an invalid path are one line each."""
     assert lines_of_file(tmp_path / "no.yaml") == [
         "no.yaml:1:1: (file): there is no file no.yaml (make it, or give another)"
     ]
@@ -539,7 +540,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load("a\0b")
 
 
-def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) -> None:
+def test_include_pattern_matching_directory_is_refused(tmp_path: Path) -> None:
     """A pattern that matches a directory is an error of the file that holds the
     pattern.
     """
@@ -590,8 +591,8 @@ def test_an_included_directory_is_reported_where_it_is_included(tmp_path: Path) 
         (".*", None),
     ],
 )
-@pytest.mark.skipif(sys.platform == "win32", reason="links are not for everybody here")
-def test_an_include_directory_that_is_missing_is_an_error(
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege here")
+def test_include_directory_missing_is_refused(
     tmp_path: Path, pattern: str, wrong: str | None
 ) -> None:
     """A pattern may match nothing, but only in a directory that exists."""
@@ -627,7 +628,7 @@ def test_an_include_directory_that_is_missing_is_an_error(
         (errno.ESTALE, "check the file system"),
     ],
 )
-def test_an_include_directory_that_cannot_be_read_is_an_error(
+def test_include_directory_unreadable_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     pattern: str,
@@ -637,8 +638,8 @@ def test_an_include_directory_that_cannot_be_read_is_an_error(
     number: int,
     right: str,
 ) -> None:
-    """A failure to list or to look, wherever it comes, is reported and never taken for
-    an empty directory.
+    """A failure to list a directory or to look up a file is always reported. It is
+    never taken for an empty directory.
     """
     file = write(
         tmp_path / "b.yaml",
@@ -663,7 +664,7 @@ def test_an_include_directory_that_cannot_be_read_is_an_error(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
-def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
+def test_config_fifo_without_writer_is_refused_at_once(tmp_path: Path) -> None:
     """A FIFO without a writer is refused at once: as a configuration, in an include and
     as a key.
     """
@@ -683,9 +684,9 @@ def test_a_fifo_holds_nobody_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
-def test_a_fifo_with_a_writer_is_read(tmp_path: Path) -> None:
-    """What a shell's process substitution hands over is a configuration, and may be
-    included, as any file.
+def test_include_fifo_with_writer_is_read(tmp_path: Path) -> None:
+    """The FIFO of a shell's process substitution is a configuration, and may be
+    included like any file.
     """
     os.mkfifo(tmp_path / "fifo", 0o600)
     writer = os.open(tmp_path / "fifo", os.O_RDWR)
@@ -701,10 +702,10 @@ def test_a_fifo_with_a_writer_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["socket", "/dev/null"])
 @pytest.mark.skipif(sys.platform == "win32", reason="no such files here")
-def test_what_is_no_file_is_not_included(
+def test_include_device_or_socket_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    """A device or a socket is no configuration, not even an empty one."""
+    """A device or a socket is not a configuration, not even an empty one."""
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind("socket")
@@ -718,10 +719,10 @@ def test_what_is_no_file_is_not_included(
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "getuid") or os.getuid() == 0, reason="nothing is closed to root"
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root can read every file"
 )
-def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
-    """A file that this user may not read is said to be so."""
+def test_config_file_unreadable_is_one_error_line(tmp_path: Path) -> None:
+    """A file that this user can't read gives one error that says so."""
     file = write(tmp_path / "b.yaml", GOOD, mode=0)
 
     assert lines_of_file(file) == [
@@ -729,8 +730,8 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
     ]
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
-    """A file saved with a byte order mark is read, and its columns count from the text."""
+def test_config_with_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    """A file saved with a byte order mark is read. Its columns count from the text."""
     file = write(tmp_path / "b.yaml", "")
     file.write_bytes(b"\xef\xbb\xbflisten: [b.sock]\r\nclients: {}\r\n")
 
@@ -738,8 +739,8 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
     assert lines_of("\ufeffx: 1\nlisten: [/b]\n")[0].startswith("f:1:1: x:")
 
 
-def test_loading_writes_nothing(tmp_path: Path) -> None:
-    """Reading a configuration makes, changes and removes no file."""
+def test_config_load_changes_no_files(tmp_path: Path) -> None:
+    """Reading a configuration creates, changes and removes no files."""
     write(tmp_path / "key", "k\n")
     file = write(tmp_path / "b.yaml", "listen: [b.sock]\nclients: {a: {key_file: key}}\n")
     before = {
@@ -755,10 +756,10 @@ def test_loading_writes_nothing(tmp_path: Path) -> None:
     } == before
 
 
-# Made by a program.
+# Built by a program.
 
 
-def test_a_program_builds_a_configuration() -> None:
+def test_build_config_with_address_keys_and_mappings_gives_config() -> None:
     """build_config takes an address, keys as text or bytes, and mappings as in the
     file.
     """
@@ -780,9 +781,9 @@ def test_a_program_builds_a_configuration() -> None:
     assert config.log.level is LogLevel.ERROR
 
 
-def test_a_program_hears_every_mistake() -> None:
-    """build_config refuses what a file would be refused for, naming the path, as there
-    is no line.
+def test_build_config_mistakes_are_reported_by_path() -> None:
+    """build_config refuses the same mistakes as the loader of a file. Its errors name
+    the path, as there are no lines.
     """
     with pytest.raises(ConfigError) as refused:
         build_config(
@@ -799,8 +800,8 @@ def test_a_program_hears_every_mistake() -> None:
     ]
 
 
-def test_a_configuration_can_not_be_changed() -> None:
-    """What the daemon holds is read-only."""
+def test_config_object_is_read_only() -> None:
+    """The configuration that the daemon holds is read-only."""
     config = load_text(GOOD + "clients: {a: {key: k}}\n")
 
     with pytest.raises(TypeError):
@@ -811,8 +812,8 @@ def test_a_configuration_can_not_be_changed() -> None:
         config.limits.connections = 1
 
 
-def test_a_client_whose_lines_moved_is_the_same() -> None:
-    """Where an entry stands takes no part in whether it changed."""
+def test_config_client_moved_in_file_is_equal() -> None:
+    """The place of an entry doesn't count when two entries are compared."""
     text = "clients: {a: {key: k, send_to: [a]}}\n"
     before, after = load_text(GOOD + text), load_text("# moved\n\n" + GOOD + text, "elsewhere")
 
@@ -822,9 +823,9 @@ def test_a_client_whose_lines_moved_is_the_same() -> None:
     assert before.clients["a"] != load_text(GOOD + text.replace("key: k", "key: l")).clients["a"]
 
 
-def test_the_name_of_a_handed_over_socket(tmp_path: Path) -> None:
-    """It is kept; one name is one entry's, and what systemd would not take for a name
-    is an error.
+def test_listener_socket_name_is_kept_unique_and_valid(tmp_path: Path) -> None:
+    """The name of an activated socket is kept. A name given twice, or one that systemd
+    wouldn't accept, is an error.
     """
     config = load_text("listen: [{address: 127.0.0.1:1, name: team}]\nclients: {a: {key: k}}\n")
     assert config.listen[0].name == "team"

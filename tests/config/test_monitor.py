@@ -1,6 +1,4 @@
-"""The ``monitor:`` section: its forms, where it is local, and what is said where it is
-not.
-"""
+"""The ``monitor:`` section: its forms, and the warning about an address that is not local."""
 
 from __future__ import annotations
 
@@ -28,21 +26,25 @@ LISTEN = "listen: [/run/b.sock]\nclients: {a: {key: k}}\n"
         ("{address: [127.0.0.1, 0], per_client: true}", "127.0.0.1:0", True),
     ],
 )
-def test_the_forms_of_an_address(written: str, address: str, per_client: bool) -> None:
-    """An address alone in any form, or a mapping; a path is relative to its file."""
+def test_monitor_address_in_any_form_is_accepted(
+    written: str, address: str, per_client: bool
+) -> None:
+    """The monitor takes an address alone in any form, or a mapping. A path is relative
+    to its file.
+    """
     monitor = load_text(f"{LISTEN}monitor: {written}\n", "/etc/b/brokerd.yaml").monitor
 
     assert monitor is not None
     assert (str(monitor.address), monitor.per_client) == (address, per_client)
 
 
-def test_it_is_off_unless_given() -> None:
-    """No key, no monitor."""
+def test_monitor_not_configured_is_off() -> None:
+    """A configuration without the key has no monitor."""
     assert load_text(LISTEN).monitor is None
 
 
-def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
-    """An included file can't switch it on."""
+def test_monitor_in_included_file_is_refused(tmp_path: Path) -> None:
+    """An included file can't switch the monitor on."""
     (tmp_path / "b.yaml").write_text("listen: [./s]\ninclude: [c.yaml]\n")
     (tmp_path / "c.yaml").write_text("monitor: 127.0.0.1:6060\n")
 
@@ -65,9 +67,9 @@ def test_it_has_its_place_in_the_main_file(tmp_path: Path) -> None:
         ("localhost.example.org:1", False),
     ],
 )
-def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) -> None:
-    """``brokerd check`` names the risk and what would be right, once; of a local
-    address it says nothing.
+def test_monitor_address_not_local_is_warned_of(address: str, local: bool) -> None:
+    """``brokerd check`` names the risk and the remedy, once. A local address gives no
+    warning.
     """
     config = load_text(f"{LISTEN}monitor: {address}\n", "b.yaml")
 
@@ -106,11 +108,11 @@ def test_an_address_that_others_reach_is_warned_of(address: str, local: bool) ->
         ("monitor: h:1\n", "# moved\nmonitor: {address: h:1}\n", [], [], []),
     ],
 )
-def test_what_a_reload_would_change(
+def test_monitor_address_changed_is_opened_and_closed_by_reload(
     before: str, after: str, changes: list[str], opened: list[str], closed: list[str]
 ) -> None:
-    """Only a new address is opened, in words for people too; where it is written does
-    not matter.
+    """Only a new address is opened, and every change is described in words. An entry
+    that only moved is not a change.
     """
     plan = compare(load_text(LISTEN + before), load_text(LISTEN + after))
 
@@ -120,8 +122,10 @@ def test_what_a_reload_would_change(
     assert plan.restart == ()
 
 
-def test_hosts_are_those_given_and_that_of_the_address() -> None:
-    """In small letters and without the last dot, as a Host header is compared."""
+def test_monitor_answered_hosts_are_configured_hosts_and_address() -> None:
+    """The names are in small letters and without the last dot, as a Host header is
+    compared.
+    """
     monitor = load_text(LISTEN + "monitor: {address: H:1, hosts: [B.Example., c_d]}\n").monitor
     assert monitor is not None
     assert monitor.answered_hosts == {"h", "b.example", "c_d"}

@@ -1,6 +1,4 @@
-"""The JSON Schema, the configuration that comes with the program and its page: all say
-what the models say.
-"""
+"""The JSON Schema, the shipped configuration and its page agree with the models."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ def validator() -> Any:
 
 
 def write_tls_files(folder: Path) -> None:
-    """Write what the examples call tls/cert.pem, tls/key.pem and tls/ca.pem."""
+    """Write the tls/cert.pem, tls/key.pem and tls/ca.pem of the examples."""
     authority = trustme.CA()
     issued = authority.issue_cert("broker.example")
     (folder / "tls").mkdir(exist_ok=True)
@@ -64,7 +62,7 @@ def uncommented(text: str) -> str:
     return re.sub(r"(?m)^( +)# ((?:- |  )?(?:[a-z_0-9]+: |[0-9\"]).*)$", r"\1\2", text)
 
 
-def test_the_committed_schema_is_the_models() -> None:
+def test_schema_committed_file_equals_generated_schema() -> None:
     """config/brokerd.schema.json is what ``brokerd schema`` prints."""
     assert (CONFIG / "brokerd.schema.json").read_text(encoding="utf-8") == json.dumps(
         model.json_schema(), indent=2
@@ -72,9 +70,9 @@ def test_the_committed_schema_is_the_models() -> None:
 
 
 @pytest.mark.parametrize("name", ["brokerd.yaml", "clients.d/example.yaml", "examples/team.yaml"])
-def test_the_files_that_come_along_are_valid(name: str, validator: Any) -> None:
-    """Each file satisfies the schema, and names the schema where an editor looks for
-    it.
+def test_schema_shipped_config_files_are_valid(name: str, validator: Any) -> None:
+    """Each shipped file satisfies the schema, and names the schema where an editor
+    looks for it.
     """
     file = CONFIG / name
     text = file.read_text(encoding="utf-8")
@@ -87,8 +85,8 @@ def test_the_files_that_come_along_are_valid(name: str, validator: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
-def test_the_files_that_come_along_load(name: str, tmp_path: Path) -> None:
-    """With keys made where the errors say, and nothing else, each file is accepted."""
+def test_config_shipped_files_load_once_keys_exist(name: str, tmp_path: Path) -> None:
+    """Each shipped file is accepted once the keys exist that its errors ask for."""
     shutil.copytree(CONFIG, tmp_path / "config")
     file = tmp_path / "config" / name
 
@@ -108,7 +106,7 @@ def test_the_files_that_come_along_load(name: str, tmp_path: Path) -> None:
     assert len(load(file).clients) >= 3
 
 
-def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
+def test_config_shipped_commented_examples_are_valid(tmp_path: Path) -> None:
     """With every example in config/brokerd.yaml made active, the only mistake is that a
     client has too many keys.
     """
@@ -128,7 +126,7 @@ def test_the_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
     assert "(keep one of key_file, key, key_env, key_credential)" in str(refused.value)
 
 
-def test_the_configuration_that_comes_along_shows_every_key() -> None:
+def test_config_shipped_file_shows_every_key() -> None:
     """Every key of every model stands in config/brokerd.yaml, active or commented out."""
     text = (CONFIG / "brokerd.yaml").read_text(encoding="utf-8")
 
@@ -137,8 +135,8 @@ def test_the_configuration_that_comes_along_shows_every_key() -> None:
             assert re.search(rf"(?m)\b{key}\b\s*(:|,| and)", text), key
 
 
-def test_the_active_values_that_come_along_are_the_defaults() -> None:
-    """What config/brokerd.yaml spells out is what holds without it."""
+def test_config_shipped_active_values_are_defaults() -> None:
+    """The values that are active in config/brokerd.yaml are the defaults."""
     written = yaml.safe_load((CONFIG / "brokerd.yaml").read_text(encoding="utf-8"))
 
     def config(limits: Any, log: Any, worker: dict[str, Any]) -> Any:
@@ -238,24 +236,24 @@ INVALID = [
 
 
 @pytest.mark.parametrize("tree", VALID)
-def test_schema_and_loader_accept_the_same(tree: dict[str, Any], validator: Any) -> None:
-    """What the loader takes satisfies the schema."""
+def test_schema_tree_accepted_by_loader_is_valid(tree: dict[str, Any], validator: Any) -> None:
+    """A configuration that the loader accepts satisfies the schema."""
     load_text(json.dumps(tree))
 
     validator.validate(tree)
 
 
 @pytest.mark.parametrize("tree", INVALID)
-def test_schema_and_loader_refuse_the_same(tree: dict[str, Any], validator: Any) -> None:
-    """What an editor can know to be wrong, it says."""
+def test_schema_tree_refused_by_loader_is_invalid(tree: dict[str, Any], validator: Any) -> None:
+    """A mistake that an editor can detect is invalid by the schema too."""
     with pytest.raises(ConfigError):
         load_text(json.dumps(tree))
 
     assert not validator.is_valid(tree)
 
 
-def test_every_key_has_a_description() -> None:
-    """No key is left without words for the editor to show."""
+def test_schema_every_key_has_description() -> None:
+    """Every key has a description of one line for the editor to show."""
     for section, _ in SECTIONS:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
@@ -273,9 +271,9 @@ def rows() -> Iterator[tuple[str, str, str]]:
             yield section, row[1], row[2].strip().replace("`", "")
 
 
-def test_the_page_has_every_key_and_its_default() -> None:
-    """docs/configuration.md lists every key of every model, in no other place, with the
-    default that is true.
+def test_docs_page_lists_every_key_with_default() -> None:
+    """docs/configuration.md lists every key of every model, each in its own section,
+    with its true default.
     """
     listed = {(section, key): default for section, key, default in rows()}
 
@@ -315,7 +313,7 @@ def _as_yaml(value: Any) -> str:
     return f'"{value}"' if value in ("0600", "1.3") else str(value)
 
 
-def test_the_page_shows_true_examples(tmp_path: Path) -> None:
+def test_docs_page_yaml_examples_load(tmp_path: Path) -> None:
     """Every block of YAML in the page is part of a configuration that is accepted."""
     blocks = re.findall(r"(?s)```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"))
     assert len(blocks) >= 4
@@ -335,8 +333,8 @@ def test_the_page_shows_true_examples(tmp_path: Path) -> None:
         )
 
 
-def test_the_page_shows_true_errors() -> None:
-    """The example of errors in the page is what its example of a bad file prints."""
+def test_docs_page_error_example_equals_printed_errors() -> None:
+    """The example of errors in the page is what its example of an invalid file prints."""
     page = PAGE.read_text(encoding="utf-8")
     bad, printed = re.search(
         r"(?s)```yaml-with-mistakes\n(.*?)```.*?```text\n(.*?)```", page

@@ -1,6 +1,4 @@
-"""Keys never get out: not in an error, a warning, a name, a representation or a
-traceback.
-"""
+"""Keys never appear in an error, a warning, a name, a representation or a traceback."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ LEAKS = [
 
 
 def outputs(error: BaseException) -> str:
-    """Return everything that a person or a log may be shown of an error."""
+    """Return all text of an error that a person or a log may see."""
     return "\n".join(
         [str(error), repr(error), repr(error.args), *traceback.format_exception(error)]
     )
@@ -71,11 +69,11 @@ def outputs(error: BaseException) -> str:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("template", LEAKS)
-def test_no_mistake_prints_the_key(
+def test_config_error_with_misplaced_key_hides_key(
     template: str, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However a key is misplaced or mistyped, the error and its traceback do not hold
-    it.
+    """However a key is misplaced or mistyped, the error and its traceback do not
+    contain it.
     """
     if plain:
         import yaml
@@ -132,11 +130,11 @@ PASTED = [
 )
 @pytest.mark.parametrize("template", PASTED)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(
+def test_config_error_with_key_pasted_as_name_hides_key(
     key: str, template: str, environ: dict[str, str]
 ) -> None:
-    """A key behind key_file, key_env or key_credential is no path or name: the error
-    tells only its place.
+    """A key pasted behind key_file, key_env or key_credential is not a path or a name.
+    The error gives only its place.
     """
     if template == PASTED[8] and key in (CANARY, "hunter2-hunter2"):
         pytest.skip("a word alone may be a name with a slip")
@@ -151,9 +149,9 @@ def test_a_key_pasted_in_the_place_of_its_name_is_not_printed(
 
 @pytest.mark.parametrize("field", ["key", "certificate", "client_ca"])
 @pytest.mark.parametrize("pem", [KEYS[-1], KEYS[-1] * 100])
-def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed(field: str, pem: str) -> None:
-    """The same holds for TLS, and where a certificate is meant and its key pasted with
-    it.
+def test_config_error_with_private_key_pasted_as_file_hides_it(field: str, pem: str) -> None:
+    """The same holds for TLS, also where a certificate is expected and its key is
+    pasted with it.
     """
     given = {"certificate": "c", "key": "k", field: f'"{pem}"'}
     tls = ", ".join(f"{name}: {value}" for name, value in given.items())
@@ -169,8 +167,10 @@ def test_a_private_key_pasted_in_the_place_of_its_file_is_not_printed(field: str
 @pytest.mark.parametrize(
     "path", ["keys/alice", "./alice", "/etc/brokerd/keys/alice", "alice.key", "keys/bob.2"]
 )
-def test_a_path_that_is_plainly_one_is_printed(path: str) -> None:
-    """Who names a file that is missing reads which one, and the command that makes it."""
+def test_config_error_with_plain_key_file_path_shows_path(path: str) -> None:
+    """The error of a missing key file names the path, and the command that makes the
+    key.
+    """
     with pytest.raises(
         ConfigError, match=rf"there is no file {path} \(make one: umask 077; brokerd key > {path}\)"
     ):
@@ -214,8 +214,8 @@ _PIECES = st.sampled_from(
 @given(st.lists(_PIECES, max_size=12), st.lists(_PIECES, max_size=4))
 @example([], ["*"])
 @example(["{"], [":"])
-def test_a_key_broken_in_any_way_is_not_printed(before: list[str], after: list[str]) -> None:
-    """With any punctuation around the value of ``key:``, no error holds the key."""
+def test_config_error_with_broken_key_hides_key(before: list[str], after: list[str]) -> None:
+    """With any punctuation around the value of ``key:``, no error contains the key."""
     text = f"listen: [./b]\nclients:\n  a:\n    key: {''.join(after)}{CANARY}{''.join(before)}\n"
 
     try:
@@ -223,15 +223,14 @@ def test_a_key_broken_in_any_way_is_not_printed(before: list[str], after: list[s
     except ConfigError as error:
         shown = outputs(error)
 
-    # After its own line break, comma or colon it may be the name of something, and no
-    # key any more.
+    # Behind a line break, comma or colon the word may be a name instead of a key.
     named = {":", ": ", "\n", "?", ","} & {*before, *after}
     assert named or CANARY not in shown
 
 
-def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
-    """Neither str nor repr of a configuration, or of anything in it, holds a key; nor
-    do warnings.
+def test_config_str_and_repr_hide_keys(tmp_path: Path) -> None:
+    """Neither str nor repr of a configuration, or of anything in it, contains a key.
+    Nor do the warnings.
     """
     (tmp_path / "key").write_text(CANARY + "1")
     (tmp_path / "key").chmod(0o600)
@@ -263,8 +262,8 @@ def test_no_value_of_the_daemon_shows_a_key(tmp_path: Path) -> None:
     )
 
 
-def test_the_models_show_no_key() -> None:
-    """The models a file is validated with hide keys in their representation and in
+def test_config_models_hide_keys_in_repr_and_errors() -> None:
+    """The models that validate a file hide keys in their representation and in
     pydantic's own errors.
     """
     entry = model.ClientEntry.model_validate({"key": CANARY})
@@ -276,8 +275,8 @@ def test_the_models_show_no_key() -> None:
     assert CANARY not in str(refused.value) + repr(refused.value)
 
 
-def test_a_configuration_is_not_pickled() -> None:
-    """Keys do not leave the process by pickling a configuration by accident."""
+def test_config_pickled_is_refused() -> None:
+    """Keys can't leave the process by an accidental pickle of the configuration."""
     config = load_text(f"listen: [./b]\nclients: {{a: {{key: {CANARY}}}}}\n")
 
     with pytest.raises(TypeError):

@@ -1,6 +1,4 @@
-"""Durations, sizes and rates: what is understood, and what is refused with what would
-be right.
-"""
+"""Durations, sizes and rates: accepted values, and refused ones with their hints."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from brokerd.config import units
         ("30", 30),
     ],
 )
-def test_a_duration_is_seconds(written: object, seconds: float) -> None:
+def test_units_duration_gives_seconds(written: object, seconds: float) -> None:
     """Every unit, and a bare number, gives seconds."""
     assert units.duration(written) == pytest.approx(seconds)
 
@@ -37,7 +35,7 @@ def test_a_duration_is_seconds(written: object, seconds: float) -> None:
     [("64KiB", 65536), ("8MiB", 8 * 2**20), ("1GB", 10**9), ("1GiB", 2**30), ("2kB", 2000), ("2KB", 2000),
      ("1.5KiB", 1536), ("7B", 7), ("1TiB", 2**40), (4096, 4096), ("4096", 4096), ("8 MiB", 8 * 2**20)],
 )  # fmt: skip
-def test_a_size_is_bytes(written: object, size: int) -> None:
+def test_units_size_gives_bytes(written: object, size: int) -> None:
     """Decimal and binary units, and a bare number, give bytes."""
     result = units.size(written)
 
@@ -57,8 +55,10 @@ def test_a_size_is_bytes(written: object, size: int) -> None:
         (units.byte_rate, 100, 100),
     ],
 )
-def test_a_rate_is_how_many_a_second(read: object, written: object, each_second: float) -> None:
-    """A rate by the second, minute or hour, or a bare number, is how many a second."""
+def test_units_rate_gives_count_per_second(
+    read: object, written: object, each_second: float
+) -> None:
+    """A rate per second, minute or hour, or a bare number, gives the count per second."""
     assert read(written) == pytest.approx(each_second)  # type: ignore[operator]
 
 
@@ -67,8 +67,8 @@ def test_a_rate_is_how_many_a_second(read: object, written: object, each_second:
     ["", "s", "5 parsecs", "-1s", "1h30m", "5S", "1e3s", "٣s", "5s/s", -1, True, None, [],
      float("nan"), float("inf"), 10**400, "4000d", "5s\n"],
 )  # fmt: skip
-def test_no_duration(written: object) -> None:
-    """What is not a valid duration is refused, saying what one looks like."""
+def test_units_duration_invalid_is_refused(written: object) -> None:
+    """A value that is not a valid duration is refused, with an example of a valid one."""
     with pytest.raises(ValueError, match=r"\(give .*d\)$|\(give .*30s\)$"):
         units.duration(written)
 
@@ -77,8 +77,8 @@ def test_no_duration(written: object) -> None:
     "written",
     ["", "8M", "8mib", "8 parsecs", "1.5B", -1, 1.5, True, None, "9999999TB", 2**60, "8MiB/s"],
 )
-def test_no_size(written: object) -> None:
-    """What is not a valid size is refused, saying what one looks like."""
+def test_units_size_invalid_is_refused(written: object) -> None:
+    """A value that is not a valid size is refused, with an example of a valid one."""
     with pytest.raises(ValueError, match=r"\(give .*8MiB\)$"):
         units.size(written)
 
@@ -86,8 +86,10 @@ def test_no_size(written: object) -> None:
 @pytest.mark.parametrize(
     "written", ["", "fast", "10/d", "10/ms", "10/", 0, "0/s", -5, True, "10kB/s"]
 )
-def test_no_rate(written: object) -> None:
-    """What is not a valid rate of messages is refused, and so is one that lets nothing pass."""
+def test_units_rate_invalid_is_refused(written: object) -> None:
+    """A value that is not a valid rate of messages is refused. So is a rate that lets
+    nothing pass.
+    """
     with pytest.raises(ValueError, match=r"\(give .*\)$"):
         units.rate(written)
 
@@ -96,8 +98,10 @@ def test_no_rate(written: object) -> None:
     st.text(max_size=30)
     | st.from_regex(r"[0-9]{1,4}(\.[0-9])? ?(ms|s|m|h|d|B|kB|MB|KiB|TiB)?(/[smh])?", fullmatch=True)
 )
-def test_the_patterns_of_the_schema_say_what_is_understood(written: str) -> None:
-    """The JSON Schema's pattern and the reader accept the same, but for amounts."""
+def test_units_schema_patterns_accept_same_text_as_reader(written: str) -> None:
+    """The JSON Schema's patterns and the reader accept the same text, except for
+    amounts out of range.
+    """
     for pattern, read in (
         (units.DURATION_PATTERN, units.duration),
         (units.SIZE_PATTERN, units.size),

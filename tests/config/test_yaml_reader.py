@@ -1,6 +1,4 @@
-"""YAML to plain values with places: the types of yaml.SafeLoader, and every text that
-must not hurt.
-"""
+"""YAML to plain values with places: the types of yaml.SafeLoader, and harmful texts."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from brokerd.config.yaml_reader import Document, read
 
 
 def problem_of(text: str) -> str:
-    """Return the only problem of the text, as it is printed."""
+    """Return the only problem of the text, as printed."""
     found = read(text, "f").problems
     assert len(found) == 1, found
     return str(found[0])
@@ -49,9 +47,9 @@ def parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         "a: '='\nb: '<<'\n",
     ],
 )
-def test_values_are_those_of_the_safe_loader(text: str) -> None:
-    """Scalars of every type, nesting, anchors and merges come out as yaml.safe_load
-    gives them.
+def test_yaml_reader_values_equal_safe_load(text: str) -> None:
+    """Scalars of every type, nesting, anchors and merges are the same as from
+    yaml.safe_load.
     """
     document = read(text, "f")
 
@@ -73,8 +71,8 @@ _TREES = st.recursive(
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), _TREES, max_size=4), st.booleans())
-def test_what_yaml_writes_is_read_back(tree: dict[str, Any], flow: bool) -> None:
-    """Whatever PyYAML writes of plain values is read as the same values."""
+def test_yaml_reader_dumped_values_are_read_back(tree: dict[str, Any], flow: bool) -> None:
+    """Plain values that PyYAML writes are read back as the same values."""
     text = yaml.safe_dump(tree, default_flow_style=flow)
 
     document = read(text, "f")
@@ -84,8 +82,10 @@ def test_what_yaml_writes_is_read_back(tree: dict[str, Any], flow: bool) -> None
 
 
 @pytest.mark.usefixtures("parser")
-def test_places_count_lines_and_columns_from_one() -> None:
-    """A scalar's place is its own, a container's its key, an item's its beginning."""
+def test_yaml_reader_places_count_from_one() -> None:
+    """Lines and columns count from 1. A scalar's place is its own, a container's is its
+    key, an item's is its beginning.
+    """
     document = read("a:\n  b: [x,\n    yy]\n  c:\n  - {d: 1}\n", "f")
 
     assert [
@@ -100,8 +100,8 @@ def test_places_count_lines_and_columns_from_one() -> None:
     ]
 
 
-def test_the_place_of_what_is_missing_is_its_container() -> None:
-    """A path that leads out of the text ends at the last thing that is there."""
+def test_yaml_reader_place_of_missing_path_is_its_container() -> None:
+    """A path that leads out of the text ends at the last existing item."""
     document = read("a:\n  b: x\n", "f")
 
     assert document.place(("a", "z")) == (document.place(("a",))[0], "a.z")
@@ -144,7 +144,7 @@ def test_the_place_of_what_is_missing_is_its_container() -> None:
         ("a: %b\n", "f:1:4: a: not YAML: found character"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_once_and_where(text: str, problem: str) -> None:
+def test_yaml_reader_mistake_is_one_problem_with_place(text: str, problem: str) -> None:
     """Each mistake of the text is one problem with its line, column and path."""
     problems = [str(found) for found in read(text, "f").problems]
 
@@ -153,10 +153,8 @@ def test_what_is_wrong_is_said_once_and_where(text: str, problem: str) -> None:
         assert len(problems) == 1
 
 
-def test_a_number_with_colons_is_text() -> None:
-    """1:30 is no 90: what looks like an address or a time of day is not reckoned to
-    base 60.
-    """
+def test_yaml_reader_number_with_colons_is_text() -> None:
+    """1:30 is not 90. An address or a time of day is not read as a number to base 60."""
     document: Document = read("a: 1:30\nb: 12:30:45\nc: 1:30.5\nd: =\n", "f")
 
     assert document.root == {"a": "1:30", "b": "12:30:45", "c": "1:30.5", "d": "="}
@@ -165,8 +163,8 @@ def test_a_number_with_colons_is_text() -> None:
 @pytest.mark.timing
 @pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{a: ", "&a [", "a:\n"])
-def test_endless_nesting_is_refused(opening: str) -> None:
-    """100,000 levels are refused after twenty; the compiled composer would end the
+def test_yaml_reader_deep_nesting_is_refused(opening: str) -> None:
+    """100,000 levels are refused after twenty. The compiled composer would end the
     process.
     """
     text = opening * 100_000
@@ -200,12 +198,12 @@ def test_endless_nesting_is_refused(opening: str) -> None:
     ],
     ids=["laughs", "merges", "lists"],
 )
-def test_aliases_that_repeat_too_much_are_refused(text: str) -> None:
-    """A small text that stands for a huge one is refused before it becomes one."""
+def test_yaml_reader_aliases_expanding_too_much_are_refused(text: str) -> None:
+    """A small text that expands to a huge one is refused before it is expanded."""
     assert "the aliases up to here repeat too much" in problem_of(text)
 
 
-def test_ordinary_aliases_are_not_refused() -> None:
+def test_yaml_reader_ordinary_aliases_are_accepted() -> None:
     """One anchor merged into 20,000 entries is ordinary."""
     text = "a: &a {p: 1, q: [x, y, z]}\nb:\n" + "".join(
         f"  c{n}: {{<<: *a, r: {n}}}\n" for n in range(20_000)
@@ -220,10 +218,8 @@ def test_ordinary_aliases_are_not_refused() -> None:
 @given(
     st.text(max_size=200) | st.text(st.sampled_from("ab:-[]{}&*!|>'\"%@`,?# \n\t<0~"), max_size=60)
 )
-def test_no_text_raises(text: str) -> None:
-    """Whatever the text, reading it gives values and problems, each problem on one
-    line.
-    """
+def test_yaml_reader_random_text_never_raises(text: str) -> None:
+    """Reading any text gives values and problems, each problem on one line."""
     document = read(text, "f")
 
     assert all("\n" not in str(problem) for problem in document.problems)
