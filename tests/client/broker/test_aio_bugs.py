@@ -1,5 +1,5 @@
-"""Exceptions that no rule foresees, in any callback of the asyncio face: a lost
-connection, never a dead client.
+"""Unexpected exceptions in callbacks of the asyncio client: they cost it the
+connection, and never end the client.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ IDS = ["LookupError", "panic", "CancelledError", "AssertionError"]
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a client connect again at once."""
+def reconnect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make clients reconnect at once."""
     monkeypatch.setattr(aio_base, "jitter", lambda: 0.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until the condition holds."""
+    """Run the loop until the condition holds."""
     deadline = time.monotonic() + 5
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.001)
 
 
@@ -65,8 +65,8 @@ def once(
     return left
 
 
-#: Where the exception is raised: the object and its method; what makes the loop call
-#: it.
+#: The object and the method that raise, and the action that makes the loop call the
+#: method.
 PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
     "data received": (lambda client: client._dialog, "receive", lambda client: None),
     "messages passed on": (lambda client: client, "_apply", lambda client: None),
@@ -76,7 +76,7 @@ PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Clien
         "_on_writable",
         lambda client: client._transport.pause_writing(),
     ),  # type: ignore[union-attr]
-    "a look at the peer": (
+    "check of the peer": (
         lambda client: Peer,
         "lasts",
         lambda client: client._transport._check_peer(None, Peer()),  # type: ignore[union-attr, arg-type]
@@ -95,22 +95,22 @@ class Peer:
 
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_exception_in_a_callback_is_a_lost_connection(
+def test_aio_callback_raising_is_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     place: Any,
     make: Callable[[], BaseException],
 ) -> None:
-    """A call that waits gets an error, the log has the exception, and the client
-    connects again.
+    """A waiting call gets an error, the log has the exception, and the client
+    reconnects.
     """
     owner, method, provoke = place
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
-            feed = await alice.subscribe("a")
+            subscription = await alice.subscribe("a")
             # Bob answers nothing.
-            asking = asyncio.ensure_future(alice.request("bob", 1, timeout=None))
+            request = asyncio.ensure_future(alice.request("bob", 1, timeout=None))
             await bob.recv(5)
             left = once(monkeypatch, owner(alice), method, make())
             provoke(alice)
@@ -118,13 +118,13 @@ def test_exception_in_a_callback_is_a_lost_connection(
             await alice.send("alice", 1)
             await until(lambda: not left)
             with pytest.raises(Disconnected):
-                await asking
+                await request
             await until(lambda: alice.connected)
             monkeypatch.undo()
             monkeypatch.setattr(aio_base, "dial", network.dial)
             assert await alice.ping() >= 0
             await bob.publish("a", "event")
-            assert (await feed.recv(5)).payload == "event"
+            assert (await subscription.recv(5)).payload == "event"
             assert alice.counters["losses"] == 1
 
     play(monkeypatch, scenario)
@@ -132,20 +132,20 @@ def test_exception_in_a_callback_is_a_lost_connection(
 
 
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
-@pytest.mark.parametrize("what", ["opened", "dial"])
-def test_exception_while_connecting_again_is_a_lost_connection(
+@pytest.mark.parametrize("step", ["opened", "dial"])
+def test_aio_reconnect_raising_is_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    what: str,
+    step: str,
     make: Callable[[], BaseException],
 ) -> None:
-    """Another try follows."""
+    """The loss is counted, the log has the exception, and the client tries again."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
             left = once(
                 monkeypatch,
-                *((alice._dialog, "opened") if what == "opened" else (alice, "_dial")),
+                *((alice._dialog, "opened") if step == "opened" else (alice, "_dial")),
                 make(),
             )
             network.drop("alice")
@@ -158,7 +158,7 @@ def test_exception_while_connecting_again_is_a_lost_connection(
 
 
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
-def test_exception_while_connecting_for_the_first_time_ends_connect(
+def test_aio_connect_raising_is_cause_of_disconnected(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], BaseException]
 ) -> None:
     """connect() raises Disconnected, and the exception is its cause."""
@@ -179,10 +179,10 @@ def test_exception_while_connecting_for_the_first_time_ends_connect(
     play(monkeypatch, scenario)
 
 
-def test_exception_in_the_handling_of_a_loss_ends_the_client(
+def test_aio_loss_handling_raising_ends_client(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No task waits for a client that can't connect again: every call raises
+    """A client that can't reconnect leaves no task waiting: every call raises
     Disconnected.
     """
 
@@ -210,11 +210,11 @@ def test_exception_in_the_handling_of_a_loss_ends_the_client(
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
+def test_aio_connect_task_cancelled_makes_calls_raise(
     monkeypatch: pytest.MonkeyPatch, connected: bool
 ) -> None:
-    """A program that cancels every task cancels the one that connects again: at the
-    next loss every call says so.
+    """A program that cancels every task also cancels the task that reconnects. From the
+    next loss on every call raises Disconnected.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -238,11 +238,11 @@ def test_client_whose_task_was_cancelled_from_outside_is_not_silently_dead(
     play(monkeypatch, scenario)
 
 
-def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(
+def test_aio_exit_in_callback_leaves_loop_and_loses_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A KeyboardInterrupt in the middle of a read: the rest of the stream is not taken
-    for the next message.
+    """A KeyboardInterrupt can come in the middle of a read. The rest of the stream is
+    not read as the next message.
     """
 
     async def begin() -> tuple[MemoryBroker, aio.Client]:
@@ -267,9 +267,9 @@ def test_exit_in_a_callback_leaves_the_loop_and_loses_the_connection(
         loop.close()
 
 
-def test_flush_that_the_loop_has_lost_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt in the event loop can cost it a callback: the next timeout, or the
-    next read, flushes.
+def test_aio_flush_lost_by_loop_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt in the event loop can cost it a callback. The next timeout or the
+    next read flushes.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -301,10 +301,12 @@ CALLS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
 
 @pytest.mark.timing
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_call_that_the_dialog_forgot_ends_at_its_timeout(
+def test_aio_call_missing_in_dialog_ends_at_timeout(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]]
 ) -> None:
-    """Whatever happened to the call inside, its task does not wait for longer."""
+    """Whatever happened to the call inside the client, its task waits no longer than
+    its timeout.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
@@ -353,27 +355,27 @@ OPERATIONS: dict[str, Callable[[aio.Client], Awaitable[Any]]] = {
     ],
     ids=lambda answer: answer[:16].decode(errors="replace"),
 )
-def test_operation_answered_with_anything_has_an_outcome(
+def test_aio_control_with_invalid_answer_has_outcome(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[aio.Client], Awaitable[Any]], answer: bytes
 ) -> None:
-    """In time, whatever the broker says; the client goes on, on this connection or on
-    the next.
+    """The call ends in time, whatever the broker answers. The client works on, on this
+    connection or on the next.
     """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", timeout=5) as alice:
 
-            def lie(session: Session, envelope: Envelope) -> bool:
-                said = json.loads(envelope.payload)
-                if call is OPERATIONS["watch_presence"] and said["op"] != "clients":
+            def answer_wrongly(session: Session, envelope: Envelope) -> bool:
+                asked = json.loads(envelope.payload)
+                if call is OPERATIONS["watch_presence"] and asked["op"] != "clients":
                     return False
-                if said["op"] == "subscribe":
-                    session.subscriptions.append((said["topic"], ""))
+                if asked["op"] == "subscribe":
+                    session.subscriptions.append((asked["topic"], ""))
                 session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", answer, 2))
                 network.broker.intercept = None
                 return True
 
-            network.broker.intercept = lie
+            network.broker.intercept = answer_wrongly
             began = time.monotonic()
             try:
                 opened = await asyncio.wait_for(call(alice), 5)

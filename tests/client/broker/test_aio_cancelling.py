@@ -1,5 +1,5 @@
-"""Tasks of the asyncio face, cancelled at every step of the loop, also in the one in
-which their result arrived.
+"""Tasks of the asyncio client, cancelled at every step of the loop, including the step
+in which their result arrived.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.memory_broker import MemoryBroker, play
 from brokerd_client import aio
 from brokerd_client.errors import Closed, TimedOut
 
-#: More steps than any call here takes.
+#: An upper limit of the loop's steps per call.
 MOST_STEPS = 60
 
 
@@ -93,9 +93,7 @@ def moments(network: MemoryBroker, *, twice: bool = False) -> list[Cancelling]:
 
 
 def require_nothing_left(client: aio.Client, network: MemoryBroker) -> None:
-    """Raise AssertionError where a call has left something in the client or at the
-    broker.
-    """
+    """Raise AssertionError if the client or the broker still holds state of a call."""
     dialog = client._dialog
     assert len(dialog.pending_calls) == 0
     assert len(dialog.subscriptions) == 0
@@ -138,11 +136,11 @@ async def _close_after(opening: Any) -> None:
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("call", [*CALLS.values(), *OPENINGS.values()], ids=[*CALLS, *OPENINGS])
-def test_call_cancelled_at_any_step_leaves_nothing(
+def test_aio_call_cancelled_at_any_step_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, call: Call, twice: bool
 ) -> None:
-    """Tables here and subscriptions at the broker are empty, whatever the moment; the
-    client goes on.
+    """The client's tables and the broker's subscriptions are empty after each
+    cancellation, and the client works on.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -160,7 +158,7 @@ def test_call_cancelled_at_any_step_leaves_nothing(
     play(monkeypatch, scenario)
 
 
-def test_subscription_cancelled_with_its_answer_gets_no_event(
+def test_aio_subscription_cancelled_at_answer_gets_no_event(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Events of a subscription that its task never got do not fill the inbox."""
@@ -181,28 +179,30 @@ def test_subscription_cancelled_with_its_answer_gets_no_event(
     play(monkeypatch, scenario)
 
 
-def test_unsubscribe_cancelled_at_any_step_ends_the_subscription(
+def test_aio_unsubscribe_cancelled_ends_subscription(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The broker is told, whether or not the task that asked waits for the answer."""
+    """The broker gets the unsubscribe whether or not the calling task waits for the
+    answer.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
             for twice in (False, True):
                 for cancelling in moments(network, twice=twice):
-                    feed = await alice.subscribe("a.>")
-                    await cancelling.run(feed.unsubscribe)
-                    if not feed.queue.ended:
+                    subscription = await alice.subscribe("a.>")
+                    await cancelling.run(subscription.unsubscribe)
+                    if not subscription.queue.ended:
                         # Cancelled before its first step.
-                        await feed.unsubscribe()
+                        await subscription.unsubscribe()
                     await alice.ping()
                     require_nothing_left(alice, network)
 
     play(monkeypatch, scenario)
 
 
-def test_connect_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No connection stays open and no task runs (see play)."""
+def test_aio_connect_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection stays open, and no task runs (see play)."""
 
     async def scenario(network: MemoryBroker) -> None:
         for twice in (False, True):
@@ -217,7 +217,7 @@ def test_connect_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.Monkey
     play(monkeypatch, scenario)
 
 
-def test_close_cancelled_at_any_step_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aio_close_cancelled_at_any_step_closes_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that wait for a message or an answer get Closed, and the connection ends."""
 
     async def scenario(network: MemoryBroker) -> None:
@@ -225,13 +225,13 @@ def test_close_cancelled_at_any_step_closes(monkeypatch: pytest.MonkeyPatch) -> 
             for cancelling in moments(network, twice=twice):
                 alice = await network.join("alice")
                 waiting = asyncio.ensure_future(alice.recv())
-                asking = asyncio.ensure_future(alice.request("alice", "question", timeout=None))
+                request = asyncio.ensure_future(alice.request("alice", "question", timeout=None))
                 await asyncio.sleep(0)
                 network.transports.copy().pop()._reading = False
                 if not await cancelling.run(alice.close) and not alice.closed:
                     # Cancelled before its first step.
                     await alice.close()
-                for task in (waiting, asking):
+                for task in (waiting, request):
                     with pytest.raises(Closed):
                         await asyncio.wait_for(task, 2)
                 for _ in range(5):
@@ -242,9 +242,9 @@ def test_close_cancelled_at_any_step_closes(monkeypatch: pytest.MonkeyPatch) -> 
     play(monkeypatch, scenario)
 
 
-def test_close_cancelled_while_it_flushes_closes(server: FakeServer) -> None:
-    """A broker that takes nothing holds close() up; the cancelled close() has closed
-    the client all the same.
+def test_aio_close_cancelled_during_flush_closes_client(server: FakeServer) -> None:
+    """A broker that reads nothing delays close(). The cancelled close() has closed the
+    client all the same.
     """
 
     async def main() -> None:
@@ -266,21 +266,21 @@ def test_close_cancelled_while_it_flushes_closes(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("how", ["recv", "recv in time", "anext", "subscription"])
-def test_message_taken_by_a_cancelled_task_is_not_lost(
+def test_aio_recv_cancelled_at_any_step_loses_no_message(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """Each message is returned by one call, in order, whichever calls are cancelled at
-    whatever step.
+    """Each message is returned by one call, in order, whichever calls are cancelled and
+    at whatever step.
     """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
-            feed = await bob.subscribe("a")
+            subscription = await bob.subscribe("a")
             take: Callable[[], Awaitable[Any]] = {
                 "recv": lambda: bob.recv(),
                 "recv in time": lambda: bob.recv(5),
                 "anext": lambda: anext(bob),
-                "subscription": lambda: feed.recv(),
+                "subscription": lambda: subscription.recv(),
             }[how]
             got: list[int] = []
             sent = 0
@@ -302,24 +302,24 @@ def test_message_taken_by_a_cancelled_task_is_not_lost(
             while len(got) < sent:
                 got.append((await asyncio.wait_for(take(), 2)).payload)
             assert got == list(range(sent))
-            await feed.close()
+            await subscription.close()
             require_nothing_left(bob, network)
 
     play(monkeypatch, scenario)
 
 
-def test_closed_coroutine_of_a_waiting_recv_takes_no_wakeup(
+def test_aio_recv_with_closed_coroutine_takes_no_wakeup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A recv() whose coroutine was closed is not woken in place of one that waits."""
+    """A recv() whose coroutine was closed is not woken instead of a recv() that waits."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
-            given_up = bob.recv()
-            given_up.send(None)
+            abandoned = bob.recv()
+            abandoned.send(None)
             waiting = asyncio.ensure_future(bob.recv())
             await asyncio.sleep(0)
-            given_up.close()
+            abandoned.close()
             await alice.send("bob", "x")
             assert (await asyncio.wait_for(waiting, 2)).payload == "x"
 
@@ -327,9 +327,9 @@ def test_closed_coroutine_of_a_waiting_recv_takes_no_wakeup(
 
 
 @pytest.mark.slow
-def test_calls_cancelled_at_random_for_seconds_leave_nothing(server: FakeServer) -> None:
-    """Thousands of calls over a real socket, each cancelled at a random moment: nothing
-    is left, none is stuck.
+def test_aio_calls_cancelled_at_random_leave_nothing(server: FakeServer) -> None:
+    """Thousands of calls run over a real socket, each cancelled at a random moment.
+    Nothing is left in the tables, and no call hangs.
     """
     random_moment = random.Random(29)
 

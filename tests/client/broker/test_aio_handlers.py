@@ -1,5 +1,5 @@
-"""Handlers of the asyncio face: whatever they raise, every request has an answer and
-every message its handler.
+"""Handlers of the asyncio client: whatever they raise, every request is answered and
+every message is handled.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ IDS = [
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until the condition holds."""
+    """Run the loop until the condition holds."""
     for _ in range(10_000):
         if condition():
             return
         await asyncio.sleep(0)
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition did not come true")
 
 
 def handler_that_raises(
     make: Callable[[], BaseException], seen: list[Any], kind: str
 ) -> Callable[[Any], Any]:
-    """Return a function, or a coroutine function, that notes each payload and raises
-    for the payload "raise".
+    """Return a handler, as a function or a coroutine function.
+
+    It appends each payload to ``seen``, and raises for the payload "raise".
     """
 
     def handle(message: aio.Message) -> object:
@@ -75,14 +76,14 @@ def handler_that_raises(
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
-def test_request_handler_that_raises_anything_answers_and_goes_on(
+def test_aio_request_handler_raising_is_answered(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     make: Callable[[], BaseException],
     kind: str,
 ) -> None:
-    """The requester gets RequestFailed with the type's name at once, the log has the
-    rest, the next one is answered.
+    """The requester gets RequestFailed with the name of the exception's type at once.
+    The log has the rest, and the next request is answered.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -99,14 +100,15 @@ def test_request_handler_that_raises_anything_answers_and_goes_on(
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
-def test_batch_whose_handler_raises_anything_is_handled_whole(
+def test_aio_handler_raising_handles_rest_of_batch(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     make: Callable[[], BaseException],
     kind: str,
 ) -> None:
-    """Messages, events for a callback and failed sends behind the one that raises wait
-    for no further message.
+    """After an exception the remaining jobs are handled without another message.
+
+    They are messages, events for a callback and failed sends.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -137,11 +139,11 @@ def test_batch_whose_handler_raises_anything_is_handled_whole(
     assert type(make()).__name__ in caplog.text
 
 
-def test_handler_cancelled_from_outside_answers_and_the_others_go_on(
+def test_aio_handler_cancelled_is_answered_and_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A task that cancels a handler's task, or the handler itself, ends that task; the
-    next jobs get another one.
+    """A handler's task ends when the handler or another task cancels it. The next jobs
+    get another task.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -170,9 +172,9 @@ def test_handler_cancelled_from_outside_answers_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseException]) -> None:
-    """As in every task, the exit leaves the loop; where the loop runs on, so does the
-    client.
+def test_aio_handler_raising_exit_is_answered_and_ends_loop(error: type[BaseException]) -> None:
+    """The exit leaves the loop, as in every task. If the loop is run again, the client
+    works on.
     """
     monkeypatch = pytest.MonkeyPatch()
     seen: list[Any] = []
@@ -206,10 +208,10 @@ def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseE
     loop = asyncio.new_event_loop()
     try:
         alice, bob = loop.run_until_complete(begin())
-        asking = loop.create_task(ask(alice, "exit"))
+        request = loop.create_task(ask(alice, "exit"))
         with pytest.raises(error):
-            loop.run_until_complete(asking)
-        loop.run_until_complete(asking)
+            loop.run_until_complete(request)
+        loop.run_until_complete(request)
         assert error.__name__ in answers[0]
         sending = loop.create_task(
             alice.send_many([("bob", payload) for payload in ("exit", "more")])
@@ -226,10 +228,10 @@ def test_handler_that_raises_an_exit_answers_and_ends_the_loop(error: type[BaseE
         loop.close()
 
 
-def test_run_that_ends_with_jobs_left_warns_of_nothing(
+def test_aio_handler_jobs_left_at_end_of_run_warn_of_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """asyncio.run cancels every task of an unclosed client: no task is started for the
+    """asyncio.run cancels every task of an unclosed client. No task is started for the
     jobs that are left.
     """
 
@@ -268,11 +270,11 @@ def run_eager(
 
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
-def test_eager_handlers_of_one_read_are_all_called(
+def test_aio_eager_handlers_of_one_read_are_all_called(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Messages, requests and events that one read brought are handled, though nothing
-    else arrives.
+    """Messages, requests and events of one read are all handled, even if nothing else
+    arrives.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -313,10 +315,10 @@ def test_eager_handlers_of_one_read_are_all_called(
 
 
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
-def test_eager_handler_that_raises_anything_answers_and_goes_on(
+def test_aio_eager_handler_raising_is_answered(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], BaseException]
 ) -> None:
-    """As with tasks that begin at the loop's next step."""
+    """Eager tasks behave like tasks that begin at the loop's next step."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:
@@ -329,9 +331,9 @@ def test_eager_handler_that_raises_anything_answers_and_goes_on(
     run_eager(scenario, monkeypatch)
 
 
-def test_eager_handler_that_closes_its_client_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """close() is called while the read that brought the message is still being passed
-    on.
+def test_aio_eager_handler_closing_client_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() is called while the client still passes on the read that brought the
+    message.
     """
 
     async def scenario(network: MemoryBroker) -> None:

@@ -1,5 +1,5 @@
-"""What the asyncio face counts against ``inbox``, and what it reads though the inbox is
-full.
+"""Bytes that the asyncio client counts against ``inbox``, and frames that it reads with
+a full inbox.
 """
 
 from __future__ import annotations
@@ -20,46 +20,48 @@ INBOX = 1 << 14
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until the condition holds."""
+    """Run the loop until the condition holds."""
     for _ in range(10_000):
         if condition():
             return
         await asyncio.sleep(0.0005)
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition did not come true")
 
 
 async def require_reading(alice: aio.Client, bob: aio.Client) -> None:
-    """Raise AssertionError where the inbox counts as full though nothing is left in it."""
+    """Raise AssertionError if the inbox counts as full although it is empty."""
     await bob.send("alice", "read")
     assert (await alice.recv(2)).payload == "read"
-    async with alice.subscribe("after") as feed:
+    async with alice.subscribe("after") as subscription:
         await bob.publish("after", "event")
-        assert (await feed.recv(2)).payload == "event"
+        assert (await subscription.recv(2)).payload == "event"
     alice._update_reading()
     assert alice._meter.held <= 1000
 
 
-def test_events_left_in_ended_subscriptions_leave_room_in_the_inbox(
+def test_inbox_after_subscriptions_ended_has_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Twelve subscriptions end with sixty events each that no task took: messages still
-    arrive.
+    """Twelve subscriptions end, each with sixty events that no task took. Messages
+    still arrive.
     """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
             for _ in range(12):
-                async with alice.subscribe("a.>") as feed:
+                async with alice.subscribe("a.>") as subscription:
                     for number in range(61):
                         await bob.publish("a.b", bytes([number]) * 100)
-                    assert (await feed.recv(2)).body[0] == 0
-                    await until(lambda feed=feed: len(feed.queue.inbox.items) > 30)  # type: ignore[misc]
+                    assert (await subscription.recv(2)).body[0] == 0
+                    await until(
+                        lambda subscription=subscription: len(subscription.queue.inbox.items) > 30
+                    )  # type: ignore[misc]
             await require_reading(alice, bob)
 
     play(monkeypatch, scenario)
 
 
-def test_changes_left_in_ended_watches_leave_room_in_the_inbox(
+def test_inbox_after_presence_watches_ended_has_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A watch that ends with a hundred changes that no task took counts for nothing."""
@@ -75,7 +77,7 @@ def test_changes_left_in_ended_watches_leave_room_in_the_inbox(
     play(monkeypatch, scenario, *names)
 
 
-def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(
+def test_inbox_after_subscription_denied_has_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A subscription that is refused on a new connection keeps its events, and they do
@@ -84,7 +86,7 @@ def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
-            feed = await alice.subscribe("a")
+            subscription = await alice.subscribe("a")
             watch = await alice.watch_presence()
             for number in range(100):
                 await bob.publish("a", bytes([number]) * 100)
@@ -100,43 +102,50 @@ def test_events_left_in_a_subscription_that_the_broker_ended_leave_room(
 
             network.broker.intercept = refuse
             network.drop("alice")
-            await until(lambda: feed.queue.ended is not None and watch.queue.ended is not None)
+            await until(
+                lambda: subscription.queue.ended is not None and watch.queue.ended is not None
+            )
             await require_reading(alice, bob)
-            left = [(await feed.recv(2)).body[0] for _ in range(len(feed.queue.inbox.items))]
+            left = [
+                (await subscription.recv(2)).body[0]
+                for _ in range(len(subscription.queue.inbox.items))
+            ]
             assert left == list(range(len(left)))
             assert len(left) > 10
             with pytest.raises(Denied):
-                await feed.recv(2)
+                await subscription.recv(2)
 
     play(monkeypatch, scenario)
 
 
-def test_events_left_at_the_end_can_still_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iterating over an ended subscription gives what had come, and then ends."""
+def test_subscription_ended_still_returns_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterating over an ended subscription returns the events that had arrived, and
+    then ends.
+    """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
-            feed = await alice.subscribe("a")
+            subscription = await alice.subscribe("a")
             for number in range(20):
                 await bob.publish("a", number)
-            await until(lambda: len(feed.queue.inbox.items) == 20)
-            await feed.unsubscribe()
-            assert [event.payload async for event in feed] == list(range(20))
+            await until(lambda: len(subscription.queue.inbox.items) == 20)
+            await subscription.unsubscribe()
+            assert [event.payload async for event in subscription] == list(range(20))
             with pytest.raises(Closed):
-                await feed.recv(2)
+                await subscription.recv(2)
 
     play(monkeypatch, scenario)
 
 
-def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handshake and introduction are read whatever the inbox holds; requests work, no
-    message is lost.
+def test_inbox_full_client_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handshake and introduction are read whatever the inbox holds. Requests work, and
+    no message is lost.
     """
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice", inbox=1 << 16) as alice, network.join("bob") as bob:
             bob.on_request(lambda message: message.payload)
-            feed = await alice.subscribe("a")
+            subscription = await alice.subscribe("a")
             for number in range(200):
                 await bob.send("alice", bytes([number]) * 1000)
             await until(lambda: alice._meter.full)
@@ -152,16 +161,16 @@ def test_client_with_a_full_inbox_connects_again(monkeypatch: pytest.MonkeyPatch
                 ).payload == "still there"
             await bob.publish("a", "event")
             assert [(await alice.recv(2)).body[0] for _ in range(count)] == list(range(count))
-            assert (await feed.recv(2)).payload == "event"
+            assert (await subscription.recv(2)).payload == "event"
 
     play(monkeypatch, scenario)
 
 
-def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
+def test_inbox_full_client_notices_end_of_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though it does not read: it connects again without a call, and keeps what it had
-    read.
+    """A client that does not read reconnects without a call, and keeps the messages it
+    had read.
     """
     monkeypatch.setattr(aio_base, "_END_CHECK_S", 0.01)
 
@@ -182,7 +191,7 @@ def test_client_with_a_full_inbox_notices_the_end_of_its_connection(
     asyncio.run(main())
 
 
-def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(
+def test_inbox_full_before_introduction_client_becomes_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Messages that come between handshake and introduction do not keep a client from
@@ -206,9 +215,9 @@ def test_introduction_behind_more_messages_than_the_inbox_holds_is_read(
     play(monkeypatch, scenario)
 
 
-def test_full_inbox_leaves_the_socket_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound itself stays: on a ready connection nothing more is read until there is
-    room.
+def test_inbox_full_socket_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit itself still holds: a ready connection reads nothing more until the
+    inbox has room.
     """
 
     async def scenario(network: MemoryBroker) -> None:

@@ -1,5 +1,5 @@
-"""Timeouts of the asyncio face: every number has a meaning or is refused, and a step
-that times out ends nothing.
+"""Timeouts of the asyncio client: every number is either used or refused, and a step of
+an iterator that times out ends nothing.
 """
 
 # ruff: noqa: ASYNC109 - timeouts are passed on to calls that take them
@@ -42,21 +42,21 @@ async def _closed(opening: Any) -> None:
 
 
 async def _received(client: aio.Client, timeout: Any) -> None:
-    async with client.subscribe("to.me") as feed:
+    async with client.subscribe("to.me") as subscription:
         await client.publish("to.me", 1)
-        await feed.recv(timeout)
+        await subscription.recv(timeout)
 
 
 def uvloop_face() -> Face:
-    """The asyncio face on uvloop."""
+    """Return the asyncio client on uvloop."""
     return Asyncio(pytest.importorskip("uvloop").new_event_loop)
 
 
 @pytest.mark.parametrize("make", [Asyncio, uvloop_face], ids=["asyncio", "uvloop"])
-def test_timeout_that_is_endless_or_huge_is_a_timeout(
-    server: FakeServer, make: Callable[[], Face]
-) -> None:
-    """Infinity, 1e10 and more: every call works as with a small number, connect too."""
+def test_timeout_infinite_or_huge_is_accepted(server: FakeServer, make: Callable[[], Face]) -> None:
+    """With infinity, 1e10 and more every call works as with a small number, connect()
+    too.
+    """
     face = make()
     try:
         bob = face.connect(server.path, "bob", "bob")
@@ -76,12 +76,12 @@ def test_timeout_that_is_endless_or_huge_is_a_timeout(
 
 @pytest.mark.parametrize("timeout", [math.nan, -1, -0.001, -math.inf, -(10**400)])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_timeout_that_is_not_valid_is_refused(
+def test_timeout_invalid_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     call: Callable[[aio.Client, Any], Awaitable[Any]],
     timeout: float,
 ) -> None:
-    """ValueError says what a timeout is; nothing was sent, and nothing is left."""
+    """The ValueError says what a timeout is. Nothing was sent, and nothing is left."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob"):
@@ -102,19 +102,17 @@ def test_timeout_that_is_not_valid_is_refused(
     play(monkeypatch, scenario)
 
 
-def test_connect_with_a_timeout_that_is_not_valid_is_refused() -> None:
-    """Before anything is opened."""
+def test_connect_timeout_invalid_is_refused() -> None:
+    """The error comes before anything is opened."""
     for timeout in (math.nan, -1):
         with pytest.raises(ValueError, match="timeout"):
             aio.connect("/nowhere", "alice", "k", timeout=timeout)
 
 
 @pytest.mark.parametrize("how", ["subscription", "aiter", "opening", "messages"])
-def test_anext_that_times_out_does_not_end_the_iterator(
-    monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """The next step gives the next item, and ``async for`` goes on with those behind
-    it.
+def test_anext_timed_out_keeps_iterator(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The next step returns the next item, and ``async for`` goes on with the items
+    after it.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -153,10 +151,10 @@ def test_anext_that_times_out_does_not_end_the_iterator(
 
 
 @pytest.mark.parametrize("opened", [True, False], ids=["watch", "opening"])
-def test_anext_of_presence_that_times_out_does_not_end_the_iterator(
+def test_presence_anext_timed_out_keeps_iterator(
     monkeypatch: pytest.MonkeyPatch, opened: bool
 ) -> None:
-    """A change that comes later is told."""
+    """A later change of presence is still returned."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice:
@@ -182,9 +180,9 @@ def test_anext_of_presence_that_times_out_does_not_end_the_iterator(
     play(monkeypatch, scenario)
 
 
-def test_iterator_that_is_dropped_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After break, after aclose(), and when its first step is cancelled before the
-    subscription is there.
+def test_iterator_dropped_closes_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subscription ends after break and after aclose(). It also ends when the
+    iterator's first step is cancelled before it exists.
     """
 
     async def scenario(network: MemoryBroker) -> None:
@@ -235,16 +233,16 @@ async def _publish_often(client: aio.Client) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_recv_that_times_out_keeps_the_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subscription_recv_timed_out_keeps_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
     """A timeout of 0 takes what is there, and TimedOut ends nothing."""
 
     async def scenario(network: MemoryBroker) -> None:
-        async with network.join("alice") as alice, alice.subscribe("a") as feed:
+        async with network.join("alice") as alice, alice.subscribe("a") as subscription:
             for number in range(3):
                 with pytest.raises(TimedOut):
-                    await feed.recv(0)
+                    await subscription.recv(0)
                 await alice.publish("a", number)
                 await alice.ping()
-                assert (await feed.recv(0)).payload == number
+                assert (await subscription.recv(0)).payload == number
 
     play(monkeypatch, scenario)

@@ -1,5 +1,5 @@
-"""An asyncio client outside its event loop: every public method raises WrongLoop and
-says what would be right.
+"""An asyncio client outside its event loop: every public method raises WrongLoop, and
+the error names the remedy.
 """
 
 from __future__ import annotations
@@ -20,48 +20,54 @@ from brokerd_client.errors import WrongLoop
 Use = Callable[[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message], Any]
 
 CALLS: dict[str, Use] = {
-    "send": lambda client, feed, watch, request: client.send("bob", 1),
-    "send_confirmed": lambda client, feed, watch, request: client.send_confirmed("bob", 1),
-    "send_many": lambda client, feed, watch, request: client.send_many([("bob", 1)]),
-    "send_many_confirmed": lambda client, feed, watch, request: client.send_many_confirmed(
+    "send": lambda client, subscription, watch, request: client.send("bob", 1),
+    "send_confirmed": lambda client, subscription, watch, request: client.send_confirmed("bob", 1),
+    "send_many": lambda client, subscription, watch, request: client.send_many([("bob", 1)]),
+    "send_many_confirmed": lambda client, subscription, watch, request: client.send_many_confirmed(
         [("bob", 1)]
     ),
-    "request": lambda client, feed, watch, request: client.request("bob", 1),
-    "reply": lambda client, feed, watch, request: client.reply(request, 1),
-    "publish": lambda client, feed, watch, request: client.publish("a", 1),
-    "publish_confirmed": lambda client, feed, watch, request: client.publish_confirmed("a", 1),
-    "recv": lambda client, feed, watch, request: client.recv(1),
-    "__anext__": lambda client, feed, watch, request: anext(client),
-    "on_request": lambda client, feed, watch, request: client.on_request(print),
-    "on_message": lambda client, feed, watch, request: client.on_message(print),
-    "on_undelivered": lambda client, feed, watch, request: client.on_undelivered(print),
-    "subscribe": lambda client, feed, watch, request: client.subscribe("b"),
-    "watch_presence": lambda client, feed, watch, request: client.watch_presence(),
-    "control": lambda client, feed, watch, request: client.control("ping"),
-    "clients": lambda client, feed, watch, request: client.clients(),
-    "whoami": lambda client, feed, watch, request: client.whoami(),
-    "ping": lambda client, feed, watch, request: client.ping(),
-    "close": lambda client, feed, watch, request: client.close(),
-    "drain": lambda client, feed, watch, request: client.drain(),
-    "wait_until_ready": lambda client, feed, watch, request: client.wait_until_ready(),
-    "__aenter__": lambda client, feed, watch, request: client.__aenter__(),
-    "__aexit__": lambda client, feed, watch, request: client.__aexit__(None, None, None),
-    "message.reply": lambda client, feed, watch, request: request.reply(1),
-    "message.fail": lambda client, feed, watch, request: request.fail("no"),
-    "subscription.recv": lambda client, feed, watch, request: feed.recv(1),
-    "subscription.__anext__": lambda client, feed, watch, request: anext(feed),
-    "subscription.__aenter__": lambda client, feed, watch, request: feed.__aenter__(),
-    "subscription.close": lambda client, feed, watch, request: feed.close(),
-    "subscription.unsubscribe": lambda client, feed, watch, request: feed.unsubscribe(),
-    "watch.recv": lambda client, feed, watch, request: watch.recv(1),
-    "watch.close": lambda client, feed, watch, request: watch.close(),
+    "request": lambda client, subscription, watch, request: client.request("bob", 1),
+    "reply": lambda client, subscription, watch, request: client.reply(request, 1),
+    "publish": lambda client, subscription, watch, request: client.publish("a", 1),
+    "publish_confirmed": lambda client, subscription, watch, request: client.publish_confirmed(
+        "a", 1
+    ),
+    "recv": lambda client, subscription, watch, request: client.recv(1),
+    "__anext__": lambda client, subscription, watch, request: anext(client),
+    "on_request": lambda client, subscription, watch, request: client.on_request(print),
+    "on_message": lambda client, subscription, watch, request: client.on_message(print),
+    "on_undelivered": lambda client, subscription, watch, request: client.on_undelivered(print),
+    "subscribe": lambda client, subscription, watch, request: client.subscribe("b"),
+    "watch_presence": lambda client, subscription, watch, request: client.watch_presence(),
+    "control": lambda client, subscription, watch, request: client.control("ping"),
+    "clients": lambda client, subscription, watch, request: client.clients(),
+    "whoami": lambda client, subscription, watch, request: client.whoami(),
+    "ping": lambda client, subscription, watch, request: client.ping(),
+    "close": lambda client, subscription, watch, request: client.close(),
+    "drain": lambda client, subscription, watch, request: client.drain(),
+    "wait_until_ready": lambda client, subscription, watch, request: client.wait_until_ready(),
+    "__aenter__": lambda client, subscription, watch, request: client.__aenter__(),
+    "__aexit__": lambda client, subscription, watch, request: client.__aexit__(None, None, None),
+    "message.reply": lambda client, subscription, watch, request: request.reply(1),
+    "message.fail": lambda client, subscription, watch, request: request.fail("no"),
+    "subscription.recv": lambda client, subscription, watch, request: subscription.recv(1),
+    "subscription.__anext__": lambda client, subscription, watch, request: anext(subscription),
+    "subscription.__aenter__": lambda client, subscription, watch, request: (
+        subscription.__aenter__()
+    ),
+    "subscription.close": lambda client, subscription, watch, request: subscription.close(),
+    "subscription.unsubscribe": lambda client, subscription, watch, request: (
+        subscription.unsubscribe()
+    ),
+    "watch.recv": lambda client, subscription, watch, request: watch.recv(1),
+    "watch.close": lambda client, subscription, watch, request: watch.close(),
 }
-#: Does no more than return the client.
+#: Members that work in every loop, because they only return something.
 HARMLESS = {"__aiter__", "closed", "forked", "name", "address", "connected", "counters"}
 
 
-def test_every_public_method_is_tried_below() -> None:
-    """A method that is added is added here too."""
+def test_wrong_loop_calls_hold_every_public_method() -> None:
+    """A method that is added to the client is added to CALLS too."""
     methods = {
         name for name, _ in inspect.getmembers(aio.Client, callable) if not name.startswith("_")
     }
@@ -69,7 +75,7 @@ def test_every_public_method_is_tried_below() -> None:
 
 
 async def awaited(result: Any) -> Any:
-    """Return the result, awaited where it can be."""
+    """Return the result, awaited if it is awaitable."""
     return await result if inspect.isawaitable(result) else result
 
 
@@ -86,27 +92,25 @@ def messages_of(use: Callable[[Use], object]) -> dict[str, str]:
 async def prepared(
     server: FakeServer,
 ) -> tuple[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message, asyncio.Task[Any]]:
-    """Return a connected client, what belongs to it, and a task that waits for the
-    answer of its request.
-    """
+    """Return a client, its subscription, watch and message, and its open request."""
     client = await aio.connect(server.path, "alice", "alice")
-    asking = asyncio.ensure_future(client.request("alice", 1, timeout=None))
+    request = asyncio.ensure_future(client.request("alice", 1, timeout=None))
     return (
         client,
         await client.subscribe("a"),
         await client.watch_presence(),
         await client.recv(5),
-        asking,
+        request,
     )
 
 
-def test_client_used_in_another_loop_of_its_thread_raises_wrong_loop(server: FakeServer) -> None:
-    """Two asyncio.run in a row, for example; nothing is sent, and the client still
+def test_aio_client_in_other_loop_of_thread_raises_wrong_loop(server: FakeServer) -> None:
+    """This happens with two asyncio.run in a row. Nothing is sent, and the client still
     works in its own loop.
     """
     loop = asyncio.new_event_loop()
     try:
-        *parts, asking = loop.run_until_complete(prepared(server))
+        *parts, request = loop.run_until_complete(prepared(server))
         client = parts[0]
         sent = len(server.broker.seen)
         found = messages_of(lambda call: asyncio.run(awaited_in_loop(lambda: call(*parts))))
@@ -117,26 +121,26 @@ def test_client_used_in_another_loop_of_its_thread_raises_wrong_loop(server: Fak
         client.on_message(print)
         loop.run_until_complete(client.close())
         with pytest.raises(OSError, match="closed"):
-            loop.run_until_complete(asking)
+            loop.run_until_complete(request)
     finally:
         loop.close()
 
 
 async def awaited_in_loop(make: Callable[[], Any]) -> Any:
-    """Call and await inside the running loop."""
+    """Call ``make`` and await its result inside the running loop."""
     return await awaited(make())
 
 
-def test_client_used_in_another_thread_raises_wrong_loop(server: FakeServer) -> None:
-    """With a loop of its own or without one; the client's loop runs meanwhile."""
+def test_aio_client_in_other_thread_raises_wrong_loop(server: FakeServer) -> None:
+    """The other thread has a loop of its own or none; the client's loop runs meanwhile."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        *parts, asking = asyncio.run_coroutine_threadsafe(prepared(server), loop).result(10)
+        *parts, request = asyncio.run_coroutine_threadsafe(prepared(server), loop).result(10)
 
         def step(make: Callable[[], Any]) -> object:
-            # A coroutine that is driven by no loop at all.
+            # The coroutine is driven without any loop.
             result = make()
             if inspect.isawaitable(result):
                 iterator = result.__await__()
@@ -153,15 +157,15 @@ def test_client_used_in_another_thread_raises_wrong_loop(server: FakeServer) -> 
         )
         asyncio.run_coroutine_threadsafe(parts[0].close(), loop).result(10)
         with pytest.raises(OSError, match="closed"):
-            asyncio.run_coroutine_threadsafe(awaited(asking), loop).result(10)
+            asyncio.run_coroutine_threadsafe(awaited(request), loop).result(10)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
 
 
-def test_client_whose_loop_is_closed_raises_wrong_loop(server: FakeServer) -> None:
-    """The error, not a RuntimeError of the closed loop."""
+def test_aio_client_with_closed_loop_raises_wrong_loop(server: FakeServer) -> None:
+    """The error is WrongLoop, not the RuntimeError of the closed loop."""
 
     async def connect() -> aio.Client:
         client = await aio.connect(server.path, "alice", "alice")
@@ -179,7 +183,7 @@ def test_client_whose_loop_is_closed_raises_wrong_loop(server: FakeServer) -> No
             asyncio.run(awaited_in_loop(call))
 
 
-def test_documentation_tells_of_wrong_loop() -> None:
-    """docs/client.md has it in its list of errors."""
+def test_docs_describe_wrong_loop() -> None:
+    """docs/client.md has WrongLoop in its list of errors."""
     text = (Path(__file__).parents[3] / "docs" / "client.md").read_text()
     assert "WrongLoop" in text

@@ -1,4 +1,4 @@
-"""The two faces side by side: the same names, signatures and docstrings."""
+"""The blocking and the asyncio client have the same names, signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from brokerd_client import aio, blocking
 
 ROOT = Path(__file__).resolve().parents[3]
 FACES = (blocking, aio)
-#: What is documented in other words, because it names threads, tasks or opening.
+#: Names whose docstrings differ, because they mention threads, tasks or opening.
 DIFFERENT = {
     "Client",
     "Client.close",
@@ -39,14 +39,14 @@ CLIENTS = [
 
 @pytest.mark.parametrize("client", CLIENTS)
 @pytest.mark.parametrize("method", ["send", "send_many", "publish"])
-def test_send_with_receipt_keyword_is_refused(client: Any, method: str) -> None:
-    """The receipt has methods of its own; the keyword is unknown."""
+def test_client_send_with_receipt_keyword_is_refused(client: Any, method: str) -> None:
+    """Sends with a receipt have methods of their own; the keyword is unknown."""
     with pytest.raises(TypeError, match="unexpected keyword argument 'receipt'"):
         getattr(client, method)(None, "bob", "hello", receipt=True)
 
 
 def public_names(module: ModuleType, name: str) -> set[str]:
-    """Return the public names of a class, without the mark of asynchronous methods."""
+    """Return the public names of a class; ``__aenter__`` counts as ``__enter__``."""
     names = {name for name in dir(getattr(module, name)) if not name.startswith("_")}
     special = {
         name
@@ -57,19 +57,19 @@ def public_names(module: ModuleType, name: str) -> set[str]:
 
 
 def documented() -> Iterator[tuple[str, Any, Any]]:
-    """Yield each public class, method and function of both faces, with its name."""
+    """Yield each public name with its object in the blocking and in the asyncio client."""
     for name in aio.__all__:
         if name == "Opening":
             continue
         yield name, getattr(blocking, name), getattr(aio, name)
         if inspect.isclass(getattr(aio, name)):
             for method in sorted(public_names(aio, name)):
-                here, there = (getattr(getattr(face, name), method, None) for face in FACES)
-                if callable(there) or isinstance(there, property):
-                    yield f"{name}.{method}", here, there
+                in_blocking, in_aio = (getattr(getattr(face, name), method, None) for face in FACES)
+                if callable(in_aio) or isinstance(in_aio, property):
+                    yield f"{name}.{method}", in_blocking, in_aio
 
 
-def test_generated_files_of_blocking_face_are_up_to_date() -> None:
+def test_blocking_client_generated_files_are_up_to_date() -> None:
     """`make faces` would change nothing."""
     done = subprocess.run(
         [sys.executable, str(ROOT / ".ci" / "blocking_face.py"), "--check"],
@@ -81,42 +81,53 @@ def test_generated_files_of_blocking_face_are_up_to_date() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_files_of_both_faces_have_the_same_names() -> None:
-    """A newcomer compares them file by file; only asyncio opens objects on first use."""
-    here, there = ({path.name for path in Path(face.__path__[0]).glob("*.py")} for face in FACES)
+def test_clients_both_have_same_file_names() -> None:
+    """A new contributor can compare the clients file by file. Only asyncio opens
+    objects on first use.
+    """
+    in_blocking, in_aio = (
+        {path.name for path in Path(face.__path__[0]).glob("*.py")} for face in FACES
+    )
 
-    assert there - here == {"opening.py"}
-    assert here - there == set()
+    assert in_aio - in_blocking == {"opening.py"}
+    assert in_blocking - in_aio == set()
 
 
 @pytest.mark.parametrize("name", ["Client", "Message", "PresenceWatch", "Subscription"])
-def test_public_names_of_both_faces_are_equal(name: str) -> None:
-    """Each method stands in both faces, under one name and in one order."""
+def test_clients_both_have_same_public_names(name: str) -> None:
+    """Each method exists in both clients, with the same name and in the same order."""
     assert public_names(blocking, name) == public_names(aio, name)
-    here, there = ([*vars(getattr(face, name))] for face in FACES)
-    here = [method for method in here if not method.startswith("_")]
-    there = [method for method in there if not method.startswith("_")]
-    assert here == there
+    in_blocking, in_aio = ([*vars(getattr(face, name))] for face in FACES)
+    in_blocking = [method for method in in_blocking if not method.startswith("_")]
+    in_aio = [method for method in in_aio if not method.startswith("_")]
+    assert in_blocking == in_aio
 
 
-def test_signatures_of_both_faces_are_equal() -> None:
-    """A method takes the same arguments in both; connect() also takes threads here."""
-    for name, here, there in documented():
-        if inspect.isclass(there) or not callable(there):
+def test_clients_both_have_same_signatures() -> None:
+    """A method takes the same arguments in both clients. Only the blocking connect()
+    also takes ``threads``.
+    """
+    for name, in_blocking, in_aio in documented():
+        if inspect.isclass(in_aio) or not callable(in_aio):
             continue
-        here_signature, there_signature = inspect.signature(here), inspect.signature(there)
-        arguments = dict(here_signature.parameters)
+        blocking_signature, aio_signature = (
+            inspect.signature(in_blocking),
+            inspect.signature(in_aio),
+        )
+        arguments = dict(blocking_signature.parameters)
         if name == "connect":
             del arguments["threads"]
-        assert arguments == dict(there_signature.parameters), name
-        returned = re.sub(r"Opening\[(\w+)\]", r"\1", str(there_signature.return_annotation))
-        assert here_signature.return_annotation == returned, name
-        assert not inspect.iscoroutinefunction(here), name
+        assert arguments == dict(aio_signature.parameters), name
+        returned = re.sub(r"Opening\[(\w+)\]", r"\1", str(aio_signature.return_annotation))
+        assert blocking_signature.return_annotation == returned, name
+        assert not inspect.iscoroutinefunction(in_blocking), name
 
 
-def test_docstrings_of_both_faces_are_equal() -> None:
-    """What differs is said in those that name threads, tasks or the opening of objects."""
-    different = {name for name, here, there in documented() if here.__doc__ != there.__doc__}
+def test_clients_both_have_same_docstrings() -> None:
+    """Only docstrings that name threads, tasks or the opening of objects differ."""
+    different = {
+        name for name, in_blocking, in_aio in documented() if in_blocking.__doc__ != in_aio.__doc__
+    }
 
-    assert all(here.__doc__ and there.__doc__ for _, here, there in documented())
+    assert all(in_blocking.__doc__ and in_aio.__doc__ for _, in_blocking, in_aio in documented())
     assert different == DIFFERENT

@@ -1,4 +1,4 @@
-"""How many bytes are held, however items are taken."""
+"""The inbox and its meter: the bytes held, in whatever order items are taken."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 100), st.integers(0, 6)), max_size=30))
-def test_held_bytes_are_those_of_batches_not_taken_whole(steps: list[tuple[int, int, int]]) -> None:
-    """After settling, exactly the batches that still have an item in the queue are
-    counted.
+def test_inbox_meter_settled_counts_batches_with_items_left(
+    steps: list[tuple[int, int, int]],
+) -> None:
+    """After settling, the meter counts exactly the batches that still have an item in
+    the queue.
     """
     meter = InboxMeter(10)
     inbox: Inbox[tuple[int, int]] = Inbox(meter)
@@ -24,31 +26,33 @@ def test_held_bytes_are_those_of_batches_not_taken_whole(steps: list[tuple[int, 
         inbox.settle()
         left = {effects for effects, _ in inbox.items}
         assert meter.held == sum(sizes[effects] for effects in left)
-        # Taking down to the mark frees something.
+        # Taking the items down to the mark releases at least one batch.
         if inbox.items:
             assert 0 <= inbox.mark < len(inbox.items)
     inbox.clear()
     assert (meter.held, inbox.mark) == (0, -1)
 
 
-def test_full_above_the_limit_of_all_inboxes_together() -> None:
-    """The limit is the client's, not each inbox's; taking frees it again."""
+def test_inbox_meter_sum_above_limit_is_full() -> None:
+    """The limit holds for all inboxes of a client together. Taking an item makes room
+    again.
+    """
     meter = InboxMeter(10)
-    one: Inbox[int] = Inbox(meter)
-    two: Inbox[int] = Inbox(meter)
-    one.put([1], 6)
-    assert not meter.weigh((one, two), limit=10)
-    two.put([2], 6)
-    assert meter.weigh((one, two), limit=10)
+    first: Inbox[int] = Inbox(meter)
+    second: Inbox[int] = Inbox(meter)
+    first.put([1], 6)
+    assert not meter.weigh((first, second), limit=10)
+    second.put([2], 6)
+    assert meter.weigh((first, second), limit=10)
     assert meter.full
-    one.items.popleft()
-    assert not meter.weigh((one, two), limit=10)
+    first.items.popleft()
+    assert not meter.weigh((first, second), limit=10)
     assert meter.held == 6
 
 
-def test_released_inbox_counts_nothing_more_and_keeps_its_items() -> None:
-    """What is left, taken or not yet settled, is uncounted once; what is put later is
-    not counted.
+def test_inbox_released_counts_nothing_and_keeps_items() -> None:
+    """Items that are left, taken or not yet settled, are uncounted once. Later items
+    are not counted.
     """
     meter = InboxMeter(100)
     other: Inbox[int] = Inbox(meter)

@@ -1,4 +1,4 @@
-"""Exceptions that strike in the middle of a blocking call: of signal handlers, and of
+"""Exceptions raised in the middle of a blocking call, by signal handlers and by
 PyThreadState_SetAsyncExc.
 """
 
@@ -32,13 +32,14 @@ LIBRARY = str(Path("client", "brokerd_client"))
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-class Strike(BaseException):
-    """What is raised in the middle of a call."""
+class Interruption(BaseException):
+    """The exception that interrupts a call."""
 
 
 def is_return(frame: FrameType) -> bool:
-    """Return whether a call is about to return what it has made: an exception comes too
-    late to take that back.
+    """Return whether a call is about to return the object that it opened.
+
+    An exception then comes too late to close that object.
     """
     return (
         frame.f_code.co_name in ("subscribe", "watch_presence")
@@ -46,9 +47,10 @@ def is_return(frame: FrameType) -> bool:
     )
 
 
-def struck(call: Callable[[], object], position: int, strike: Callable[[], object]) -> bool:
-    """Run the call; before the instruction of the library with this number, run
-    ``strike``. Return whether it ran.
+def interrupted(call: Callable[[], object], position: int, interrupt: Callable[[], object]) -> bool:
+    """Run the call, and ``interrupt`` before the library's instruction of this number.
+
+    Return whether ``interrupt`` ran.
     """
     count = 0
     done = False
@@ -64,7 +66,7 @@ def struck(call: Callable[[], object], position: int, strike: Callable[[], objec
                 # An exception raised here ends the tracing.
                 done = True
                 count += 1
-                strike()
+                interrupt()
                 return trace
             count += 1
         return trace
@@ -77,9 +79,9 @@ def struck(call: Callable[[], object], position: int, strike: Callable[[], objec
     return done
 
 
-def strike() -> None:
-    """Raise a Strike."""
-    raise Strike
+def interrupt() -> None:
+    """Raise an Interruption."""
+    raise Interruption
 
 
 def positions(call: Callable[[], object], step: int, offset: int = 0) -> Iterator[int]:
@@ -88,13 +90,13 @@ def positions(call: Callable[[], object], step: int, offset: int = 0) -> Iterato
     """
     # Some versions of Python trace the instructions of a function only after its first
     # call.
-    struck(call, sys.maxsize, strike)
+    interrupted(call, sys.maxsize, interrupt)
     position = offset
     while True:
         try:
-            if not struck(call, position, strike):
+            if not interrupted(call, position, interrupt):
                 return
-        except Strike:
+        except Interruption:
             pass
         yield position
         position += step
@@ -109,7 +111,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[RunningBroker]:
 
 @contextlib.contextmanager
 def served(*, tls: bool = False) -> Iterator[RunningBroker]:
-    """Run a broker, whose address is reached with TLS if wanted."""
+    """Run a broker, on request with TLS."""
     clients = {name: {"queue": "64 MiB", "when_full": "wait"} for name in ("alice", "bob")}
     if not tls:
         with running(clients) as server:
@@ -127,7 +129,7 @@ def served(*, tls: bool = False) -> Iterator[RunningBroker]:
 
 
 class Reader:
-    """Takes everything that bob gets, in a thread."""
+    """Receives all of bob's messages in a thread, and answers requests."""
 
     def __init__(self, bob: Client) -> None:
         self.got: list[bytes] = []
@@ -142,7 +144,7 @@ class Reader:
                 message.reply(b"answer")
 
     def close(self) -> None:
-        """End it."""
+        """Close bob's client and join the thread."""
         self._bob.close()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
@@ -150,7 +152,7 @@ class Reader:
 
 @contextlib.contextmanager
 def pair(server: RunningBroker) -> Iterator[tuple[Client, Reader]]:
-    """Connect alice and bob. What alice sends in vain is not logged."""
+    """Connect alice and bob. Undelivered messages of alice are not logged."""
     options = {"ssl": server.client_context} if hasattr(server, "client_context") else {}
     alice, reader = server.connect("alice", **options), Reader(server.connect("bob", **options))
     alice.on_undelivered(lambda error: None)
@@ -163,12 +165,12 @@ def pair(server: RunningBroker) -> Iterator[tuple[Client, Reader]]:
 
 
 def body(number: int, size: int) -> bytes:
-    """Return a payload that shows where it is damaged."""
+    """Return a payload that repeats its number, so that damage is visible."""
     return (b"%08d" % number) * max(1, size // 8)
 
 
 def check_intact(got: list[bytes], size: int) -> list[int]:
-    """Return the numbers of the payloads, each of which is whole; they ascend."""
+    """Check that each payload is whole and that their numbers ascend; return them."""
     numbers = [int(each[:8]) for each in got]
     assert all(each == body(number, size) for each, number in zip(got, numbers, strict=True))
     assert numbers == sorted(set(numbers))
@@ -178,8 +180,9 @@ def check_intact(got: list[bytes], size: int) -> list[int]:
 def check_send(
     server: RunningBroker, send: Callable[[Client, bytes], object], size: int, step: int
 ) -> None:
-    """Interrupt a call that sends, at many of its instructions; after each the client
-    has to work on.
+    """Interrupt a sending call at many of its instructions.
+
+    The client has to work after each interruption.
     """
     with pair(server) as (alice, reader):
         numbers = iter(range(10**8))
@@ -196,7 +199,7 @@ def check_send(
         alice.request("bob", body(next(numbers), size), timeout=PATIENCE)
         until(lambda: marks <= {int(each[:8]) for each in reader.got})
         check_intact(reader.got, size)
-        assert marks, "nothing was interrupted"
+        assert marks, "no call was interrupted"
 
 
 SENDS: dict[str, Callable[[Client, bytes], object]] = {
@@ -209,7 +212,7 @@ SENDS: dict[str, Callable[[Client, bytes], object]] = {
 
 @pytest.mark.parametrize("send", SENDS)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_interrupted_at_some_instructions_corrupts_nothing(
+def test_client_send_interrupted_at_some_instructions_corrupts_nothing(
     broker: RunningBroker, send: str, size: int
 ) -> None:
     check_send(broker, SENDS[send], size, 11)
@@ -219,35 +222,34 @@ def test_send_interrupted_at_some_instructions_corrupts_nothing(
 @pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
 @pytest.mark.parametrize("send", SENDS)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_interrupted_at_every_instruction_corrupts_nothing(
+def test_client_send_interrupted_at_every_instruction_corrupts_nothing(
     broker: RunningBroker, send: str, size: int
 ) -> None:
     check_send(broker, SENDS[send], size, 1)
 
 
 def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]]:
-    """Return calls that do not only send."""
+    """Return calls that do more than send."""
 
-    feeds: list[Any] = []
+    subscriptions: list[Any] = []
 
     def finish() -> None:
-        # An exception before the first instruction of close() is nothing that close()
-        # can do something about.
-        for feed in feeds:
-            feed.close()
-        feeds.clear()
+        # close() cannot handle an exception before its own first instruction.
+        for subscription in subscriptions:
+            subscription.close()
+        subscriptions.clear()
 
     def subscribe() -> None:
         finish()
-        feeds.append(client.subscribe("a.>", timeout=PATIENCE))
+        subscriptions.append(client.subscribe("a.>", timeout=PATIENCE))
         client.publish_confirmed("a.b", 1, timeout=PATIENCE)
-        feeds[0].recv(PATIENCE)
+        subscriptions[0].recv(PATIENCE)
         finish()
 
     def watch() -> None:
         finish()
-        feeds.append(client.watch_presence(timeout=PATIENCE))
-        feeds[0].recv(PATIENCE)
+        subscriptions.append(client.watch_presence(timeout=PATIENCE))
+        subscriptions[0].recv(PATIENCE)
         finish()
 
     def iterate() -> None:
@@ -275,8 +277,9 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
 
 
 def check_exercise(server: RunningBroker, name: str, step: int) -> None:
-    """Interrupt the call at many of its instructions; the client works on, and keeps
-    nothing.
+    """Interrupt the call at many of its instructions.
+
+    The client works afterwards, and keeps no state of the call.
     """
     with pair(server) as (alice, _):
         request = Message(2, 1, "bob", 0, b"", alice)
@@ -301,7 +304,7 @@ EXERCISES = ("subscribe", "watch", "iterate", "receive", "reply", "publish", "co
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_call_interrupted_at_some_instructions_leaves_nothing(
+def test_client_call_interrupted_at_some_instructions_leaves_nothing(
     broker: RunningBroker, name: str
 ) -> None:
     check_exercise(broker, name, 23)
@@ -309,24 +312,22 @@ def test_call_interrupted_at_some_instructions_leaves_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXERCISES)
-def test_call_interrupted_at_every_instruction_leaves_nothing(
+def test_client_call_interrupted_at_every_instruction_leaves_nothing(
     broker: RunningBroker, name: str
 ) -> None:
     check_exercise(broker, name, 1)
 
 
 def check_close(server: RunningBroker, step: int, offset: int) -> None:
-    """Interrupt close() at many of its instructions; a second close() ends what is
-    left.
-    """
+    """Interrupt close() at many of its instructions; a second close() ends the rest."""
     position = offset
     while True:
         before = set(threading.enumerate())
         client = server.connect("alice")
         client.on_message(lambda message: None)
         ended = False
-        with contextlib.suppress(Strike):
-            ended = not struck(client.close, position, strike)
+        with contextlib.suppress(Interruption):
+            ended = not interrupted(client.close, position, interrupt)
         client.close()
         until(lambda: set(threading.enumerate()) <= before)  # noqa: B023
         with pytest.raises(Closed):
@@ -336,34 +337,35 @@ def check_close(server: RunningBroker, step: int, offset: int) -> None:
         position += step
 
 
-def test_close_interrupted_at_some_instructions_can_be_repeated(broker: RunningBroker) -> None:
+def test_client_close_interrupted_at_some_instructions_is_repeatable(broker: RunningBroker) -> None:
     check_close(broker, 41, 5)
 
 
 @pytest.mark.slow
-def test_close_interrupted_at_every_instruction_can_be_repeated(broker: RunningBroker) -> None:
+def test_client_close_interrupted_at_every_instruction_is_repeatable(broker: RunningBroker) -> None:
     check_close(broker, 1, 0)
 
 
-def bombard(server: RunningBroker, size: int, strikes: int) -> None:
-    """Send while a timer's signal raises, as often as is said; bob gets whole messages
-    in order, and alice goes on.
+def check_send_with_timer(server: RunningBroker, size: int, count: int) -> None:
+    """Send while a timer's signal raises ``count`` times.
+
+    Bob gets whole messages in order, and alice can send afterwards.
     """
 
     def alarm(number: int, frame: object) -> None:
-        raise Strike
+        raise Interruption
 
     before = signal.signal(signal.SIGALRM, alarm)
     numbers = iter(range(10**9))
     try:
         with pair(server) as (alice, reader):
             jitter = random.Random(1)
-            for _ in range(strikes):
+            for _ in range(count):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, jitter.uniform(1e-4, 3e-3))
                     while True:
                         alice.send("bob", body(next(numbers), size))
-                except Strike:
+                except Interruption:
                     pass
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -377,29 +379,32 @@ def bombard(server: RunningBroker, size: int, strikes: int) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_under_a_timer_that_raises_corrupts_nothing(broker: RunningBroker, size: int) -> None:
-    bombard(broker, size, 60)
+def test_client_send_with_raising_timer_corrupts_nothing(broker: RunningBroker, size: int) -> None:
+    check_send_with_timer(broker, size, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broker", ["plain", "tls"], indirect=True)
 @pytest.mark.parametrize("size", [8, 400_000])
-def test_send_under_a_timer_that_raises_for_long_corrupts_nothing(
+def test_client_send_with_long_raising_timer_corrupts_nothing(
     broker: RunningBroker, size: int
 ) -> None:
-    bombard(broker, size, 3000)
+    check_send_with_timer(broker, size, 3000)
 
 
 def from_handler(
     client: Client, position: int, act: Callable[[], object]
 ) -> tuple[bool, list[object]]:
-    """Interrupt a send at an instruction with a signal handler's work, which returns;
-    return what that came to.
+    """Call ``act`` at an instruction of a send, as a signal handler would.
+
+    Return whether it was called, and its result or error.
     """
     results: list[object] = []
     if position == 0:
         # See positions().
-        struck(lambda: client.send("alice", b"to itself", timeout=PATIENCE), sys.maxsize, strike)
+        interrupted(
+            lambda: client.send("alice", b"to itself", timeout=PATIENCE), sys.maxsize, interrupt
+        )
 
     def handle() -> None:
         try:
@@ -407,14 +412,14 @@ def from_handler(
         except BrokerdError as error:
             results.append(error)
 
-    return struck(
+    return interrupted(
         lambda: client.send("bob", b"interrupted", timeout=PATIENCE), position, handle
     ), results
 
 
-def test_calls_from_a_signal_handler_never_hang(broker: RunningBroker) -> None:
-    """Plain sends work at whatever instruction the signal comes; what has to wait
-    works, or raises WouldDeadlock.
+def test_client_call_from_signal_handler_never_hangs(broker: RunningBroker) -> None:
+    """Plain sends work at whatever instruction the signal comes. Calls that wait work,
+    or raise WouldDeadlock.
     """
     with pair(broker) as (alice, reader):
         calls: dict[str, Callable[[], object]] = {
@@ -452,7 +457,7 @@ def test_calls_from_a_signal_handler_never_hang(broker: RunningBroker) -> None:
         assert not deadlocks & {"send", "send_many", "publish", "reply"}
 
 
-def test_sends_from_a_signal_handler_arrive_before_the_next_send(broker: RunningBroker) -> None:
+def test_client_send_from_signal_handler_arrives_before_next_send(broker: RunningBroker) -> None:
     with pair(broker) as (alice, reader):
         position = 0
         while True:
@@ -468,9 +473,8 @@ def test_sends_from_a_signal_handler_arrive_before_the_next_send(broker: Running
 
 
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.slow)])
-def test_close_from_a_signal_handler_at_any_instruction_ends_the_client(
-    broker: RunningBroker, step: int
-) -> None:
+def test_client_close_from_signal_handler_ends_client(broker: RunningBroker, step: int) -> None:
+    """The signal comes during a send, at many of its instructions."""
     position = 0
     ran = True
     while ran:
@@ -483,7 +487,7 @@ def test_close_from_a_signal_handler_at_any_instruction_ends_the_client(
         position += step
 
 
-def test_close_by_a_signal_ends_a_recv_that_waits(broker: RunningBroker) -> None:
+def test_client_close_by_signal_ends_waiting_recv(broker: RunningBroker) -> None:
     client = broker.connect("alice")
     before = signal.signal(signal.SIGALRM, lambda number, frame: client.close())
     try:
@@ -502,8 +506,8 @@ def throw(thread: threading.Thread, error: type[BaseException]) -> None:
     )
 
 
-@pytest.mark.parametrize("error", [Strike, SystemExit, KeyboardInterrupt, ValueError])
-def test_io_thread_survives_an_exception_and_connects_again(
+@pytest.mark.parametrize("error", [Interruption, SystemExit, KeyboardInterrupt, ValueError])
+def test_io_thread_raising_survives_and_reconnects(
     broker: RunningBroker, error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pair(broker) as (alice, reader):
@@ -518,8 +522,8 @@ def test_io_thread_survives_an_exception_and_connects_again(
 
 
 def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningBroker) -> None:
-    """Each call has its outcome, at whatever instruction of it the I/O thread was
-    struck.
+    """Each call has its outcome, whichever instruction of the I/O thread is
+    interrupted.
     """
     import brokerd_client.blocking.base as link
 
@@ -535,7 +539,7 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
         if event == "opcode":
             count += 1
             if count == position:
-                raise Strike
+                raise Interruption
         return trace
 
     def traced(*args: Any) -> bool:
@@ -549,9 +553,9 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
         patch.setattr(link, "_turn", traced)
         position = 10**9
         alice.control("ping", timeout=PATIENCE)
-        for strike_at in range(1, 2500, 61):
+        for instruction in range(1, 2500, 61):
             count = 0
-            position = strike_at
+            position = instruction
             with contextlib.suppress(ConnectionError):
                 alice.control("ping", timeout=PATIENCE)
         position = 0
@@ -559,7 +563,7 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
         assert alice.counters["losses"] > 5
 
 
-def test_handler_threads_survive_an_exception_between_two_messages(broker: RunningBroker) -> None:
+def test_handler_threads_interrupted_between_messages_survive(broker: RunningBroker) -> None:
     with pair(broker) as (alice, _):
         alice.on_message(lambda message: got.append(message.body))
         alice.on_request(lambda message: b"answer")
@@ -567,7 +571,7 @@ def test_handler_threads_survive_an_exception_between_two_messages(broker: Runni
         bob = broker.connect("carol")
         threads = [*alice._for_messages.threads, *alice._for_requests.threads]
         for thread in threads:
-            throw(thread, Strike)
+            throw(thread, Interruption)
         for number in range(10):
             bob.send("alice", body(number, 8))
         until(lambda: len(got) >= 9)

@@ -1,4 +1,4 @@
-"""What a user of the library is shown: completion, help() and the import list."""
+"""Public names in completion, in help() and in the import list."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PACKAGES = ["brokerd_client", "brokerd_client.aio", "brokerd_client.blocking"]
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "brokerd_client.connection"])
-def test_dir_of_package_lists_public_names_only(package: str) -> None:
-    """Completion shows what is in __all__, and no module or name besides it."""
+def test_package_dir_lists_public_names_only(package: str) -> None:
+    """Completion shows the names in __all__, and no other module or name."""
     module = importlib.import_module(package)
 
     shown = {name for name in dir(module) if not re.fullmatch(r"__\w+__", name)}
@@ -28,7 +28,7 @@ def test_dir_of_package_lists_public_names_only(package: str) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
 
 
-def test_help_of_library_lists_public_modules_only() -> None:
+def test_client_library_help_lists_public_modules_only() -> None:
     """Each module in the package is in __all__, or its name begins with an underscore."""
     text = pydoc.render_doc(brokerd_client, renderer=pydoc.plaintext)
 
@@ -38,14 +38,14 @@ def test_help_of_library_lists_public_modules_only() -> None:
     assert {name for name in modules if not name.startswith("_")} <= set(brokerd_client.__all__)
 
 
-def test_all_of_library_holds_every_error() -> None:
-    """The exception tree is public as a whole."""
+def test_client_library_all_holds_every_error() -> None:
+    """The whole tree of exceptions is public."""
     assert set(brokerd_client.errors.__all__) <= set(brokerd_client.__all__)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_help_of_package_describes_public_names(package: str) -> None:
-    """help() describes what is in __all__, and no function or class besides it."""
+def test_package_help_describes_public_names_only(package: str) -> None:
+    """help() describes the names in __all__, and no other function or class."""
     module = importlib.import_module(package)
 
     text = pydoc.render_doc(module, renderer=pydoc.plaintext)
@@ -54,7 +54,7 @@ def test_help_of_package_describes_public_names(package: str) -> None:
     assert {"Client", "Message", "Subscription"} <= described <= set(module.__all__)
 
 
-def test_version_of_library_is_that_of_the_project() -> None:
+def test_client_library_version_equals_project_version() -> None:
     """The library, the daemon and the package have one version."""
     project = tomllib.loads(
         (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,6 +1,4 @@
-"""Both clients of the broker at a port where no broker is: the error says what is
-there.
-"""
+"""Both clients at a port of another protocol's server: the error names the protocol."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 
 @pytest.mark.parametrize(("speech", "name"), SPEECHES)
-def test_connect_at_a_wrong_port_names_its_protocol(face: Face, speech: bytes, name: str) -> None:
-    """What another protocol's server says first is recognised."""
+def test_connect_to_wrong_port_names_protocol(face: Face, speech: bytes, name: str) -> None:
+    """The first bytes of a server of another protocol are recognised."""
     with (
         speaking(speech) as (host, port),
         pytest.raises(AuthenticationError, match=f"the peer speaks {name}"),
@@ -34,9 +32,7 @@ def test_connect_at_a_wrong_port_names_its_protocol(face: Face, speech: bytes, n
 @pytest.mark.parametrize(
     ("speech", "name"), [(speech, name) for speech, name in SPEECHES if name != "TLS"]
 )
-def test_connect_over_tls_at_a_wrong_port_names_its_protocol(
-    face: Face, speech: bytes, name: str
-) -> None:
+def test_connect_tls_to_wrong_port_names_protocol(face: Face, speech: bytes, name: str) -> None:
     """A server that answers a TLS handshake in its own protocol is recognised too."""
     context = ssl.create_default_context()
     with (
@@ -46,9 +42,9 @@ def test_connect_over_tls_at_a_wrong_port_names_its_protocol(
         face.connect(f"tls://{host}:{port}", "alice", b"key", ssl=context, timeout=10)
 
 
-def test_connect_at_a_silent_port_says_that_no_challenge_came(face: Face) -> None:
-    """HTTP, TLS and Redis wait for their clients to speak first, and a keyless listener
-    for a message.
+def test_connect_to_silent_port_reports_no_challenge(face: Face) -> None:
+    """Servers of HTTP, TLS and Redis wait for the client's first message. A listener
+    without keys waits for one too.
     """
     with speaking(b"") as (host, port), pytest.raises(TimedOut, match="no challenge came"):
         face.connect(f"{host}:{port}", "alice", b"key", timeout=0.3)
