@@ -1,6 +1,4 @@
-"""Addresses: every form that people write is understood, and everything else is refused
-with the forms named.
-"""
+"""Addresses: every valid form is parsed, and everything else is refused with a hint."""
 
 from __future__ import annotations
 
@@ -47,12 +45,12 @@ from brokerd_client.errors import AddressError
         (r"\\.\pipe\brokerd", Address("AF_PIPE", path=r"\\.\pipe\brokerd")),
     ],
 )
-def test_an_address_is_read_by_its_form(text: Any, address: Address) -> None:
-    """Each form has one reading."""
+def test_address_form_is_parsed(text: Any, address: Address) -> None:
+    """Each form has one meaning."""
     assert parse(text) == address
 
 
-def test_a_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_address_path_with_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path may begin with ~, as in a shell."""
     monkeypatch.setenv("HOME", os.sep + "home")
 
@@ -73,16 +71,18 @@ def test_a_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ("h", 0),
     ],
 )
-def test_an_address_written_down_is_read_again(text: Any) -> None:
-    """str() of an address is a form that parse understands, and stays."""
+def test_address_str_is_parsed_to_same_address(text: Any) -> None:
+    """parse accepts str() of an address and gives the same address, whose str() is the
+    same.
+    """
     address = parse(text)
 
     assert parse(str(address)) == address
     assert str(parse(str(address))) == str(address)
 
 
-def test_an_address_is_its_own_reading() -> None:
-    """What is parsed already passes through."""
+def test_address_object_parsed_is_returned_unchanged() -> None:
+    """parse returns an Address unchanged."""
     address = Address("AF_INET", host="h", port=1)
 
     assert parse(address) is address
@@ -181,17 +181,15 @@ def test_an_address_is_its_own_reading() -> None:
         (b"/run/b.sock", "HOST:PORT"),
     ],
 )
-def test_what_is_no_address_is_refused(text: Any, reason: str) -> None:
-    """The error says what would be right."""
+def test_address_invalid_is_refused_with_hint(text: Any, reason: str) -> None:
+    """The error of an invalid address tells how to correct it."""
     with pytest.raises(AddressError, match=reason):
         parse(text)
 
 
 @given(st.text() | st.lists(st.text() | st.integers(), max_size=3))
-def test_anything_is_an_address_or_an_address_error(text: Any) -> None:
-    """Whatever is written, nothing but the named error is raised, and what is read has
-    one form.
-    """
+def test_address_random_value_is_parsed_or_gives_address_error(text: Any) -> None:
+    """No value raises any error but AddressError, and a parsed address has one form."""
     try:
         address = parse(text)
     except AddressError:
@@ -210,8 +208,10 @@ def test_anything_is_an_address_or_an_address_error(text: Any) -> None:
         (r"\\.\pipe\b", r"\\.\pipe\b", False),
     ],
 )
-def test_an_address_gives_what_sockets_take(address: str, sockaddr: Any, is_file: bool) -> None:
-    """Only a Unix socket with a path leaves a file behind."""
+def test_address_sockaddr_fits_family(address: str, sockaddr: Any, is_file: bool) -> None:
+    """sockaddr is the value that a socket of the family takes. Only a Unix socket with
+    a path leaves a file behind.
+    """
     assert parse(address).sockaddr == sockaddr
     assert parse(address).is_file is is_file
 
@@ -229,21 +229,21 @@ def test_an_address_gives_what_sockets_take(address: str, sockaddr: Any, is_file
         (b"\0b", "AF_UNIX"),
     ],
 )
-def test_a_family_is_inferred_as_in_the_standard_library(address: object, family: str) -> None:
-    """A plain string is a path here, even one that looks like a host and a port."""
+def test_address_family_is_inferred_as_in_standard_library(address: object, family: str) -> None:
+    """A plain string is a path here, even a string that looks like a host and a port."""
     assert infer_family(address) == family
 
 
 @pytest.mark.parametrize("address", [None, 80, ["localhost", 80], b"/b.sock"])
-def test_an_address_of_no_family_is_a_value_error(address: object) -> None:
+def test_address_family_not_inferable_is_value_error(address: object) -> None:
     """As in the standard library, the error is a ValueError."""
     with pytest.raises(ValueError, match="unrecognized"):
         infer_family(address)
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
-def test_tcp_is_known_everywhere(family: str) -> None:
-    """No error for what every machine has."""
+def test_address_family_tcp_is_always_valid(family: str) -> None:
+    """Every platform has TCP, so its families give no error."""
     validate_family(family)
 
 
@@ -257,7 +257,7 @@ def test_tcp_is_known_everywhere(family: str) -> None:
         ("linux", "AF_BLUETOOTH", "one of AF_INET"),
     ],
 )
-def test_a_family_that_is_not_here_is_a_value_error(
+def test_address_family_unavailable_is_value_error(
     monkeypatch: pytest.MonkeyPatch, platform: str, family: str, reason: str | None
 ) -> None:
     """The error says where the family exists, or what to use instead."""
@@ -282,6 +282,6 @@ def test_a_family_that_is_not_here_is_a_value_error(
         (None, "unix"),
     ],
 )
-def test_a_peer_is_shown_for_people(sockaddr: object, text: str) -> None:
+def test_address_peer_is_formatted_as_text(sockaddr: object, text: str) -> None:
     """A peer without an address of its own, as on a Unix socket, is called unix."""
     assert format_peer(sockaddr) == text

@@ -1,6 +1,4 @@
-"""What `make audit` finds, with the real pip-audit and a vulnerability service that
-knows what a test says.
-"""
+"""`make audit` with the real pip-audit and a vulnerability service of the tests."""
 
 from __future__ import annotations
 
@@ -64,7 +62,7 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    """A service on loopback that knows nothing against anything."""
+    """A service on loopback that knows no vulnerability."""
     with Service() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -76,7 +74,7 @@ def service() -> Iterator[Service]:
 
 
 def audit(url: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Return what the audit said when its service is the one at the URL."""
+    """Run the audit with the service at the URL, and return its result."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PIP_AUDIT_")
     }
@@ -113,9 +111,7 @@ def locked() -> set[tuple[str, str]]:
 
 
 def advisory(package: str) -> dict[str, Any]:
-    """Return what osv.dev would say of a package in which something is wrong until
-    version 99.
-    """
+    """Return the answer of osv.dev for a package that is vulnerable until version 99."""
     return {
         "schema_version": "1.6.0",
         "id": "PYSEC-2999-1",
@@ -133,7 +129,7 @@ def advisory(package: str) -> dict[str, Any]:
     }
 
 
-def test_nothing_known_is_a_clean_audit_of_every_locked_package(
+def test_audit_without_advisory_covers_every_locked_package(
     service: Service, tmp_path: Path
 ) -> None:
     """The service is asked about every package of every lock in its version, and the
@@ -147,11 +143,11 @@ def test_nothing_known_is_a_clean_audit_of_every_locked_package(
 
 
 @pytest.mark.parametrize("package", ["pyyaml", "colorama"])
-def test_an_advisory_against_a_locked_package_ends_it_with_1(
+def test_audit_with_advisory_for_locked_package_exits_1(
     service: Service, tmp_path: Path, package: str
 ) -> None:
-    """The package, the advisory and the version that mends it are named, also where it
-    is for another system only.
+    """The audit names the package, the advisory and the fixed version. It does so even
+    for a package of another system.
     """
     service.known[package] = [advisory(package)]
     (version,) = {version for name, version in locked() if name == package}
@@ -164,19 +160,19 @@ def test_an_advisory_against_a_locked_package_ends_it_with_1(
     assert "NOT AUDITED" not in done.stdout
 
 
-def test_a_service_that_can_not_be_reached_is_no_audit(tmp_path: Path) -> None:
-    """Every lock is said to be not audited, and the status is 2."""
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
+def test_audit_service_unreachable_exits_2(tmp_path: Path) -> None:
+    """Every lock is reported as not audited, and the status is 2."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
 
-        done = audit(f"http://127.0.0.1:{nobody.getsockname()[1]}/v1/query", tmp_path)
+        done = audit(f"http://127.0.0.1:{unused.getsockname()[1]}/v1/query", tmp_path)
 
     assert done.returncode == 2, done.stdout
     assert done.stdout.count("NOT AUDITED") == 4
 
 
-def test_a_service_that_fails_is_no_audit(service: Service, tmp_path: Path) -> None:
-    """An answer of 503 says nothing of a package: the status is 2."""
+def test_audit_service_failing_exits_2(service: Service, tmp_path: Path) -> None:
+    """An answer of 503 gives no information about a package: the status is 2."""
     service.status = 503
 
     done = audit(service.url, tmp_path)

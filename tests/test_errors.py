@@ -1,6 +1,4 @@
-"""The exception tree: it is the one its docstring draws, every code has its class, and
-all of it can be pickled.
-"""
+"""The exception tree: its docstring, the class of each code, and pickling."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ CLASSES = {
 }
 
 
-def drawn_tree() -> dict[str, tuple[str, str]]:
+def documented_tree() -> dict[str, tuple[str, str]]:
     """Return class name to (its parent's name, the other base in parentheses or "") as
     the docstring draws it.
     """
@@ -59,9 +57,9 @@ def drawn_tree() -> dict[str, tuple[str, str]]:
     return tree
 
 
-def test_the_drawn_tree_is_the_real_one() -> None:
-    """Every class is in the docstring, under its real parent and with its other base,
-    and no other is.
+def test_errors_docstring_tree_equals_classes() -> None:
+    """The docstring shows every class under its real parent and with its other base. It
+    shows no other class.
     """
     real = {
         name: (
@@ -72,17 +70,18 @@ def test_the_drawn_tree_is_the_real_one() -> None:
     }
 
     assert {
-        name: (parent, base.rpartition(".")[2]) for name, (parent, base) in drawn_tree().items()
+        name: (parent, base.rpartition(".")[2])
+        for name, (parent, base) in documented_tree().items()
     } == real
 
 
-def test_everything_is_exported() -> None:
+def test_errors_all_names_every_class() -> None:
     """__all__ names every class, and nothing else."""
     assert set(errors.__all__) == set(CLASSES)
 
 
-def test_the_standard_librarys_handlers_catch_ours() -> None:
-    """Code written for multiprocessing.connection goes on working."""
+def test_errors_are_caught_by_standard_library_handlers() -> None:
+    """Code written for multiprocessing.connection continues to work."""
     assert issubclass(errors.AuthenticationError, multiprocessing.AuthenticationError)
     assert issubclass(errors.BufferTooShort, multiprocessing.BufferTooShort)
     assert issubclass(errors.TimedOut, TimeoutError)
@@ -92,8 +91,8 @@ def test_the_standard_librarys_handlers_catch_ours() -> None:
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_error_code_has_one_class(code: ErrorCode) -> None:
-    """An error code of the wire becomes the exception that carries it, and no other
-    code does.
+    """An error code of the wire becomes the exception that carries it. No other code
+    becomes that exception.
     """
     error = refusal(code, "why", name="bob", message_id=7)
 
@@ -103,7 +102,7 @@ def test_error_code_has_one_class(code: ErrorCode) -> None:
 
 
 def test_error_classes_equal_error_codes() -> None:
-    """Refused has one subclass a code, and RequestFailed for a client's own."""
+    """Refused has one subclass per code, and RequestFailed for a client's own codes."""
     codes = {cls.code for cls in Refused.__subclasses__() if cls is not RequestFailed}
 
     assert codes == set(ErrorCode)
@@ -127,9 +126,9 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
-def test_every_error_survives_the_way_to_another_process(name: str) -> None:
-    """Raised in a worker process, an error arrives in its parent as it was."""
-    error = SAMPLES.get(name) or CLASSES[name]("what happened")
+def test_error_pickled_arrives_unchanged(name: str) -> None:
+    """An error raised in a worker process arrives unchanged in its parent."""
+    error = SAMPLES.get(name) or CLASSES[name]("reason")
 
     copy = pickle.loads(pickle.dumps(error))
 

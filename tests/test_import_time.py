@@ -1,6 +1,4 @@
-"""What is imported when: starting is mostly importing, so nothing is loaded before it
-is needed.
-"""
+"""Lazy imports: most of the start is imports, so no module is loaded before its use."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import brokerd_client
 
 
 def loaded_by(code: str) -> set[str]:
-    """Return the names of the modules that a fresh interpreter has loaded after this."""
+    """Return the names of the modules that a fresh interpreter has loaded after the code."""
     command = f"import sys\n{code}\nprint(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True
@@ -21,9 +19,9 @@ def loaded_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_importing_the_library_loads_next_to_nothing() -> None:
-    """Neither face, nor asyncio, nor anything of the conversation is there before it is
-    asked for.
+def test_import_of_library_loads_no_client_and_no_asyncio() -> None:
+    """The clients, asyncio and the protocol are loaded only when a program asks for
+    them.
     """
     loaded = loaded_by("import brokerd_client")
     assert not loaded & {
@@ -36,29 +34,31 @@ def test_importing_the_library_loads_next_to_nothing() -> None:
     }
 
 
-def test_the_blocking_client_does_not_load_asyncio() -> None:
-    """Whoever asks for connect gets what that needs and no more."""
+def test_import_of_blocking_client_loads_no_asyncio() -> None:
+    """A program that imports connect loads the modules that connect needs, and no more."""
     loaded = loaded_by("from brokerd_client import connect")
     assert "brokerd_client.blocking.client" in loaded
     assert not loaded & {"asyncio", "ssl", "brokerd_client.aio.client"}
 
 
 @pytest.mark.parametrize("name", brokerd_client.__all__)
-def test_every_public_name_is_there(name: str) -> None:
-    """It is found when it is asked for, the same each time, and dir() tells of it."""
+def test_import_public_name_is_found_and_listed_by_dir(name: str) -> None:
+    """Each public name is loaded on demand, gives the same object each time, and is
+    listed by dir().
+    """
     assert name in dir(brokerd_client)
     assert getattr(brokerd_client, name) is getattr(brokerd_client, name)
 
 
-def test_a_name_that_is_none_is_an_attribute_error() -> None:
-    """And so `hasattr` works."""
+def test_import_unknown_name_is_attribute_error() -> None:
+    """`hasattr` works, because an unknown name gives an AttributeError."""
     with pytest.raises(AttributeError, match="has no attribute 'conect'"):
         _ = brokerd_client.conect
 
 
-def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
-    """What it starts with has neither the client's faces nor rich; who asks for rich
-    later gets it.
+def test_import_of_daemon_loads_no_client_and_no_rich() -> None:
+    """The daemon starts without the client's faces and without rich. A later import of
+    rich works.
     """
     loaded = loaded_by(
         "from brokerd.cli import main as cli; cli._import_structlog_without_rich(); import"
@@ -77,8 +77,8 @@ def test_the_daemon_loads_no_client_and_nothing_for_show() -> None:
     )
 
 
-def test_rich_that_is_there_already_stays() -> None:
-    """A program that has loaded it keeps it."""
+def test_import_of_daemon_keeps_rich_already_loaded() -> None:
+    """A program that has loaded rich keeps it."""
     assert "rich" in loaded_by(
         "import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_without_rich()"
     )

@@ -1,10 +1,9 @@
-"""Arrows point one way: reads every import of both packages and fails on one that the
-table does not draw.
+"""Layers: every import of both packages must be allowed by the table below.
 
 ``errors <- wire <- dialog <- {blocking, aio}``; ``wire <- core <- net <- daemon <-
-cli``; ``config.model <- core, net, daemon``. The library never looks at the daemon and
-imports nothing beyond the standard library; what is sans-I/O imports nothing that
-opens, waits, logs or draws lots.
+cli``; ``config.model <- core, net, daemon``. The library never imports the daemon,
+nor anything beyond the standard library. Sans-I/O modules import nothing that opens,
+waits, logs or draws random numbers.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
 
-#: What every other part may look at: errors, addresses, and the bytes on the wire.
+#: The modules that every other part may import: errors, addresses, and the bytes on the wire.
 LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wire")
-#: What a user of the library is given, and what the protocol makes of received bytes.
+#: The values that a user of the library gets, which the protocol makes of received bytes.
 VALUES = (
     "brokerd_client.codec",
     "brokerd_client.message",
     "brokerd_client.presence",
     "brokerd_client.topics",
 )
-#: What both faces are made of. They never import each other.
+#: The modules that both faces use. The faces never import each other.
 FACE = (
     *LEAVES,
     *VALUES,
@@ -145,7 +144,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "brokerd.log",
         "brokerd.testing",
     ),
-    # A client like any other, with no look inside the daemon.
+    # A client like any other, without access to the daemon's inside.
     "brokerd.ctl": ("brokerd_client",),
 }
 
@@ -187,7 +186,7 @@ TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
         "brokerd.net.handshake.pending",
     ): "admission and TLS are given a connection that keeps their state",
 }
-#: Used where it happens to be installed, and named in the error where it is not.
+#: Packages that are used if installed, and named in the error if not.
 OPTIONAL = {"brokerd_client.codec": {"msgpack"}}
 
 
@@ -247,7 +246,7 @@ def problems_of(path: Path, module: str) -> list[str]:
             ):
                 reason = f"{owner} may import only {', '.join(MAY_IMPORT[owner]) or 'itself'}"
         elif any(within(module, prefix) for prefix in SANS_IO) and top in NOT_IN_SANS_IO:
-            reason = "what is sans-I/O takes clocks, chance and sockets as arguments"
+            reason = "sans-I/O modules take clocks, random numbers and sockets as arguments"
         elif module.startswith(
             "brokerd_client"
         ) and top not in sys.stdlib_module_names | OPTIONAL.get(module, set()):
@@ -340,7 +339,7 @@ def circles(arrows: dict[str, set[str]]) -> list[tuple[str, ...]]:
     )
 
 
-def test_imports_draw_no_circle() -> None:
+def test_imports_form_no_circle() -> None:
     """No modules import each other, in functions and for types too.
 
     The exceptions are the imports for types in TYPES_IN_A_CIRCLE.
@@ -375,15 +374,15 @@ def test_imports_planted_circle_is_found(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("module", "path"), [pytest.param(*item, id=item[0]) for item in modules()]
 )
-def test_every_import_follows_the_arrows(module: str, path: Path) -> None:
-    """No module imports what its layer must not know."""
+def test_imports_of_module_follow_layers(module: str, path: Path) -> None:
+    """No module imports a module that its layer must not know."""
     assert problems_of(path, module) == []
 
 
 @pytest.mark.parametrize("module", [module for module, _ in modules() if module not in PACKAGES])
-def test_every_module_has_its_place(module: str) -> None:
-    """A new module is drawn into the table: nothing falls under the rule of a whole
-    package by accident.
+def test_imports_table_lists_every_module(module: str) -> None:
+    """Every module has an entry in the table, so that no module falls under the rule of
+    a whole package by accident.
     """
     owner = max((prefix for prefix in MAY_IMPORT if within(module, prefix)), key=len)
     assert owner not in PACKAGES, f"{module} has no place in MAY_IMPORT of {__file__}"
@@ -425,7 +424,7 @@ def test_every_module_has_its_place(module: str) -> None:
         ("brokerd.net.server", "__import__('pickle')"),
     ],
 )
-def test_a_forbidden_import_is_seen(tmp_path: Path, module: str, line: str) -> None:
+def test_imports_planted_forbidden_import_is_found(tmp_path: Path, module: str, line: str) -> None:
     """A forbidden import planted in a module is reported, with its line."""
     planted = tmp_path / "planted.py"
     planted.write_text(f'"""A module."""\n\nimport json\n{line}\n', encoding="utf-8")
@@ -437,8 +436,8 @@ def test_a_forbidden_import_is_seen(tmp_path: Path, module: str, line: str) -> N
     assert problems[0].startswith(f"{planted}:{expected_line}: {module} imports ")
 
 
-def test_a_forbidden_import_is_seen_in_compiled_source(tmp_path: Path) -> None:
-    """What Cython compiles is held to the same arrows."""
+def test_imports_planted_forbidden_import_in_cython_is_found(tmp_path: Path) -> None:
+    """Cython sources follow the same layers."""
     planted = tmp_path / "planted.pyx"
     planted.write_text(
         "cdef int x = 1\nfrom libc.string cimport memcpy\nimport socket\n", encoding="utf-8"
@@ -464,8 +463,12 @@ def test_a_forbidden_import_is_seen_in_compiled_source(tmp_path: Path) -> None:
         ("brokerd.cli.main", "from brokerd import __version__\nimport click"),
     ],
 )
-def test_an_allowed_import_is_not_reported(tmp_path: Path, module: str, line: str) -> None:
-    """What the table draws passes, so that the checker's silence means something."""
+def test_imports_planted_allowed_import_is_not_reported(
+    tmp_path: Path, module: str, line: str
+) -> None:
+    """An import that the table allows passes, so that the checker's silence means
+    something.
+    """
     planted = tmp_path / "planted.py"
     planted.write_text(line + "\n", encoding="utf-8")
 

@@ -1,5 +1,4 @@
-"""The language of code and documentation: what a program can check of CONTRIBUTING.md's
-rules.
+"""The language of code and documentation, by the rules of CONTRIBUTING.md.
 
 Docstrings, comments and messages of both packages, of benchmarks/ and .ci/, pages, and
 comments of other files are read. Text in backticks, code blocks and doctest examples

@@ -1,6 +1,4 @@
-"""What is installed is what was written: both packages, their type marks, their
-commands, and no tests.
-"""
+"""The installation holds both packages, their type marks and commands, and no tests."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def packages_on_disk() -> set[str]:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Return what the command printed; fail with everything it said if it did not
-    succeed.
-    """
+    """Return the output of a command; fail with that output if the command fails."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -64,16 +60,16 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_every_package_is_listed() -> None:
-    """A folder that is a package is in pyproject.toml's list; one forgotten would be
+def test_packaging_list_holds_every_package() -> None:
+    """Every package on disk is in pyproject.toml's list. A forgotten package would be
     missing from the wheel.
     """
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
 
 
-def test_every_folder_of_modules_is_a_package() -> None:
-    """No folder with modules lacks its ``__init__.py``, which an import from the
-    checkout would forgive.
+def test_packaging_folder_with_modules_has_init_file() -> None:
+    """Every folder with modules has its ``__init__.py``. An import from the checkout
+    would work without it.
     """
     for folder in FOLDERS.values():
         for path in folder.rglob("*.py"):
@@ -82,7 +78,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
             )
 
 
-def test_both_packages_import_from_elsewhere(tmp_path: Path) -> None:
+def test_packaging_installed_packages_import_outside_checkout(tmp_path: Path) -> None:
     """The installation that runs these tests imports both packages from outside the
     checkout.
     """
@@ -91,9 +87,9 @@ def test_both_packages_import_from_elsewhere(tmp_path: Path) -> None:
     assert [Path(file).parent.name for file in files] == ["brokerd", "brokerd_client"]
 
 
-def test_every_command_has_its_function() -> None:
-    """The functions behind the commands exist, without which the command fails at its
-    start only.
+def test_packaging_command_has_its_function() -> None:
+    """The functions behind the commands exist. A missing one would only fail when the
+    command starts.
     """
     for target in PROJECT["project"]["scripts"].values():
         module, _, function = target.partition(":")
@@ -107,9 +103,7 @@ def test_every_command_has_its_function() -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is installed: builds leave files behind, and those of an earlier
-    build must not count.
-    """
+    """A copy of the sources: builds leave files behind, and old ones must not count."""
     copy = tmp_path_factory.mktemp("checkout") / "brokerd"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -126,7 +120,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+def test_wheel_holds_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     """Every module and both py.typed are in the wheel; tests and caches are not."""
     run(
         sys.executable,
@@ -162,8 +156,8 @@ def test_wheel_holds_the_packages_and_nothing_else(checkout: Path, tmp_path: Pat
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("editable", [False, True], ids=["plain", "editable"])
 def test_pip_install_imports_both_packages(checkout: Path, tmp_path: Path, editable: bool) -> None:
-    """After ``pip install .`` and ``pip install -e .`` both packages import, and each
-    from where it should.
+    """After ``pip install .`` and ``pip install -e .`` both packages import, each from
+    its expected folder.
     """
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True, symlinks=True)
@@ -207,9 +201,9 @@ def locked(name: str) -> dict[str, str]:
         ),
     ],
 )
-def test_the_lock_has_what_is_wanted(lock: str, wanted: list[str]) -> None:
-    """Every requirement of pyproject.toml is locked in a version that it allows: else
-    run `make lock`.
+def test_lock_holds_every_requirement_in_allowed_version(lock: str, wanted: list[str]) -> None:
+    """Every requirement of pyproject.toml is locked in a version that it allows. If
+    this fails, run `make lock`.
     """
     versions = locked(lock)
     for requirement in map(Requirement, wanted):
@@ -220,8 +214,8 @@ def test_the_lock_has_what_is_wanted(lock: str, wanted: list[str]) -> None:
         )
 
 
-def test_locks_name_no_index() -> None:
-    """Where packages come from is for whoever installs them to say."""
+def test_lock_names_no_index() -> None:
+    """The user who installs the packages decides where they come from."""
     for path in (ROOT / ".ci").glob("requirements-*.txt"):
         text = path.read_text(encoding="utf-8")
         assert "--index" not in text
@@ -230,7 +224,7 @@ def test_locks_name_no_index() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="a script for POSIX shells")
 @pytest.mark.parametrize(
-    ("said", "status", "expected"),
+    ("output", "status", "expected"),
     [
         ("No known vulnerabilities found", 0, 0),
         ("Found 1 known vulnerability in 1 package", 1, 1),
@@ -238,15 +232,13 @@ def test_locks_name_no_index() -> None:
         ("ConnectionError: Max retries exceeded", 1, 2),
     ],
 )
-def test_an_audit_that_did_not_take_place_is_not_a_clean_one(
-    tmp_path: Path, said: str, status: int, expected: int
+def test_audit_not_completed_exits_2(
+    tmp_path: Path, output: str, status: int, expected: int
 ) -> None:
-    """What is known ends with 1, and a service that does not answer with 2, never with
-    0.
-    """
+    """Known vulnerabilities give status 1. A failed lookup gives 2, never 0."""
     tool = tmp_path / "bin" / "pip-audit"
     tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit {status}\n", encoding="utf-8")
+    tool.write_text(f"#!/bin/sh\necho '{output}' >&2\nexit {status}\n", encoding="utf-8")
     tool.chmod(0o755)
 
     done = subprocess.run(

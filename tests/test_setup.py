@@ -1,6 +1,4 @@
-"""What `.ci/setup.sh` does where the index and the locks don't agree: pip is the real
-one, and installs nothing.
-"""
+"""`.ci/setup.sh` where index and locks differ, with the real pip and no installation."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / ".ci" / "setup.sh"
 
-#: Something that pip can prepare an installation of, with what it has at hand.
+#: A project whose installation pip can prepare without a download.
 PROJECT = """
 [build-system]
 requires = []
@@ -32,7 +30,7 @@ version = "1"
 dependencies = ["thing"]
 """
 
-#: The least that is asked for by ``pip install --editable``.
+#: The smallest build backend that ``pip install --editable`` accepts.
 BACKEND = """
 from pathlib import Path
 
@@ -97,9 +95,7 @@ class Checkout:
         )
 
     def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Return what the script did; pip looks at this index only, and stops before it
-        would install.
-        """
+        """Run the script; pip uses this index only, and stops before it would install."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -126,18 +122,18 @@ class Checkout:
 
     @property
     def ready(self) -> bool:
-        """Whether the script takes the environment for one in which all is installed."""
+        """Whether the script treats the environment as complete."""
         return (self.venv / ".installed-run").exists()
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    """A checkout whose lock is yet to be written."""
+    """A checkout without a lock yet."""
     return Checkout(tmp_path)
 
 
-def test_what_is_locked_is_installed_without_a_word(checkout: Checkout) -> None:
-    """The file with the locked hash is taken, also where nothing else is allowed."""
+def test_setup_locked_package_is_installed_silently(checkout: Checkout) -> None:
+    """The file with the locked hash is installed, even where nothing else is allowed."""
     checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
 
     done = checkout.set_up(LOCKED="1")
@@ -147,8 +143,8 @@ def test_what_is_locked_is_installed_without_a_word(checkout: Checkout) -> None:
     assert checkout.ready
 
 
-def test_another_file_than_the_locked_one_is_never_installed(checkout: Checkout) -> None:
-    """A hash that does not match ends it; nothing else is tried."""
+def test_setup_file_with_other_hash_is_refused(checkout: Checkout) -> None:
+    """A hash that does not match ends the setup; nothing else is tried."""
     checkout.lock(f"thing==1.0 --hash=sha256:{'0' * 64}")
 
     done = checkout.set_up()
@@ -159,8 +155,8 @@ def test_another_file_than_the_locked_one_is_never_installed(checkout: Checkout)
     assert not checkout.ready
 
 
-def test_a_lock_without_a_hash_is_never_passed_over(checkout: Checkout) -> None:
-    """A requirement that somebody wrote into the lock by hand ends it."""
+def test_setup_lock_without_hash_is_refused(checkout: Checkout) -> None:
+    """A requirement that was written into the lock by hand ends the setup."""
     checkout.lock("thing==1.0")
 
     done = checkout.set_up()
@@ -171,9 +167,9 @@ def test_a_lock_without_a_hash_is_never_passed_over(checkout: Checkout) -> None:
     assert not checkout.ready
 
 
-def test_a_version_that_the_index_lacks_is_told_loudly(checkout: Checkout) -> None:
-    """What pyproject.toml allows is installed in its place, and which version is
-    missing is said.
+def test_setup_locked_version_missing_from_index_is_reported(checkout: Checkout) -> None:
+    """A version that pyproject.toml allows is installed in its place. A message names
+    the missing version.
     """
     checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
 
@@ -185,9 +181,9 @@ def test_a_version_that_the_index_lacks_is_told_loudly(checkout: Checkout) -> No
     assert checkout.ready
 
 
-def test_only_the_locks_are_good_enough_on_demand(checkout: Checkout) -> None:
-    """With LOCKED=1 a version that the index lacks is an error, also in an environment
-    that was made without.
+def test_setup_with_locked_refuses_version_missing_from_index(checkout: Checkout) -> None:
+    """With LOCKED=1 a version that the index lacks is an error. This holds even in an
+    environment that was set up without it.
     """
     checkout.lock(f"thing==2.0 --hash=sha256:{'0' * 64}")
     assert checkout.set_up().returncode == 0
@@ -200,8 +196,10 @@ def test_only_the_locks_are_good_enough_on_demand(checkout: Checkout) -> None:
     assert "NOT LOCKED" not in done.stdout
 
 
-def test_what_is_not_locked_is_installed_on_demand(checkout: Checkout) -> None:
-    """UNLOCKED=1 does so also in an environment with what is locked; once is enough."""
+def test_setup_with_unlocked_installs_unlocked_versions_once(checkout: Checkout) -> None:
+    """UNLOCKED=1 does so even in an environment with the locked versions. A second call
+    installs nothing.
+    """
     checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
     assert checkout.set_up().returncode == 0
 
@@ -212,7 +210,7 @@ def test_what_is_not_locked_is_installed_on_demand(checkout: Checkout) -> None:
     assert checkout.set_up(UNLOCKED="1").stdout == ""
 
 
-def test_nobody_can_want_both(checkout: Checkout) -> None:
+def test_setup_with_locked_and_unlocked_is_refused(checkout: Checkout) -> None:
     """LOCKED=1 with UNLOCKED=1 is an error, not a guess, whatever is installed."""
     done = checkout.set_up(LOCKED="1", UNLOCKED="1")
 

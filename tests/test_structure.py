@@ -37,7 +37,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.name)
-def test_test_module_imports_no_other_test_package(path: Path) -> None:
+def test_structure_test_module_imports_no_other_test_package(path: Path) -> None:
     """Tests import helpers from tests/support only, and no test imports another."""
     own = path.relative_to(TESTS).parts[0]
     allowed = {"support", own} if own in COMMANDS else {"support"}
@@ -67,7 +67,7 @@ def definitions(path: Path) -> Iterator[str]:
             yield node.name
 
 
-def test_helper_name_is_defined_once() -> None:
+def test_structure_helper_name_is_defined_once() -> None:
     """No two helpers have one name."""
     counts = Counter(name for path in SUPPORT.rglob("*.py") for name in definitions(path))
 
@@ -75,7 +75,7 @@ def test_helper_name_is_defined_once() -> None:
 
 
 def reads_clock(node: ast.AST) -> bool:
-    """Return whether an expression subtracts from what a clock shows."""
+    """Return whether an expression is a difference of clock readings."""
     for part in ast.walk(node):
         if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Sub):
             for call in ast.walk(part):
@@ -122,13 +122,13 @@ def unmarked(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("test_*.py")), ids=lambda path: path.name)
-def test_clock_assertion_has_the_marker(path: Path) -> None:
-    """A test that fails on a machine that is too busy is marked ``timing``."""
+def test_structure_test_asserting_on_clock_has_timing_marker(path: Path) -> None:
+    """A test that may fail on a busy machine is marked ``timing``."""
     assert list(unmarked(path)) == []
 
 
-def test_clock_assertion_planted_is_found(tmp_path: Path) -> None:
-    """The check sees a direct difference, and one that has a name."""
+def test_structure_planted_clock_assertion_is_found(tmp_path: Path) -> None:
+    """The check finds a direct difference of clocks, and a difference with a name."""
     planted = tmp_path / "test_planted.py"
     planted.write_text(
         "def test_a():\n    assert monotonic() - began < 5\n"

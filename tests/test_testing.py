@@ -1,4 +1,4 @@
-"""The broker for other people's tests, used as its documentation says."""
+"""The broker for users' tests, used as its documentation says."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from brokerd_client.errors import Denied, NoSuchClient
 assert broker, "the fixture is used by name"
 
 
-def test_clients_are_made_as_they_are_asked_for(broker: RunningBroker) -> None:
-    """Two names never configured exchange a message through a real broker."""
+def test_testing_broker_connect_creates_client_on_demand(broker: RunningBroker) -> None:
+    """Two clients that were never configured exchange a message through a real broker."""
     alice, bob = broker.connect("alice"), broker.connect("bob")
     alice.send("bob", "hello")
     assert bob.recv(timeout=5).payload == "hello"
 
 
-def test_entries_are_those_of_the_configuration_file() -> None:
-    """What the file could say of a client can be said here, before or while it runs."""
-    with running({"alice": {"send_to": ["carol"]}, "bob": {}, "carol": {}}) as here:
-        alice = here.connect("alice")
+def test_testing_broker_client_entry_takes_configuration_keys() -> None:
+    """A client's entry takes the keys of the configuration file, before or while the
+    broker runs.
+    """
+    with running({"alice": {"send_to": ["carol"]}, "bob": {}, "carol": {}}) as broker:
+        alice = broker.connect("alice")
         with pytest.raises(Denied):
             alice.send_confirmed("bob", "hello")
-        here.add("alice", send_to=["bob"])
-        here.connect("bob")
+        broker.add("alice", send_to=["bob"])
+        broker.connect("bob")
         alice.send_confirmed("bob", "hello")
 
 
-def test_asyncio_clients_connect_too(broker: RunningBroker) -> None:
-    """An asyncio client and a blocking one meet at the same broker."""
+def test_testing_broker_connect_async_gives_aio_client(broker: RunningBroker) -> None:
+    """An asyncio client and a blocking one use the same broker."""
 
     async def ask() -> object:
         client = await broker.connect_async("alice")
@@ -45,15 +47,14 @@ def test_asyncio_clients_connect_too(broker: RunningBroker) -> None:
     assert asyncio.run(ask()) == "fine"
 
 
-def test_it_comes_back_at_the_same_address(broker: RunningBroker) -> None:
-    """After a kill and a start the clients find it again by themselves."""
+def test_testing_broker_restarted_keeps_address(broker: RunningBroker) -> None:
+    """After a kill and a start the clients reconnect by themselves."""
     alice = broker.connect("alice")
     address = broker.address
     broker.kill()
     broker.start()
     assert broker.address == address
-    # What is asked before she knows of the kill may go to the connection that was lost,
-    # and says so.
+    # A command sent before the client detects the kill may fail with the old connection.
     deadline = monotonic() + 30
     while not alice.counters["losses"]:
         assert monotonic() < deadline
@@ -61,8 +62,8 @@ def test_it_comes_back_at_the_same_address(broker: RunningBroker) -> None:
     assert alice.control("whoami", timeout=10)["name"] == "alice"
 
 
-def test_stats_are_the_brokers_own(broker: RunningBroker) -> None:
-    """Counters can be asserted on without an administrator's client."""
+def test_testing_broker_stats_hold_broker_counters(broker: RunningBroker) -> None:
+    """A test can assert on counters without an administrator's client."""
     alice = broker.connect("alice")
     with pytest.raises(NoSuchClient):
         alice.send_confirmed("nobody", "hello")

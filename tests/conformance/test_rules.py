@@ -41,7 +41,7 @@ def delivered(network: Make) -> None:
     assert [bob.receive() for _ in range(5)] == [("alice", bytes([n])) for n in range(5)]
 
 
-def delivered_to_oneself(network: Make) -> None:
+def delivered_to_sender_itself(network: Make) -> None:
     """A client may send to its own name."""
     alice = network({"alice": {}}).join("alice")
     assert alice.send("alice", b"x") == ACCEPTED
@@ -89,7 +89,7 @@ def refused_expired(network: Make) -> None:
 
 
 def request_replied(network: Make) -> None:
-    """A reply reaches the client that asked, and nobody else."""
+    """A reply reaches the client that sent the request, and no other client."""
     net = network({"alice": {}, "bob": {}, "carol": {}})
     alice, bob, carol = net.join("alice"), net.join("bob"), net.join("carol")
     outcome = alice.request("bob", b"question")
@@ -101,7 +101,7 @@ def request_replied(network: Make) -> None:
 
 
 def request_abandoned(network: Make) -> None:
-    """A request in the hands of a client that leaves is `abandoned`."""
+    """A request that its recipient received before it disconnected is `abandoned`."""
     net = network({"alice": {}, "bob": {}})
     alice, bob = net.join("alice"), net.join("bob")
     outcome = alice.request("bob", b"question")
@@ -133,7 +133,7 @@ def events_denied(network: Make) -> None:
 
 
 def presence_told(network: Make) -> None:
-    """A watcher is told of each client that comes and goes, in order."""
+    """A watcher gets an event for each client that connects or disconnects, in order."""
     net = network({"alice": {}, "bob": {}})
     alice = net.join("alice")
     alice.watch()
@@ -145,7 +145,7 @@ def presence_told(network: Make) -> None:
 
 RULES: Final = (
     Rule(delivered, "core/test_broker.py", "Order and outcome"),
-    Rule(delivered_to_oneself, "core/test_broker.py", "Order and outcome"),
+    Rule(delivered_to_sender_itself, "core/test_broker.py", "Order and outcome"),
     Rule(refused_offline, "core/test_broker.py", "Order and outcome"),
     Rule(refused_no_such_client, "core/test_broker.py", "Order and outcome"),
     Rule(refused_denied, "core/test_broker.py", "Order and outcome"),
@@ -176,13 +176,13 @@ def network(request: pytest.FixtureRequest) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.scenario.__name__)
-def test_rule_at_every_level_holds(network: Make, rule: Rule) -> None:
+def test_rule_at_every_level_has_same_outcome(network: Make, rule: Rule) -> None:
     """Each rule's scenario has the same outcome at each level."""
     rule.scenario(network)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.scenario.__name__)
-def test_rule_has_an_authority_and_a_source(rule: Rule) -> None:
+def test_rule_authority_and_source_exist(rule: Rule) -> None:
     """The file with the corner cases exists, and docs/protocol.md has the section."""
     page = (TESTS.parent / "docs" / "protocol.md").read_text(encoding="utf-8")
 

@@ -11,15 +11,17 @@ from support.running_daemon import configuration, running_daemon
 from brokerd.daemon import admin
 
 
-def test_long_answers_are_made_one_at_a_time_and_bounded_in_number(
+def test_admin_long_answers_above_limit_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One more than may wait is refused, and asked again it is answered."""
+    """Only a limited number of long answers may wait. The next request is refused, and
+    succeeds when repeated later.
+    """
     monkeypatch.setattr(admin, "_MOST_LONG", 2)
     monkeypatch.setattr(admin, "_ENTRIES", 1)
     with (
-        running_daemon(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as here,
-        here.login("ops") as ops,
+        running_daemon(configuration("127.0.0.1:0", {"ops": {"admin": True}, "bob": {}})) as daemon,
+        daemon.login("ops") as ops,
     ):
         question = json.dumps({"op": "keys"}).encode()
         ops.write(

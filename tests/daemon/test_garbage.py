@@ -25,8 +25,10 @@ def collections() -> Iterator[list[int]]:
     gc.callbacks.remove(note)
 
 
-def test_tended_process_begins_no_full_collection(collections: list[int]) -> None:
-    """However many objects are made; before and behind the block it is as it was."""
+def test_garbage_tended_process_begins_no_full_collection(collections: list[int]) -> None:
+    """No number of new objects starts one. After the block the collector is as before
+    it.
+    """
     before = gc.get_threshold()
     with garbage.tended():
         kept = [[number] for number in range(300_000)]
@@ -37,38 +39,40 @@ def test_tended_process_begins_no_full_collection(collections: list[int]) -> Non
     assert gc.get_freeze_count() == 0
 
 
-def test_undisturbed_work_is_neither_collected_nor_walked_over() -> None:
-    """In a tended process what was made is set apart; elsewhere a program's own objects
-    are not.
+def test_garbage_undisturbed_work_is_not_collected() -> None:
+    """In a tended process the objects of such work are frozen. In another process the
+    program's own objects are not.
     """
     with garbage.tended():
-        apart = gc.get_freeze_count()
+        frozen = gc.get_freeze_count()
         with garbage.undisturbed():
             assert not gc.isenabled()
             kept = [[number] for number in range(1000)]
         assert gc.isenabled()
-        assert gc.get_freeze_count() >= apart + len(kept)
+        assert gc.get_freeze_count() >= frozen + len(kept)
     with garbage.undisturbed():
         kept = [[number] for number in range(1000)]
     assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize(("size", "full"), [(1000, True), (1001, False)])
-def test_sweeper_collects_all_garbage_while_there_is_little(
+def test_garbage_sweeper_collects_fully_while_daemon_is_small(
     collections: list[int], monkeypatch: pytest.MonkeyPatch, size: int, full: bool
 ) -> None:
-    """Of a daemon with few connections and subscriptions; of one with many it does not."""
+    """The sweeper makes full collections in a daemon with few connections and
+    subscriptions, but not in a large one.
+    """
     monkeypatch.setattr(garbage, "_EVERY_S", 0.01)
 
     async def run() -> None:
-        looked = asyncio.Event()
+        counted = asyncio.Event()
 
-        def of_the_daemon() -> int:
-            looked.set()
+        def count_objects() -> int:
+            counted.set()
             return size
 
-        sweeper = garbage.Sweeper(asyncio.get_running_loop(), of_the_daemon)
-        await asyncio.wait_for(looked.wait(), 10)
+        sweeper = garbage.Sweeper(asyncio.get_running_loop(), count_objects)
+        await asyncio.wait_for(counted.wait(), 10)
         await asyncio.sleep(0)
         sweeper.close()
 

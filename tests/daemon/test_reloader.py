@@ -1,6 +1,4 @@
-"""Reloads at odd moments: one that a bug ends, one asked for before there is anything
-to reload.
-"""
+"""Reloads at odd moments: one that a bug ends, and one requested during the start."""
 
 from __future__ import annotations
 
@@ -18,12 +16,14 @@ from brokerd.daemon import daemon, reloader
 from brokerd.daemon.reloader import Reloading
 
 
-def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What began with RELOADING ends with READY and a reason, the bug is not hidden,
-    and the next reload goes on.
+def test_reload_ended_by_bug_is_reported_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload that began with RELOADING ends with READY and a reason. The bug is not
+    hidden, and the next reload runs.
     """
-    told: list[str] = []
-    supervisor = SimpleNamespace(reloading=lambda: told.append("reloading"), reloaded=told.append)
+    states: list[str] = []
+    supervisor = SimpleNamespace(
+        reloading=lambda: states.append("reloading"), reloaded=states.append
+    )
 
     async def listen_again() -> None:
         return
@@ -42,7 +42,7 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    async def twice() -> None:
+    async def reload_twice() -> None:
         subject = Reloading(daemon)
         subject.begin()
         for _ in range(2):
@@ -50,36 +50,36 @@ def test_a_reload_that_a_bug_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPa
                 await asyncio.wait_for(subject.run("the test"), 30)
 
     monkeypatch.setattr(reloader, "prepare", broken)
-    asyncio.run(twice())
-    assert told == ["reloading", "reload failed"] * 2
+    asyncio.run(reload_twice())
+    assert states == ["reloading", "reload failed"] * 2
 
 
-def test_a_reload_asked_for_during_the_start_takes_place_after_it(
+def test_reload_requested_during_start_runs_after_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file may have changed since it was read: nothing is refused, and nobody is
-    told that the broker stops.
+    """The file may have changed since it was read. The request is not refused, and no
+    message says that the broker stops.
     """
     file = tmp_path / "b.yaml"
     file.touch(mode=0o600)
     file.write_text("listen: [127.0.0.1:0]\nclients: {a: {key: k}}\nmonitor: 127.0.0.1:0\n")
     log = Recorder()
 
-    async def at_once(function: Callable[[], object], **_: object) -> object:
+    async def run_at_once(function: Callable[[], object], **_: object) -> object:
         return function()
 
     async def serve() -> None:
         broker = daemon.Daemon(load(file), log.logger)
 
-        async def ask_meanwhile(function: Callable[[], object], **_: object) -> object:
+        async def request_reload_meanwhile(function: Callable[[], object], **_: object) -> object:
             if not log.named("daemon.started"):
                 broker.reload_soon("SIGHUP")
             for _ in range(10):
                 await asyncio.sleep(0)
             return function()
 
-        monkeypatch.setattr(reloader, "run_in_thread", at_once)
-        monkeypatch.setattr(daemon, "run_in_thread", ask_meanwhile)
+        monkeypatch.setattr(reloader, "run_in_thread", run_at_once)
+        monkeypatch.setattr(daemon, "run_in_thread", request_reload_meanwhile)
         async with broker:
             await asyncio.wait_for(broker.wait_until_settled(), 30)
 

@@ -1,6 +1,4 @@
-"""Work in a thread: its result goes to the task that waits, or is discarded where that
-was cancelled.
-"""
+"""Work in a thread: the waiting task gets the result, a cancelled one discards it."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ from brokerd.daemon import Daemon, Stopped, daemon
 from brokerd.daemon.threads import run_in_thread
 
 
-def test_run_in_thread_returns_and_raises_what_the_work_does() -> None:
-    """It runs in a thread of its own, which does not keep the process alive."""
+def test_run_in_thread_returns_result_or_raises_error_of_work() -> None:
+    """The work runs in a thread of its own, which does not keep the process alive."""
     seen: list[threading.Thread] = []
 
     def work() -> int:
@@ -39,9 +37,9 @@ def test_run_in_thread_returns_and_raises_what_the_work_does() -> None:
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_run_in_thread_cancelled_discards_what_comes_too_late(closed: bool) -> None:
-    """What was opened meanwhile is closed, also where the event loop has ended by then;
-    an error is dropped.
+def test_run_in_thread_cancelled_discards_late_result(closed: bool) -> None:
+    """A resource opened meanwhile is closed, even where the event loop has ended. A
+    late error is dropped.
     """
     go_on, discarded = threading.Event(), threading.Event()
     results: list[int] = []
@@ -76,10 +74,12 @@ def test_run_in_thread_cancelled_discards_what_comes_too_late(closed: bool) -> N
     assert results == [7]
 
 
-def test_daemon_stopped_during_its_start_listens_nowhere(
+def test_daemon_stopped_during_start_closes_listeners(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was opened when it was told to stop is closed again, and the start says so."""
+    """The listeners that were open at the stop are closed again, and the start raises
+    Stopped.
+    """
     path = socket_dir / "b.sock"
 
     async def main() -> None:
