@@ -466,9 +466,10 @@ class Broker:
                 source, envelope, ErrorCode.NO_SUCH_CLIENT, f"unknown recipient {envelope.name}"
             )
         if envelope.kind is Kind.ERROR and is_cancel(frame[split(frame)[1] :]):
+            if not self.in_flight.cancel(source, envelope.id):
+                return RoutingResult.YIELD
             if envelope.flags & RECEIPT_FLAG:
                 self.replies.confirm(source, envelope.id)
-            self.in_flight.cancel(source, envelope.id)
             return RoutingResult.CONSUMED
         if envelope.kind is not Kind.REQUEST:
             return self.replies.refuse_frame(

@@ -342,7 +342,7 @@ class Delivery:
     def _limit_requests(self, requester: Session) -> None:
         """End the oldest pending request, if there are too many: they use memory."""
         config = requester.client.config
-        pending = len(requester.outgoing_requests) + len(requester.waiting_requests)
+        pending = len(requester.outgoing_requests) + requester.waiting_count
         if pending <= config.requests:
             return
         message = (

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["InFlight"]
 
-#: Most waiting requests that are delivered per call.
+#: Most waiting requests that are delivered per call, and most that one frame cancels
+#: per turn of its sender.
 _DELIVERED: Final = 64
+_CANCELLED: Final = 64
 
 
 class InFlight:
@@ -78,9 +80,7 @@ class InFlight:
     def dispatch(self, client: Client) -> None:
         """Deliver requests that wait to members with room, at most _DELIVERED of them."""
         self._requests.freed.pop(client, None)
-        flight = client.flight
-        if flight is None:
-            return
+        flight = client.track()
         delivered = 0
         crowded: set[Session] = set()
         for member in flight.pinned_members():
@@ -148,11 +148,18 @@ class InFlight:
         self.wait(client, request, first=True)
         self.dispatch(client)
 
-    def cancel(self, requester: Session, message_id: int) -> None:
-        """End all requests of a session with that id; tell the connections that hold them."""
-        for request in list(requester.waiting_requests.get(message_id, ())):
+    def cancel(self, requester: Session, message_id: int) -> bool:
+        """End requests of a session with that id, and tell the connections that hold them.
+
+        Returns whether all of them have ended; else it has to be called again.
+        """
+        waiting = requester.waiting_requests.get(message_id, [])
+        for request in waiting[:_CANCELLED]:
             self.fail(request, ErrorCode.CANCELLED, "it was cancelled before it was delivered")
-        for address in requester.addresses_asked.get(message_id, ()):
+        if waiting:
+            return False
+        addresses = requester.addresses_asked.get(message_id, ())
+        for address in addresses[:_CANCELLED]:
             holder = requester.outgoing_requests[message_id, address]
             self._requests.end(requester, message_id, holder)
             self._replies.refuse(
@@ -169,6 +176,7 @@ class InFlight:
             self._replies.revoke(
                 holder, requester, message_id, ErrorCode.CANCELLED, "the requester cancelled it"
             )
+        return len(addresses) <= _CANCELLED
 
     def expire(self, request: WaitingRequest) -> None:
         """End a request whose ttl was over while it waited."""

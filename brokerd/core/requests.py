@@ -101,6 +101,7 @@ class Requests:
     def wait(self, request: WaitingRequest) -> None:
         """Record a request that waits for a member with room."""
         request.requester.waiting_requests.setdefault(request.id, []).append(request)
+        request.requester.waiting_count += 1
         if request.queued.deadline is not None:
             self.deadlines.add(request.queued.deadline, request)
 
@@ -110,6 +111,7 @@ class Requests:
         same_id = waiting.get(request.id, [])
         if request in same_id:
             same_id.remove(request)
+            request.requester.waiting_count -= 1
             if not same_id:
                 del waiting[request.id]
         if request.queued.deadline is not None:

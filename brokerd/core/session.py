@@ -57,6 +57,7 @@ class Session:
         addresses_asked: The responders' addresses of those outgoing requests, by id.
         waiting_requests: Its requests that wait for a recipient with room in flight, by
             id.
+        waiting_count: The number of those requests.
         in_flight: Its own limit of delivered requests without an outcome, or None.
         retained: Frames of delivered requests that another member of the pool can get,
             by the key of incoming_requests.
@@ -136,6 +137,7 @@ class Session:
         "subscriptions",
         "topics_version",
         "waiters",
+        "waiting_count",
         "waiting_requests",
         "widest",
     )
@@ -178,6 +180,7 @@ class Session:
         self.expiring: dict[tuple[int, str], float] = {}
         self.addresses_asked: dict[int, tuple[str, ...]] = {}
         self.waiting_requests: dict[int, list[WaitingRequest]] = {}
+        self.waiting_count = 0
         self.in_flight: int | None = None
         self.retained: dict[tuple[str, int], Queued] = {}
         self.cancels = False

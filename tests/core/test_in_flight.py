@@ -500,3 +500,131 @@ def test_drain_waits_for_requests_that_wait_for_a_member() -> None:
     answer(one, second)
     assert net.broker.goaway.has_finished(alice.session)
     assert net.broker.goaway.has_finished(one.session)
+
+
+def test_cancel_of_many_requests_with_one_id_takes_several_turns() -> None:
+    net, alice, (one,) = pool(1)
+    for _ in range(201):
+        ask(alice, 7)
+    cancel(alice, 7)
+    ask(alice, 8)
+    for _ in range(10):
+        net.settle()
+    assert codes(alice) == [(7, "cancelled")] * 201
+    assert [request.id for request in requests_of(one)] == [7, 8]
+
+
+def test_oldest_of_too_many_requests_with_one_id_is_ended() -> None:
+    net = FakeNet(client("alice", requests=2), client("pool", connections=2, in_flight=1))
+    alice, one = net.connect("alice"), net.connect("pool")
+    one.ask("in_flight", n=0)
+    for _ in range(4):
+        ask(alice, 7)
+    assert codes(alice) == [(7, "expired"), (7, "expired")]
+
+
+def test_cancel_with_a_receipt_is_confirmed() -> None:
+    _, alice, _ = pool(1)
+    alice.send(Envelope(Kind.ERROR, 3, "$broker", payload_of("cancelled"), flags=1))
+    assert [(envelope.kind, envelope.id) for envelope in alice.take()] == [(Kind.RECEIPT, 3)]
+
+
+def test_waiting_requests_reach_a_client_with_one_connection() -> None:
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.ask("in_flight", n=0)
+    ask(alice, 1, "bob")
+    ask(alice, 2, "bob", extension={"ttl": 9})
+    bob.op("in_flight", n=2)
+    assert [(request.id, request.extension) for request in requests_of(bob)] == [
+        (1, None),
+        (2, {"ttl": 9}),
+    ]
+
+
+def test_client_counts_its_waiting_requests() -> None:
+    net, alice, (one, _) = pool()
+    for number in range(1, 6):
+        ask(alice, number)
+    ask(alice, 6, one.address)
+    flight = net.broker.exchange.clients["pool"].flight
+    assert flight is not None
+    assert (len(flight), flight.size > 0, alice.session.waiting_count) == (4, True, 4)
+    assert net.broker.operations.stats()["requests_waiting"] == 4
+    assert net.broker.operations.stats()["requests_in_flight"] == 2
+
+
+def test_pinned_requests_stay_with_their_member_over_an_upgrade_until_it_leaves() -> None:
+    net, alice, (one, two) = pool()
+    ask(alice, 1, one.address)
+    ask(alice, 2, one.address)
+    net.hand_over()
+    one.take()
+    one.leave()
+    assert sorted(codes(alice)) == [(1, "abandoned"), (2, "offline")]
+    assert not two.take()
+
+
+def test_requests_whose_recipients_have_left_are_reported_after_an_upgrade() -> None:
+    net, alice, (one,) = pool(1)
+    alice.block()
+    for number in range(1, 200):
+        ask(alice, number)
+    net.broker.detach(one.session, net.now)
+    net.peers.remove(one)
+    assert list(net.broker.in_flight.waiting())
+    net.hand_over()
+    alice.read()
+    net.settle()
+    while net.broker.has_deferred_work:
+        net.broker.run_deferred(64)
+    net.settle()
+    assert sorted(codes(alice)) == [(1, "abandoned")] + [(n, "offline") for n in range(2, 200)]
+
+
+def test_request_of_a_requester_that_has_just_left_is_dropped() -> None:
+    net, alice, (one,) = pool(1)
+    ask(alice, 1)
+    ask(alice, 2)
+    one.take()
+    net.broker.detach(alice.session, net.now)
+    net.peers.remove(alice)
+    net.broker.in_flight.dispatch(net.broker.exchange.clients["pool"])
+    net.settle()
+    assert not one.take()
+    assert net.broker.replies.dropped == 1
+
+
+def test_request_of_a_retired_requester_is_delivered_without_an_answer() -> None:
+    net, alice, (one,) = pool(1)
+    ask(alice, 1)
+    ask(alice, 2)
+    (first,) = requests_of(one)
+    net.broker.goaway.retire(alice.session)
+    net.settle()
+    (second,) = requests_of(one)
+    answer(one, second)
+    assert codes(one) == [(2, "denied")]
+    assert first.id == 1
+
+
+def test_pinned_requests_wait_while_their_member_does_not_read() -> None:
+    _, alice, (one,) = pool(1, queue=60, in_flight=3)
+    one.ask("in_flight", n=0)
+    ask(alice, 1, one.address)
+    ask(alice, 2, one.address)
+    one.block()
+    alice.message(one.address, b"x" * 40)
+    one.op("in_flight", n=3)
+    assert not one.take()
+    one.read()
+    assert [request.id for request in requests_of(one)] == [1, 2]
+
+
+def test_retired_member_that_raises_its_limit_gets_no_request() -> None:
+    net, alice, (one, two) = pool()
+    net.broker.goaway.retire(one.session)
+    one.op("in_flight", n=1)
+    ask(alice, 1)
+    assert not requests_of(one)
+    assert len(requests_of(two)) == 1

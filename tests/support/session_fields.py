@@ -42,6 +42,7 @@ CAPTURED = {
 }
 MADE_ANEW = {
     "addresses_asked",
+    "waiting_count",
     "cut",
     "widest",
     "rank",
