@@ -74,8 +74,8 @@ def test_pool_reply_reaches_connection_that_sent_request() -> None:
     net = FakeNet(client("ann", send_to=[]), client("pool", connections=2))
     ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
     two.request("ann", b"?", 5)
-    (outgoing_requests,) = ann.take()
-    ann.reply(outgoing_requests.name, b"!", 5)
+    (request,) = ann.take()
+    ann.reply(request.name, b"!", 5)
     assert [(each.kind, each.payload) for each in two.take()] == [(Kind.REPLY, b"!")]
     assert one.take() == []
 

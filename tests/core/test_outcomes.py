@@ -391,7 +391,7 @@ def test_request_of_former_session_ends_without_effect_on_new_one() -> None:
     net = FakeNet(client("ann"), client("bob"))
     older, bob = net.connect("ann"), net.connect("bob")
     older.request("bob", b"?", 1)
-    (outgoing_requests,) = bob.take()
+    (request,) = bob.take()
     net.broker.reconfigure({"bob": client("bob")}, net.broker.status.limits, net.now)
     net.broker.reconfigure(
         {"ann": client("ann"), "bob": client("bob")}, net.broker.status.limits, net.now
@@ -399,7 +399,7 @@ def test_request_of_former_session_ends_without_effect_on_new_one() -> None:
     newer = net.connect("ann")
     newer.request("bob", b"?", 1)
     older.leave()
-    bob.reply(outgoing_requests.name, b"!", 1)
+    bob.reply(request.name, b"!", 1)
     assert newer.payloads() == [b"!"]
     assert not bob.session.incoming_requests
     assert not newer.session.outgoing_requests

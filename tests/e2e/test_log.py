@@ -167,10 +167,10 @@ def test_audit_file_moved_away_is_reopened_at_reload(socket_dir: Path) -> None:
         assert brokerctl(broker, "root", "disconnect", "alice").returncode == 1
         events = [line["event"] for line in lines_of(socket_dir / "audit.1")]
         assert events == ["daemon.started", "client.connected", "client.disconnected"]
-        first, connected, outgoing_requests = lines_of(audit)[:3]
+        first, connected, admin_event = lines_of(audit)[:3]
         assert first["event"] == "daemon.reload_refused"
         assert (connected["name"], len(connected["key"])) == ("root", 8)
-        assert {key: outgoing_requests[key] for key in ("event", "name", "op", "to")} == {
+        assert {key: admin_event[key] for key in ("event", "name", "op", "to")} == {
             "event": "admin.asked",
             "name": "root",
             "op": "disconnect",
@@ -240,8 +240,8 @@ def attack(broker: BrokerProcess) -> None:
             {"op": "log_level", "area": "client", "level": HOSTILE},
             {"op": "log_level", "area": "client", "level": "debug", "for": HOSTILE},
         ]
-        for client, outgoing_requests in ((alice, questions), (root, [*questions[:4], *admins])):
-            for question in outgoing_requests:
+        for client, requests in ((alice, questions), (root, [*questions[:4], *admins])):
+            for question in requests:
                 client.send(REQUEST, "$broker", json.dumps(question).encode(), codec=2)
                 client.recv()
     for name in (hostile[:40], "zoë\u2028".encode(), b"$\x1b[31m", b"nobody", b"$nobody"):

@@ -29,7 +29,11 @@ PROGRAM = (
 
 
 class BrokerProcess:
-    """A running daemon. directory: where its configuration, keys and socket are."""
+    """A running daemon.
+
+    Args:
+        directory: Holds its configuration, keys and socket.
+    """
 
     def __init__(
         self,

@@ -83,8 +83,9 @@ class Session:
 class FakeBroker:
     """Named sessions, and the frames that pass between them.
 
-    intercept: called with (session, envelope) first; a true result means that it has
-    handled the frame.
+    Attributes:
+        intercept: Called with (session, envelope) first; a true result means that it
+            has handled the frame.
     """
 
     def __init__(self, keys: dict[str, bytes]) -> None:

@@ -80,9 +80,11 @@ def error_of(envelope: Envelope) -> str:
 class Peer:
     """One connection and the client behind it.
 
-    room: bytes the system still takes, None for all. got: whole frames that have
-    arrived and were not looked at yet. gone: the reason for the connection's end, or
-    "". stream: every byte taken, for tests that examine it.
+    Attributes:
+        room: Bytes that the system still takes, None for all.
+        got: Whole frames that have arrived and were not taken yet.
+        gone: The reason for the connection's end, or an empty string.
+        stream: Every byte that the system took, for tests that examine it.
     """
 
     def __init__(self, net: FakeNet, name: str) -> None:
@@ -417,9 +419,10 @@ class FakeNet:
         return self._copies is not None
 
     def copy(self, *configs: ClientConfig) -> None:
-        """Copy for a new broker what has not been copied yet, while this one goes on.
+        """Copy to a new broker what was not copied yet, while this one works on.
 
-        configs: the entries of the new broker, if they are others.
+        Args:
+            configs: The new broker's entries, if they differ from this one's.
         """
         old = self.broker
         if self._copies is None:
@@ -446,10 +449,13 @@ class FakeNet:
     def hand_over(
         self, *configs: ClientConfig, meanwhile: Callable[[], object] = lambda: None
     ) -> None:
-        """Replace the broker by a new one that continues with all its state, as another
-        process would; with other entries if given.
+        """Replace the broker by a new one that continues with all its state.
 
-        meanwhile: what happens between the copying and the hand-over.
+        This is what another process would do, with other entries if given.
+
+        Args:
+            configs: The new broker's entries, if they differ from this one's.
+            meanwhile: Called between the copying and the hand-over.
         """
         self.copy(*configs)
         meanwhile()

@@ -20,7 +20,8 @@ CAPACITY = 8192
 class FakePipe:
     """One end of a pipe; it is a brokerd_client._common.pipe_bridge.Pipe.
 
-    taken: bytes read from it so far.
+    Attributes:
+        taken: Bytes read from it so far.
     """
 
     def __init__(self, changed: threading.Condition) -> None:
@@ -114,7 +115,8 @@ def fake_pipes() -> tuple[FakePipe, FakePipe]:
 class FakePipeServer:
     """Accepts connections as named_pipes.PipeServer does.
 
-    failures: raised by accept() before it accepts a peer.
+    Attributes:
+        failures: Errors that accept() raises before it accepts a peer.
     """
 
     def __init__(self) -> None:

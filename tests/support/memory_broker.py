@@ -105,7 +105,9 @@ class MemoryTransport(asyncio.Transport):
 class MemoryBroker:
     """The fake broker, and the transports of its clients.
 
-    before, after: called with the name of a session around each delivery to its client.
+    Attributes:
+        before: Called with a session's name before each delivery to its client.
+        after: Called with a session's name after each delivery to its client.
     """
 
     def __init__(self, *names: str) -> None:

@@ -67,7 +67,8 @@ def packed(
 ) -> bytes:
     """Return one whole broker frame.
 
-    between: the bytes between name and payload (topic, extension).
+    Args:
+        between: The bytes between name and payload (topic, extension).
     """
     name = to.encode()
     return prefixed(
@@ -96,7 +97,11 @@ def is_reason(data: bytes, code: str) -> bool:
 
 
 class Raw:
-    """One connection. address: where the broker listens."""
+    """One connection.
+
+    Args:
+        address: The address of the broker's listener.
+    """
 
     def __init__(self, address: Address, *, timeout_s: float = TIMEOUT_S) -> None:
         if address.family == "AF_UNIX":
@@ -160,7 +165,8 @@ class Raw:
     def answer(self, key: bytes, name: bytes = b"", digest: str | None = "sha256") -> bytes:
         """Read the broker's challenge and return the correct answer.
 
-        digest: None for the bare MD5 of old Pythons.
+        Args:
+            digest: None for the bare MD5 of old Pythons.
         """
         challenge = self.read_body()
         assert challenge.startswith(CHALLENGE + b"{sha256}"), challenge
@@ -191,7 +197,8 @@ class Raw:
         Args:
             behind: Bytes to send in one segment with the last #WELCOME#.
 
-        Raises Rejected.
+        Raises:
+            Rejected: The broker did not welcome the client.
         """
         self.write(prefixed(self.answer(key, name, digest)))
         data = self.read_body()

@@ -34,7 +34,8 @@ class Event(NamedTuple):
 class Recorder:
     """A log that keeps its events; ``wait`` waits for them.
 
-    logger: the logger to give to a daemon.
+    Attributes:
+        logger: The logger to give to a daemon.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,11 @@ TIMEOUT_S = 30.0
 
 
 class Page(NamedTuple):
-    """An answer. headers: names in lower case."""
+    """A response of the monitor.
+
+    Attributes:
+        headers: The headers; their names are in lower case.
+    """
 
     status: int
     headers: dict[str, str]

@@ -32,7 +32,8 @@ sys.exit(run(Path(sys.argv[1])))
 class Manager:
     """The other end of NOTIFY_SOCKET.
 
-    address: as in that variable, a path or ``@`` and an abstract name.
+    Args:
+        address: The value of that variable: a path, or ``@`` and an abstract name.
     """
 
     def __init__(self, address: Path | str) -> None:
@@ -92,8 +93,10 @@ class Manager:
     ) -> BrokerProcess:
         """Run a daemon that notifies this manager.
 
-        sockets: handed over. names: their names, joined by colons. first: Python code
-        that the daemon's process runs first.
+        Args:
+            sockets: Sockets to hand over to the daemon.
+            names: The names of the sockets, joined by colons.
+            first: Python code that the daemon's process runs first.
         """
         fds = [sock.fileno() for sock in sockets]
         variables = {"NOTIFY_SOCKET": self.address, **(environ or {})}

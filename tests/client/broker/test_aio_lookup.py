@@ -20,18 +20,18 @@ from brokerd_client.errors import Disconnected, TimedOut
 
 
 class SlowNames:
-    """Stands in for socket.getaddrinfo: every name takes until it is released."""
+    """Replaces socket.getaddrinfo: a look-up of a slow name blocks until ``released``."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
         self.released = threading.Event()
-        self.outgoing_requests = 0
+        self.calls = 0
         self.answer: Any = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 9))]
 
     def __call__(self, host: Any, *args: Any, **options: Any) -> Any:
         if options.get("flags", 0) & socket.AI_NUMERICHOST or "slow" not in str(host):
             return self._real(host, *args, **options)
-        self.outgoing_requests += 1
+        self.calls += 1
         self.released.wait(20)
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -40,7 +40,7 @@ class SlowNames:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowNames]:
-    """Make every name that has "slow" in it slow."""
+    """Block the look-up of every name that contains "slow"."""
     slow = SlowNames(socket.getaddrinfo)
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     yield slow
@@ -52,8 +52,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowNames]:
 
 @pytest.mark.timing
 @pytest.mark.parametrize("url", ["slow.example:6000", "tls://slow.example:6000"])
-def test_connect_to_a_slow_name_times_out_and_the_loop_ends(names: SlowNames, url: str) -> None:
-    """TimedOut comes in time, and asyncio.run does not wait for the look-up."""
+def test_connect_slow_lookup_times_out_and_loop_ends(names: SlowNames, url: str) -> None:
+    """TimedOut is raised in time, and asyncio.run does not wait for the look-up."""
 
     async def main() -> float:
         began = time.monotonic()
@@ -67,20 +67,20 @@ def test_connect_to_a_slow_name_times_out_and_the_loop_ends(names: SlowNames, ur
     assert not names.released.is_set()
 
 
-def test_resolver_whose_look_up_outlasts_an_attempt_uses_it_for_the_next(names: SlowNames) -> None:
-    """One thread at most, however often a client tries to connect meanwhile."""
+def test_resolver_lookup_longer_than_attempt_serves_next_attempt(names: SlowNames) -> None:
+    """At most one thread runs, however often a client tries to connect meanwhile."""
 
     async def main() -> None:
         resolver = Resolver()
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(resolver.find("slow.example", 1), 0.01)
-        assert names.outgoing_requests == 1
+        assert names.calls == 1
         names.released.set()
         assert await resolver.find("slow.example", 1) == [(socket.AF_INET, ("127.0.0.1", 9))]
-        assert names.outgoing_requests == 1
+        assert names.calls == 1
         await resolver.find("slow.example", 1)
-        assert names.outgoing_requests == 2
+        assert names.calls == 2
 
     asyncio.run(main())
 

@@ -670,10 +670,8 @@ def test_loss_whole_frames_are_in_doubt_and_cut_ones_not_sent(pair: Pair) -> Non
     assert type(outcomes["kept"]) is Disconnected
     assert outcomes["cut"].message_id == second
     pair.connect()
-    outgoing_requests = [
-        envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST
-    ]
-    assert outgoing_requests[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
+    payloads = [envelope.payload for envelope in pair.broker.seen if envelope.kind is Kind.REQUEST]
+    assert payloads[-2:] == [b'{"op":"whoami"}', b'{"op":"goaway"}']
 
 
 def test_loss_with_unknown_written_bytes_is_in_doubt(pair: Pair) -> None:
@@ -1487,14 +1485,14 @@ def draining(pair: Pair) -> Effects[Message]:
     return effects
 
 
-def outgoing_requests(pair: Pair) -> list[str]:
-    """Return the operations that the broker was asked for, in order."""
+def requested_operations(pair: Pair) -> list[str]:
+    """Return the operations requested from the broker, in order."""
     return [json.loads(each.payload)["op"] for each in pair.broker.seen if each.name == "$broker"]
 
 
 def test_draining_event_ends_connection_after_finished(pair: Pair) -> None:
     effects = draining(pair)
-    assert outgoing_requests(pair) == ["whoami", "goaway", "finished"]
+    assert requested_operations(pair) == ["whoami", "goaway", "finished"]
     assert type(effects.broken) is Disconnected
     assert pair.dialog.counters["unrouted"] == 0
     assert effects.broken is not None
@@ -1532,7 +1530,7 @@ def test_draining_finished_waits_for_calls_under_way(pair: Pair, end: str) -> No
     pair.broker.intercept = lambda session, envelope: envelope.name == "bob"
     message_id = pair.dialog.request("bob", 0, b"?", None, "waiter", 5.0)
     assert draining(pair).broken is None
-    assert outgoing_requests(pair)[-1] == "goaway"
+    assert requested_operations(pair)[-1] == "goaway"
     if end == "answer":
         assert pair.hear_frame(Kind.REPLY, message_id, payload=b"!").outcomes
     elif end == "timeout":
@@ -1540,7 +1538,7 @@ def test_draining_finished_waits_for_calls_under_way(pair: Pair, end: str) -> No
     else:
         pair.dialog.abandon(message_id)
     assert type(pair.talk().broken) is Disconnected
-    assert outgoing_requests(pair)[-1] == "finished"
+    assert requested_operations(pair)[-1] == "finished"
 
 
 def test_draining_refusals_before_finished_are_reported(pair: Pair) -> None:

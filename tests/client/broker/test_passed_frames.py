@@ -31,9 +31,10 @@ MAX = 70_000
 
 
 class Way:
-    """The way of frames from ann to bob.
+    """The path of frames from ann to bob.
 
-    asked: bob's request to ann that is not answered yet.
+    Attributes:
+        request_id: Id of bob's unanswered request to ann.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Way:
         pair.connect()
         self.dialog = pair.dialog
         self.dialog.subscribe(">", None, "sink", "subscription", None)
-        self.outgoing_requests = self.dialog.request("ann", 0, b"?", None, "request", None)
+        self.request_id = self.dialog.request("ann", 0, b"?", None, "request", None)
         assert self.tell().broken is None
         self.ann.take()
         self.bob.take()
@@ -338,7 +339,7 @@ def test_answer_with_any_payload_is_passed(kind: int, codec: int, payload: bytes
             way.send(
                 body(
                     kind,
-                    message_id=way.outgoing_requests,
+                    message_id=way.request_id,
                     codec=codec,
                     payload=payload,
                     extension=extension,

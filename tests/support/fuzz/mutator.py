@@ -12,7 +12,8 @@ _EDGES = (0, 1, 2, 3, 4, 5, 7, 11, 12, 15, 16, 17, 20, 31, 32, 63, 64, 127, 128,
 def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
     """Return the input with one to four changes.
 
-    other: another input, from which a piece may be copied.
+    Args:
+        other: Another input, from which a piece may be copied.
     """
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):

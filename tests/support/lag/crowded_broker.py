@@ -81,8 +81,10 @@ def large_text(
 ) -> str:
     """Return a configuration file with 10,000 clients.
 
-    extra: further sections. entry: the text of each client's entry. until: when all
-    keys expire.
+    Args:
+        extra: Further sections.
+        entry: The text of each client's entry.
+        until: The time at which all keys expire.
     """
     names = [*ROLES, *(f"c{number}" for number in range(CLIENTS - len(ROLES)))]
     lines = [f'listen: ["{listen}"]', f"limits: {{{limits}}}", extra, "clients:"]
@@ -99,7 +101,11 @@ def large_config(listen: str = LISTEN) -> Config:
 
 
 class FakeSocket:
-    """Replaces a connection's socket. writable: whether it takes written bytes."""
+    """Replaces a connection's socket.
+
+    Args:
+        writable: Whether it takes written bytes.
+    """
 
     family = socket.AF_UNIX
     type = socket.SOCK_STREAM

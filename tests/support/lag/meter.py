@@ -20,7 +20,11 @@ _SHOWN = 5
 
 
 class Turn(NamedTuple):
-    """One callback. seconds: of its thread's processor time."""
+    """One callback.
+
+    Attributes:
+        seconds: Processor time of its thread.
+    """
 
     seconds: float
     callback: str

@@ -82,7 +82,11 @@ def offline_until(changes: Iterable[Any], last: str) -> Iterator[str]:
 
 
 class Load:
-    """All parts, running. account: messages counted, by part."""
+    """All parts, running.
+
+    Attributes:
+        account: Numbers of messages, by part.
+    """
 
     def __init__(self, broker: BrokerProcess, pairs: int = 2) -> None:
         self.broker = broker

@@ -21,10 +21,15 @@ _END_S = 3.0
 class CuttingRelay:
     """Relays one connection after the other.
 
-    up, down: bytes that still pass from the client to the broker and back, None for
-    all. passed: bytes of the latest connection that have passed, up and down. cuts:
-    connections that were cut. gently: the relay closes its side of both connections, as
-    if the other end had closed, and waits for them to close; else it resets both.
+    Attributes:
+        up: Bytes that still pass from the client to the broker, None for all.
+        down: Bytes that still pass from the broker to the client, None for all.
+        passed: Bytes of the latest connection that have passed, up and down.
+        cuts: Number of connections that were cut.
+
+    Args:
+        gently: The relay closes its side of both connections, as if the other end had
+            closed, and waits for them to close. Otherwise it resets both.
     """
 
     def __init__(self, broker: tuple[str, int], *, gently: bool = False) -> None:

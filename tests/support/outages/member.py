@@ -65,8 +65,8 @@ class Sender:
             self._outcomes.note(to, first, outcomes)
             first = numbers["request"]
             numbers["request"] += REQUESTS
-            outgoing_requests = [self._ask(to, number) for number in range(first, first + REQUESTS)]
-            for number, word in enumerate(await asyncio.gather(*outgoing_requests), first):
+            requests = [self._ask(to, number) for number in range(first, first + REQUESTS)]
+            for number, word in enumerate(await asyncio.gather(*requests), first):
                 self.notes.note("request", to, number, word)
             await asyncio.sleep(PAUSE_S)
 

@@ -65,7 +65,8 @@ class Outcomes:
 def context_of(ca: str) -> ssl.SSLContext | None:
     """Return the TLS context to connect with.
 
-    ca: the file with the CA of the broker's certificate, "-" for a connection without
-    TLS.
+    Args:
+        ca: The file with the CA of the broker's certificate, "-" for a connection
+            without TLS.
     """
     return None if ca == "-" else ssl.create_default_context(cafile=ca)

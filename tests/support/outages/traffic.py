@@ -33,9 +33,11 @@ _GOOD = frozenset({"Receipt", "Reply"})
 class Account:
     """The outcomes of all messages and requests, counted together.
 
-    refused: the sender got an error: not delivered, or, for a request, not answered.
-    in_doubt: the sender got an error that the outcome is not known. died: messages with
-    a receipt that were in the memory of a killed process.
+    Attributes:
+        refused: The sender got an error: not delivered, or, for a request, not
+            answered.
+        in_doubt: The sender got an error that the outcome is not known.
+        died: Messages with a receipt that were in the memory of a killed process.
     """
 
     fault: str
@@ -73,8 +75,9 @@ class Account:
 class Member:
     """One process of the traffic.
 
-    command: the arguments that member.py describes. inside: called in the new process
-    first, for example to enter a network.
+    Args:
+        command: The arguments that member.py describes.
+        inside: Called first in the new process, for example to enter a network.
     """
 
     def __init__(
@@ -119,8 +122,9 @@ class Member:
 class Traffic:
     """Senders that send to every recipient all the time.
 
-    ca: the CA of the broker's certificate, for TLS. blocking: the members that use the
-    blocking client; the others use asyncio.
+    Args:
+        ca: The CA of the broker's certificate, for TLS.
+        blocking: The members that use the blocking client; the others use asyncio.
     """
 
     def __init__(
@@ -197,7 +201,8 @@ class Traffic:
     def finish(self, fault: str, *, killed: Iterable[str] = ()) -> Account:
         """Stop all members in order, and return the account.
 
-        killed: the members that were killed, whose memory was lost, or "broker".
+        Args:
+            killed: The members that were killed and lost their memory, or "broker".
         """
         for group in (self.senders, self.recipients):
             for each in group.values():

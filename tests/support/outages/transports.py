@@ -19,9 +19,10 @@ __all__ = ["Transport", "tls_transport"]
 
 @dataclass(frozen=True)
 class Transport:
-    """A way to the broker; over TLS if it has a certificate.
+    """A transport to the broker; over TLS if it has a certificate.
 
-    host: where the broker listens, if not at its Unix socket.
+    Attributes:
+        host: The host at which the broker listens, if not at its Unix socket.
     """
 
     host: str = ""
@@ -39,7 +40,8 @@ class Transport:
     def listen(self, port: int = 0, **more: Any) -> list[Any]:
         """Return the entries for ``listen`` in the configuration.
 
-        port: the port of an earlier broker, to listen there again.
+        Args:
+            port: The port of an earlier broker, to listen there again.
         """
         if not self.host:
             return []
@@ -68,8 +70,10 @@ class Transport:
         blocking: Iterable[str] = ("s1", "r1"),
         **more: Any,
     ) -> Traffic:
-        """Return traffic over this transport. blocking: the members that use the
-        blocking client.
+        """Return traffic over this transport.
+
+        Args:
+            blocking: The members that use the blocking client.
         """
         ca = self.authority.file if self.authority else None
         return Traffic(directory, str(self.address(broker)), ca=ca, blocking=blocking, **more)

@@ -73,7 +73,8 @@ class Siege:
     def flood(self, raw: Raw, data: bytes, *, reading: bool = False) -> None:
         """Write the same bytes for as long as the siege lasts.
 
-        reading: read the answers, and discard them.
+        Args:
+            reading: Whether to read the answers, and discard them.
         """
         raw.sock.setblocking(False)
         position = 0

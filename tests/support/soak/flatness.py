@@ -20,10 +20,13 @@ _MOST = 600
 
 @dataclass(frozen=True)
 class Bound:
-    """The allowed rise of a series from the end of the first quarter to the end: the
-    larger of the two.
+    """The allowed rise of a series from the end of the first quarter to the end.
 
-    share: of its median. least: in its own unit.
+    The larger of the two values counts.
+
+    Attributes:
+        share: Share of the series' median.
+        least: Value in the series' own unit.
     """
 
     share: float
@@ -32,8 +35,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The figures of one series. rise: by the slope, over the last three quarters.
-    allowed: the bound in the series' own unit.
+    """The figures of one series.
+
+    Attributes:
+        rise: Rise over the last three quarters, computed from the slope.
+        allowed: The bound in the series' own unit.
     """
 
     median: float

@@ -26,7 +26,13 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Series:
-    """One sampled quantity. key: in a sample. bound: its allowed rise, with the reason."""
+    """One sampled quantity.
+
+    Attributes:
+        key: Its key in a sample.
+        bound: Its allowed rise.
+        why: The reason for that bound.
+    """
 
     key: str
     title: str
@@ -70,8 +76,12 @@ SERIES = (
 
 @dataclass
 class Soak:
-    """The results. samples: one a second, by name. account: of the work. upgraded_at:
-    seconds, None for never.
+    """The results.
+
+    Attributes:
+        samples: One value a second, by name.
+        account: Counters of the work.
+        upgraded_at: Second of the upgrade, None for never.
     """
 
     seconds: float
@@ -88,11 +98,14 @@ class Soak:
 def soak(
     directory: Path, seconds: float, seed: int, *, program: str = PROGRAM, upgrade: bool = True
 ) -> Soak:
-    """Run for so long; return what was seen. Raises what went wrong with any message.
+    """Run for ``seconds``, and return the results.
 
-    upgrade: the broker replaces itself when a tenth of the time is over, before the
-    samples that count, and at the end: a new process would hide what the old one had
-    lost.
+    The first error of any message is raised.
+
+    Args:
+        upgrade: The broker replaces itself after a tenth of the time, before the
+            samples that count, and at the end. In between a new process would hide what
+            the old one had lost.
     """
     seen = Soak(seconds, seed=seed)
     with BrokerProcess(

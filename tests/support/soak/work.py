@@ -75,7 +75,11 @@ LIMITS = {"handshake_timeout": "1s", "wait_timeout": "60s"}
 
 
 class Work:
-    """All parts, running. account: counters, by description."""
+    """All parts, running.
+
+    Attributes:
+        account: Counters, by description.
+    """
 
     def __init__(self, broker: BrokerProcess, seed: int) -> None:
         self.broker = broker

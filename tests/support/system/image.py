@@ -61,10 +61,11 @@ IN_NAMESPACE = "umount /sys/fs/cgroup/unified 2>/dev/null; exec tail -f /dev/nul
 
 
 class Engine:
-    """podman, with a storage of its own, in namespaces that end with it.
+    """Podman, with a storage of its own, in namespaces that end with it.
 
-    directory: where everything is kept. unlocked: the image was not built from the
-    locked packages.
+    Attributes:
+        directory: Holds the storage and all other files.
+        unlocked: Whether the image was not built from the locked packages.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -64,8 +64,12 @@ exec systemd-nspawn --quiet --boot --register=no --keep-unit -M $0 --volatile=ov
 
 
 class Machine:
-    """A booted container. name: unique. suite: its Debian. pid: of its init, in this
-    machine's namespace.
+    """A booted container.
+
+    Args:
+        name: Its unique name.
+        suite: Its Debian release.
+        pid: Process id of its init, in this machine's namespace.
     """
 
     def __init__(self, name: str, suite: str, pid: int) -> None:
@@ -93,7 +97,8 @@ class Machine:
     ) -> str:
         """Return the output of a command inside, errors included.
 
-        status: the exit status it must have; None for any.
+        Args:
+            status: The exit status that is required; None accepts any.
         """
         done = subprocess.run(
             self.command(*command),
@@ -175,13 +180,15 @@ class Machine:
 def boot(
     suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, str] | None = None
 ) -> Iterator[Machine]:
-    """Boot a container with the project installed; stop it and remove all of it at the
-    end.
+    """Boot a container with the project installed; stop and remove it at the end.
 
-    suite: one of PYTHONS. units: whether the units, the user and the directories are
-    there too; they can be found in /usr/share/doc/brokerd in any case. binds: more
-    directories or files of this machine, seen inside, read-only. Skips the test, with
-    the reason, where this can't be done.
+    Skip the test, with the reason, if containers can't be booted.
+
+    Args:
+        suite: One of PYTHONS.
+        units: Whether to install the units, the user and the directories. They are in
+            /usr/share/doc/brokerd in any case.
+        binds: More directories or files of this machine, seen inside, read-only.
     """
     need()
     root, installed = root_of(suite), installed_for(suite)
@@ -404,13 +411,13 @@ def _python(version: str) -> str:
         )
     for candidate in candidates:
         with contextlib.suppress(OSError):
-            outgoing_requests = [
+            command = [
                 candidate,
                 "-c",
                 "import sys; print('{}.{}'.format(*sys.version_info[:2]), sys.executable)",
             ]
             done = subprocess.run(
-                outgoing_requests, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+                command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
             )
             found, _, executable = done.stdout.strip().partition(" ")
             if found == version:

@@ -98,10 +98,13 @@ class Link:
     def carried(
         cls, *, delay_ms: float, jitter_ms: float, loss: float, twice: float, seed: int
     ) -> Self:
-        """Return two networks with a process between them that delays, loses and
-        repeats packets, alike in both directions.
+        """Return two networks with a process between them.
 
-        loss, twice: the shares of the packets.
+        The process delays, loses and repeats packets, alike in both directions.
+
+        Args:
+            loss: The share of packets that are lost.
+            twice: The share of packets that are repeated.
         """
         link = cls()
         ends = [link._tun(end) for end in ADDRESSES]

@@ -35,7 +35,9 @@ FETCH_TIMEOUT_S = 180
 class Windows:
     """A Windows Python, with a wine prefix of its own.
 
-    python: the path of a python.exe.
+    Args:
+        python: The path of a python.exe.
+        prefix: The directory of the wine prefix.
     """
 
     def __init__(self, python: Path, prefix: Path) -> None:
@@ -89,7 +91,11 @@ class Windows:
 
 @contextmanager
 def windows(prefix: Path) -> Iterator[Windows]:
-    """Yield a Windows Python until the block ends. prefix: an empty directory for wine."""
+    """Yield a Windows Python until the block ends.
+
+    Args:
+        prefix: An empty directory for wine.
+    """
     given = os.environ.get("BROKERD_TEST_WINDOWS_PYTHON")
     made = Windows(Path(given) if given else _embedded(), prefix)
     try:

@@ -28,8 +28,10 @@ _LARGEST = 2**14
 
 
 class Forger(TlsRaw):
-    """One connection over TLS 1.3. notes: a file for its secrets, which no other
-    connection writes to.
+    """One connection over TLS 1.3.
+
+    Args:
+        notes: A file for its secrets, which no other connection writes to.
     """
 
     def __init__(self, address: Address, context: ssl.SSLContext, notes: Path) -> None:
@@ -77,7 +79,8 @@ class Forger(TlsRaw):
     def key_update(self, *, answered: bool = False) -> bytes:
         """Return a record after which other keys are used.
 
-        answered: the other end is asked to update its keys too.
+        Args:
+            answered: Whether the other end is asked to update its keys too.
         """
         made = self.record(HANDSHAKE, struct.pack("!BBHB", 24, 0, 1, answered))
         self._use(

@@ -21,9 +21,12 @@ TIMEOUT_S = 20.0
 class Relay:
     """Listens for one client and relays its frames.
 
-    shown: the certificate that it shows to the client, None for no TLS there. trusting:
-    the TLS context for the broker, None for no TLS. alter: changes the broker's
-    challenge. answer: changes the client's answer.
+    Args:
+        shown: The certificate that it shows to the client, None for no TLS on that
+            side.
+        trusting: The TLS context for the broker, None for no TLS on that side.
+        alter: Changes the broker's challenge.
+        answer: Changes the client's answer.
     """
 
     def __init__(
