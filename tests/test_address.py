@@ -230,7 +230,7 @@ def test_address_sockaddr_fits_family(address: str, sockaddr: Any, is_file: bool
     ],
 )
 def test_address_family_is_inferred_as_in_standard_library(address: object, family: str) -> None:
-    """A plain string is a path here, even a string that looks like a host and a port."""
+    """A plain string is a path, even a string that looks like a host and a port."""
     assert infer_family(address) == family
 
 

@@ -111,7 +111,7 @@ def locked() -> set[tuple[str, str]]:
 
 
 def advisory(package: str) -> dict[str, Any]:
-    """Return the answer of osv.dev for a package that is vulnerable until version 99."""
+    """Return osv.dev's answer for a package that is vulnerable until version 99."""
     return {
         "schema_version": "1.6.0",
         "id": "PYSEC-2999-1",

@@ -11,7 +11,7 @@ import brokerd_client
 
 
 def loaded_by(code: str) -> set[str]:
-    """Return the names of the modules that a fresh interpreter has loaded after the code."""
+    """Return the names of the modules that the code loads in a fresh interpreter."""
     command = f"import sys\n{code}\nprint(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True
@@ -35,7 +35,7 @@ def test_import_of_library_loads_no_client_and_no_asyncio() -> None:
 
 
 def test_import_of_blocking_client_loads_no_asyncio() -> None:
-    """A program that imports connect loads the modules that connect needs, and no more."""
+    """A program that imports connect loads only the modules that connect needs."""
     loaded = loaded_by("from brokerd_client import connect")
     assert "brokerd_client.blocking.client" in loaded
     assert not loaded & {"asyncio", "ssl", "brokerd_client.aio.client"}

@@ -1,4 +1,4 @@
-"""`.ci/setup.sh` where index and locks differ, with the real pip and no installation."""
+"""`.ci/setup.sh` where index and locks differ, with the real pip in a dry run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Checkout:
         )
 
     def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run the script; pip uses this index only, and stops before it would install."""
+        """Run the script with this index only; pip makes a dry run."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -133,7 +133,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def test_setup_locked_package_is_installed_silently(checkout: Checkout) -> None:
-    """The file with the locked hash is installed, even where nothing else is allowed."""
+    """The file with the locked hash is installed, even if nothing else is allowed."""
     checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
 
     done = checkout.set_up(LOCKED="1")

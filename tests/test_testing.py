@@ -15,7 +15,7 @@ assert broker, "the fixture is used by name"
 
 
 def test_testing_broker_connect_creates_client_on_demand(broker: RunningBroker) -> None:
-    """Two clients that were never configured exchange a message through a real broker."""
+    """Two clients without a configuration exchange a message through a real broker."""
     alice, bob = broker.connect("alice"), broker.connect("bob")
     alice.send("bob", "hello")
     assert bob.recv(timeout=5).payload == "hello"

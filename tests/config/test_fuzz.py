@@ -42,13 +42,13 @@ def judge(text: str | bytes) -> None:
 
 @given(st.binary(max_size=300))
 def test_config_random_bytes_load_or_give_config_error(content: bytes) -> None:
-    """Random bytes either load as a configuration or raise a well-formed ConfigError."""
+    """Random bytes load as a configuration or raise a well-formed ConfigError."""
     judge(content)
 
 
 @given(st.text(max_size=300))
 def test_config_random_text_loads_or_gives_config_error(text: str) -> None:
-    """Random text either loads as a configuration or raises a well-formed ConfigError."""
+    """Random text loads as a configuration or raises a well-formed ConfigError."""
     judge(text)
 
 

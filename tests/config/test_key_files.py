@@ -1,4 +1,4 @@
-"""Keys: where they may be stored, which users may read them, and when they are valid."""
+"""Keys: where they may be stored, which users may read them, when they are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: a valid file gives a configuration, an invalid one each mistake with its place."""
+"""Loading: the values of a valid file, and each mistake of an invalid one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``monitor:`` section: its forms, and the warning about an address that is not local."""
+"""The ``monitor:`` section: its forms, and the warning about public addresses."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_config_shipped_commented_examples_are_valid(tmp_path: Path) -> None:
 
 
 def test_config_shipped_file_shows_every_key() -> None:
-    """Every key of every model stands in config/brokerd.yaml, active or commented out."""
+    """Every key of each model stands in config/brokerd.yaml, active or as a comment."""
     text = (CONFIG / "brokerd.yaml").read_text(encoding="utf-8")
 
     for section, _ in SECTIONS:
@@ -334,7 +334,7 @@ def test_docs_page_yaml_examples_load(tmp_path: Path) -> None:
 
 
 def test_docs_page_error_example_equals_printed_errors() -> None:
-    """The example of errors in the page is what its example of an invalid file prints."""
+    """The page's example of errors is what its example of an invalid file prints."""
     page = PAGE.read_text(encoding="utf-8")
     bad, printed = re.search(
         r"(?s)```yaml-with-mistakes\n(.*?)```.*?```text\n(.*?)```", page

@@ -58,7 +58,7 @@ def test_units_size_gives_bytes(written: object, size: int) -> None:
 def test_units_rate_gives_count_per_second(
     read: object, written: object, each_second: float
 ) -> None:
-    """A rate per second, minute or hour, or a bare number, gives the count per second."""
+    """A rate per second, minute or hour, or a bare number, gives a count per second."""
     assert read(written) == pytest.approx(each_second)  # type: ignore[operator]
 
 
@@ -68,7 +68,7 @@ def test_units_rate_gives_count_per_second(
      float("nan"), float("inf"), 10**400, "4000d", "5s\n"],
 )  # fmt: skip
 def test_units_duration_invalid_is_refused(written: object) -> None:
-    """A value that is not a valid duration is refused, with an example of a valid one."""
+    """An invalid duration is refused, with an example of a valid one."""
     with pytest.raises(ValueError, match=r"\(give .*d\)$|\(give .*30s\)$"):
         units.duration(written)
 

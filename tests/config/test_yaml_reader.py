@@ -154,7 +154,7 @@ def test_yaml_reader_mistake_is_one_problem_with_place(text: str, problem: str) 
 
 
 def test_yaml_reader_number_with_colons_is_text() -> None:
-    """1:30 is not 90. An address or a time of day is not read as a number to base 60."""
+    """1:30 is not 90: an address or a time of day is not a number to base 60."""
     document: Document = read("a: 1:30\nb: 12:30:45\nc: 1:30.5\nd: =\n", "f")
 
     assert document.root == {"a": "1:30", "b": "12:30:45", "c": "1:30.5", "d": "="}

@@ -133,7 +133,7 @@ def events_denied(network: Make) -> None:
 
 
 def presence_told(network: Make) -> None:
-    """A watcher gets an event for each client that connects or disconnects, in order."""
+    """A watcher gets an event, in order, for each client that connects or leaves."""
     net = network({"alice": {}, "bob": {}})
     alice = net.join("alice")
     alice.watch()
