@@ -22,6 +22,7 @@ from brokerd_client.errors import (
     Denied,
     Disconnected,
     DisconnectedByOperator,
+    Expired,
     FrameTooBig,
     InDoubt,
     InvalidName,
@@ -38,7 +39,7 @@ from brokerd_client.errors import (
 )
 from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
-from brokerd_client.protocol import backoff, dialog, encoder
+from brokerd_client.protocol import backoff, dialog, encoder, inbound
 from brokerd_client.protocol.dialog import Effects
 from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import (
@@ -49,9 +50,10 @@ from brokerd_client.wire.envelope import (
     Kind,
     encode,
     error_payload,
+    parse,
 )
-from brokerd_client.wire.framing import frame
-from brokerd_client.wire.layout import MAX_HEAD_SIZE
+from brokerd_client.wire.framing import FrameReader, frame
+from brokerd_client.wire.layout import MAX_HEAD_SIZE, Flag
 
 
 @pytest.fixture
@@ -1608,3 +1610,118 @@ def test_draining_dialog_closed_or_cut_ends(pair: Pair, close: bool) -> None:
     else:
         pair.lose()
         assert pair.dialog.state is State.WAITING
+
+
+def frames_sent(pair: Pair) -> list[Envelope]:
+    """Return the frames that the dialog wants to send."""
+    reader = FrameReader()
+    reader.feed(pair.dialog.data_to_send())
+    frames = []
+    while (body := reader.next_frame(2**20)) is not None:
+        frames.append(parse(body))
+    return frames
+
+
+def with_features(pair: Pair) -> Pair:
+    """Make the broker one that limits requests in flight and cancels them."""
+    pair.dialog._features = frozenset({"cancels", "in_flight"})
+    return pair
+
+
+def test_dialog_request_given_up_is_cancelled_and_its_late_error_is_not_reported(
+    pair: Pair,
+) -> None:
+    """The broker's confirmation of a cancellation is no failure of a send."""
+    dialog = with_features(pair).dialog
+    message_id = dialog.request("bob", 0, b"", None, "waiter", None)
+    frames_sent(pair)
+    dialog.abandon(message_id)
+    (cancel,) = frames_sent(pair)
+    assert (cancel.kind, cancel.id, cancel.name) == (Kind.ERROR, message_id, "$broker")
+    assert json.loads(cancel.payload)["code"] == "cancelled"
+    payload = error_payload("cancelled", "it was", "bob")
+    effects = pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload)
+    assert not effects.undelivered
+    assert dialog.counters["late"] == 1
+
+
+def test_dialog_that_gives_up_many_requests_remembers_the_last(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of requests that were given up is bounded."""
+    monkeypatch.setattr(inbound, "_MAX_GIVEN_UP", 2)
+    ids = [pair.dialog.request("bob", 0, b"", None, "waiter", None) for _ in range(3)]
+    for message_id in ids:
+        pair.dialog.abandon(message_id)
+    payload = error_payload("expired", "it was", "bob")
+    heard = [
+        pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload) for message_id in ids
+    ]
+    assert [len(effects.undelivered) for effects in heard] == [1, 0, 0]
+
+
+def test_dialog_cancelled_request_is_marked_unless_it_is_answered(pair: Pair) -> None:
+    """The broker's word that a request is over reaches the message, once."""
+    payload = error_payload("cancelled", "it was", "alice")
+    (request,) = pair.hear_frame(Kind.REQUEST, 5).messages
+    (answered,) = pair.hear_frame(Kind.REQUEST, 6).messages
+    pair.dialog.reply("bob", 6, 0, b"")
+    answered.mark_answered()
+    for message_id in (5, 5, 6, 7):
+        pair.hear_frame(Kind.ERROR, message_id, payload=payload, flags=Flag.ACK)
+    assert (request.cancelled, answered.cancelled) == (True, False)
+    assert pair.dialog.needs_no_answer(request)
+    assert not pair.dialog.needs_no_answer(answered)
+    assert pair.dialog.counters["late"] == 1
+
+
+def test_dialog_request_past_its_deadline_is_over(pair: Pair) -> None:
+    """A request that no handler has begun is dropped when its time is over."""
+    (timed,) = pair.hear_frame(Kind.REQUEST, 5, extension={"ttl": 2}).messages
+    (endless,) = pair.hear_frame(Kind.REQUEST, 6, extension={"other": 1}).messages
+    assert (timed.deadline, endless.deadline) == (pair.now + 2, None)
+    assert not pair.dialog.is_over(timed, pair.now + 1)
+    assert pair.dialog.is_over(timed, pair.now + 2)
+    assert not pair.dialog.is_over(endless, pair.now + 1e9)
+    assert pair.dialog.counters["dropped"] == 1
+
+
+def test_dialog_limits_requests_in_flight_until_it_stops_them(pair: Pair) -> None:
+    """The limit is told when it changes, and stays at 0 once requests are stopped."""
+    dialog = with_features(pair).dialog
+
+    def told() -> list[int]:
+        return [json.loads(frame.payload)["n"] for frame in frames_sent(pair)]
+
+    dialog.raise_in_flight(9)
+    assert told() == []
+    dialog.limit_in_flight(4)
+    dialog.limit_in_flight(4)
+    dialog.raise_in_flight(3)
+    dialog.raise_in_flight(6)
+    assert told() == [4, 6]
+    dialog.stop_requests()
+    dialog.raise_in_flight(7)
+    assert told() == [0]
+    assert dialog.returns_requests
+    dialog.give_back("bob", 5)
+    (returned,) = frames_sent(pair)
+    assert json.loads(returned.payload)["code"] == "back"
+
+
+def test_dialog_timeout_known_to_the_broker_is_timed_out_not_expired(pair: Pair) -> None:
+    """The broker's clock may be the first to end a request with the caller's timeout."""
+    ids = [
+        pair.dialog.request("bob", 0, b"", {"ttl": 3}, waiter, None, limit_s=limit_s)
+        for waiter, limit_s in (("timeout", 3.0), ("ttl", None))
+    ]
+    payload = error_payload("expired", "it was", "bob")
+    outcomes = [
+        pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload).outcomes[0]
+        for message_id in ids
+    ]
+    assert [(waiter, type(error)) for waiter, error in outcomes] == [
+        ("timeout", TimedOut),
+        ("ttl", Expired),
+    ]
+    assert "within 3 s" in str(outcomes[0][1])
