@@ -1,5 +1,5 @@
-"""What only the asyncio face has: tasks that are cancelled, loops that differ, things
-to be opened.
+"""Features of the asyncio client alone: cancelled tasks, several loops, and objects
+that are opened.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from brokerd_client.errors import (
 PATIENCE = 20.0
 
 
-def wait_until_gone(name: str, server: FakeServer) -> None:
-    """Wait until the fake broker has closed that connection; no loop turns meanwhile."""
+def wait_until_disconnected(name: str, server: FakeServer) -> None:
+    """Wait until the fake broker has closed that connection, without running a loop."""
     deadline = time.monotonic() + PATIENCE
     while name in server.broker.online:
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "the connection did not end in time"
         time.sleep(0.005)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a scenario on a fresh loop, which must be left without a task."""
+    """Run a scenario on a new loop; afterwards the loop must have no task."""
 
     async def watched() -> None:
         async with asyncio.timeout(PATIENCE):
@@ -56,12 +56,12 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 def join(name: str, server: FakeServer, **options: Any) -> aio.Opening[aio.Client]:
-    """Connect to the fake broker, once opened."""
+    """Return a client of the fake broker, which connects when it is opened."""
     return aio.connect(server.path, name, name, **options)
 
 
-def crowd(path: str, stack: contextlib.ExitStack) -> None:
-    """Connect until the listener's queue has no more room."""
+def fill_listener_queue(path: str, stack: contextlib.ExitStack) -> None:
+    """Connect until the listener's queue is full."""
     while True:
         extra = stack.enter_context(socket.socket(socket.AF_UNIX))
         extra.setblocking(False)
@@ -73,28 +73,28 @@ def crowd(path: str, stack: contextlib.ExitStack) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition, within the scenario's bounds."""
-    while not condition():  # noqa: ASYNC110 - a condition of the test, which no event tells
+    while not condition():  # noqa: ASYNC110 - a condition of the test, which sets no event
         await asyncio.sleep(0.002)
 
 
 def test_aio_client_every_way_to_open_closes_at_end(server: FakeServer) -> None:
-    """await, async with, async with await, and async for: what is opened is closed at
-    the end.
+    """The ways are await, async with, async with await, and async for. Each closes at
+    the end what it opened.
     """
 
     async def main() -> None:
         client = await join("alice", server)
         await client.close()
         async with await join("alice", server) as client, join("bob", server) as bob:
-            async with bob.subscribe("a.>") as feed, await bob.subscribe("b"):
+            async with bob.subscribe("a.>") as subscription, await bob.subscribe("b"):
                 await client.publish("a.x", 1)
-                assert (await feed.recv(PATIENCE)).topic == "a.x"
-            told = []
+                assert (await subscription.recv(PATIENCE)).topic == "a.x"
+            received = []
             async for presence in client.watch_presence():
-                told.append(presence.name)
-                if len(told) == 3:
+                received.append(presence.name)
+                if len(received) == 3:
                     break
-            assert told == ["alice", "bob", "carol"]
+            assert received == ["alice", "bob", "carol"]
             await bob.send_many([("alice", number) for number in range(10)])
             got = []
             async for message in client:
@@ -114,8 +114,8 @@ def test_aio_connect_not_awaited_does_nothing(server: FakeServer) -> None:
 
 
 def test_aio_request_cancelled_leaves_nothing(server: FakeServer) -> None:
-    """However many requests are cancelled, at whatever point, the tables are empty and
-    late replies only counted.
+    """However many requests are cancelled, and whenever, the tables are empty. Late
+    replies are only counted.
     """
 
     async def main() -> None:
@@ -141,7 +141,7 @@ def test_aio_request_cancelled_leaves_nothing(server: FakeServer) -> None:
 
 
 def test_aio_subscription_cancelled_is_unsubscribed(server: FakeServer) -> None:
-    """The subscription is ended at the broker, and no event is delivered here."""
+    """The subscription is ended at the broker, and the client gets no event."""
 
     async def main() -> None:
         async with join("alice", server) as alice:
@@ -164,7 +164,9 @@ def test_aio_subscription_cancelled_is_unsubscribed(server: FakeServer) -> None:
 
 
 def test_aio_recv_cancelled_loses_no_message(server: FakeServer) -> None:
-    """A message that arrives as its taker is cancelled goes to the next taker."""
+    """If a recv() is cancelled as its message arrives, the next recv() gets the
+    message.
+    """
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
@@ -172,7 +174,7 @@ def test_aio_recv_cancelled_loses_no_message(server: FakeServer) -> None:
                 first, second = asyncio.create_task(bob.recv()), asyncio.create_task(bob.recv())
                 await asyncio.sleep(0)
                 await alice.send("bob", number)
-                # Cancelled in the very turn in which it is woken, or before.
+                # Cancelled in the turn of the loop that wakes it, or before.
                 bob._inbox.on_put = first.cancel
                 assert (await second).payload == number
                 bob._inbox.on_put = None
@@ -184,7 +186,7 @@ def test_aio_recv_cancelled_loses_no_message(server: FakeServer) -> None:
 
 
 def test_aio_recv_timed_out_leaves_no_waiter(server: FakeServer) -> None:
-    """Polling with a timeout does not pile anything up."""
+    """Polling with a timeout does not accumulate waiters."""
 
     async def main() -> None:
         async with join("alice", server) as alice:
@@ -197,7 +199,7 @@ def test_aio_recv_timed_out_leaves_no_waiter(server: FakeServer) -> None:
 
 
 def test_aio_sends_of_one_turn_share_one_write(server: FakeServer) -> None:
-    """What many tasks send in one turn of the loop is written at once."""
+    """The sends of many tasks in one turn of the loop are written at once."""
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
@@ -216,29 +218,33 @@ def test_aio_sends_of_one_turn_share_one_write(server: FakeServer) -> None:
 
 
 def test_aio_send_waits_while_broker_reads_nothing(server: FakeServer) -> None:
-    """Above the socket's buffer a send waits; its timeout means that it was not sent;
-    what was given is in doubt.
+    """When the socket's buffer is full a send waits. Its timeout means that the message
+    was not sent. Messages handed over before are in doubt.
     """
 
     async def main() -> None:
         async with join("alice", server) as alice:
-            told: list[Any] = []
-            alice.on_undelivered(told.append)
+            received: list[Any] = []
+            alice.on_undelivered(received.append)
             server.act(lambda broker: setattr(server, "reading", False))
             message_id = await alice.send("bob", b"x" * 5_000_000)
             await until(lambda: not alice._clear)
             with pytest.raises(TimedOut, match="not sent"):
                 await alice.send("bob", 1, timeout=0.02)
             server.drop("alice")
-            await until(lambda: bool(told))
-            assert [(type(error), error.message_id) for error in told] == [(InDoubt, message_id)]
+            await until(lambda: bool(received))
+            assert [(type(error), error.message_id) for error in received] == [
+                (InDoubt, message_id)
+            ]
             server.reading = True
 
     run(main)
 
 
 def test_aio_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
-    """It is not repeated on the next connection, which comes by itself."""
+    """The request is not repeated on the next connection, which the client makes by
+    itself.
+    """
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
@@ -255,7 +261,7 @@ def test_aio_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
 
 
 def test_aio_request_handlers_run_concurrently(server: FakeServer) -> None:
-    """A request does not wait for the one before it; messages do, in order."""
+    """A request does not wait for the request before it. Messages are handled in order."""
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
@@ -282,8 +288,8 @@ def test_aio_request_handlers_run_concurrently(server: FakeServer) -> None:
 
 
 def test_aio_close_ends_handlers_and_waiting_calls(server: FakeServer) -> None:
-    """A handler that hangs is cancelled, a call that waits is Closed, and no task stays
-    (see run).
+    """A handler that hangs is cancelled, and a waiting call raises Closed. No task is
+    left (see run).
     """
 
     async def main() -> None:
@@ -305,8 +311,8 @@ def test_aio_close_ends_handlers_and_waiting_calls(server: FakeServer) -> None:
 
 
 def test_aio_connect_failed_leaves_nothing(server: FakeServer, tmp_path: Path) -> None:
-    """A wrong key, nobody there, a silent listener, a pipe: the error of each, in time,
-    and no task (see run).
+    """The cases are a wrong key, no listener, a pipe, a silent listener and a full one.
+    Each raises its error in time, and no task is left (see run).
     """
 
     async def main() -> None:
@@ -323,10 +329,10 @@ def test_aio_connect_failed_leaves_nothing(server: FakeServer, tmp_path: Path) -
                 await aio.connect(
                     ("127.0.0.1", listener.getsockname()[1]), "alice", "k", timeout=0.1
                 )
-        with socket.socket(socket.AF_UNIX) as crowded, contextlib.ExitStack() as stack:
-            crowded.bind(str(tmp_path / "s"))
-            crowded.listen(0)
-            crowd(str(tmp_path / "s"), stack)
+        with socket.socket(socket.AF_UNIX) as full_listener, contextlib.ExitStack() as stack:
+            full_listener.bind(str(tmp_path / "s"))
+            full_listener.listen(0)
+            fill_listener_queue(str(tmp_path / "s"), stack)
             with pytest.raises(TimedOut):
                 await aio.connect(str(tmp_path / "s"), "alice", "k", timeout=0.1)
 
@@ -334,7 +340,7 @@ def test_aio_connect_failed_leaves_nothing(server: FakeServer, tmp_path: Path) -
 
 
 def test_aio_connect_cancelled_leaves_nothing(tmp_path: Path) -> None:
-    """Giving up on a listener that says nothing closes what was opened."""
+    """If a connect() to a silent listener is cancelled, its connection is closed."""
 
     async def main() -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -354,7 +360,7 @@ def test_aio_connect_cancelled_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_aio_client_in_fork_raises_wrong_process(server: FakeServer) -> None:
-    """A fork's copy refuses every call, and its close() does nothing."""
+    """In a forked process every call raises, and close() does nothing."""
 
     async def main() -> None:
         async with join("alice", server) as alice:
@@ -373,17 +379,17 @@ def test_aio_client_in_fork_raises_wrong_process(server: FakeServer) -> None:
 def test_aio_connect_unexpected_error_is_cause_of_disconnected(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """connect() ends with what went wrong as the cause, which is logged too, instead of
-    waiting for ever.
+    """connect() raises Disconnected with the error as its cause, instead of waiting
+    forever. The error is logged too.
     """
 
     async def fail(*given: object) -> None:
-        raise LookupError("nobody thought of this")
+        raise LookupError("unforeseen")
 
     monkeypatch.setattr(aio_base, "dial", fail)
 
     async def main() -> None:
-        with pytest.raises(Disconnected, match="nobody thought of this") as caught:
+        with pytest.raises(Disconnected, match="unforeseen") as caught:
             await join("alice", server)
         assert isinstance(caught.value.__cause__, LookupError)
 
@@ -391,12 +397,14 @@ def test_aio_connect_unexpected_error_is_cause_of_disconnected(
     assert "LookupError" in caplog.text
 
 
-def test_aio_reconnect_unexpected_error_is_repeated(
+def test_aio_reconnect_unexpected_error_is_tried_again(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged and counted as a loss like any other, and another try follows."""
+    """The error is logged and counted as a loss like any other, and the client tries
+    again.
+    """
     dial = aio_base.dial
-    failures: list[Exception] = [LookupError("nobody thought of this")]
+    failures: list[Exception] = [LookupError("unforeseen")]
 
     async def fail_once(*given: Any) -> None:
         if failures:
@@ -417,9 +425,7 @@ def test_aio_reconnect_unexpected_error_is_repeated(
 def test_aio_keepalive_peer_already_disconnected_is_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some systems refuse to set options then: connect() hears that the connection is
-    gone.
-    """
+    """Some systems then refuse to set socket options. connect() raises Disconnected."""
 
     def refuse(*given: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -432,7 +438,7 @@ def test_aio_keepalive_peer_already_disconnected_is_loss(
                 aio.connect(listener.getsockname(), "alice", "k").__aenter__()
             )
             accepted = await asyncio.to_thread(listener.accept)
-            # Another try finds no listener.
+            # The next attempt finds no listener.
             listener.close()
             accepted[0].close()
             with pytest.raises(Disconnected):
@@ -441,12 +447,12 @@ def test_aio_keepalive_peer_already_disconnected_is_loss(
     run(main)
 
 
-def test_aio_end_of_peer_that_does_not_read_is_noticed() -> None:
-    """A peer, or somebody on the way, that says that nothing more comes and does not
-    read is gone at once.
+def test_aio_peer_ended_without_reading_is_lost_at_once() -> None:
+    """A peer or a proxy may end its stream and not read. The connection counts as lost
+    at once.
     """
 
-    class Told:
+    class Recorder:
         def __init__(self) -> None:
             self.lost = asyncio.get_running_loop().create_future()
 
@@ -461,13 +467,13 @@ def test_aio_end_of_peer_that_does_not_read_is_noticed() -> None:
             self.lost.set_result(error)
 
     async def main() -> None:
-        told = Told()
+        recorder = Recorder()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(told))
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(recorder))
             peer, _ = listener.accept()
             with peer:
                 peer.shutdown(socket.SHUT_WR)
-                assert await asyncio.wait_for(told.lost, PATIENCE) is None
+                assert await asyncio.wait_for(recorder.lost, PATIENCE) is None
 
     run(main)
 
@@ -475,8 +481,8 @@ def test_aio_end_of_peer_that_does_not_read_is_noticed() -> None:
 def test_aio_close_at_once_still_logs_failed_sends(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What on_undelivered has not been called with yet is logged by close(), which ends
-    the handlers.
+    """close() ends the handlers, and logs the failures that on_undelivered was not
+    called with.
     """
 
     async def main() -> None:
@@ -509,7 +515,7 @@ def test_aio_close_at_once_still_logs_failed_sends(
 def test_aio_close_cancelled_counts_undelivered_in_log(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Though the loop may end before the next line is due."""
+    """The counts are logged although the loop may end before the next line is due."""
 
     async def main() -> None:
         alice = await join("alice", server, reconnect=False)
@@ -517,7 +523,7 @@ def test_aio_close_cancelled_counts_undelivered_in_log(
         await alice.send_many([("bob", bytes(5000))] * 1000)
         (link,) = alice._transports
         closing = asyncio.ensure_future(alice.close())
-        # Its first turn: then it waits for the rest to leave.
+        # After its first turn it waits until the remaining bytes are written.
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.wait([closing, link.closed])
@@ -531,62 +537,64 @@ def test_aio_close_cancelled_counts_undelivered_in_log(
 
 
 def test_aio_keepalive_lost_peer_received_bytes_are_read() -> None:
-    """Bytes that nobody wanted yet are here, and come before the news that the peer is
-    gone.
+    """Received bytes that were not read yet come before the error that the peer is
+    lost.
     """
 
-    class Gone(Silence):
+    class Expired(Silence):
         def lasts(self, sock: object, now: float) -> float:
             return 1000.0
 
-    class Told:
+    class Recorder:
         def __init__(self) -> None:
-            self.heard: list[object] = []
+            self.events: list[object] = []
 
         def _on_open(self, link: Transport) -> None:
             link.asyncio_transport.pause_reading()
             self.link = link
 
         def _on_data(self, link: Transport, data: bytes) -> None:
-            self.heard.append(data)
+            self.events.append(data)
 
         def _on_writable(self, link: Transport) -> None: ...
 
         def _on_lost(self, link: Transport, error: Exception | None) -> None:
-            self.heard.append(type(error))
+            self.events.append(type(error))
 
     async def main() -> None:
-        told = Told()
+        recorder = Recorder()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(told))
+            await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(recorder))
             peer, _ = listener.accept()
             with peer:
                 peer.sendall(b"the last")
-                fileno = told.link.asyncio_transport.get_extra_info("socket").fileno()
+                fileno = recorder.link.asyncio_transport.get_extra_info("socket").fileno()
                 assert await asyncio.to_thread(select.select, [fileno], [], [], PATIENCE)
-                told.link._check_peer(told.link.asyncio_transport.get_extra_info("socket"), Gone())
-                assert told.heard == [b"the last", TimeoutError]
-                told.link.asyncio_transport.abort()
-                await told.link.closed
+                recorder.link._check_peer(
+                    recorder.link.asyncio_transport.get_extra_info("socket"), Expired()
+                )
+                assert recorder.events == [b"the last", TimeoutError]
+                recorder.link.asyncio_transport.abort()
+                await recorder.link.closed
 
     run(main)
 
 
 def test_aio_send_on_lost_connection_is_undelivered(server: FakeServer) -> None:
-    """What the loop could not take is no send that has left: on_undelivered hears of
-    each.
+    """Messages that the loop could not write do not count as sent. on_undelivered is
+    called for each.
     """
 
     async def main() -> None:
         alice = await join("alice", server)
-        told: list[Any] = []
-        alice.on_undelivered(told.append)
+        received: list[Any] = []
+        alice.on_undelivered(received.append)
         server.drop("alice")
-        # The loop stands still, so that a write is the first to find out.
-        wait_until_gone("alice", server)
+        # The loop does not run, so that a write notices the loss first.
+        wait_until_disconnected("alice", server)
         ids = [await alice.send("bob", number) for number in range(3)]
-        await until(lambda: len(told) == 3)
-        assert [(type(error), error.message_id) for error in told] == [
+        await until(lambda: len(received) == 3)
+        assert [(type(error), error.message_id) for error in received] == [
             (InDoubt, message_id) for message_id in ids
         ]
         await alice.close()

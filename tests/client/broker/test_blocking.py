@@ -1,5 +1,5 @@
-"""What only the blocking face has: threads, forks, interpreters that end, and writes
-that do not finish.
+"""Features of the blocking client alone: threads, forks, interpreters that end, and
+incomplete writes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def join(name: str, server: FakeServer, **options: Any) -> Client:
     return connect(server.path, name, name, **options)
 
 
-def crowd(path: str, stack: contextlib.ExitStack) -> None:
-    """Connect until the listener's queue has no more room."""
+def fill_listener_queue(path: str, stack: contextlib.ExitStack) -> None:
+    """Connect until the listener's queue is full."""
     while True:
         extra = stack.enter_context(socket.socket(socket.AF_UNIX))
         extra.setblocking(False)
@@ -64,14 +64,14 @@ def crowd(path: str, stack: contextlib.ExitStack) -> None:
 
 
 def script(source: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a fresh interpreter that treats every warning as an error."""
+    """Run a script in a new interpreter that treats every warning as an error."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(source), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_client_import_loads_no_slow_module() -> None:
-    """Importing the library imports no module that is slow and not needed; aio is
-    imported on demand.
+    """Importing the library imports no slow module that is not needed.
+    brokerd_client.aio is imported on demand.
     """
     done = script("""
         import sys, brokerd_client
@@ -114,7 +114,7 @@ def test_client_unclosed_interpreter_ends_at_once(server: FakeServer) -> None:
 
 
 def test_client_dropped_warns_and_leaves_no_thread(server: FakeServer) -> None:
-    """A client without a reference is reported as unclosed; its threads and its
+    """A client without a reference is reported as unclosed. Its threads and its
     connection end.
     """
     before = threading.active_count()
@@ -132,7 +132,9 @@ def test_client_dropped_warns_and_leaves_no_thread(server: FakeServer) -> None:
 def test_client_dropped_logs_counted_undelivered(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each of its undelivered messages too is in a line of the log, or in a count."""
+    """Each undelivered message of the dropped client appears in a line of the log or in
+    a count.
+    """
 
     def fail_and_drop() -> None:
         client = join("alice", server)
@@ -166,7 +168,7 @@ def test_close_from_handler_closes_client(server: FakeServer) -> None:
 
 
 def test_connect_failed_leaves_nothing(server: FakeServer) -> None:
-    """A wrong key is an error for the caller, and no thread or socket stays."""
+    """A wrong key raises an error in the caller, and no thread or socket is left."""
     before = threading.active_count()
     with pytest.raises(AuthenticationError):
         connect(server.path, "alice", "wrong")
@@ -175,8 +177,8 @@ def test_connect_failed_leaves_nothing(server: FakeServer) -> None:
 
 @pytest.mark.timing
 def test_connect_to_silent_listener_times_out(tmp_path: Path) -> None:
-    """A listener that accepts and sends nothing costs connect() its timeout and no
-    more.
+    """If a listener accepts and sends nothing, connect() takes its timeout and no
+    longer.
     """
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
@@ -188,19 +190,19 @@ def test_connect_to_silent_listener_times_out(tmp_path: Path) -> None:
 
 
 def test_connect_to_full_unix_listener_is_repeated(tmp_path: Path) -> None:
-    """A Unix listener whose queue is full has no room yet: the client waits for it,
+    """A Unix listener whose queue is full has no room yet. The client waits for room
     until its timeout.
     """
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
         listener.bind(str(tmp_path / "s"))
         listener.listen(0)
-        crowd(str(tmp_path / "s"), stack)
+        fill_listener_queue(str(tmp_path / "s"), stack)
         with pytest.raises(TimedOut):
             connect(str(tmp_path / "s"), "alice", "k", timeout=0.2)
 
 
 def test_connect_tcp_tries_every_address_then_raises() -> None:
-    """A port without a listener is Disconnected, with the address."""
+    """A port without a listener raises Disconnected with the address."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -215,8 +217,8 @@ def test_connect_to_named_pipe_raises_outside_windows() -> None:
 
 
 def test_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
-    """A request that was sent and not answered when the connection ended is InDoubt,
-    and is not repeated.
+    """A request that was sent and not answered when the connection ended is InDoubt. It
+    is not repeated.
     """
     alice, bob = join("alice", server), join("bob", server)
     caught: list[Exception] = []
@@ -241,26 +243,26 @@ def test_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
 
 
 def test_send_partly_written_at_loss_is_undelivered(server: FakeServer) -> None:
-    """A message that the broker can't have received whole is Disconnected to
-    on_undelivered, not in doubt.
+    """A message that the broker can't have received whole is not in doubt.
+    on_undelivered gets Disconnected for it.
     """
     alice = join("alice", server)
-    told: list[Any] = []
-    alice.on_undelivered(told.append)
+    reported: list[Any] = []
+    alice.on_undelivered(reported.append)
     server.act(lambda broker: setattr(server, "reading", False))
     until(lambda: server.broker.online != {})
     message_id = alice.send("bob", b"x" * 5_000_000)
     with pytest.raises(TimedOut, match="not sent"):
         alice.send("bob", b"behind it", timeout=0.05)
     server.drop("alice")
-    until(lambda: bool(told))
-    assert [(type(error), error.message_id) for error in told] == [(Disconnected, message_id)]
+    until(lambda: bool(reported))
+    assert [(type(error), error.message_id) for error in reported] == [(Disconnected, message_id)]
     alice.close()
 
 
 def test_send_partial_write_is_finished_before_next(server: FakeServer) -> None:
-    """A sender that comes while another's bytes wait goes behind them; nothing is mixed
-    or lost.
+    """A send that comes while another send's bytes wait is written after them. Nothing
+    is mixed or lost.
     """
     alice, bob = join("alice", server), join("bob", server)
     bodies = [bytes([number]) * 3_000_000 for number in range(6)]
@@ -287,7 +289,7 @@ def test_close_flushes_sent_bytes(server: FakeServer) -> None:
 def test_request_interrupted_leaves_nothing(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C during a request takes its id back."""
+    """Ctrl-C during a request removes the pending call."""
     alice = join("alice", server)
     join_bob = join("bob", server)
 
@@ -305,15 +307,16 @@ def test_request_interrupted_leaves_nothing(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_client_in_fork_raises_and_parent_goes_on(server: FakeServer) -> None:
-    """In a child every call is WrongProcess and close() does nothing; the parent goes
-    on; its connection is its own.
+    """In a child process every call raises WrongProcess, and close() does nothing.
+
+    The parent works on, and can close its connection while a child still runs.
     """
     done = script(
         """
         import os, sys, warnings, brokerd_client
         warnings.simplefilter("ignore", DeprecationWarning)
         client = brokerd_client.connect(sys.argv[1], "alice", "alice")
-        feed = client.subscribe("a")
+        subscription = client.subscribe("a")
         child = os.fork()
         if not child:
             wrong = 0
@@ -321,7 +324,7 @@ def test_client_in_fork_raises_and_parent_goes_on(server: FakeServer) -> None:
                 lambda: client.send("alice", 1), lambda: client.recv(0),
                 lambda: client.request("alice", 1), lambda: client.ping(),
                 lambda: client.subscribe("a"), lambda: next(iter(client)),
-                lambda: feed.recv(0), lambda: feed.unsubscribe(),
+                lambda: subscription.recv(0), lambda: subscription.unsubscribe(),
                 lambda: client.on_message(print), lambda: client.send_many([]),
                 lambda: client.publish("a", 1), lambda: client.watch_presence(),
             ):
@@ -354,7 +357,7 @@ def test_client_in_fork_raises_and_parent_goes_on(server: FakeServer) -> None:
 
 
 def test_wrong_process_error_names_remedy(server: FakeServer) -> None:
-    """The error says what to do in the child."""
+    """The error says what the child process has to do."""
     client = join("alice", server)
     client._forked = True
     with pytest.raises(WrongProcess, match="connect again"):
@@ -364,7 +367,7 @@ def test_wrong_process_error_names_remedy(server: FakeServer) -> None:
 
 
 def test_client_iteration_ends_with_close(server: FakeServer) -> None:
-    """for message in client: ends when another thread closes the client."""
+    """The loop ``for message in client`` ends when another thread closes the client."""
     alice, bob = join("alice", server), join("bob", server)
     got: list[object] = []
     loop = threading.Thread(target=lambda: got.extend(message.payload for message in bob))
@@ -382,14 +385,14 @@ def test_subscription_context_exit_ends_iteration(server: FakeServer) -> None:
     """Leaving the with block ends the iteration in another thread."""
     alice = join("alice", server)
     got: list[object] = []
-    with alice.subscribe("a.*") as feed:
-        loop = threading.Thread(target=lambda: got.extend(event.topic for event in feed))
+    with alice.subscribe("a.*") as subscription:
+        loop = threading.Thread(target=lambda: got.extend(event.topic for event in subscription))
         loop.start()
         alice.publish("a.b", 1)
         until(lambda: got == ["a.b"])
     loop.join(PATIENCE)
     assert not loop.is_alive()
-    assert "a.*" in repr(feed)
+    assert "a.*" in repr(subscription)
     alice.close()
 
 
@@ -403,8 +406,8 @@ def test_client_repr_shows_no_key(server: FakeServer) -> None:
 
 
 def test_inbox_full_reading_resumes_after_concurrent_recv(server: FakeServer) -> None:
-    """Reading begins again also when the last message is taken between the measurement
-    and the look at its result.
+    """The last message may be taken between the measurement and the check of its
+    result. Reading begins again then, too.
     """
 
     class Slow(deque[Any]):
@@ -421,37 +424,35 @@ def test_inbox_full_reading_resumes_after_concurrent_recv(server: FakeServer) ->
 
 
 def break_writes(client: Client) -> None:
-    """Have the next write, and every later one, find the connection gone, as one whose
-    peer has reset it.
-    """
+    """Make every write fail from now on, as if the peer had reset the connection."""
 
     def fail(data: object) -> int:
-        raise BrokenPipeError(errno.EPIPE, "gone")
+        raise BrokenPipeError(errno.EPIPE, "reset by peer")
 
     client._transport._send = fail  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("reconnect", [True, False])
 def test_send_write_failed_is_undelivered(server: FakeServer, reconnect: bool) -> None:
-    """send returns its id, and the handler gets the failure, also where no other
+    """send() returns its id, and the handler gets the failure, also if no other
     connection will be made.
     """
     alice = join("alice", server, reconnect=reconnect)
-    told: list[Any] = []
-    alice.on_undelivered(told.append)
+    reported: list[Any] = []
+    alice.on_undelivered(reported.append)
     break_writes(alice)
     message_id = alice.send("bob", "x")
-    until(lambda: bool(told))
-    assert [(type(error), error.message_id) for error in told] == [(Disconnected, message_id)]
+    until(lambda: bool(reported))
+    assert [(type(error), error.message_id) for error in reported] == [(Disconnected, message_id)]
     alice.close()
 
 
 def test_close_at_once_still_reports_failed_sends(server: FakeServer) -> None:
-    """Failures that on_undelivered has not received yet are not dropped by close(), as
-    messages are.
+    """close() drops waiting messages. It does not drop failures that on_undelivered has
+    not received yet.
     """
     alice, bob = join("alice", server), join("bob", server)
-    told: list[Any] = []
+    reported: list[Any] = []
     got: list[object] = []
     gate = threading.Event()
 
@@ -460,7 +461,7 @@ def test_close_at_once_still_reports_failed_sends(server: FakeServer) -> None:
         gate.wait(PATIENCE)
 
     alice.on_message(hold_up)
-    alice.on_undelivered(told.append)
+    alice.on_undelivered(reported.append)
     bob.send_many([("alice", "first"), ("alice", "second")])
     until(lambda: got == ["first"])
     ids = [alice.send("nobody", number) for number in range(3)]
@@ -470,14 +471,14 @@ def test_close_at_once_still_reports_failed_sends(server: FakeServer) -> None:
     until(lambda: alice._inbox.ended is not None)
     gate.set()
     closing.join(PATIENCE)
-    until(lambda: len(told) == 3)
-    assert [error.message_id for error in told] == ids
+    until(lambda: len(reported) == 3)
+    assert [error.message_id for error in reported] == ids
     assert got == ["first"]
     bob.close()
 
 
 def test_keepalive_lost_peer_received_bytes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that no call has taken yet come before the error that the peer is gone."""
+    """Bytes that no call has taken yet come before the error that the peer is lost."""
     monkeypatch.setattr("brokerd_client.blocking.transport.Silence.lasts", lambda *given: 1000.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -497,15 +498,15 @@ def test_keepalive_lost_peer_received_bytes_are_read(monkeypatch: pytest.MonkeyP
 def test_connect_unexpected_error_is_cause_of_disconnected(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """connect() ends with the error as the cause, which is logged too, instead of with
-    its timeout.
+    """connect() raises with the error as its cause, before its timeout. The
+    error is logged too.
     """
 
     def fail(channel: Transport) -> bool:
-        raise LookupError("nobody thought of this")
+        raise LookupError("unforeseen")
 
     monkeypatch.setattr(Transport, "dial", fail)
-    with pytest.raises(Disconnected, match="nobody thought of this") as caught:
+    with pytest.raises(Disconnected, match="unforeseen") as caught:
         join("alice", server)
     assert isinstance(caught.value.__cause__, LookupError)
     assert "LookupError" in caplog.text
@@ -514,12 +515,12 @@ def test_connect_unexpected_error_is_cause_of_disconnected(
 def test_read_unexpected_error_is_lost_connection(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is logged, waiting calls get the loss of the connection, and a new connection
-    is made.
+    """The error is logged, waiting calls get the loss of the connection, and a new
+    connection is made.
     """
     alice, bob = join("alice", server), join("bob", server)
     read = alice._transport.read
-    failures: list[Exception] = [LookupError("nobody thought of this")]
+    failures: list[Exception] = [LookupError("unforeseen")]
 
     def fail_once() -> bytes | None:
         if failures:
@@ -527,7 +528,7 @@ def test_read_unexpected_error_is_lost_connection(
         return read()
 
     alice._transport.read = fail_once  # type: ignore[method-assign]
-    with pytest.raises(InDoubt, match="nobody thought of this"):
+    with pytest.raises(InDoubt, match="unforeseen"):
         alice.ping()
     assert "LookupError" in caplog.text
     until(lambda: alice.connected)
@@ -538,20 +539,18 @@ def test_read_unexpected_error_is_lost_connection(
 
 
 class Panic(BaseException):
-    """Not an Exception, like what a Rust extension raises when it panics, or
-    pytest.fail.
-    """
+    """A BaseException, like those of a Rust extension that panics and of pytest.fail."""
 
 
 def panic(message: Any) -> None:
-    """Fail as a handler should not."""
+    """Raise a Panic, as no handler should."""
     raise Panic
 
 
 def test_handler_raising_base_exception_is_logged(
     server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The requester gets RequestFailed, and every thread of a handler goes on."""
+    """The requester gets RequestFailed, and every thread of a handler works on."""
     with join("alice", server) as alice, join("bob", server) as bob:
         seen: list[object] = []
 
@@ -572,15 +571,15 @@ def test_handler_raising_base_exception_is_logged(
         assert "Panic" in caplog.text
 
 
-@pytest.mark.parametrize("feed", ["subscription", "watch"])
-def test_subscription_ended_with_items_frees_inbox(server: FakeServer, feed: str) -> None:
-    """The items stay for the holder of the subscription, and the inbox has room for
+@pytest.mark.parametrize("source", ["subscription", "watch"])
+def test_subscription_ended_with_items_frees_inbox(server: FakeServer, source: str) -> None:
+    """The items stay available in the subscription, and the inbox has room for
     messages.
     """
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         kept = []
         for _ in range(12):
-            if feed == "subscription":
+            if source == "subscription":
                 events: Any = alice.subscribe("a.>")
                 for number in range(5):
                     bob.publish_confirmed("a.b", bytes([number]) * 100)
@@ -598,7 +597,7 @@ def test_subscription_ended_with_items_frees_inbox(server: FakeServer, feed: str
                 and not alice._meter.held
             )
         )
-        assert len(list(kept[0])) == (4 if feed == "subscription" else 2)
+        assert len(list(kept[0])) == (4 if source == "subscription" else 2)
 
 
 def test_reconnect_with_full_inbox_becomes_ready(server: FakeServer) -> None:
@@ -617,11 +616,11 @@ def test_reconnect_with_full_inbox_becomes_ready(server: FakeServer) -> None:
 
 
 class Interrupted(Exception):
-    """The exception of a signal handler."""
+    """The exception that a signal handler raises."""
 
 
 def threads_since(before: set[threading.Thread]) -> list[threading.Thread]:
-    """Return the client threads that were not there before."""
+    """Return the client threads that are not in ``before``."""
     return [
         each
         for each in threading.enumerate()
@@ -674,7 +673,7 @@ def test_connect_interrupted_at_thread_start_raises_interruption(
 def test_connect_thread_ended_by_interruption_closes_descriptors(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread is alive at the interruption, and ends before it gets to its own work."""
+    """The thread is alive at the interruption, and ends before it begins its own work."""
     go_on = threading.Event()
     channels: list[Transport] = []
 
@@ -733,8 +732,8 @@ def test_connect_thread_not_started_raises_runtime_error(
 
 
 def test_inbox_full_bytes_before_end_of_connection_are_read() -> None:
-    """A wait without reading notices the end of the connection; the bytes before it are
-    still read.
+    """A client that waits without reading notices the end of the connection. The bytes
+    before the end are still read.
     """
     channel = Transport(parse("/not/used"))
     mine, peer = socket.socketpair()
@@ -756,8 +755,8 @@ def test_inbox_full_bytes_before_end_of_connection_are_read() -> None:
 def test_receive_unexpected_error_is_lost_connection(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The I/O thread goes on, the cause is in the log, and the next connection works,
-    also if the handshake failed.
+    """The I/O thread works on, and the cause is in the log. The next connection works,
+    even if the handshake failed.
     """
     with join("alice", server) as alice:
         for method in ("receive", "opened", "tick"):
@@ -858,9 +857,9 @@ def test_timeout_infinite_is_accepted_everywhere(server: FakeServer, timeout: An
         assert alice.recv(timeout).payload == "x"
         assert alice.request("bob", "y", timeout=timeout).payload == "y"
         assert alice.control("ping", timeout=timeout) == {}
-        with alice.subscribe("a.>", timeout=timeout) as feed:
+        with alice.subscribe("a.>", timeout=timeout) as subscription:
             alice.publish("a.b", "x")
-            assert feed.recv(timeout).payload == "x"
+            assert subscription.recv(timeout).payload == "x"
         with alice.watch_presence(timeout=timeout) as watch:
             assert watch.recv(timeout)
 
@@ -880,7 +879,7 @@ def test_timeout_invalid_raises_error(
 ) -> None:
     with pytest.raises(error, match="a timeout is a number of seconds"):
         join("alice", server, timeout=timeout)
-    with join("alice", server) as alice, alice.subscribe("a.>") as feed:
+    with join("alice", server) as alice, alice.subscribe("a.>") as subscription:
         for act in (
             lambda: alice.send("bob", "x", timeout=timeout),
             lambda: alice.send_confirmed("bob", "x", timeout=timeout),
@@ -892,7 +891,7 @@ def test_timeout_invalid_raises_error(
             lambda: alice.control("ping", timeout=timeout),
             lambda: alice.subscribe("a.>", timeout=timeout),
             lambda: alice.watch_presence(timeout=timeout),
-            lambda: feed.recv(timeout),
+            lambda: subscription.recv(timeout),
         ):
             with pytest.raises(error, match="a timeout is a number of seconds"):
                 act()
@@ -915,9 +914,7 @@ def test_client_pickled_or_copied_raises_with_remedy(
 
 
 def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any) -> list[Any]:
-    """Have alice and bob ask each other, to a depth, several times at once; return the
-    answers.
-    """
+    """Send ``at_once`` requests that alice and bob nest to ``depth``; return the answers."""
     with join("alice", server, **options) as alice, join("bob", server, **options) as bob:
 
         def answer(client: Client, other: str) -> Callable[[Any], int]:
@@ -950,15 +947,15 @@ def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any)
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_handlers_with_nested_requests_get_more_threads(server: FakeServer, threads: int) -> None:
-    """Nested requests need more threads than there are; threads that wait for an answer
-    have a substitute.
+    """Nested requests need more threads than ``threads``. A thread that waits for an
+    answer is replaced by another.
     """
     assert ask_each_other(server, 12, 5, threads=threads) == [12] * 5
 
 
 def test_handler_threads_are_bounded(server: FakeServer) -> None:
-    """With as many waiting handlers as there may be threads, requests wait; no more
-    threads are started.
+    """At the limit of threads with waiting handlers, requests wait. No more threads are
+    started.
     """
     with join("alice", server) as alice, join("bob", server) as bob:
 
@@ -982,7 +979,7 @@ def test_handler_threads_are_bounded(server: FakeServer) -> None:
 
 
 def ask(client: Client) -> None:
-    """Ask bob, whatever comes of it."""
+    """Send a request to bob; an error is ignored."""
     with contextlib.suppress(brokerd_client.BrokerdError):
         client.request("bob", 1, timeout=PATIENCE)
 
@@ -1007,6 +1004,6 @@ def test_request_threads_are_configurable(server: FakeServer) -> None:
 
 
 def ask_alice(client: Client) -> None:
-    """Ask alice, whatever comes of it."""
+    """Send a request to alice; an error is ignored."""
     with contextlib.suppress(brokerd_client.BrokerdError):
         client.request("alice", 1, timeout=PATIENCE)

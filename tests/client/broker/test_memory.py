@@ -1,4 +1,4 @@
-"""What a broker can make a client hold: long frames, errors, extensions, names."""
+"""Limits of the memory that a broker can fill: frames, errors, extensions, names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIECE = 65536
 
 @pytest.fixture(params=[Blocking, Asyncio], ids=["blocking", "asyncio"])
 def face(request: pytest.FixtureRequest) -> Iterator[Face]:
-    """Each of the two faces."""
+    """The blocking client, and the asyncio client."""
     face: Face = request.param()
     yield face
     face.close()
@@ -39,14 +39,14 @@ def face(request: pytest.FixtureRequest) -> Iterator[Face]:
 
 @pytest.fixture
 def pair() -> Pair:
-    """A dialog that is ready, and accepts 16 MiB."""
+    """A ready dialog that accepts messages of up to 16 MiB."""
     pair = Pair()
     pair.connect()
     return pair
 
 
 def announced(size: int, kind: int = Kind.MESSAGE, name: bytes = b"bob") -> bytes:
-    """Return the beginning of a frame whose payload has this size."""
+    """Return the header and the name of a frame whose payload has this size."""
     return (
         (HEADER.size + len(name) + size).to_bytes(4, "big")
         + HEADER.pack(kind, 0, 0, len(name), 7)
@@ -54,9 +54,10 @@ def announced(size: int, kind: int = Kind.MESSAGE, name: bytes = b"bob") -> byte
     )
 
 
-def feed(pair: Pair, size: int) -> tuple[Effects[Message], int]:
-    """Let the dialog have so many bytes in pieces, and then a message; return what came
-    and the most it held.
+def receive_pieces(pair: Pair, size: int) -> tuple[Effects[Message], int]:
+    """Pass ``size`` bytes to the dialog in pieces, and then a message.
+
+    Return the effects, and the largest number of bytes held meanwhile.
     """
     effects: Effects[Message] = Effects()
     piece = bytes(PIECE)
@@ -73,13 +74,16 @@ def feed(pair: Pair, size: int) -> tuple[Effects[Message], int]:
 
 @pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST, Kind.EVENT, Kind.REPLY])
 def test_inbox_longer_frame_is_not_stored(pair: Pair, kind: Kind) -> None:
-    """It is told of once; a requester is answered; the next message arrives."""
+    """The frame is reported once, and a request is answered with an error.
+
+    The next message arrives.
+    """
     size = 16 * MIB + HEAD
     head = announced(size, kind)
     if kind is Kind.EVENT:
         head += b"\1t"
     merge(first := Effects(), pair.hear(head))
-    effects, held = feed(pair, size - (2 if kind is Kind.EVENT else 0))
+    effects, held = receive_pieces(pair, size - (2 if kind is Kind.EVENT else 0))
     assert held < MIB
     assert [message.body for message in effects.messages] == [b"next"]
     assert [type(error) for error in (*first.unreadable, *effects.unreadable)] == [FrameTooBig]
@@ -92,7 +96,7 @@ def test_inbox_longer_frame_is_not_stored(pair: Pair, kind: Kind) -> None:
 
 
 def test_inbox_longer_answer_fails_its_call(pair: Pair) -> None:
-    """Its caller hears of it before the last byte has come."""
+    """The call fails before the last byte of the answer has come."""
     message_id = pair.dialog.control("clients", {}, "w", None)
     size = 2**30
     data = (
@@ -106,15 +110,15 @@ def test_inbox_longer_answer_fails_its_call(pair: Pair) -> None:
 
 
 def test_inbox_long_frame_is_stored_once(pair: Pair) -> None:
-    """What is handed out are the bytes that were collected."""
+    """The message holds the collected bytes themselves, not a copy."""
     pair.hear(announced(16 * MIB))
-    effects, held = feed(pair, 16 * MIB)
+    effects, held = receive_pieces(pair, 16 * MIB)
     assert [len(message) for message in effects.messages] == [16 * MIB, 4]
     assert held < 1.3 * 16 * MIB
 
 
 def test_inbox_limits_message_length() -> None:
-    """Every client accepts what a broker passes unless it is configured otherwise."""
+    """Whatever its inbox, a client accepts every message that brokers pass by default."""
     assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [
         16 * MIB,
         16 * MIB,
@@ -143,7 +147,7 @@ def introduce_with(limit: int) -> Callable[[Session, Envelope], bool]:
 def test_largest_message_is_bounded_by_max_message_and_inbox(
     max_message: int, accepted: int
 ) -> None:
-    """The smaller of the two counts, but 16 MiB are accepted in any case."""
+    """The smaller of the two limits counts, but 16 MiB are accepted in any case."""
     assert largest_message(16 * MIB, max_message * MIB) == accepted * MIB
 
 
@@ -151,25 +155,25 @@ def test_largest_message_is_bounded_by_max_message_and_inbox(
 def test_dialog_frame_above_max_message_and_inbox_is_skipped(
     max_message: int, accepted: int
 ) -> None:
-    """A frame of exactly the bound is stored; a longer one costs no memory."""
+    """A frame of exactly the limit is stored; a longer one costs no memory."""
     pair = Pair(inbox=16 * MIB)
     pair.broker.intercept = introduce_with(max_message * MIB)
     pair.connect()
 
     pair.hear(announced(accepted * MIB))
-    effects, _ = feed(pair, accepted * MIB)
+    effects, _ = receive_pieces(pair, accepted * MIB)
     assert [len(message) for message in effects.messages] == [accepted * MIB, 4]
 
     size = accepted * MIB + HEAD
     pair.hear(announced(size))
-    effects, held = feed(pair, size)
+    effects, held = receive_pieces(pair, size)
     assert [message.body for message in effects.messages] == [b"next"]
     assert held < MIB
     assert pair.dialog.counters["unreadable"] == 1
 
 
 def test_dialog_list_of_clients_is_bounded_by_max_message(pair: Pair) -> None:
-    """The memory of a decoded list is bounded with the messages."""
+    """The limit of messages also limits the memory of a decoded list."""
     pair.dialog._inbound.accept(MIB)
     message_id, _ = pair.dialog.watch("sink", "w", None)
     payload = b'{"clients":[' + b",".join([b"{}"] * (MIB // 10)) + b"]}"
@@ -180,7 +184,9 @@ def test_dialog_list_of_clients_is_bounded_by_max_message(pair: Pair) -> None:
 
 
 def test_dialog_message_before_introduction_is_bounded_by_inbox_alone() -> None:
-    """On each connection messages may come first; the next max_message is not known yet."""
+    """On each connection messages may arrive before the introduction. Until then its
+    max_message is not known.
+    """
     pair = Pair(inbox=16 * MIB)
     pair.broker.intercept = introduce_with(16 * MIB)
     pair.connect()
@@ -190,14 +196,16 @@ def test_dialog_message_before_introduction_is_bounded_by_inbox_alone() -> None:
     pair.connect()
 
     pair.hear(announced(20 * MIB))
-    effects, _ = feed(pair, 20 * MIB)
+    effects, _ = receive_pieces(pair, 20 * MIB)
     assert [len(message) for message in effects.messages] == [20 * MIB, 4]
 
 
 def test_client_frame_above_max_message_is_skipped_and_counted(
     face: Face, server: FakeServer
 ) -> None:
-    """A hostile broker that announces longer frames than its max_message fills nothing."""
+    """A hostile broker that sends longer frames than its max_message does not fill the
+    memory.
+    """
     server.broker.intercept = introduce_with(MIB)
     client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=16 * MIB)
     for size in (16 * MIB + HEAD, 10):
@@ -208,8 +216,8 @@ def test_client_frame_above_max_message_is_skipped_and_counted(
 
 
 @pytest.mark.parametrize(("most", "warned"), [(16 * MIB, False), (16 * MIB + 1, True)])
-def test_inbox_smaller_than_broker_limit_is_warned_of(most: int, warned: bool) -> None:
-    """The warning says which inbox would do."""
+def test_inbox_smaller_than_broker_limit_is_warned_about(most: int, warned: bool) -> None:
+    """The warning names the size of ``inbox`` that suffices."""
     pair = Pair()
     pair.broker.intercept = introduce_with(most)
     warnings = pair.connect().warnings
@@ -248,8 +256,8 @@ SIZES = st.sampled_from(
 def test_inbox_long_frames_cut_anywhere_give_same_messages(
     frames: list[tuple[int, int, dict[str, Any] | None]], step: int
 ) -> None:
-    """Short, long and too long ones, in pieces no longer than what is accepted: the
-    same ones arrive.
+    """Short, long and too long frames arrive in pieces no longer than the accepted
+    length. The accepted messages are always the same.
     """
     pair = Pair()
     pair.connect()
@@ -280,8 +288,8 @@ def test_inbox_long_frames_cut_anywhere_give_same_messages(
 
 
 def test_inbox_long_frame_with_invalid_header_is_skipped(pair: Pair) -> None:
-    """Of a frame that is not too long only its head is looked at; where it ends is
-    known.
+    """Only the head of a frame within the limit is examined, and the end of the frame
+    is known.
     """
     size = 3 * HEAD
     effects = pair.hear(
@@ -295,7 +303,7 @@ def test_inbox_long_frame_with_invalid_header_is_skipped(pair: Pair) -> None:
     )
 
 
-def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
+def test_extension_counts_with_its_memory(pair: Pair) -> None:
     """64 KiB of empty objects are more than a megabyte in memory."""
     extension = {"a": [{} for _ in range(21_000)]}
     assert extension_cost(extension) > 20 * len(json.dumps(extension, separators=(",", ":")))
@@ -303,9 +311,9 @@ def test_extension_counts_with_what_it_costs(pair: Pair) -> None:
     assert pair.hear_frame(Kind.MESSAGE, extension={"ttl": 5}).size < 300
 
 
-def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None:
-    """A broker that sends such requests and reads no answers gets some, and the rest
-    are only counted.
+def test_request_unreadable_answers_are_bounded(pair: Pair) -> None:
+    """A broker may send such requests and read no answers. It gets some answers; the
+    other requests are only counted.
     """
     unreadable = frame(HEADER.pack(Kind.REQUEST, 2, 0, 3, 7), b"bob\0\0")
     for _ in range(100):
@@ -318,11 +326,11 @@ def test_answers_to_requests_that_cannot_be_read_are_bounded(pair: Pair) -> None
     assert pair.dialog.data_to_send()
 
 
-def test_refusals_that_are_remembered_are_bounded(
+def test_refusals_of_unsent_messages_are_bounded(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broker that refuses what was never sent, and reads nothing, can't fill memory
-    with the ids.
+    """A broker that reads nothing can refuse messages that were never sent. Their ids
+    do not fill the memory.
     """
     monkeypatch.setattr("brokerd_client.protocol.encoder._MAX_REFUSED", 10)
     pair.dialog.send("bob", 0, b"")
@@ -333,8 +341,8 @@ def test_refusals_that_are_remembered_are_bounded(
 
 
 @pytest.mark.parametrize("value", [b"{}", b"[]", b"1.5", b'""', b"[[]]"])
-def test_list_that_would_cost_too_much_is_not_decoded(pair: Pair, value: bytes) -> None:
-    """A few bytes of JSON can stand for many times as many in memory."""
+def test_list_of_clients_above_memory_limit_is_not_decoded(pair: Pair, value: bytes) -> None:
+    """A few bytes of JSON can take many times their size in memory."""
     message_id, _ = pair.dialog.watch("sink", "w", None)
     payload = b'{"clients":[' + b",".join([value] * (16 * MIB // (len(value) + 1) - 10)) + b"]}"
     tracemalloc.start()
@@ -348,8 +356,8 @@ def test_list_that_would_cost_too_much_is_not_decoded(pair: Pair, value: bytes) 
     assert isinstance(error, ProtocolError)
 
 
-def test_list_of_a_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
-    """What a large broker says is far from the bound."""
+def test_list_of_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
+    """The list of a large broker is far below the limit."""
     message_id, _ = pair.dialog.watch("sink", "w", None)
     clients = [{"name": f"client-{n}", "online": False, "since": 1.7e9 + n} for n in range(100_000)]
     payload = json.dumps({"clients": clients}).encode()
@@ -360,22 +368,22 @@ def test_list_of_a_hundred_thousand_clients_is_decoded(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("text", [10, 900])
-def test_errors_that_wait_for_their_handler_count_with_their_size(
+def test_inbox_errors_waiting_for_handler_count_with_size(
     face: Face, server: FakeServer, text: int
 ) -> None:
-    """The inbox fills, and what does not fit stays in the broker."""
+    """The inbox becomes full, and the remaining errors stay in the broker."""
     client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=100_000)
     free = threading.Event()
-    told = []
+    reported = []
 
     async def hold(error: Exception) -> None:
         while not free.is_set():  # noqa: ASYNC110 - set by the test, in another thread
             await asyncio.sleep(0.01)
-        told.append(error)
+        reported.append(error)
 
     def wait(error: Exception) -> None:
         free.wait(20)
-        told.append(error)
+        reported.append(error)
 
     client.on_undelivered(wait if isinstance(face, Blocking) else hold)
     payload = json.dumps({"code": "offline", "message": "m" * text, "name": "bob"}).encode()
@@ -389,10 +397,10 @@ def test_errors_that_wait_for_their_handler_count_with_their_size(
         taken = client.counters["undelivered"]
         assert client._meter.full
         assert client._meter.held >= taken * (800 + text)
-        # What one read brings is taken in whole.
+        # All errors of one read are taken in.
         assert client._meter.held < 100_000 + 2 * 262_144 // len(payload) * (1000 + text)
     finally:
         free.set()
-    while len(told) < 4000 and time.monotonic() < end + 15:
+    while len(reported) < 4000 and time.monotonic() < end + 15:
         time.sleep(0.01)
-    assert len(told) == 4000
+    assert len(reported) == 4000
