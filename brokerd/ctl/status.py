@@ -19,6 +19,7 @@ from brokerd_client.errors import (
     BrokerdError,
     Closed,
     Disconnected,
+    Full,
     InDoubt,
     KeyRemoved,
     LocalError,
@@ -75,7 +76,9 @@ def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
 
 def is_turned_away(error: BrokerdError) -> bool:
     """Return whether the broker has closed the connection to reject this client."""
-    return isinstance(error, Disconnected) and isinstance(error.__cause__, (NameTaken, KeyRemoved))
+    return isinstance(error, Disconnected) and isinstance(
+        error.__cause__, (NameTaken, KeyRemoved, Full)
+    )
 
 
 def failure_of(error: BrokerdError) -> Failure:

@@ -21,6 +21,7 @@
     │   │   └── ExtensionTooDeep     ... its extension has too many levels
     │   ├── UndecodablePayload       the codec named in the header can't read the payload
     │   └── AuthenticationError      (multiprocessing.AuthenticationError) the handshake failed
+    │       ├── KeyRejected          ... because the peer does not accept the key used here
     │       └── TlsError             (ConnectionError) ... in TLS: certificate, version, or no TLS
     ├── Refused                      the broker or the other client refused: one class per code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
@@ -63,6 +64,7 @@ __all__ = [
     "InDoubt",
     "InvalidKey",
     "InvalidName",
+    "KeyRejected",
     "KeyRemoved",
     "LocalError",
     "Malformed",
@@ -199,6 +201,10 @@ class UndecodablePayload(RemoteError):
 
 class AuthenticationError(RemoteError, multiprocessing.AuthenticationError):
     """The handshake failed; the message names the side that refused, and the reason."""
+
+
+class KeyRejected(AuthenticationError):
+    """The peer does not accept the key used here, for the name given if there is one."""
 
 
 class TlsError(AuthenticationError, ConnectionError):

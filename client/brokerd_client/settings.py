@@ -60,6 +60,7 @@ class Settings:
         address: The broker's address.
         name: The client's name, or "".
         key: The client's key.
+        without_key: Whether no key was given, and ``key`` is the client's name.
         timeout_s: Seconds for connecting, handshake and introduction together.
         reconnect: Whether another attempt follows a lost connection.
         allow_pickle_from: Names of clients whose pickles are decoded.
@@ -77,6 +78,7 @@ class Settings:
     inbox: int = DEFAULT_INBOX
     tls: SSLContext | None = field(default=None, repr=False)
     threads: int = DEFAULT_THREADS
+    without_key: bool = False
 
 
 def check_timeout(timeout: float | None) -> float | None:
@@ -163,18 +165,26 @@ def resolve(
         address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS
     )
     broker_address, tls = _tls(broker_address, ssl)
+    # A client that needs no key, because its Unix user identifies it, uses its name as
+    # the key: docs/protocol.md, "Without a key".
+    found_key = _key(key, key_file)
+    without_key = found_key is None and bool(name) and broker_address.family == "AF_UNIX"
+    if found_key is None and not without_key:
+        raise InvalidKey(
+            "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix"
+            " socket a client configured with peer_uid and no key needs only its name"
+        )
     return Settings(
         broker_address,
         name,
-        # A client that needs no key, because its Unix user identifies it, uses its name
-        # as the key: docs/protocol.md, "Without a key".
-        _key(key, key_file, name.encode() if broker_address.family == "AF_UNIX" else b""),
+        name.encode() if found_key is None else found_key,
         ENDLESS_S if timeout_s is None else timeout_s,
         reconnect,
         frozenset(allow_pickle_from),
         inbox,
         tls,
         threads,
+        without_key,
     )
 
 
@@ -206,8 +216,8 @@ def _tls(
     return replace(broker_address, tls=True), context
 
 
-def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, default: bytes) -> bytes:
-    """Return the key to use; without a key return ``default``, unless that is empty."""
+def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> bytes | None:
+    """Return the key to use, or None if none is given."""
     if key is not None and key_file is not None:
         raise InvalidKey("give key or key_file, not both")
     if key is not None:
@@ -223,12 +233,7 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None, defau
         return key_bytes
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
     if not path:
-        if default:
-            return default
-        raise InvalidKey(
-            "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix"
-            " socket a client configured with peer_uid and no key needs only its name"
-        )
+        return None
     try:
         # pathlib would take longer to import than the rest of this file.
         with open(path, "rb") as file:  # noqa: PTH123

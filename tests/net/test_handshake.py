@@ -124,6 +124,34 @@ def test_handshake_wrong_key_gets_same_answer_for_every_name(name: bytes) -> Non
         assert broker.log.wait("client.refused")[0].fields["peer"].startswith("127.0.0.1:")
 
 
+@pytest.mark.parametrize(
+    ("name", "claimed", "exists"),
+    [
+        (b"alice", "alice", True),
+        (b"nobody", "nobody", False),
+        (b"\xff\n", "\\xff\n", False),
+        ("\u0430lice".encode(), "\\xd0\\xb0lice", False),
+    ],
+)
+def test_handshake_wrong_key_logs_claimed_name_and_its_existence(
+    name: bytes, claimed: str, exists: bool
+) -> None:
+    """The claimed name is escaped, because a peer without a key chose it."""
+    with served() as broker:
+        rejection(broker.address, b"a key nobody has", name)
+        fields = broker.log.wait("client.refused")[0].fields
+    assert (fields["claimed"], fields["exists"]) == (claimed, exists)
+    assert "name" not in fields
+
+
+def test_handshake_wrong_key_without_name_logs_no_claim() -> None:
+    """An answer without a name claims none."""
+    with served() as broker:
+        rejection(broker.address, b"a key nobody has")
+        fields = broker.log.wait("client.refused")[0].fields
+    assert not {"name", "claimed", "exists"} & fields.keys()
+
+
 def test_handshake_wrong_key_tries_same_number_of_keys_for_every_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

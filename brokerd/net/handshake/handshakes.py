@@ -290,6 +290,8 @@ class PendingHandshakes:
     # Finding the key
 
     def _search(self, pending: PendingConnection, proof: Proof) -> None:
+        # A valid name is ASCII: the escapes show every byte that only looks like it.
+        pending.claimed = proof.name.decode("ascii", "backslashreplace")
         if proof.binding:
             if proof.binding not in pending.tls_peer.bindings:
                 pending.refusal = _NOT_HERE
@@ -349,14 +351,9 @@ class PendingHandshakes:
             if room is Room.UNDECIDED:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
-            # A client whose name is connected is told so after the handshake: its key
-            # is right.
-            pending.refusal = "" if room is Room.TAKEN else room.value
-            if pending.refusal:
-                pending.outcome = HandshakeOutcome.REFUSED
-            key = None if pending.refusal else key_on(pending.tls_peer, identity.accepted.key.value)
-            if key is not None:
-                self._advance(pending, Rank.PROVED)
+            # Without room the client is told so after the handshake: its key is right.
+            key = key_on(pending.tls_peer, identity.accepted.key.value)
+            self._advance(pending, Rank.PROVED)
         self._loop.add_reader(pending.fd, self._on_readable, pending)
         pending.proof = None
         self._go_on(pending, key)

@@ -31,6 +31,7 @@ class PendingConnection:
     listener: the address at which the connection was accepted.
     origin: the key by which its failures are counted.
     silent: whether the peer has sent nothing yet.
+    claimed: the name that its answer carried, in ASCII with escapes; "" without one.
     nonce: the random part of the broker's challenge.
     heard: every byte that the peer has sent.
     spoken: number of frames sent to the peer. With nonce and heard, another process can
@@ -49,6 +50,7 @@ class PendingConnection:
 
     __slots__ = (
         "allow_md5",
+        "claimed",
         "credential",
         "deadline",
         "done",
@@ -109,6 +111,7 @@ class PendingConnection:
         self.muted = 0
         self.slowed = False
         self.proof: Proof | None = None
+        self.claimed = ""
         self.credential: Credential | None = None
         self.refusal = ""
         self.silent = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from brokerd.net.bound_loggers import handshake_logger
 
@@ -17,14 +17,19 @@ __all__ = ["note_refusal"]
 def note_refusal(
     context: Context, pending: PendingConnection, reason: str, outcome: HandshakeOutcome
 ) -> None:
-    """Count and log a refused connection."""
+    """Count and log a refused connection, with the name that it claimed without proof."""
     context.counters.handshakes[outcome] += 1
     credential = pending.credential
     party = pending.origin if credential is None else credential.client.name
+    claim: dict[str, Any] = {}
+    if credential is None and pending.claimed:
+        exists = bool(context.keyring.named(pending.claimed))
+        claim = {"claimed": pending.claimed, "exists": exists}
     context.log_limiter.note(
         "warning",
         "client.refused",
         f"{party}: {reason}",
         log=handshake_logger(context.log, pending),
         reason=reason,
+        **claim,
     )

@@ -20,8 +20,12 @@ class Room(Enum):
 
     @property
     def code(self) -> ErrorCode | None:
-        """The error code that a client gets after it has proved its key; None: no answer."""
+        """The error code that a client gets after it has proved its key; None: it has room."""
         return _CODES.get(self)
 
 
-_CODES = {Room.TAKEN: ErrorCode.NAME_TAKEN, Room.DRAINING: ErrorCode.SHUTTING_DOWN}
+_CODES = {
+    Room.TAKEN: ErrorCode.NAME_TAKEN,
+    Room.DRAINING: ErrorCode.SHUTTING_DOWN,
+    Room.FULL: ErrorCode.FULL,
+}

@@ -81,6 +81,7 @@ class BaseClient(ClientProperties):
             settings.name,
             first_id(),
             Message,
+            without_key=settings.without_key,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
             inbox=settings.inbox,

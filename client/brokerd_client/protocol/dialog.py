@@ -31,6 +31,7 @@ from brokerd_client.errors import (
     Closed,
     Disconnected,
     InDoubt,
+    KeyRejected,
     ProtocolError,
     TimedOut,
 )
@@ -88,6 +89,7 @@ class Dialog(Generic[M]):
         name: The client's name, or "" if the broker finds the client by its key.
         first_id: A random number below 2**62, so that ids of other clients differ.
         message: The class of received messages.
+        without_key: Whether ``key`` is the client's name because no key was given.
         reconnect: Whether another attempt follows a lost connection.
         timeout_s: Seconds for connecting, handshake and introduction together.
         inbox: Limit of the inbox, in bytes. With the broker's ``max_message``, it
@@ -101,6 +103,7 @@ class Dialog(Generic[M]):
         first_id: int,
         message: type[M],
         *,
+        without_key: bool = False,
         reconnect: bool = True,
         timeout_s: float = 10.0,
         inbox: int = 0,
@@ -133,6 +136,7 @@ class Dialog(Generic[M]):
         self.subscriptions = SubscriptionTable()
         self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._key = key
+        self._without_key = without_key
         self._first_id = self._next_id = first_id
         #: Ids for frames that are queued later with ``send_as`` or ``publish_as``.
         #: Taking an id is a single step.
@@ -798,11 +802,29 @@ class Dialog(Generic[M]):
             self._step(Event.AUTHENTICATE)
             self._introduce()
             return self._reader.take_rest()
+        except KeyRejected as error:
+            raise KeyRejected(self._why_rejected()) from error
         except AuthenticationError as error:
             raise AuthenticationError(
                 f"{error} (as {self.name or 'the client that the key names'})"
             ) from error
         return b""
+
+    def _why_rejected(self) -> str:
+        """Return the text for a rejected key; a broker tells nothing but that."""
+        if self._without_key:
+            return (
+                f"the peer rejected our answer: no key was given for {self.name}; give key,"
+                " key_file or BROKERD_KEY_FILE (a broker accepts a client without a key only as a"
+                " user in its peer_uid)"
+            )
+        if self.name:
+            return (
+                f"the peer rejected our answer: it does not accept the key used here for the name"
+                f" {self.name} (the name is not known there, or its keys are others; a broker's"
+                " log says which)"
+            )
+        return "the peer rejected our answer: no client is known there by the key used here"
 
     def _introduce(self) -> None:
         """Request this client's introduction, and subscribe again to all earlier

@@ -20,6 +20,7 @@ from brokerd_client.errors import (
     DisconnectedByOperator,
     Expired,
     FrameTooBig,
+    Full,
     KeyRemoved,
     NameTaken,
     ProtocolError,
@@ -45,7 +46,8 @@ _DRAINING: Final = "$broker.draining"
 #: Error codes that, with the id 0, give the reason why the broker closes the
 #: connection.
 _ENDINGS: Final = frozenset(
-    cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown)
+    cls.code
+    for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown, Full)
 )
 #: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An
 #: operation's answer for a caller, or with the list of clients, in multiples of the

@@ -24,7 +24,7 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-from brokerd_client.errors import AuthenticationError, FrameError
+from brokerd_client.errors import AuthenticationError, FrameError, KeyRejected
 from brokerd_client.wire.channel_binding import (
     BROKER,
     CLIENT,
@@ -346,10 +346,7 @@ def _prove(
 def _check_result(result: bytes | None) -> None:
     """Raise AuthenticationError unless the peer accepted this end's answer."""
     if result == FAILURE:
-        raise AuthenticationError(
-            "the peer rejected our answer: it does not accept the key used here, or has no room"
-            " for another connection with it"
-        )
+        raise KeyRejected("the peer rejected our answer: it does not accept the key used here")
     if result != WELCOME:
         raise AuthenticationError(
             "the peer answered neither #WELCOME# nor #FAILURE# to this end's proof: it is not a"

@@ -18,10 +18,11 @@ from brokerd.testing import RunningBroker, running
 from brokerd_client._common import rate_limit
 from brokerd_client.errors import (
     AlreadyAnswered,
-    AuthenticationError,
     Closed,
     Denied,
     Disconnected,
+    InvalidKey,
+    KeyRejected,
     NameTaken,
     NoSuchClient,
     Offline,
@@ -131,8 +132,19 @@ def test_connect_with_wrong_key_raises_at_once(face: Face, broker: RunningBroker
     """The error says that the key was rejected, and no second try follows without the
     caller's knowledge.
     """
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(KeyRejected, match="does not accept the key used here for the name alice"):
         face.connect(broker.address, "alice", "not the key")
+
+
+def test_connect_without_key_says_that_none_was_given(
+    face: Face, broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error does not speak of a wrong key, although the name stands for the key at a
+    Unix socket.
+    """
+    monkeypatch.delenv("BROKERD_KEY_FILE", raising=False)
+    with pytest.raises((KeyRejected, InvalidKey), match=r"no key.*give key,? ?(key_file)?"):
+        face.connect(broker.address, "alice")
 
 
 def test_connect_with_name_taken_raises_at_once(
