@@ -57,7 +57,7 @@ class Settings:
     """The settings of one client and its connections. The key is never shown.
 
     Attributes:
-        address: The broker's address.
+        addresses: The broker's addresses, in the order in which they are tried.
         name: The client's name, or "".
         key: The client's key.
         without_key: Whether no key was given, and ``key`` is the client's name.
@@ -67,9 +67,10 @@ class Settings:
         inbox: Limit of the bytes of messages kept in this process.
         tls: The TLS context, or None without TLS.
         threads: Threads for the request handler of a blocking client.
+        wait_s: Seconds to wait for a broker that is not up yet.
     """
 
-    address: Address
+    addresses: tuple[Address, ...]
     name: str
     key: bytes = field(repr=False)
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -79,6 +80,7 @@ class Settings:
     tls: SSLContext | None = field(default=None, repr=False)
     threads: int = DEFAULT_THREADS
     without_key: bool = False
+    wait_s: float = 0.0
 
 
 def check_timeout(timeout: float | None) -> float | None:
@@ -123,11 +125,13 @@ def resolve(
     inbox: int,
     ssl: SSLContext | bool | None = None,
     threads: int = DEFAULT_THREADS,
+    wait: float | None = 0.0,
 ) -> Settings:
     """Return the settings, with defaults for missing arguments.
 
     Args:
-        address: The broker's address; None for ``BROKERD_ADDRESS`` or the default.
+        address: The broker's address, or several in a list or tuple; None for
+            ``BROKERD_ADDRESS``, where commas separate addresses, or the default.
         name: The client's name; None for ``BROKERD_NAME``, or for none.
         key: The client's key; text is encoded in UTF-8.
         key_file: The path of a file with the key; None for ``BROKERD_KEY_FILE``.
@@ -138,6 +142,7 @@ def resolve(
         ssl: A client's TLS context, or True for the default context. With None, the
             default context is used if the address begins with tls://.
         threads: Threads for the request handler of a blocking client.
+        wait: Seconds to wait for a broker that is not up yet; None for no limit.
 
     Returns:
         The settings.
@@ -157,25 +162,24 @@ def resolve(
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
     if threads < 1:
         raise ValueError(f"threads is a number of threads of at least 1, not {threads}")
-    timeout_s = check_timeout(timeout)
+    timeout_s, wait_s = check_timeout(timeout), check_timeout(wait)
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
         check_name(name)
-    broker_address = parse(
-        address if address is not None else os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS
-    )
-    broker_address, tls = _tls(broker_address, ssl)
+    addresses, tls = _tls(_addresses(address), ssl)
     # A client that needs no key, because its Unix user identifies it, uses its name as
     # the key: docs/protocol.md, "Without a key".
     found_key = _key(key, key_file)
-    without_key = found_key is None and bool(name) and broker_address.family == "AF_UNIX"
+    without_key = (
+        found_key is None and bool(name) and all(each.family == "AF_UNIX" for each in addresses)
+    )
     if found_key is None and not without_key:
         raise InvalidKey(
             "no key: give key, key_file or the environment variable BROKERD_KEY_FILE; on a Unix"
             " socket a client configured with peer_uid and no key needs only its name"
         )
     return Settings(
-        broker_address,
+        addresses,
         name,
         name.encode() if found_key is None else found_key,
         ENDLESS_S if timeout_s is None else timeout_s,
@@ -185,24 +189,48 @@ def resolve(
         tls,
         threads,
         without_key,
+        ENDLESS_S if wait_s is None else wait_s,
     )
 
 
+def _addresses(address: AnyAddress | None) -> tuple[Address, ...]:
+    """Return the addresses to try, in their order. Raises AddressError."""
+    if address is None:
+        variable = os.environ.get("BROKERD_ADDRESS") or DEFAULT_ADDRESS
+        return tuple(parse(each.strip()) for each in variable.split(","))
+    if not isinstance(address, (list, tuple)) or _is_pair(address):
+        return (parse(address),)
+    if not address:
+        raise AddressError("a list of addresses can't be empty: give at least one address")
+    return tuple(parse(each) for each in address)
+
+
+def _is_pair(address: Sequence[Any]) -> bool:
+    """Return whether the sequence is a host and a port, not several addresses."""
+    return len(address) > 1 and not isinstance(address[1], (Sequence, Address))
+
+
 def _tls(
-    broker_address: Address, context: SSLContext | bool | None
-) -> tuple[Address, SSLContext | None]:
-    """Return (the address with its ``tls`` field set, the TLS context to use)."""
-    if not broker_address.tls and not context:
-        return broker_address, None
-    if broker_address.family not in ("AF_INET", "AF_INET6"):
-        raise AddressError(
-            f"TLS is for TCP, and {broker_address} is not a TCP address: omit ssl, or give"
-            " tls://HOST:PORT"
-        )
+    addresses: tuple[Address, ...], context: SSLContext | bool | None
+) -> tuple[tuple[Address, ...], SSLContext | None]:
+    """Return (the addresses with their ``tls`` field set, the TLS context to use)."""
+    with_tls = [each for each in addresses if each.tls]
+    if not with_tls and not context:
+        return addresses, None
+    for each in addresses:
+        if each.family not in ("AF_INET", "AF_INET6"):
+            raise AddressError(
+                f"TLS is for TCP, and {each} is not a TCP address: omit ssl, or give"
+                " tls://HOST:PORT"
+            )
+        if not each.tls and not context:
+            raise AddressError(
+                f"{with_tls[0]} asks for TLS, and {each} does not: give tls:// to all addresses"
+                " or to none"
+            )
     if context is False:
         raise AddressError(
-            f"{broker_address} asks for TLS, and ssl=False forbids it: leave out tls:// or"
-            " ssl=False"
+            f"{with_tls[0]} asks for TLS, and ssl=False forbids it: leave out tls:// or ssl=False"
         )
     # Imported here, because it takes long to load.
     import ssl
@@ -213,7 +241,7 @@ def _tls(
         raise TypeError(f"ssl takes an ssl.SSLContext or True, not {type(context).__name__}")
     if context.protocol is ssl.PROTOCOL_TLS_SERVER:
         raise ValueError("ssl takes a client's context: ssl.create_default_context()")
-    return replace(broker_address, tls=True), context
+    return tuple(replace(each, tls=True) for each in addresses), context
 
 
 def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> bytes | None:

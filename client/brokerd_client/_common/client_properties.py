@@ -15,8 +15,13 @@ class ClientProperties:
     """The properties of a client; the client sets the attributes below."""
 
     _dialog: Dialog[Any]
-    #: Where the broker listens.
-    _address: Address
+    #: Where the broker listens, in the order in which the addresses are tried.
+    _addresses: tuple[Address, ...]
+
+    @property
+    def _broker_address(self) -> Address:
+        """The address of the present connection, or of the next attempt."""
+        return self._addresses[self._dialog.turn]
 
     @property
     def name(self) -> str:
@@ -54,7 +59,7 @@ class ClientProperties:
 
     def __repr__(self) -> str:
         return (
-            f"<Client {self.address or self.name!r} at {self._address}"
+            f"<Client {self.address or self.name!r} at {self._broker_address}"
             f" {self._dialog.state.name.lower()}>"
         )
 

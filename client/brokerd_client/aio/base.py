@@ -73,7 +73,7 @@ class BaseClient(ClientProperties):
     def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
-        self._address = settings.address
+        self._addresses = settings.addresses
         self._loop = asyncio.get_running_loop()
         self._thread_id = get_ident()
         self._dialog: Dialog[Message] = Dialog(
@@ -84,6 +84,8 @@ class BaseClient(ClientProperties):
             without_key=settings.without_key,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
+            wait_s=settings.wait_s,
+            addresses=len(settings.addresses),
             inbox=settings.inbox,
         )
         self._resolver = Resolver()
@@ -507,10 +509,10 @@ class BaseClient(ClientProperties):
             BrokerdError: The reason why the connection was not made.
         """
         self._check()
-        limit = self._settings.timeout_s
+        limit = max(self._settings.timeout_s, self._settings.wait_s)
         # The dialog's own deadline expires first.
         if not await self._until(lambda: not self._dialog.beginning, limit + _LATENESS_S):
-            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
+            raise TimedOut(f"no connection to {self._broker_address} within {limit:g} s")
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
             raise self._dialog.reason
 
@@ -882,12 +884,12 @@ class BaseClient(ClientProperties):
                     await self._dial()
             except TimeoutError:
                 if self._dialog.state is State.CONNECTING:
-                    self._lose(TimedOut(f"no connection to {self._settings.address} in time"))
+                    self._lose(TimedOut(f"no connection to {self._broker_address} in time"))
             except (OSError, AddressError) as error:
                 self._lose(
                     error
                     if isinstance(error, AddressError)
-                    else no_connection(self._settings.address, error)
+                    else no_connection(self._broker_address, error)
                 )
             except BaseException as error:
                 # A bug; the tasks that wait for the connection must get the error.
@@ -899,7 +901,7 @@ class BaseClient(ClientProperties):
                     if isinstance(error, Exception)
                     else RuntimeError(f"{type(error).__name__}: {error}")
                 )
-                reason = no_connection(self._settings.address, cause)
+                reason = no_connection(self._broker_address, cause)
                 reason.__cause__ = error
                 self._lose(reason)
             await self._gone
@@ -909,7 +911,7 @@ class BaseClient(ClientProperties):
 
     async def _dial(self) -> None:
         """Connect, TLS included. Raises OSError, AddressError."""
-        address, context = self._settings.address, self._settings.tls
+        address, context = self._broker_address, self._settings.tls
         if context is None:
             await dial(address, lambda: Transport(self), self._resolver)
         else:

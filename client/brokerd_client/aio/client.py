@@ -566,6 +566,7 @@ def connect(
     *,
     key_file: str | os.PathLike[str] | None = None,
     timeout: float | None = DEFAULT_TIMEOUT_S,
+    wait: float | None = 0.0,
     reconnect: bool = True,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
@@ -578,8 +579,10 @@ def connect(
     Once connecting has begun, only the first five errors of the list below are raised.
 
     Args:
-        address: As address.parse takes it. The default is $BROKERD_ADDRESS, and after
-            that /run/brokerd/brokerd.sock.
+        address: As address.parse takes it, or a list of such addresses. They are tried in
+            turn, beginning with the one that worked last. The default is
+            $BROKERD_ADDRESS, where commas separate addresses, and after that
+            /run/brokerd/brokerd.sock.
         name: The client's name. The default is $BROKERD_NAME; without it the broker
             finds the name by the key.
         key: The client's key. The default is the content of ``key_file``.
@@ -587,6 +590,8 @@ def connect(
             default is $BROKERD_KEY_FILE.
         timeout: Seconds for connecting, and seconds that a send waits for a connection.
             Infinity or None means no limit.
+        wait: Seconds to wait for a broker that is not up yet. With 0 each address is
+            tried once. Infinity or None means no limit.
         reconnect: Whether to connect again after a loss; with False the first loss is
             final.
         allow_pickle_from: Names of the clients whose pickles may be read.
@@ -614,6 +619,7 @@ def connect(
         key,
         key_file,
         timeout,
+        wait=wait,
         reconnect=reconnect,
         allow_pickle_from=allow_pickle_from,
         inbox=inbox,

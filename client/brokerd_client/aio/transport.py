@@ -190,6 +190,7 @@ class Resolver:
 
     def __init__(self) -> None:
         self._lookup: Lookup | None = None
+        self._looked_up: tuple[str, int] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def find(self, host: str, port: int) -> list[Candidate]:
@@ -198,11 +199,13 @@ class Resolver:
         if addresses is not None:
             return addresses
         loop = asyncio.get_running_loop()
-        self._waiter = waiter = loop.create_future()
         lookup = self._lookup
-        if lookup is None:
+        if lookup is None or self._looked_up != (host, port):
             lookup = self._lookup = Lookup(host, port, lambda: self._notify(loop))
-        if not lookup.done:
+            self._looked_up = host, port
+        while not lookup.done:
+            # An earlier look-up, of another address, may wake this one too.
+            self._waiter = waiter = loop.create_future()
             await waiter
         self._lookup = None
         return lookup.result()

@@ -40,6 +40,7 @@ from brokerd_client._common import forks
 from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
+from brokerd_client.address import validate_family
 from brokerd_client.blocking.handlers import HandlerThreads, RequestJob
 from brokerd_client.blocking.subscriptions import BaseSubscription, Message
 from brokerd_client.blocking.transport import Transport
@@ -124,7 +125,7 @@ class BaseClient(ClientProperties):
     def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
         self._settings = settings
-        self._address = settings.address
+        self._addresses = settings.addresses
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
@@ -133,6 +134,8 @@ class BaseClient(ClientProperties):
             without_key=settings.without_key,
             reconnect=settings.reconnect,
             timeout_s=settings.timeout_s,
+            wait_s=settings.wait_s,
+            addresses=len(settings.addresses),
             inbox=settings.inbox,
         )
         self._transport = _transport(settings)
@@ -824,10 +827,10 @@ class BaseClient(ClientProperties):
             TimedOut: The connection was not made in time.
             BrokerdError: The reason why the connection was not made.
         """
-        limit = self._settings.timeout_s
+        limit = max(self._settings.timeout_s, self._settings.wait_s)
         # The dialog's own deadline expires first.
         if not self._until(lambda: not self._dialog.beginning, limit + _LATENESS_S):
-            raise TimedOut(f"no connection to {self._settings.address} within {limit:g} s")
+            raise TimedOut(f"no connection to {self._broker_address} within {limit:g} s")
         if self._dialog.state is State.GONE and self._dialog.reason is not None:
             raise self._dialog.reason
 
@@ -1106,15 +1109,16 @@ class BaseClient(ClientProperties):
 
     def _dial(self, now: float) -> None:
         try:
+            self._transport.aim(self._broker_address)
             is_connected = self._transport.dial()
         except BlockingIOError:
             self._dial_at = now + (_LOOKUP_S if self._transport.looking_up else _CROWDED_S)
             return
         except OSError as error:
-            self._lose(no_connection(self._settings.address, error))
+            self._lose(no_connection(self._broker_address, error))
             return
         except Exception as error:  # noqa: BLE001 - a bug; waiting calls must get the error
-            self._lose_by_bug(no_connection(self._settings.address, error), error)
+            self._lose_by_bug(no_connection(self._broker_address, error), error)
             return
         if is_connected:
             self._on_open()
@@ -1154,7 +1158,7 @@ class BaseClient(ClientProperties):
                 try:
                     is_connected = transport.connected()
                 except OSError as error:
-                    self._lose(no_connection(self._settings.address, error))
+                    self._lose(no_connection(self._broker_address, error))
                     return
                 if is_connected:
                     self._on_open()
@@ -1244,11 +1248,13 @@ def _from_threading(error: BaseException) -> bool:
 
 
 def _transport(settings: Settings) -> Transport:
+    for address in settings.addresses:
+        validate_family(address.family)
     if settings.tls is None:
-        return Transport(settings.address)
+        return Transport(settings.addresses[0])
     from brokerd_client.blocking.tls_transport import TlsTransport
 
-    return TlsTransport(settings.address, settings.tls)
+    return TlsTransport(settings.addresses[0], settings.tls)
 
 
 #: Modules and names of the methods that may hold a client's lock.

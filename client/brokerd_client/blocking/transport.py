@@ -44,7 +44,7 @@ def raised_by_system(error: OSError) -> bool:
 
 
 class Transport:
-    """The connection to one address, one at a time."""
+    """The connection to a broker, one at a time."""
 
     #: Returns how many bytes the system has taken. Raises OSError if it takes none, at
     #: the moment or permanently.
@@ -101,6 +101,17 @@ class Transport:
     def bindings(self) -> Mapping[str, bytes]:
         """The channel bindings of the key: none without TLS."""
         return {}
+
+    def aim(self, address: Address) -> None:
+        """Set the address that the next call of :meth:`dial` connects to.
+
+        Raises AddressError if this machine does not support the address's family.
+        """
+        if address != self.address:
+            validate_family(address.family)
+            self.address = address
+            # Its thread ends by itself; its result is about another host.
+            self._lookup = None
 
     def dial(self) -> bool:
         """Begin to connect; return whether the connection is made already.

@@ -30,9 +30,11 @@ from brokerd_client.errors import (
     BrokerdError,
     Closed,
     Disconnected,
+    Full,
     InDoubt,
     KeyRejected,
     ProtocolError,
+    ShuttingDown,
     TimedOut,
 )
 from brokerd_client.message import Message, Owner
@@ -74,6 +76,9 @@ _LATE_IDS: Final = 2**63
 #: succeeded.
 _FIRST_DOUBLINGS: Final = 3
 
+#: Longest wait between two attempts for a broker that is not up yet, in seconds.
+_LONGEST_FIRST_WAIT_S: Final = 1.0
+
 #: Kept in a name because looking up an enum member costs as much as a few other lines
 #: of a send.
 _READY: Final = State.READY
@@ -92,6 +97,9 @@ class Dialog(Generic[M]):
         without_key: Whether ``key`` is the client's name because no key was given.
         reconnect: Whether another attempt follows a lost connection.
         timeout_s: Seconds for connecting, handshake and introduction together.
+        wait_s: Seconds in which the first connection is attempted again, as long as no
+            broker is there. With 0 it is attempted once.
+        addresses: Number of the broker's addresses.
         inbox: Limit of the inbox, in bytes. With the broker's ``max_message``, it
             bounds the longest accepted message: see ``inbox.largest_message``.
     """
@@ -106,6 +114,8 @@ class Dialog(Generic[M]):
         without_key: bool = False,
         reconnect: bool = True,
         timeout_s: float = 10.0,
+        wait_s: float = 0.0,
+        addresses: int = 1,
         inbox: int = 0,
     ) -> None:
         self.state = State.IDLE
@@ -143,6 +153,17 @@ class Dialog(Generic[M]):
         self.late_ids = itertools.count(_LATE_IDS + first_id)
         self._reconnect = reconnect
         self._timeout_s = timeout_s
+        self._wait_s = wait_s
+        self._addresses = addresses
+        #: Which address the present or next attempt uses, from 0.
+        self.turn = 0
+        #: The address with which the present round of attempts began: the one that worked
+        #: last. Every address is tried once in a round.
+        self._round_start = 0
+        #: The most telling error of the present round: a refusal rather than no broker.
+        self._refused: BrokerdError | None = None
+        #: Seconds that the present attempt may take.
+        self._limit_s = timeout_s
         self._connection_deadline: float | None = None
         self._attempt = 0
         self._ready_since = 0.0
@@ -186,10 +207,12 @@ class Dialog(Generic[M]):
         """Record that the face begins to connect."""
         self._step(Event.DIAL)
         if self._first_deadline is None:
-            self._first_deadline = now + self._timeout_s
-        self._connection_deadline = (
-            now + self._timeout_s if self._introduced else self._first_deadline
-        )
+            self._first_deadline = now + max(self._timeout_s, self._wait_s)
+        self._limit_s = self._timeout_s
+        if not self._introduced:
+            # An address that does not answer must leave time for those after it.
+            self._limit_s = min(self._timeout_s, self._first_deadline - now) / self._untried
+        self._connection_deadline = now + self._limit_s
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """Begin the handshake on a new connection.
@@ -293,13 +316,20 @@ class Dialog(Generic[M]):
         """
         effects: Effects[M] = Effects()
         lifetime_s = now - self._ready_since if self.state in _CONNECTED else 0.0
-        retries = self._reconnect if self._introduced else self._was_cut_off(reason)
+        cut_off = not self._introduced and self._was_cut_off(reason)
+        retries = self._reconnect if self._introduced else cut_off or self._waits(reason)
         attempt = 0 if lifetime_s >= backoff.CAP_S else self._attempt
-        if not self._introduced:
+        if cut_off:
             # The broker is full, so many other clients retry too: begin with longer
             # waits.
             attempt += _FIRST_DOUBLINGS
         wait = backoff.delay(attempt, jitter)
+        if self._take_turn(reason):
+            wait, at_once, retries = 0.0, True, retries or not self._introduced
+        elif not self._introduced:
+            reason, self._refused = self._refused or reason, None
+            if self._wait_s:
+                wait = min(wait, _LONGEST_FIRST_WAIT_S)
         if not self._introduced and self._first_deadline is not None:
             retries = retries and now + wait < self._first_deadline
         self._step(Event.LOSE if retries else Event.GIVE_UP)
@@ -335,6 +365,32 @@ class Dialog(Generic[M]):
         for watch in self._watches:
             watch.disconnected()
         return effects
+
+    @property
+    def _untried(self) -> int:
+        """The number of addresses that the present round has not tried yet."""
+        return self._addresses - (self.turn - self._round_start) % self._addresses
+
+    def _take_turn(self, reason: BrokerdError) -> bool:
+        """Choose the next address after a loss; return whether this round has one more.
+
+        After a connection that had been made, a new round begins with its address.
+        """
+        if self.state in _CONNECTED:
+            return False
+        if not isinstance(reason, (Disconnected, TimedOut)) or reason.__cause__ is not None:
+            self._refused = self._refused or reason
+        more = self._untried > 1
+        self.turn = (self.turn + 1) % self._addresses
+        return more
+
+    def _waits(self, reason: BrokerdError) -> bool:
+        """Return whether the first connection is attempted again because no broker is up."""
+        return (
+            self._wait_s > 0
+            and isinstance(reason, (Disconnected, TimedOut))
+            and isinstance(reason.__cause__, (Full, ShuttingDown, type(None)))
+        )
 
     def _was_cut_off(self, reason: BrokerdError) -> bool:
         """Return whether the peer closed the connection without a reason before it was
@@ -408,7 +464,7 @@ class Dialog(Generic[M]):
             silent = self.state is State.AUTHENTICATING and not self._challenged
             reason = SILENT if silent else self.state.value
             effects.broken = TimedOut(
-                f"the broker did not answer within {self._timeout_s:g} s ({reason})"
+                f"the broker did not answer within {self._limit_s:.6g} s ({reason})"
             )
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.
@@ -900,6 +956,7 @@ class Dialog(Generic[M]):
         features = answer.get("features")
         if isinstance(features, list):
             self._features = frozenset(item for item in features if isinstance(item, str))
+        self._round_start, self._refused = self.turn, None
         self._step(Event.INTRODUCE)
         if "cancels" in self._features:
             self._operate("cancels", {}, Purpose.FORGET)

@@ -8,6 +8,7 @@ import json
 import random
 import string
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,7 @@ from brokerd_client.errors import (
     FrameTooBig,
     InDoubt,
     InvalidName,
+    KeyRejected,
     KeyRemoved,
     MalformedEnvelope,
     NameTaken,
@@ -100,6 +102,22 @@ def test_handshake_with_wrong_key_raises_error_with_client_name() -> None:
     effects = pair.connect()
     assert isinstance(effects.broken, AuthenticationError)
     assert "alice" in str(effects.broken)
+    assert "s3cret" not in str(effects.broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "does not accept the key used here for the name alice"),
+        ({"name": ""}, "no client is known there by the key used here"),
+        ({"without_key": True}, "no key was given for alice; give key"),
+    ],
+)
+def test_handshake_with_rejected_key_says_what_was_given(options: dict[str, Any], says: str) -> None:
+    """The broker's refusal is the same; the client knows what it has shown."""
+    effects = Pair(key=b"s3cret", **options).connect()
+    assert type(effects.broken) is KeyRejected
+    assert says in str(effects.broken)
     assert "s3cret" not in str(effects.broken)
 
 

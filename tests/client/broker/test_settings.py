@@ -29,7 +29,7 @@ def settle(**given: Any) -> Settings:
 def test_settings_without_environment_are_defaults() -> None:
     """The system's socket, no name, the key given."""
     found = settle(key="k")
-    assert (str(found.address), found.name, found.key) == (DEFAULT_ADDRESS, "", b"k")
+    assert (str(found.addresses[0]), found.name, found.key) == (DEFAULT_ADDRESS, "", b"k")
 
 
 def test_settings_argument_overrides_environment(
@@ -41,13 +41,13 @@ def test_settings_argument_overrides_environment(
     monkeypatch.setenv("BROKERD_NAME", "alice")
     monkeypatch.setenv("BROKERD_KEY_FILE", str(tmp_path / "key"))
     found = settle()
-    assert (str(found.address), found.name, found.key) == (
+    assert (str(found.addresses[0]), found.name, found.key) == (
         "localhost:6000",
         "alice",
         b"from file\n",
     )
     found = settle(address="@x", name="bob", key=b"k")
-    assert (str(found.address), found.name, found.key) == ("@x", "bob", b"k")
+    assert (str(found.addresses[0]), found.name, found.key) == ("@x", "bob", b"k")
 
 
 @pytest.mark.parametrize(
