@@ -25,6 +25,7 @@ LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wir
 #: The values that a user of the library gets, which the protocol makes of received bytes.
 VALUES = (
     "brokerd_client.codec",
+    "brokerd_client.connection_event",
     "brokerd_client.message",
     "brokerd_client.presence",
     "brokerd_client.topics",
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client.wire": ("brokerd_client.errors",),
     "brokerd_client.topics": (),
     "brokerd_client.codec": LEAVES,
+    "brokerd_client.connection_event": LEAVES,
     "brokerd_client.message": (*LEAVES, "brokerd_client.codec"),
     "brokerd_client.presence": LEAVES,
     "brokerd_client.settings": (*LEAVES, "brokerd_client._common"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -53,6 +54,8 @@ class Access:
         self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False
     ) -> brokerd_client.Client:
         """Return a connected client. Raises Failure if no broker can be reached."""
+        # The command itself says why it ends, and `top` shows whether it is connected.
+        logging.getLogger("brokerd_client.connection").setLevel(logging.ERROR)
         try:
             return brokerd_client.connect(
                 self.address,

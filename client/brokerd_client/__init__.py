@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         blocking,
         codec,
         connection,
+        connection_event,
         message,
         presence,
         protocol,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         wire,
     )
     from brokerd_client.blocking import Client, Message, PresenceWatch, Subscription, connect
+    from brokerd_client.connection_event import ConnectionEvent
     from brokerd_client.message import Receipt
     from brokerd_client.presence import ClientInfo, Presence
 
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Client",
     "ClientInfo",
+    "ConnectionEvent",
     "Message",
     "Presence",
     "PresenceWatch",
@@ -49,6 +52,7 @@ __all__ = [
     "codec",
     "connect",
     "connection",
+    "connection_event",
     "errors",
     "message",
     "presence",
@@ -67,6 +71,7 @@ _MODULES = (
     "blocking",
     "codec",
     "connection",
+    "connection_event",
     "message",
     "presence",
     "protocol",
@@ -79,6 +84,7 @@ _MODULES = (
 _HOMES = {
     "Client": "blocking",
     "ClientInfo": "presence",
+    "ConnectionEvent": "connection_event",
     "Message": "blocking",
     "Presence": "presence",
     "PresenceWatch": "blocking",

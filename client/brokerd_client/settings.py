@@ -68,6 +68,8 @@ class Settings:
         tls: The TLS context, or None without TLS.
         threads: Threads for the request handler of a blocking client.
         wait_s: Seconds to wait for a broker that is not up yet.
+        give_up_s: Seconds without a connection after which the client no longer
+            reconnects, or None.
     """
 
     addresses: tuple[Address, ...]
@@ -81,6 +83,7 @@ class Settings:
     threads: int = DEFAULT_THREADS
     without_key: bool = False
     wait_s: float = 0.0
+    give_up_s: float | None = None
 
 
 def check_timeout(timeout: float | None) -> float | None:
@@ -126,6 +129,7 @@ def resolve(
     ssl: SSLContext | bool | None = None,
     threads: int = DEFAULT_THREADS,
     wait: float | None = 0.0,
+    give_up_after: float | None = None,
 ) -> Settings:
     """Return the settings, with defaults for missing arguments.
 
@@ -143,6 +147,8 @@ def resolve(
             default context is used if the address begins with tls://.
         threads: Threads for the request handler of a blocking client.
         wait: Seconds to wait for a broker that is not up yet; None for no limit.
+        give_up_after: Seconds without a connection after which the client no longer
+            reconnects; None to give up only after several rejections of the key.
 
     Returns:
         The settings.
@@ -163,6 +169,9 @@ def resolve(
     if threads < 1:
         raise ValueError(f"threads is a number of threads of at least 1, not {threads}")
     timeout_s, wait_s = check_timeout(timeout), check_timeout(wait)
+    give_up_s = check_timeout(give_up_after)
+    if give_up_after is not None and give_up_s is None:
+        give_up_s = ENDLESS_S
     name = name or os.environ.get("BROKERD_NAME") or ""
     if name:
         check_name(name)
@@ -190,6 +199,7 @@ def resolve(
         threads,
         without_key,
         ENDLESS_S if wait_s is None else wait_s,
+        give_up_s,
     )
 
 

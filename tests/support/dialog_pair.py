@@ -35,6 +35,7 @@ def merge(into: Effects[Message], more: Effects[Message]) -> None:
         "undelivered",
         "unreadable",
         "warnings",
+        "changes",
     ):
         getattr(into, field).extend(getattr(more, field))
     into.size += more.size

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 from brokerd_client._common.warning_limiter import WarningLimiter
+from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message, extension_cost
 from brokerd_client.protocol.effects import Effects
@@ -85,6 +86,11 @@ class Dispatcher(Generic[M]):
         self._on_message: Callable[[M], object] | None = None
         self._on_request: Callable[[M], object] | None = None
         self._on_undelivered: Callable[[BrokerdError], object] | None = None
+        self._on_connection: Callable[[ConnectionEvent], object] | None = None
+        #: The last change of the connection, which a new handler gets first.
+        self._change: ConnectionEvent | None = None
+        #: Whether a loss was logged, and no return since.
+        self._lost = False
         self._undelivered = WarningLimiter()
         self._unreadable = WarningLimiter("more messages could not be read")
 
@@ -103,6 +109,12 @@ class Dispatcher(Generic[M]):
         log.
         """
         self._on_undelivered = handler
+
+    def handle_connection(self, handler: Callable[[ConnectionEvent], object]) -> None:
+        """Pass changes of the connection to the handler, beginning with the last one."""
+        self._on_connection = handler
+        if self._change is not None and self.ordered.ended is None:
+            self.ordered.put([(handler, self._change)], _weight(self._change))
 
     def _dispatch_again(self) -> None:
         inbox: Inbox[M] = self.inbox.inbox
@@ -161,6 +173,27 @@ class Dispatcher(Generic[M]):
         else:
             self._warn(error, now)
 
+    def tell_changes(self, changes: list[ConnectionEvent]) -> None:
+        """Log changes of the connection, and pass them to the handler."""
+        for change in changes:
+            self._change = change
+            self._log_change(change)
+            if self._on_connection is not None and self.ordered.ended is None:
+                self.ordered.put([(self._on_connection, change)], _weight(change))
+
+    def _log_change(self, change: ConnectionEvent) -> None:
+        if change.state in ("lost", "refused"):
+            self._lost = True
+            log("connection").warning(
+                "connection to the broker %s: %s; %s",
+                change.state,
+                change.reason,
+                "the client no longer reconnects" if change.final else "the client reconnects",
+            )
+        elif self._lost and change.state == "connected":
+            self._lost = False
+            log("connection").info("connected to the broker again")
+
     def _warn(self, error: BrokerdError, now: float) -> None:
         recipient = getattr(error, "name", "")
         kind = type(error).__name__
@@ -182,20 +215,25 @@ class Dispatcher(Generic[M]):
 
     def drop_jobs(self) -> None:
         """Drop the waiting jobs of message handlers and callbacks, but not reports of
-        failures.
+        failures and of the connection.
         """
-        failures = self._take_failures()
-        if failures:
-            self.ordered.put(failures, sum(_weight(error) for _, error in failures))
+        reports = self._take_reports()
+        if reports:
+            self.ordered.put(reports, sum(_weight(item) for _, item in reports))
 
     def log_failures(self, now: float) -> None:
         """Log the failures that no handler will get any more."""
-        for _, error in self._take_failures():
-            self._warn(error, now)
+        for _, item in self._take_reports():
+            if isinstance(item, BrokerdError):
+                self._warn(item, now)
 
-    def _take_failures(self) -> list[Job]:
-        """Take all ordered jobs, and return the reports of failures among them."""
-        return [job for job in self.ordered.inbox.take_all() if isinstance(job[1], BrokerdError)]
+    def _take_reports(self) -> list[Job]:
+        """Take all ordered jobs; return the reports of failures and of the connection."""
+        return [
+            job
+            for job in self.ordered.inbox.take_all()
+            if isinstance(job[1], (BrokerdError, ConnectionEvent))
+        ]
 
     def report(self, effects: Effects[M], now: float) -> None:
         """Log skipped frames, warnings and unexpected errors of the dialog."""
@@ -237,8 +275,10 @@ def _weight(item: object) -> int:
     return OVERHEAD
 
 
-def log() -> Any:
-    """Return the library's logger, importing logging at the first use."""
+def log(area: str = "") -> Any:
+    """Return the library's logger, or that of an area, importing logging at the first
+    use.
+    """
     import logging
 
-    return logging.getLogger("brokerd_client")
+    return logging.getLogger(f"brokerd_client.{area}" if area else "brokerd_client")

@@ -86,6 +86,7 @@ class BaseClient(ClientProperties):
             timeout_s=settings.timeout_s,
             wait_s=settings.wait_s,
             addresses=len(settings.addresses),
+            give_up_s=settings.give_up_s,
             inbox=settings.inbox,
         )
         self._resolver = Resolver()
@@ -695,6 +696,7 @@ class BaseClient(ClientProperties):
             self._subscriptions.discard(subscription)
         for error in effects.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
+        self._dispatcher.tell_changes(effects.changes)
         self._dispatcher.report(effects, self._loop.time())
         deadline = self._dispatcher.warning_due
         if deadline is not None:
@@ -728,8 +730,7 @@ class BaseClient(ClientProperties):
         if self.closed:
             is_gone = state is State.GONE
             for queue in self._queues():
-                reason = f"the connection to the broker is gone: {self._dialog.reason}"
-                queue.end(Disconnected(reason) if is_gone else Closed("the client is closed"))
+                queue.end(self._dialog.gone() if is_gone else Closed("the client is closed"))
             self._subscriptions.clear()
         for waiter in self._clear_waiters:
             if not waiter.done():

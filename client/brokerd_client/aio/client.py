@@ -24,6 +24,7 @@ from brokerd_client.aio.base import BaseClient
 from brokerd_client.aio.opening import Opening
 from brokerd_client.aio.subscriptions import Message, PresenceWatch, Subscription
 from brokerd_client.codec import encode
+from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Receipt, with_time_limit, with_ttl
 from brokerd_client.presence import ClientInfo, client_list
@@ -44,6 +45,7 @@ __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "con
 
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
+ConnectionHandler = TypeVar("ConnectionHandler", bound=Callable[[ConnectionEvent], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
 
 
@@ -411,6 +413,22 @@ class Client(BaseClient):
         """
         return self._handle(self._dispatcher.handle_undelivered, handler)
 
+    def on_connection(self, handler: ConnectionHandler) -> ConnectionHandler:
+        """Set the handler of changes of the connection; can be used as a decorator.
+
+        The client calls ``handler(event)`` with a ConnectionEvent: at once with the
+        present state, then for each change, in order with messages. A refusal with the
+        same reason as the one before is not reported again. Losses and refusals are
+        logged as warnings too, and the return of the connection as information.
+
+        Args:
+            handler: The function to call for each change.
+
+        Returns:
+            The handler.
+        """
+        return self._handle(self._dispatcher.handle_connection, handler)
+
     # Topics, presence and the broker itself
 
     def subscribe(
@@ -568,6 +586,7 @@ def connect(
     timeout: float | None = DEFAULT_TIMEOUT_S,
     wait: float | None = 0.0,
     reconnect: bool = True,
+    give_up_after: float | None = None,
     allow_pickle_from: Iterable[str] = (),
     inbox: int = DEFAULT_INBOX,
     ssl: SSLContext | bool | None = None,
@@ -594,6 +613,9 @@ def connect(
             tried once. Infinity or None means no limit.
         reconnect: Whether to connect again after a loss; with False the first loss is
             final.
+        give_up_after: Seconds without a connection after which a loss is final. With
+            None the client reconnects without end, but gives up when the broker has
+            rejected its key six times. With infinity it never gives up.
         allow_pickle_from: Names of the clients whose pickles may be read.
         inbox: Bytes of received messages kept in this process before the client stops
             reading the socket.
@@ -621,6 +643,7 @@ def connect(
         timeout,
         wait=wait,
         reconnect=reconnect,
+        give_up_after=give_up_after,
         allow_pickle_from=allow_pickle_from,
         inbox=inbox,
         ssl=ssl,

@@ -40,7 +40,6 @@ from brokerd_client._common import forks
 from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
-from brokerd_client.address import validate_family
 from brokerd_client.blocking.handlers import HandlerThreads, RequestJob
 from brokerd_client.blocking.subscriptions import BaseSubscription, Message
 from brokerd_client.blocking.transport import Transport
@@ -54,6 +53,7 @@ from brokerd_client.blocking.waiters import (
     wait_at,
 )
 from brokerd_client.errors import (
+    AddressError,
     BrokerdError,
     Closed,
     Disconnected,
@@ -136,6 +136,7 @@ class BaseClient(ClientProperties):
             timeout_s=settings.timeout_s,
             wait_s=settings.wait_s,
             addresses=len(settings.addresses),
+            give_up_s=settings.give_up_s,
             inbox=settings.inbox,
         )
         self._transport = _transport(settings)
@@ -955,6 +956,8 @@ class BaseClient(ClientProperties):
                 self._dispatcher.dispatch_events(effects.events)
         for subscription, reason in effects.ended:
             self._end_queue(subscription.queue, reason)
+        if effects.changes:
+            self._dispatcher.tell_changes(effects.changes)
         if effects.undelivered or effects.unreadable or effects.warnings or effects.broken:
             earlier_deadline = self._dispatcher.warning_due
             for error in effects.undelivered:
@@ -999,7 +1002,7 @@ class BaseClient(ClientProperties):
         """
         state = self._dialog.state
         if state is State.GONE:
-            reason = Disconnected(f"the connection to the broker is gone: {self._dialog.reason}")
+            reason = self._dialog.gone()
             for queue in list(self._queues):
                 queue.end(reason)
         elif state in (State.CLOSING, State.CLOSED):
@@ -1113,6 +1116,9 @@ class BaseClient(ClientProperties):
             is_connected = self._transport.dial()
         except BlockingIOError:
             self._dial_at = now + (_LOOKUP_S if self._transport.looking_up else _CROWDED_S)
+            return
+        except AddressError as error:
+            self._lose(error)
             return
         except OSError as error:
             self._lose(no_connection(self._broker_address, error))
@@ -1248,8 +1254,6 @@ def _from_threading(error: BaseException) -> bool:
 
 
 def _transport(settings: Settings) -> Transport:
-    for address in settings.addresses:
-        validate_family(address.family)
     if settings.tls is None:
         return Transport(settings.addresses[0])
     from brokerd_client.blocking.tls_transport import TlsTransport

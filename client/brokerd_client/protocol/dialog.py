@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client import presence
+from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import (
     AuthenticationError,
     BrokerdError,
@@ -79,6 +80,10 @@ _FIRST_DOUBLINGS: Final = 3
 #: Longest wait between two attempts for a broker that is not up yet, in seconds.
 _LONGEST_FIRST_WAIT_S: Final = 1.0
 
+#: Rounds of attempts in a row that find the key rejected, after which the client gives
+#: up unless the program has said how long it may try.
+_MOST_REJECTIONS: Final = 6
+
 #: Kept in a name because looking up an enum member costs as much as a few other lines
 #: of a send.
 _READY: Final = State.READY
@@ -100,6 +105,8 @@ class Dialog(Generic[M]):
         wait_s: Seconds in which the first connection is attempted again, as long as no
             broker is there. With 0 it is attempted once.
         addresses: Number of the broker's addresses.
+        give_up_s: Seconds without a connection after which no other attempt follows.
+            With None only a rejected key ends the attempts, after a few of them.
         inbox: Limit of the inbox, in bytes. With the broker's ``max_message``, it
             bounds the longest accepted message: see ``inbox.largest_message``.
     """
@@ -116,6 +123,7 @@ class Dialog(Generic[M]):
         timeout_s: float = 10.0,
         wait_s: float = 0.0,
         addresses: int = 1,
+        give_up_s: float | None = None,
         inbox: int = 0,
     ) -> None:
         self.state = State.IDLE
@@ -155,6 +163,13 @@ class Dialog(Generic[M]):
         self._timeout_s = timeout_s
         self._wait_s = wait_s
         self._addresses = addresses
+        self._give_up_s = give_up_s
+        #: When the last connection was lost.
+        self._lost_at = 0.0
+        #: Rounds of attempts since then in which the key was rejected.
+        self._rejections = 0
+        #: The text of the last refusal that was reported since then.
+        self._reported = ""
         #: Which address the present or next attempt uses, from 0.
         self.turn = 0
         #: The address with which the present round of attempts began: the one that worked
@@ -317,6 +332,10 @@ class Dialog(Generic[M]):
         effects: Effects[M] = Effects()
         lifetime_s = now - self._ready_since if self.state in _CONNECTED else 0.0
         cut_off = not self._introduced and self._was_cut_off(reason)
+        was_connected = self.state in _CONNECTED
+        was_open = self.state not in (State.CLOSING, State.CLOSED)
+        if was_connected:
+            self._lost_at = now
         retries = self._reconnect if self._introduced else cut_off or self._waits(reason)
         attempt = 0 if lifetime_s >= backoff.CAP_S else self._attempt
         if cut_off:
@@ -324,16 +343,21 @@ class Dialog(Generic[M]):
             # waits.
             attempt += _FIRST_DOUBLINGS
         wait = backoff.delay(attempt, jitter)
-        if self._take_turn(reason):
+        another = self._take_turn(reason)
+        if another:
             wait, at_once, retries = 0.0, True, retries or not self._introduced
-        elif not self._introduced:
+        else:
             reason, self._refused = self._refused or reason, None
-            if self._wait_s:
+            if not self._introduced and self._wait_s:
                 wait = min(wait, _LONGEST_FIRST_WAIT_S)
         if not self._introduced and self._first_deadline is not None:
             retries = retries and now + wait < self._first_deadline
+        elif not another and self._gives_up(reason, now):
+            retries = False
         self._step(Event.LOSE if retries else Event.GIVE_UP)
         self.reason = reason
+        if self._introduced and was_open:
+            self._report(reason, effects, lost=was_connected, final=not retries)
         if self._introduced or not retries:
             self.losses += 1
         self._handshake = None
@@ -366,6 +390,24 @@ class Dialog(Generic[M]):
             watch.disconnected()
         return effects
 
+    def _gives_up(self, reason: BrokerdError, now: float) -> bool:
+        """Return whether no attempt follows a loss or a failed round of attempts."""
+        if self._give_up_s is not None:
+            return now >= self._lost_at + self._give_up_s
+        self._rejections += isinstance(reason, KeyRejected)
+        return self._rejections >= _MOST_REJECTIONS
+
+    def _report(
+        self, reason: BrokerdError, effects: Effects[M], *, lost: bool, final: bool
+    ) -> None:
+        """Add the change of the connection to the effects; no refusal is repeated."""
+        refused = not lost and _is_refusal(reason)
+        if refused and (final or str(reason) != self._reported):
+            self._reported = str(reason)
+            effects.changes.append(ConnectionEvent("refused", reason, final))
+        elif lost or final:
+            effects.changes.append(ConnectionEvent("lost", reason, final))
+
     @property
     def _untried(self) -> int:
         """The number of addresses that the present round has not tried yet."""
@@ -378,7 +420,7 @@ class Dialog(Generic[M]):
         """
         if self.state in _CONNECTED:
             return False
-        if not isinstance(reason, (Disconnected, TimedOut)) or reason.__cause__ is not None:
+        if _is_refusal(reason):
             self._refused = self._refused or reason
         more = self._untried > 1
         self.turn = (self.turn + 1) % self._addresses
@@ -749,13 +791,21 @@ class Dialog(Generic[M]):
         suffix = "" if self.state is State.READY else f" ({self.state.value})"
         return Disconnected(f"the broker closed the connection{suffix}")
 
+    def gone(self) -> Disconnected:
+        """Return the error for calls that wait when no other connection follows."""
+        error = Disconnected(f"the connection to the broker is gone: {self.reason}")
+        error.__cause__ = self.reason
+        return error
+
     def require_ready(self) -> None:
         """Raise Closed or Disconnected unless the state is READY."""
         if self.state is State.READY:
             return
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("the client is closed")
-        raise Disconnected(f"not connected to the broker: {self.reason or self.state.value}")
+        raise Disconnected(
+            f"not connected to the broker: {self.reason or self.state.value}"
+        ) from self.reason
 
     @property
     def may_answer(self) -> bool:
@@ -916,10 +966,11 @@ class Dialog(Generic[M]):
             self._encoder.put(Kind.ERROR, 0, message_id, to, JSON_CODEC, body, None)
             self._encoder.without_receipt(message_id, to)
 
-    def _on_draining(self) -> None:
+    def _on_draining(self, effects: Effects[M]) -> None:
         """Send only answers from now on."""
         if self.state is State.READY:
             self._step(Event.DRAIN)
+            effects.changes.append(ConnectionEvent("draining"))
 
     def _finish(self) -> None:
         """Send ``finished`` in the state DRAINING, once no call waits for its outcome.
@@ -957,6 +1008,8 @@ class Dialog(Generic[M]):
         if isinstance(features, list):
             self._features = frozenset(item for item in features if isinstance(item, str))
         self._round_start, self._refused = self.turn, None
+        self._rejections, self._reported = 0, ""
+        effects.changes.append(ConnectionEvent("connected"))
         self._step(Event.INTRODUCE)
         if "cancels" in self._features:
             self._operate("cancels", {}, Purpose.FORGET)
@@ -975,3 +1028,10 @@ class Dialog(Generic[M]):
                 f" accepts {largest}: give it an inbox of at least"
                 f" {-(-max_message // STRETCH)} bytes"
             )
+
+
+def _is_refusal(reason: BrokerdError) -> bool:
+    """Return whether the peer was there and did not serve this client."""
+    return not reason.cut_off and (
+        not isinstance(reason, (Disconnected, TimedOut)) or reason.__cause__ is not None
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
+from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import BrokerdError
 from brokerd_client.message import Message
 
@@ -25,6 +26,7 @@ class Effects(Generic[M]):
         undelivered: Failures of sends without a waiting call.
         unreadable: One error for each skipped frame.
         warnings: Sentences for the log.
+        changes: Of the state of the connection.
         broken: Set when the connection has to be closed; the face then calls
             ``Dialog.lost`` with it.
     """
@@ -32,6 +34,7 @@ class Effects(Generic[M]):
     __slots__ = (
         "broken",
         "cancelled",
+        "changes",
         "ended",
         "events",
         "messages",
@@ -52,4 +55,5 @@ class Effects(Generic[M]):
         self.undelivered: list[BrokerdError] = []
         self.unreadable: list[BrokerdError] = []
         self.warnings: list[str] = []
+        self.changes: list[ConnectionEvent] = []
         self.broken: BrokerdError | None = None

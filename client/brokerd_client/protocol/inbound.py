@@ -81,7 +81,8 @@ class Inbound(Generic[M]):
         watches: The subscriptions of each watch.
         on_introduction: Called with the broker's answer to whoami, the effects and the
             time. Raises ProtocolError if the answer is not valid.
-        on_draining: Called when the broker announces the end of this connection.
+        on_draining: Called with the effects when the broker announces the end of this
+            connection.
         withdraw: Called with a call whose answer is not valid. Removes its subscription
             or watch, here and at the broker.
         refuse: Called with sender, id, code and text for a request that can't be read.
@@ -99,7 +100,7 @@ class Inbound(Generic[M]):
         subscriptions: SubscriptionTable,
         watches: dict[presence.Watch, list[SubscriptionEntry]],
         on_introduction: Callable[[dict[str, Any], Effects[M], float], object],
-        on_draining: Callable[[], object],
+        on_draining: Callable[[Effects[M]], object],
         withdraw: Callable[[Pending], object],
         refuse: Callable[[str, int, str, str], object],
         has_answered: Callable[[int], bool],
@@ -195,7 +196,7 @@ class Inbound(Generic[M]):
     def _on_event(self, message: M, effects: Effects[M]) -> None:
         subscriptions = self._subscriptions.of(message.topic)
         if message.topic == _DRAINING and message.sender == BROKER and self._goaway:
-            self._on_draining()
+            self._on_draining(effects)
         elif not subscriptions:
             self.unrouted += 1
         for entry in subscriptions:

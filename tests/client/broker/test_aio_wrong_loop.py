@@ -37,6 +37,7 @@ CALLS: dict[str, Use] = {
     "on_request": lambda client, subscription, watch, request: client.on_request(print),
     "on_message": lambda client, subscription, watch, request: client.on_message(print),
     "on_undelivered": lambda client, subscription, watch, request: client.on_undelivered(print),
+    "on_connection": lambda client, subscription, watch, request: client.on_connection(print),
     "subscribe": lambda client, subscription, watch, request: client.subscribe("b"),
     "watch_presence": lambda client, subscription, watch, request: client.watch_presence(),
     "control": lambda client, subscription, watch, request: client.control("ping"),
