@@ -31,7 +31,7 @@ PATTERNS = (
     (r'"Opening", ', ""),
     (r"\bOpening\[(\w+)\]", r"\1"),
     (
-        r"return Opening\(lambda: self\._open\(([^\n]*), timeout\)\)\n",
+        r"return Opening\(\s*lambda: self\._open\(([^\n]*), timeout\),\s*\"\w+\"\s*\)\n",
         # The guard stands in the outermost call: an exception of a signal handler can
         # strike behind the inner one.
         """subscription = \\1
@@ -43,7 +43,7 @@ PATTERNS = (
             raise
 """,
     ),
-    (r"return Opening\(\s*lambda: (.*?)\s*\)\n(?=\n)", r"return \1\n"),
+    (r"return Opening\(\s*lambda: (.*?),\s*\"\w+\"\s*\)\n(?=\n)", r"return \1\n"),
     (r"An async iterator", "An iterator"),
     (r"an async iterator", "an iterator"),
     (r"an asyncio client", "a blocking client"),

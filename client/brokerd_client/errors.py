@@ -9,6 +9,7 @@
     │   ├── InvalidKey               (ValueError) an empty or unreadable key
     │   ├── AlreadyAnswered          (RuntimeError) a second answer to one request
     │   ├── PayloadError             (TypeError)  without a codec, or too large for a frame
+    │   ├── WrongUse                 (RuntimeError) a call that does not fit the object
     │   ├── WrongLoop                (RuntimeError) an asyncio client used outside its event loop
     │   ├── WrongProcess             (RuntimeError) a client used in a forked process
     │   └── WouldDeadlock            (RuntimeError) a signal handler waits for the interrupted call
@@ -88,6 +89,7 @@ __all__ = [
     "WouldDeadlock",
     "WrongLoop",
     "WrongProcess",
+    "WrongUse",
 ]
 
 
@@ -123,6 +125,10 @@ class PayloadError(LocalError, TypeError):
 
 class AlreadyAnswered(LocalError, RuntimeError):
     """The caller answered a request twice; the requester has the first answer."""
+
+
+class WrongUse(LocalError, RuntimeError):
+    """The call does not fit the object, such as an answer to what is not a request."""
 
 
 class WrongLoop(LocalError, RuntimeError):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from brokerd_client import codec as codecs
-from brokerd_client.errors import AlreadyAnswered, UndecodablePayload
+from brokerd_client.errors import AlreadyAnswered, UndecodablePayload, WrongUse
 from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
+from brokerd_client.wire.layout import REQUEST_KIND
 
 __all__ = [
     "VALUE_COST",
@@ -189,7 +190,15 @@ class Message:
             self._deadline = now + ttl
 
     def require_unanswered(self) -> None:
-        """Raise AlreadyAnswered if the request was answered before."""
+        """Raise AlreadyAnswered if the request was answered before.
+
+        Raises WrongUse if the message is not a request.
+        """
+        if self._kind != REQUEST_KIND:
+            raise WrongUse(
+                f"a {self.kind.name} of {self.sender} can't be answered: only a request gets an"
+                " answer; use send()"
+            )
         if self.answered:
             raise AlreadyAnswered(
                 f"request {self.id} of {self.sender} has been answered: a request gets one answer"

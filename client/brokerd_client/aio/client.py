@@ -257,6 +257,7 @@ class Client(BaseClient):
         Raises:
             PayloadError: The payload cannot be encoded.
             AlreadyAnswered: The request has been answered before.
+            WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)
@@ -461,7 +462,9 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return Opening(lambda: self._open(Subscription(self, pattern, group, callback), timeout))
+        return Opening(
+            lambda: self._open(Subscription(self, pattern, group, callback), timeout), "subscribe"
+        )
 
     def watch_presence(self, *, timeout: float | None = 30.0) -> Opening[PresenceWatch]:
         """Watch which clients are online.
@@ -479,7 +482,7 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return Opening(lambda: self._open(PresenceWatch(self), timeout))
+        return Opening(lambda: self._open(PresenceWatch(self), timeout), "watch_presence")
 
     async def control(
         self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
@@ -648,7 +651,7 @@ def connect(
         inbox=inbox,
         ssl=ssl,
     )
-    return Opening(lambda: _connected(settings))
+    return Opening(lambda: _connected(settings), "connect")
 
 
 async def _connected(settings: Settings) -> Client:

@@ -6,6 +6,7 @@ they open.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -26,11 +27,37 @@ class Opening(Generic[O]):
 
     Args:
         opener: Opens the object and returns it.
+        call: The name of the call that returned this object.
     """
 
-    def __init__(self, opener: Callable[[], Awaitable[O]]) -> None:
-        self._opener = opener
+    def __init__(self, opener: Callable[[], Awaitable[O]], call: str) -> None:
+        self._function = opener
+        self._call = call
+        self._used = False
         self._opened: O | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"the result of {self._call}() has no attribute {name!r} before it is awaited: write"
+            f" 'await {self._call}(...)' or 'async with {self._call}(...) as ...'",
+            name=name,
+            obj=self,
+        )
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(
+                f"{self._call}() was never awaited: it has done nothing",
+                RuntimeWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def _opener(self) -> Awaitable[O]:
+        self._used = True
+        return self._function()
 
     def __await__(self) -> Generator[Any, None, O]:
         return self._opener().__await__()
@@ -50,7 +77,8 @@ class Opening(Generic[O]):
         await self._opened.__aexit__(kind, error, trace)
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        return Iteration(self._opener)
+        self._used = True
+        return Iteration(self._function)
 
 
 class Iteration(Generic[O]):

@@ -255,6 +255,7 @@ class Client(BaseClient):
         Raises:
             PayloadError: The payload cannot be encoded.
             AlreadyAnswered: The request has been answered before.
+            WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
         """
         number, body = encode(payload, codec)

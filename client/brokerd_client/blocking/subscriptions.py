@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from brokerd_client import message
 from brokerd_client.blocking.waiters import WaitQueue
-from brokerd_client.errors import Closed
+from brokerd_client.errors import Closed, WrongUse
 from brokerd_client.presence import Presence, Watch
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
@@ -43,6 +43,7 @@ class Message(message.Message):
         Raises:
             PayloadError: The payload cannot be encoded.
             AlreadyAnswered: The request has been answered before.
+            WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
             Closed: The client is closed.
         """
@@ -57,6 +58,7 @@ class Message(message.Message):
 
         Raises:
             AlreadyAnswered: The request has been answered before.
+            WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
             Closed: The client is closed.
         """
@@ -99,8 +101,14 @@ class BaseSubscription(Generic[T]):
             TimedOut: No item arrived in time.
             Closed: The subscription, the watch or its client is closed.
             Refused: The broker has ended the subscription or the watch.
+            WrongUse: The subscription has a callback, which gets the items.
         """
         self._client._check()
+        if self.callback is not None:
+            raise WrongUse(
+                "this subscription has a callback, which gets its events: leave out callback= to"
+                " call recv() or to iterate"
+            )
         return self.queue.take(check_timeout(timeout))
 
     def __iter__(self) -> Iterator[T]:
