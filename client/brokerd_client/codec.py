@@ -11,6 +11,7 @@ needed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Final
 
 from brokerd_client.errors import PayloadError, UndecodablePayload
@@ -29,6 +30,9 @@ _BY_NAME: Final = {
     "msgpack": CodecId.MSGPACK,
 }
 _JSON_TYPES: Final = (str, dict, list, int, float, bool, type(None))
+_TEXT: Final = frozenset({str})
+#: Types of values that JSON carries unchanged and that hold no other values.
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _to_json: Final = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), allow_nan=False
 ).encode
@@ -41,7 +45,8 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
         payload: The object to encode.
         codec: One of "raw", "json", "msgpack", "pickle", or a number; 128 to 255 take
             bytes unchanged. With None, the payload's type selects raw (bytes-like) or
-            JSON (str, dict, list, int, float, bool, None).
+            JSON (str, dict, list, int, float, bool, None). JSON is then refused where it
+            would change the payload: keys that are not text, and tuples.
 
     Returns:
         The codec's number, and the bytes to send.
@@ -56,7 +61,13 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
         if isinstance(payload, (bytes, bytearray, memoryview)):
             return RAW_CODEC, bytes(payload)
         if isinstance(payload, _JSON_TYPES):
-            return JSON_CODEC, _json(payload)
+            body = _json(payload)
+            if isinstance(payload, (dict, list)) and (change := _change(payload)):
+                raise PayloadError(
+                    f"JSON would change the payload: {change}; give codec='json' to allow that"
+                    " (codec='msgpack' and codec='pickle' change less)"
+                )
+            return JSON_CODEC, body
         raise PayloadError(
             f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give"
             " codec='pickle' (the recipient has to allow that)"
@@ -130,6 +141,30 @@ def _json(payload: object) -> bytes:
         raise PayloadError(
             f"the payload can't be written as JSON ({error}); codec='pickle' could"
         ) from error
+
+
+def _change(payload: object) -> str:
+    """Return what the recipient of a payload's JSON would get changed, or ""."""
+    values = [payload]
+    while values:
+        value = values.pop()
+        items: Iterable[object]
+        if isinstance(value, dict):
+            if not _TEXT.issuperset(map(type, value)):
+                for key in value:
+                    if not isinstance(key, str):
+                        return f"the key {key!r:.40} would become text"
+            items = value.values()
+        elif isinstance(value, list):
+            items = value
+        elif isinstance(value, tuple):
+            return "a tuple would become a list"
+        else:
+            continue
+        # The usual items are found by one call of C code, not by a loop.
+        if not _SCALARS.issuperset(map(type, items)):
+            values += [item for item in items if type(item) not in _SCALARS]
+    return ""
 
 
 def _pickle(payload: object) -> bytes:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import enum
+import json
 import sys
 import types
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +17,16 @@ from brokerd_client.codec import decode, encode
 from brokerd_client.errors import PayloadError, UndecodablePayload
 from brokerd_client.message import Message, with_ttl
 from brokerd_client.topics import has_wildcard, matches
+from brokerd_client.wire.layout import CodecId
+
+
+class TextKey(enum.StrEnum):
+    A = "a"
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
 
 JSON = st.recursive(
     st.none()
@@ -222,3 +236,38 @@ def test_codec_buffer_of_any_shape_is_encoded_whole(
     out.
     """
     assert encode(view, codec)[1] == view.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        ({1: "a"}, "the key 1 would become text"),
+        ({None: "a"}, "the key None would become text"),
+        ([1, (2, 3)], "a tuple would become a list"),
+        ({"a": [{"b": [{"c": (1,)}]}]}, "a tuple would become a list"),
+        ({"a": {"b": {2.5: 1}}}, "the key 2.5 would become text"),
+    ],
+)
+def test_payload_that_json_would_change_is_refused_unless_json_is_asked_for(
+    payload: Any, says: str
+) -> None:
+    with pytest.raises(PayloadError, match=says):
+        encode(payload)
+    number, body = encode(payload, "json")
+    assert number == CodecId.JSON
+    assert json.loads(body) != payload
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {},
+        [],
+        {"a": [1, 2.5, None, True, {"b": ["c", []]}]},
+        {TextKey.A: 1},
+        OrderedDict(a=[Number.ONE]),
+    ],
+)
+def test_payload_that_json_keeps_is_encoded(payload: Any) -> None:
+    """Subclasses arrive as the plain values that they are equal to."""
+    assert json.loads(encode(payload)[1]) == payload
