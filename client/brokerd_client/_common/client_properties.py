@@ -51,9 +51,12 @@ class ClientProperties:
     def counters(self) -> dict[str, int]:
         """Counts of failures so far, by kind.
 
-        Dropped requests are those whose requesters did not wait any more. Counted are
-        also late answers, undelivered sends, unclaimed events and lost
-        connections.
+        ``dropped``: requests whose requesters did not wait any more. ``late``:
+        answers that came after their call had ended, and answers of this
+        client that came too late. ``undelivered``: sends without a waiting call that
+        failed. ``unreadable``: received frames that were skipped. ``unrouted``: events
+        that no subscription matched any more. ``losses``: connections that were lost.
+        ``failed_attempts``: attempts to connect that failed.
         """
         return self._dialog.counters
 

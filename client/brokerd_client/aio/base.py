@@ -38,6 +38,7 @@ from brokerd_client.message import Receipt
 from brokerd_client.protocol.bulk import Bulk
 from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
+from brokerd_client.protocol.pending import Deadline, within
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
 
@@ -173,7 +174,7 @@ class BaseClient(ClientProperties):
         if timeout is None:
             return None
         limit = check_timeout(timeout)
-        return None if limit is None else self._loop.time() + limit
+        return None if limit is None else Deadline(self._loop.time() + limit, limit)
 
     @property
     def _can_answer(self) -> bool:
@@ -278,7 +279,7 @@ class BaseClient(ClientProperties):
                 self._update_reading()
             if deadline is not None and not call.done():
                 # The dialog's own deadline expires first, unless it has lost the call.
-                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, message_id)
+                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, message_id, deadline)
             return await call
         finally:
             if timer is not None:
@@ -885,7 +886,8 @@ class BaseClient(ClientProperties):
                     await self._dial()
             except TimeoutError:
                 if self._dialog.state is State.CONNECTING:
-                    self._lose(TimedOut(f"no connection to {self._broker_address} in time"))
+                    limit = f"{self._dialog.limit_s:.6g} s"
+                    self._lose(TimedOut(f"no connection to {self._broker_address} within {limit}"))
             except (OSError, AddressError) as error:
                 self._lose(
                     error
@@ -922,6 +924,6 @@ class BaseClient(ClientProperties):
             await dial_tls(address, context, self, self._resolver)
 
 
-def _expire(call: asyncio.Future[Any], message_id: int) -> None:
+def _expire(call: asyncio.Future[Any], message_id: int, deadline: float) -> None:
     if not call.done():
-        call.set_exception(TimedOut(f"no answer to {message_id} in time"))
+        call.set_exception(TimedOut(f"no answer to {message_id} {within(deadline)}"))

@@ -67,6 +67,7 @@ from brokerd_client.message import Receipt
 from brokerd_client.protocol.bulk import Bulk
 from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
+from brokerd_client.protocol.pending import Deadline, within
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import Settings, broken, check_timeout, no_connection
 from brokerd_client.wire.envelope import check_address, check_topic
@@ -442,7 +443,7 @@ class BaseClient(ClientProperties):
             self._run_in_io_thread(lambda: self._dialog.abandon(message_id))
             if not call.done:
                 self._calls.discard(call)
-                raise TimedOut(f"no answer to {message_id} in time")
+                raise TimedOut(f"no answer to {message_id} {within(deadline)}")
         self._calls.discard(call)
         if isinstance(call.value, BaseException):
             raise call.value
@@ -1280,7 +1281,7 @@ def _deadline(timeout: float | None) -> float | None:
     Raises ValueError if it is not valid.
     """
     limit = check_timeout(timeout)
-    return None if limit is None else time.monotonic() + limit
+    return None if limit is None else Deadline(time.monotonic() + limit, limit)
 
 
 def _move_bytes(

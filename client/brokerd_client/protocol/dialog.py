@@ -146,8 +146,10 @@ class Dialog(Generic[M]):
         self.dropped = 0
         #: Features of the broker of the present connection.
         self._features: frozenset[str] = frozenset()
-        #: Number of lost connections.
+        #: Connections that were lost after they had been made.
         self.losses = 0
+        #: Attempts to connect that failed.
+        self.failed_attempts = 0
         #: Failed sends without a waiting call.
         self.undelivered = 0
         self.pending_calls = PendingTable()
@@ -178,7 +180,7 @@ class Dialog(Generic[M]):
         #: The most telling error of the present round: a refusal rather than no broker.
         self._refused: BrokerdError | None = None
         #: Seconds that the present attempt may take.
-        self._limit_s = timeout_s
+        self.limit_s = timeout_s
         self._connection_deadline: float | None = None
         self._attempt = 0
         self._ready_since = 0.0
@@ -223,11 +225,11 @@ class Dialog(Generic[M]):
         self._step(Event.DIAL)
         if self._first_deadline is None:
             self._first_deadline = now + max(self._timeout_s, self._wait_s)
-        self._limit_s = self._timeout_s
+        self.limit_s = self._timeout_s
         if not self._introduced:
             # An address that does not answer must leave time for those after it.
-            self._limit_s = min(self._timeout_s, self._first_deadline - now) / self._untried
-        self._connection_deadline = now + self._limit_s
+            self.limit_s = min(self._timeout_s, self._first_deadline - now) / self._untried
+        self._connection_deadline = now + self.limit_s
 
     def opened(self, nonce: bytes, bindings: Bindings | None = None) -> None:
         """Begin the handshake on a new connection.
@@ -358,8 +360,10 @@ class Dialog(Generic[M]):
         self.reason = reason
         if self._introduced and was_open:
             self._report(reason, effects, lost=was_connected, final=not retries)
-        if self._introduced or not retries:
+        if was_connected:
             self.losses += 1
+        elif was_open:
+            self.failed_attempts += 1
         self._handshake = None
         self._encoder.drop()
         self._connection_deadline = None
@@ -480,6 +484,7 @@ class Dialog(Generic[M]):
             "unreadable": self._inbound.unreadable,
             "unrouted": self._inbound.unrouted,
             "losses": self.losses,
+            "failed_attempts": self.failed_attempts,
         }
 
     def next_deadline(self) -> float | None:
@@ -506,7 +511,7 @@ class Dialog(Generic[M]):
             silent = self.state is State.AUTHENTICATING and not self._challenged
             reason = SILENT if silent else self.state.value
             effects.broken = TimedOut(
-                f"the broker did not answer within {self._limit_s:.6g} s ({reason})"
+                f"the broker did not answer within {self.limit_s:.6g} s ({reason})"
             )
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.

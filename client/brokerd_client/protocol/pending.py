@@ -9,15 +9,37 @@ from __future__ import annotations
 
 import heapq
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from brokerd_client.errors import TimedOut
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
-__all__ = ["Pending", "PendingTable", "Purpose"]
+__all__ = ["Deadline", "Pending", "PendingTable", "Purpose", "within"]
 
 #: Deadlines of finished sends that may stay in the heap before it is rebuilt.
 _STALE: Final = 64
+
+
+class Deadline(float):
+    """A time, in seconds, and the timeout that it ends.
+
+    Args:
+        at: The time, on the clock of the face.
+        timeout_s: Seconds from the begin of the call until then.
+    """
+
+    timeout_s: float
+
+    def __new__(cls, at: float, timeout_s: float) -> Self:
+        """Return the deadline."""
+        deadline = super().__new__(cls, at)
+        deadline.timeout_s = timeout_s
+        return deadline
+
+
+def within(deadline: float | None) -> str:
+    """Return the words for how long a call has waited, as far as its deadline tells."""
+    return f"within {deadline.timeout_s:g} s" if isinstance(deadline, Deadline) else "in time"
 
 
 class Purpose(Enum):
@@ -86,8 +108,8 @@ class Pending:
 
     def timed_out(self) -> TimedOut:
         """Return the error for a caller whose time is over."""
-        within = "in time" if self.limit_s is None else f"within {self.limit_s:g} s"
-        return TimedOut(f"no answer from {self.to or self.about} to {self.id} {within}")
+        limit = within(self.deadline) if self.limit_s is None else f"within {self.limit_s:g} s"
+        return TimedOut(f"no answer from {self.to or self.about} to {self.id} {limit}")
 
     def answered_by(self, sender: str) -> bool:
         """Return whether a REPLY or ERROR from ``sender`` can answer this call.

@@ -43,6 +43,7 @@ from brokerd_client.message import Message, Receipt
 from brokerd_client.presence import Presence
 from brokerd_client.protocol import backoff, dialog, encoder, inbound
 from brokerd_client.protocol.dialog import Effects
+from brokerd_client.protocol.pending import Deadline
 from brokerd_client.protocol.state import NEXT, State
 from brokerd_client.wire.envelope import (
     HEADER,
@@ -168,7 +169,7 @@ def test_first_connection_cut_off_in_handshake_is_repeated() -> None:
     assert (
         str(pair.dialog.reason) == "the broker closed the connection (the handshake is under way)"
     )
-    assert pair.dialog.losses == 1
+    assert (pair.dialog.losses, pair.dialog.failed_attempts) == (0, 4)
 
 
 def test_first_connection_made_after_cut_off_counts_no_loss() -> None:
@@ -354,7 +355,7 @@ def test_reconnect_failed_tries_lengthen_wait(pair: Pair) -> None:
     pair.dialog.dialing(1)
     pair.dialog.lost(LOST, 1, 0.5)
     assert pair.dialog.retry_at == pytest.approx(1 + backoff.BASE_S)
-    assert pair.dialog.losses == 2
+    assert (pair.dialog.losses, pair.dialog.failed_attempts) == (1, 1)
 
 
 def test_reconnect_disabled_first_loss_is_final() -> None:
@@ -1456,6 +1457,7 @@ def test_dialog_counters_are_read_by_name(pair: Pair) -> None:
         "unreadable": 0,
         "unrouted": 0,
         "losses": 1,
+        "failed_attempts": 0,
     }
 
 
@@ -1743,3 +1745,9 @@ def test_dialog_timeout_known_to_the_broker_is_timed_out_not_expired(pair: Pair)
         ("ttl", Expired),
     ]
     assert "within 3 s" in str(outcomes[0][1])
+
+
+def test_call_that_timed_out_says_after_how_long(pair: Pair) -> None:
+    pair.dialog.request("bob", 0, b"?", None, "w", Deadline(5.0, 1.5))
+    [(_, error)] = pair.dialog.tick(5.0).outcomes
+    assert str(error).endswith("within 1.5 s")

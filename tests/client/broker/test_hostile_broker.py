@@ -339,7 +339,7 @@ def test_introduction_refused_at_reconnect_is_repeated(face: Face, server: FakeS
 
     server.broker.intercept = intercept
     server.drop("alice")
-    while client.counters["losses"] < 3:
+    while client.counters["losses"] + client.counters["failed_attempts"] < 3:
         time.sleep(0.01)
     client.ping()
     assert refused == 2

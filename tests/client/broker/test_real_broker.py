@@ -359,6 +359,7 @@ def test_refusal_has_class_of_its_code(connect: Connect) -> None:
         "unreadable": 0,
         "unrouted": 0,
         "losses": 0,
+        "failed_attempts": 0,
     }
 
 

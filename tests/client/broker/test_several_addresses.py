@@ -91,7 +91,7 @@ def test_first_connection_with_wait_ends_with_the_last_reason() -> None:
         assert pair.dialog.state is State.GONE or pair.dialog.retry_at - now <= 1.0
         now = max(now, pair.dialog.retry_at)
     assert 28 < now <= 30
-    assert (pair.dialog.reason, pair.dialog.losses) == (NOBODY, 1)
+    assert (pair.dialog.reason, pair.dialog.losses) == (NOBODY, 0)
 
 
 def test_first_connection_tries_each_address_once() -> None:
@@ -131,7 +131,7 @@ def test_address_that_worked_last_is_tried_first_after_a_loss() -> None:
         waits.append(pair.dialog.retry_at - pair.now)
     assert tried == [1, 2, 0, 1, 2, 0]
     assert [wait > 0 for wait in waits] == [False, False, True] * 2
-    assert pair.dialog.losses == 7
+    assert (pair.dialog.losses, pair.dialog.failed_attempts) == (1, 7)
 
 
 def test_client_without_reconnect_tries_no_other_address_after_a_loss() -> None:

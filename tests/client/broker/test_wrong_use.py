@@ -12,7 +12,7 @@ from support.client_faces import PATIENCE, Asyncio, Blocking, Face
 from support.fake_broker import FakeServer
 
 from brokerd_client import aio
-from brokerd_client.errors import WrongUse
+from brokerd_client.errors import TimedOut, WrongUse
 
 
 @pytest.fixture(params=[Blocking, Asyncio])
@@ -54,6 +54,14 @@ def test_answer_to_an_event_or_a_reply_raises(clients: tuple[Any, Any]) -> None:
     for message in (alice.request("bob", "?", timeout=PATIENCE), events.recv(PATIENCE)):
         with pytest.raises(WrongUse, match="can't be answered"):
             message.reply("hello")
+
+
+def test_call_that_timed_out_says_after_how_long(clients: tuple[Any, Any]) -> None:
+    alice, _ = clients
+    with pytest.raises(TimedOut, match=r"no answer .*within 0\.01 s"):
+        alice.request("bob", "?", timeout=0.01)
+    with pytest.raises(TimedOut, match=r"within 0\.01 s"):
+        alice.recv(0.01)
 
 
 def test_recv_of_a_subscription_with_a_callback_raises(clients: tuple[Any, Any]) -> None:
