@@ -248,7 +248,7 @@ def test_codec_buffer_of_any_shape_is_encoded_whole(
         ({"a": {"b": {2.5: 1}}}, "the key 2.5 would become text"),
     ],
 )
-def test_payload_that_json_would_change_is_refused_unless_json_is_asked_for(
+def test_encode_payload_that_json_would_change_raises_unless_asked_for(
     payload: Any, says: str
 ) -> None:
     with pytest.raises(PayloadError, match=says):
@@ -268,6 +268,6 @@ def test_payload_that_json_would_change_is_refused_unless_json_is_asked_for(
         OrderedDict(a=[Number.ONE]),
     ],
 )
-def test_payload_that_json_keeps_is_encoded(payload: Any) -> None:
+def test_encode_payload_that_json_keeps_returns_json(payload: Any) -> None:
     """Subclasses arrive as the plain values that they are equal to."""
     assert json.loads(encode(payload)[1]) == payload

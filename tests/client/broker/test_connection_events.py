@@ -95,7 +95,7 @@ def test_dialog_reports_why_the_broker_closed_the_connection() -> None:
     assert type(broken.__cause__) is KeyRemoved
 
 
-def test_key_that_stays_rejected_ends_the_attempts() -> None:
+def test_dialog_with_key_that_stays_rejected_gives_up() -> None:
     """Six in a row, with other failures between them, and the last one is final."""
     pair = ready()
     pair.lose()
@@ -111,7 +111,7 @@ def test_key_that_stays_rejected_ends_the_attempts() -> None:
     assert caught.value.__cause__ is REJECTED
 
 
-def test_key_that_is_accepted_again_begins_a_new_count() -> None:
+def test_dialog_with_key_accepted_again_begins_new_count() -> None:
     pair = ready()
     for _ in range(3):
         pair.lose()
@@ -122,7 +122,7 @@ def test_key_that_is_accepted_again_begins_a_new_count() -> None:
     assert pair.dialog.state is State.READY
 
 
-def test_round_of_addresses_counts_as_one_rejection() -> None:
+def test_dialog_round_of_addresses_counts_as_one_rejection() -> None:
     """It does not matter which of the brokers were there."""
     pair = ready(addresses=2)
     pair.lose()
@@ -136,7 +136,7 @@ def test_round_of_addresses_counts_as_one_rejection() -> None:
 
 
 @pytest.mark.parametrize("reason", [LOST, REJECTED, TimedOut("silent")])
-def test_time_to_give_up_ends_the_attempts_whatever_the_reason(reason: BrokerdError) -> None:
+def test_dialog_give_up_after_ends_attempts_for_any_reason(reason: BrokerdError) -> None:
     pair = ready(give_up_s=60)
     pair.now = 5.0
     pair.lose()
@@ -148,7 +148,7 @@ def test_time_to_give_up_ends_the_attempts_whatever_the_reason(reason: BrokerdEr
     assert (changes[-1].reason, changes[-1].final) == (reason, True)
 
 
-def test_time_to_give_up_without_end_outlasts_every_rejection() -> None:
+def test_dialog_give_up_after_infinity_outlasts_rejections() -> None:
     pair = ready(give_up_s=1e8)
     pair.lose()
     for _ in range(50):
@@ -156,12 +156,12 @@ def test_time_to_give_up_without_end_outlasts_every_rejection() -> None:
     assert pair.dialog.state is State.WAITING
 
 
-def test_time_to_give_up_of_0_makes_the_first_loss_final() -> None:
+def test_dialog_give_up_after_0_makes_first_loss_final() -> None:
     pair = ready(give_up_s=0)
     assert pair.lose().changes == [ConnectionEvent("lost", LOST, final=True)]
 
 
-def test_connection_that_was_cut_off_in_its_handshake_is_not_refused() -> None:
+def test_dialog_connection_cut_off_in_handshake_is_not_refused() -> None:
     pair = ready()
     pair.lose()
     pair.dialog.dialing(1)
@@ -175,7 +175,7 @@ def test_connection_that_was_cut_off_in_its_handshake_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "found"), [(None, None), (0, 0.0), (60, 60.0), (float("inf"), 1e8)]
 )
-def test_time_to_give_up_of_infinity_is_not_none(given: Any, found: Any) -> None:
+def test_settings_give_up_after_infinity_differs_from_none(given: Any, found: Any) -> None:
     options: dict[str, Any] = {"reconnect": True, "allow_pickle_from": (), "inbox": 100}
     settings = resolve("@x", "alice", "k", None, 1.0, give_up_after=given, **options)
     assert settings.give_up_s == found
@@ -184,7 +184,7 @@ def test_time_to_give_up_of_infinity_is_not_none(given: Any, found: Any) -> None
 # Both faces
 
 
-def test_handler_of_the_connection_gets_the_present_state_and_each_change(
+def test_on_connection_reports_present_state_and_changes(
     face: Face, server: FakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log has a warning of the loss, and a line of the return."""
@@ -204,7 +204,7 @@ def test_handler_of_the_connection_gets_the_present_state_and_each_change(
     ]
 
 
-def test_client_whose_key_was_removed_ends_and_says_so(
+def test_client_with_removed_key_ends_and_logs_it(
     face: Face, server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     """Whoever waits gets the reason; the first refusal is logged, and the last."""
@@ -231,7 +231,7 @@ def test_client_whose_key_was_removed_ends_and_says_so(
     assert client.closed
 
 
-def test_coroutine_function_may_handle_changes(server: FakeServer) -> None:
+def test_on_connection_accepts_coroutine_function(server: FakeServer) -> None:
     face = Asyncio()
     client = face.connect(server.path, "alice", "alice")
     events: list[ConnectionEvent] = []

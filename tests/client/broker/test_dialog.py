@@ -114,7 +114,9 @@ def test_handshake_with_wrong_key_raises_error_with_client_name() -> None:
         ({"without_key": True}, "no key was given for alice; give key"),
     ],
 )
-def test_handshake_with_rejected_key_says_what_was_given(options: dict[str, Any], says: str) -> None:
+def test_handshake_with_rejected_key_says_what_was_given(
+    options: dict[str, Any], says: str
+) -> None:
     """The broker's refusal is the same; the client knows what it has shown."""
     effects = Pair(key=b"s3cret", **options).connect()
     assert type(effects.broken) is KeyRejected
@@ -1747,7 +1749,7 @@ def test_dialog_timeout_known_to_the_broker_is_timed_out_not_expired(pair: Pair)
     assert "within 3 s" in str(outcomes[0][1])
 
 
-def test_call_that_timed_out_says_after_how_long(pair: Pair) -> None:
+def test_timed_out_call_says_after_how_long(pair: Pair) -> None:
     pair.dialog.request("bob", 0, b"?", None, "w", Deadline(5.0, 1.5))
     [(_, error)] = pair.dialog.tick(5.0).outcomes
     assert str(error).endswith("within 1.5 s")

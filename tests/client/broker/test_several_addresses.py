@@ -71,16 +71,14 @@ def fail(dialog: Dialog[Any], now: float, reason: BrokerdError = NOBODY) -> int:
         (caused_by(RuntimeError("a bug")), State.GONE),
     ],
 )
-def test_first_connection_with_wait_is_tried_again_where_that_can_help(
-    reason: BrokerdError, state: State
-) -> None:
+def test_dialog_with_wait_retries_where_that_can_help(reason: BrokerdError, state: State) -> None:
     """A broker that is not up yet may come up; a wrong key stays wrong."""
     pair = Pair(wait_s=30)
     fail(pair.dialog, 0.0, reason)
     assert pair.dialog.state is state
 
 
-def test_first_connection_with_wait_ends_with_the_last_reason() -> None:
+def test_dialog_with_wait_ends_with_last_reason() -> None:
     """Attempts follow each other within a second, until the time is over."""
     pair = Pair(wait_s=30, timeout_s=5)
     now = 0.0
@@ -94,7 +92,7 @@ def test_first_connection_with_wait_ends_with_the_last_reason() -> None:
     assert (pair.dialog.reason, pair.dialog.losses) == (NOBODY, 0)
 
 
-def test_first_connection_tries_each_address_once() -> None:
+def test_dialog_with_addresses_tries_each_once() -> None:
     """No address waits for another, and none takes all the time."""
     pair = Pair(addresses=3, timeout_s=9)
     pair.dialog.dialing(0.0)
@@ -108,7 +106,7 @@ def test_first_connection_tries_each_address_once() -> None:
     assert pair.dialog.state is State.GONE
 
 
-def test_first_connection_to_several_addresses_fails_with_a_refusal_if_there_is_one() -> None:
+def test_dialog_with_addresses_fails_with_refusal_if_there_is_one() -> None:
     """That a second broker is not there says less than that the first rejects the key."""
     pair = Pair(addresses=2)
     rejected = KeyRejected("wrong")
@@ -117,7 +115,7 @@ def test_first_connection_to_several_addresses_fails_with_a_refusal_if_there_is_
     assert (pair.dialog.state, pair.dialog.reason) == (State.GONE, rejected)
 
 
-def test_address_that_worked_last_is_tried_first_after_a_loss() -> None:
+def test_dialog_with_addresses_begins_with_one_that_worked_last() -> None:
     """The round goes on behind it, and the wait follows the whole round."""
     pair = Pair(addresses=3)
     assert fail(pair.dialog, 0.0) == 0
@@ -134,7 +132,7 @@ def test_address_that_worked_last_is_tried_first_after_a_loss() -> None:
     assert (pair.dialog.losses, pair.dialog.failed_attempts) == (1, 7)
 
 
-def test_client_without_reconnect_tries_no_other_address_after_a_loss() -> None:
+def test_dialog_without_reconnect_tries_no_other_address_after_loss() -> None:
     """Its first loss is final; its first connection may be to any address."""
     pair = Pair(addresses=2, reconnect=False)
     assert fail(pair.dialog, 0.0) == 0
@@ -162,11 +160,11 @@ def settle(address: Any = None, **given: Any) -> Settings:
         (["tls://a:1", "tls://b:2"], ["tls://a:1", "tls://b:2"]),
     ],
 )
-def test_list_of_addresses_is_told_from_a_pair(given: Any, found: list[str]) -> None:
+def test_settings_list_of_addresses_differs_from_pair(given: Any, found: list[str]) -> None:
     assert [str(each) for each in settle(given).addresses] == found
 
 
-def test_variable_may_hold_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_variable_holds_several_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROKERD_ADDRESS", "a:1, @b")
     assert [str(each) for each in settle().addresses] == ["a:1", "@b"]
 
@@ -180,12 +178,12 @@ def test_variable_may_hold_several_addresses(monkeypatch: pytest.MonkeyPatch) ->
         (["tls://a:1", "@b"], "not a TCP address"),
     ],
 )
-def test_mistake_in_several_addresses_is_named(given: Any, says: str) -> None:
+def test_settings_mistake_in_addresses_is_named(given: Any, says: str) -> None:
     with pytest.raises(AddressError, match=says):
         settle(given)
 
 
-def test_wait_is_a_number_of_seconds() -> None:
+def test_settings_wait_is_number_of_seconds() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         settle("a:1", wait=-1)
     assert settle("a:1", wait=None).wait_s == settle("a:1", wait=float("inf")).wait_s >= 1e8
@@ -194,7 +192,7 @@ def test_wait_is_a_number_of_seconds() -> None:
 # Both faces
 
 
-def test_connect_with_wait_returns_when_the_broker_is_up(face: Face, tmp_path: Path) -> None:
+def test_connect_with_wait_returns_when_broker_is_up(face: Face, tmp_path: Path) -> None:
     """The socket does not exist when the call begins."""
     server = FakeServer(str(tmp_path / "b.sock"), {"alice": b"alice"})
     starting = threading.Timer(0.3, server.start)
@@ -207,18 +205,18 @@ def test_connect_with_wait_returns_when_the_broker_is_up(face: Face, tmp_path: P
         server.stop()
 
 
-def test_connect_with_wait_raises_for_a_wrong_key_at_once(face: Face, server: FakeServer) -> None:
+def test_connect_with_wait_and_wrong_key_raises_at_once(face: Face, server: FakeServer) -> None:
     with pytest.raises(AuthenticationError):
         face.connect(server.path, "alice", "wrong", wait=None)
 
 
-def test_connect_with_wait_ends_in_time(face: Face, tmp_path: Path) -> None:
+def test_connect_with_wait_without_broker_raises(face: Face, tmp_path: Path) -> None:
     path = str(tmp_path / "none.sock")
     with pytest.raises(Disconnected, match="is the broker running there"):
         face.connect(path, "alice", "alice", timeout=0.1, wait=0.2)
 
 
-def test_connect_to_several_addresses_finds_and_follows_the_broker(
+def test_connect_with_addresses_follows_broker(
     face: Face, server: FakeServer, tmp_path: Path
 ) -> None:
     """It connects to the second address, and to the third when the broker moves there."""
@@ -234,7 +232,7 @@ def test_connect_to_several_addresses_finds_and_follows_the_broker(
         other.stop()
 
 
-def test_address_of_a_family_that_this_machine_lacks_does_not_hide_the_others(
+def test_connect_with_address_of_missing_family_tries_others(
     face: Face, server: FakeServer
 ) -> None:
     """It fails as any other address that does not work."""

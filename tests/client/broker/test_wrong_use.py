@@ -29,7 +29,7 @@ def clients(face: Face, server: FakeServer) -> tuple[Any, Any]:
     return tuple(face.connect(server.path, name, name) for name in ("alice", "bob"))
 
 
-def test_answer_to_a_message_raises(clients: tuple[Any, Any]) -> None:
+def test_reply_to_message_raises_wrong_use(clients: tuple[Any, Any]) -> None:
     """Nothing is sent: the next frame is the message that follows."""
     alice, bob = clients
     alice.send("bob", "hello")
@@ -46,7 +46,7 @@ def test_answer_to_a_message_raises(clients: tuple[Any, Any]) -> None:
     assert alice.counters["late"] == 0
 
 
-def test_answer_to_an_event_or_a_reply_raises(clients: tuple[Any, Any]) -> None:
+def test_reply_to_event_or_reply_raises_wrong_use(clients: tuple[Any, Any]) -> None:
     alice, bob = clients
     bob.on_request(lambda message: "answer")
     events = bob.subscribe("news")
@@ -56,7 +56,7 @@ def test_answer_to_an_event_or_a_reply_raises(clients: tuple[Any, Any]) -> None:
             message.reply("hello")
 
 
-def test_call_that_timed_out_says_after_how_long(clients: tuple[Any, Any]) -> None:
+def test_timed_out_call_says_after_how_long(clients: tuple[Any, Any]) -> None:
     alice, _ = clients
     with pytest.raises(TimedOut, match=r"no answer .*within 0\.01 s"):
         alice.request("bob", "?", timeout=0.01)
@@ -64,7 +64,7 @@ def test_call_that_timed_out_says_after_how_long(clients: tuple[Any, Any]) -> No
         alice.recv(0.01)
 
 
-def test_recv_of_a_subscription_with_a_callback_raises(clients: tuple[Any, Any]) -> None:
+def test_recv_of_subscription_with_callback_raises_wrong_use(clients: tuple[Any, Any]) -> None:
     """It would wait for events that the callback gets."""
     alice, _ = clients
     events = alice.subscribe("news", callback=print)
@@ -72,7 +72,7 @@ def test_recv_of_a_subscription_with_a_callback_raises(clients: tuple[Any, Any])
         events.recv(0)
 
 
-def test_connect_that_is_not_awaited_names_the_remedy() -> None:
+def test_connect_without_await_names_remedy() -> None:
     def forget_to_await() -> None:
         opening: Any = aio.connect("@nowhere", "alice", "k")
         with pytest.raises(AttributeError, match=r"'send' before it is awaited.*'await connect"):
@@ -86,7 +86,7 @@ def test_connect_that_is_not_awaited_names_the_remedy() -> None:
         forget_to_await()
 
 
-def test_subscribe_that_is_not_awaited_warns(server: FakeServer) -> None:
+def test_subscribe_without_await_warns(server: FakeServer) -> None:
     """A subscription with a callback looks complete without its await."""
     face = Asyncio()
     client = face.connect(server.path, "alice", "alice")
