@@ -1038,5 +1038,6 @@ class Dialog(Generic[M]):
 def _is_refusal(reason: BrokerdError) -> bool:
     """Return whether the peer was there and did not serve this client."""
     return not reason.cut_off and (
-        not isinstance(reason, (Disconnected, TimedOut)) or reason.__cause__ is not None
+        not isinstance(reason, (Disconnected, TimedOut))
+        or isinstance(reason.__cause__, BrokerdError)
     )
