@@ -16,7 +16,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY client client
 COPY brokerd brokerd
 COPY .ci/requirements-run.txt .ci/requirements-build.txt .ci/

@@ -4,12 +4,14 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all test-system faces lint coverage fuzz sanitize test-oldest \
-        lock audit sbom reproducible bench faults siege soak clean ready-run ready-test ready-tools
+        test-client lock audit sbom reproducible bench faults siege soak clean ready-run ready-test ready-tools
 
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-tools
 VERSIONS := 3.11 3.12 3.13 3.14 3.15
+# Of the library alone.
+CLIENT_VERSIONS := 3.9 3.10 $(VERSIONS)
 export PYTHON TEST_ROOT
 
 help: ## show this list
@@ -30,8 +32,13 @@ test-all: ready-test ## run every test, the slow ones too, on all supported Pyth
 	$(MAKE) --no-print-directory --keep-going lint coverage || status=1; \
 	.ci/tools.sh $(TOOLS) $(BIN)/python || echo "== without $(TOOLS): the tests that need what is in it are skipped"; \
 	.ci/test_all.sh $(VERSIONS) || status=1; \
+	.ci/test_client.sh $(VENV) $(CLIENT_VERSIONS) || status=1; \
 	[ $$status = 0 ] || echo "test-all: something above failed"; \
 	exit $$status
+
+# PYTEST_ARGUMENTS="-k tls", CLIENT_VERSIONS=3.9
+test-client: ready-test ## run the library's tests on 3.9 to 3.15, with only brokerd-client installed there
+	@.ci/test_client.sh $(VENV) $(CLIENT_VERSIONS)
 
 # As root, on Debian or a relative of it: what is missing is installed with apt, and everything made is removed again.
 test-system: ready-test ## run the tests that boot a systemd and build and run the image
@@ -41,11 +48,13 @@ test-system: ready-test ## run the tests that boot a systemd and build and run t
 faces: ready-test ## write the generated part of the blocking client
 	@$(BIN)/python .ci/blocking_face.py
 
+# The library is also checked for 3.10, the oldest Python that mypy knows.
 lint: ready-test ## run ruff and mypy only
 	@status=0; \
 	$(BIN)/python -m ruff check || status=1; \
 	$(BIN)/python -m ruff format --check || status=1; \
 	$(BIN)/python -m mypy || status=1; \
+	$(BIN)/python -m mypy --python-version 3.10 --package brokerd_client || status=1; \
 	exit $$status
 
 # The parts that do no input or output have no excuse for an untested branch. The loop that counts here is the plain one;
@@ -80,7 +89,7 @@ sbom: ready-tools ## write the bill of materials, dist/brokerd.cdx.json
 	@$(TOOLS)/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
 	--of JSON --output-file dist/brokerd.cdx.json .ci/requirements-run.txt && echo dist/brokerd.cdx.json
 
-reproducible: ready-tools ## build wheel and sdist twice, compare them to the byte, put them into dist
+reproducible: ready-tools ## build both wheels and sdists twice, compare them to the byte, put them into dist
 	@.ci/reproducible.sh $(TOOLS)
 
 # BENCH="--quick", or "--only WORKLOAD", or "--systems brokerd,nats": see python -m benchmarks --help
@@ -102,7 +111,7 @@ soak: ready-test ## run SOAK_MIN=20 minutes of mixed work, say whether all stays
 	@PYTHONPATH=tests $(BIN)/python -m soak --minutes $(SOAK_MIN) --write
 
 clean: ## remove everything that was made here, the example clients' keys too
-	rm -rf .venv .venv-* .run .fuzz build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* .run .fuzz build dist *.egg-info client/build client/*.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ready-run:

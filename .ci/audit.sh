@@ -14,7 +14,7 @@ report=$(mktemp)
 asked=$(mktemp)
 trap 'rm -f "$report" "$asked"' EXIT
 status=0
-for name in run build test tools; do
+for name in run build test client tools; do
     lock=.ci/requirements-$name.txt
     # pip-audit silently skips packages that would not be installed here.
     sed -E 's/ ; [^\\]*\\$/ \\/' "$lock" >"$asked"

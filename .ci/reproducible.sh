@@ -1,10 +1,11 @@
 #!/bin/sh
-# Builds the wheel, with the compiled loop inside, and the sdist: twice, in two places, and compares them byte for byte. What
-# comes out lies in dist. The time in it is that of the last commit.
+# Builds the wheel, with the compiled loop inside, and the sdist, those of brokerd-client too: twice, in two places, and
+# compares them byte for byte. What comes out lies in dist. The time in it is that of the last commit.
 #
 #   .ci/reproducible.sh TOOLS_VENV
 #
-# The wheel is for the Python of that environment. The same commit, Python, compiler and locks give the same bytes.
+# The wheel of brokerd is for the Python of that environment. The same commit, Python, compiler and locks give the same
+# bytes.
 set -eu
 
 tools=$PWD/$1/bin/python
@@ -28,12 +29,17 @@ build() {
     # In place of these flags, not besides them, are those of the environment taken.
     usual=$("$place/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("CFLAGS"))')
     # Where it was compiled stands nowhere: not in what a debugger reads, nor in a checksum of that.
-    CFLAGS="$usual -DNDEBUG -g0 -ffile-prefix-map=$place=." LDFLAGS="-Wl,--build-id=none -Wl,-s" \
-        "$place/venv/bin/python" -m build --no-isolation --outdir "$place/dist" . >"$place/log" 2>&1 || { cat "$place/log"; exit 1; }
+    for source in . client; do
+        CFLAGS="$usual -DNDEBUG -g0 -ffile-prefix-map=$place=." LDFLAGS="-Wl,--build-id=none -Wl,-s" \
+            "$place/venv/bin/python" -m build --no-isolation --outdir "$place/dist" "$source" >"$place/log" 2>&1 ||
+            { cat "$place/log"; exit 1; }
+    done
     cd "$root"
     # setuptools takes the times of the files, of which it has just made some, and the current user.
-    "$tools" .ci/repack_sdist.py "$place"/dist/*.tar.gz
-    unzip -l "$place"/dist/*.whl | grep -q '_routing_c\..*\.so' || { echo "the wheel lacks the compiled loop"; exit 1; }
+    for sdist in "$place"/dist/*.tar.gz; do
+        "$tools" .ci/repack_sdist.py "$sdist"
+    done
+    unzip -l "$place"/dist/brokerd-*.whl | grep -q '_routing_c\..*\.so' || { echo "the wheel lacks the compiled loop"; exit 1; }
 }
 
 build one

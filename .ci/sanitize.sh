@@ -25,7 +25,7 @@ done
 rm -rf "$copy"
 mkdir -p "$copy"
 cp -R .ci benchmarks brokerd client config docs systemd tests \
-    .dockerignore CHANGELOG.md Dockerfile LICENSE Makefile README.md pyproject.toml "$copy"
+    .dockerignore CHANGELOG.md Dockerfile LICENSE Makefile README.md pyproject.toml setup.py "$copy"
 cd "$copy"
 find . '(' -name '*.so' -o -name '_routing_c.c' -o -name __pycache__ ')' -prune -exec rm -rf {} +
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from brokerd import _BUNDLED
 from brokerd._held_signals import hold_signals
 
 __all__ = ["brokerctl", "brokerd", "open_standard_descriptors"]
@@ -18,6 +19,7 @@ def brokerd() -> None:
     """Run the command ``brokerd``."""
     hold_signals()
     open_standard_descriptors()
+    prefer_bundled_library()
     from brokerd.cli.main import main
 
     main(prog_name="brokerd")
@@ -26,9 +28,17 @@ def brokerd() -> None:
 def brokerctl() -> None:
     """Run the command ``brokerctl``."""
     open_standard_descriptors()
+    prefer_bundled_library()
     from brokerd.ctl import main
 
     main()
+
+
+def prefer_bundled_library() -> None:
+    """Use the library of this wheel, whatever version of brokerd-client is installed."""
+    if _BUNDLED in sys.path:
+        sys.path.remove(_BUNDLED)
+        sys.path.insert(0, _BUNDLED)
 
 
 def open_standard_descriptors() -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support import older_pythons
 from support.tls.authority import Authority
+
+older_pythons.fill_in()
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("brokerd", deadline=None, print_blob=True)

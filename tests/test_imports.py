@@ -20,8 +20,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
 
-#: The modules that every other part may import: errors, addresses, and the bytes on the wire.
-LEAVES = ("brokerd_client.errors", "brokerd_client.address", "brokerd_client.wire")
+#: The modules that every other part may import: errors, addresses, the bytes on the wire,
+#: and features that older Pythons lack.
+LEAVES = (
+    "brokerd_client.errors",
+    "brokerd_client.address",
+    "brokerd_client.wire",
+    "brokerd_client._compat",
+)
 #: The values that a user of the library gets, which the protocol makes of received bytes.
 VALUES = (
     "brokerd_client.codec",
@@ -45,9 +51,10 @@ MODEL = ("brokerd.config.model", "brokerd.config.values", "brokerd.config.cert_s
 #: package may always import its own inside.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd_client": ("brokerd_client",),
+    "brokerd_client._compat": (),
     "brokerd_client.errors": (),
-    "brokerd_client.address": ("brokerd_client.errors",),
-    "brokerd_client.wire": ("brokerd_client.errors",),
+    "brokerd_client.address": ("brokerd_client.errors", "brokerd_client._compat"),
+    "brokerd_client.wire": ("brokerd_client.errors", "brokerd_client._compat"),
     "brokerd_client.topics": (),
     "brokerd_client.codec": LEAVES,
     "brokerd_client.connection_event": LEAVES,
@@ -136,7 +143,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "brokerd.__main__": ("brokerd.entry",),
     "brokerd._held_signals": (),
     # The first thing that runs: it imports the rest when signals are held.
-    "brokerd.entry": ("brokerd._held_signals", "brokerd.cli", "brokerd.ctl"),
+    "brokerd.entry": ("brokerd._BUNDLED", "brokerd._held_signals", "brokerd.cli", "brokerd.ctl"),
     "brokerd.cli": (
         "brokerd_client",
         "brokerd._held_signals",
@@ -238,9 +245,12 @@ def problems_of(path: Path, module: str) -> list[str]:
     """Return a line for every import that the file must not have."""
     owner = max((prefix for prefix in MAY_IMPORT if within(module, prefix)), key=len)
     found = []
+    for_types = lines_for_types(path)
     for line, imported in imports_of(path, module):
         top = imported.partition(".")[0]
         reason = ""
+        if top == "typing_extensions" and line in for_types:
+            continue  # every type checker has it, and nothing imports it at run time
         if top in PACKAGES:
             if not any(
                 within(imported, prefix)

@@ -15,9 +15,15 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import brokerd
+import brokerd_client
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CLIENT = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"brokerd": ROOT / "brokerd", "brokerd_client": ROOT / "client" / "brokerd_client"}
+#: Where the wheel of brokerd has its copy of the library.
+BUNDLED = "brokerd/_bundled"
 
 #: Run where the checkout is not the current directory; prints where each package came
 #: from.
@@ -64,7 +70,25 @@ def test_packaging_list_holds_every_package() -> None:
     """Every package on disk is in pyproject.toml's list. A forgotten package would be
     missing from the wheel.
     """
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages_on_disk()
+    packages = packages_on_disk()
+
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
+    assert set(CLIENT["tool"]["setuptools"]["packages"]) == {
+        package for package in packages if package.startswith("brokerd_client")
+    }
+
+
+def test_distributions_have_one_version_and_license() -> None:
+    """The library, the daemon and the project have one version, and one license."""
+    assert brokerd_client.__version__ == brokerd.__version__ == PROJECT["project"]["version"]
+    assert CLIENT["project"]["dynamic"] == ["version"]
+    assert (ROOT / "client" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_client_distribution_requires_no_package() -> None:
+    """The library installs alone, on Python 3.9 and later."""
+    assert CLIENT["project"]["dependencies"] == []
+    assert CLIENT["project"]["requires-python"] == ">=3.9"
 
 
 def test_packaging_folder_with_modules_has_init_file() -> None:
@@ -106,43 +130,49 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources: builds leave files behind, and old ones must not count."""
     copy = tmp_path_factory.mktemp("checkout") / "brokerd"
     copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     for folder in ("brokerd", "client", "tests"):
         shutil.copytree(
             ROOT / folder,
             copy / folder,
-            ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"),
+            ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c", "build", "*.egg-info"),
         )
     return copy
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_wheel_holds_packages_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
-    """Every module and both py.typed are in the wheel; tests and caches are not."""
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        tmp_path,
-        checkout,
-        cwd=tmp_path,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-
-    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-
-    expected = {
+def sources(package: str) -> set[str]:
+    """Return the files of a package that a wheel has to contain, as paths below it."""
+    folder = FOLDERS[package]
+    return {
         str(Path(package) / path.relative_to(folder))
-        for package, folder in FOLDERS.items()
         for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi"), folder / "py.typed"]
     }
+
+
+def files_of(wheel: Path) -> set[str]:
+    """Return the files in a wheel without its metadata."""
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheels(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheels of both distributions, by their names."""
+    folder = tmp_path_factory.mktemp("wheels")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
+    run(*pip, checkout, checkout / "client", cwd=folder)
+    return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_wheel_holds_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
+    """Every module and both py.typed are in the wheel; tests and caches are not."""
+    files = files_of(wheels["brokerd"])
+
+    bundled = {f"{BUNDLED}/{name}" for name in sources("brokerd_client")}
+    expected = sources("brokerd") | bundled | {"brokerd.pth"}
     assert expected <= files
     compiled = {
         name
@@ -150,6 +180,103 @@ def test_wheel_holds_packages_and_nothing_else(checkout: Path, tmp_path: Path) -
         if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")
     }
     assert files - expected - compiled == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_wheel_of_client_is_pure_and_shares_no_file(wheels: dict[str, Path]) -> None:
+    """It holds the library alone, and pip removes neither distribution with the other."""
+    files = files_of(wheels["brokerd_client"])
+
+    assert wheels["brokerd_client"].name.endswith("-py3-none-any.whl")
+    assert files == sources("brokerd_client")
+    assert files & files_of(wheels["brokerd"]) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sdists_build_the_same_wheels(
+    checkout: Path, wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """What an index is given is whole: a wheel from an sdist is one from the checkout."""
+    for name, source in (("brokerd", checkout), ("brokerd_client", checkout / "client")):
+        program = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+        run(sys.executable, "-c", program, cwd=source)
+        (sdist,) = tmp_path.glob(f"{name}-*.tar.gz")
+        folder = tmp_path / name
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
+        run(*pip, sdist, cwd=tmp_path)
+        (wheel,) = folder.glob("*.whl")
+        assert files_of(wheel) == files_of(wheels[name])
+
+
+#: Run where the checkout is not the current directory; prints where the library is.
+USE_LIBRARY = (
+    "import brokerd_client, brokerd_client.aio, brokerd_client.tls;"
+    " from brokerd_client import connect; print(brokerd_client.__file__)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("removed", ["brokerd", "brokerd-client"])
+@pytest.mark.parametrize("last", ["brokerd", "brokerd-client"])
+def test_both_distributions_install_and_either_can_be_removed(
+    wheels: dict[str, Path], tmp_path: Path, last: str, removed: str
+) -> None:
+    """In both orders; what stays works, and after the last one nothing is left."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True, symlinks=True)
+    python = environment / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    (packages,) = environment.glob("lib/*/site-packages")
+    bundled = packages / BUNDLED / "brokerd_client"
+    before = {path.name for path in packages.iterdir()}
+
+    for name in ("brokerd-client" if last == "brokerd" else "brokerd", last):
+        run(
+            *pip,
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            wheels[name.replace("-", "_")],
+            cwd=tmp_path,
+        )
+        file = Path(run(python, "-c", USE_LIBRARY, cwd=tmp_path).strip())
+    assert file == packages / "brokerd_client" / "__init__.py"
+    # The daemon takes its own copy all the same.
+    entry = (
+        "from brokerd.entry import prefer_bundled_library as prefer; prefer();"
+        " import brokerd_client; print(brokerd_client.__file__)"
+    )
+    assert Path(run(python, "-c", entry, cwd=tmp_path).strip()) == bundled / "__init__.py"
+
+    run(*pip, "uninstall", "--quiet", "--yes", removed, cwd=tmp_path)
+    file = Path(run(python, "-c", USE_LIBRARY, cwd=tmp_path).strip())
+    left = "brokerd-client" if removed == "brokerd" else "brokerd"
+    assert file.parent == (packages / "brokerd_client" if removed == "brokerd" else bundled)
+    run(*pip, "uninstall", "--quiet", "--yes", left, cwd=tmp_path)
+    assert {path.name for path in packages.iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_target_directory_has_the_library_for_the_daemon(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """Python reads no .pth file there; the package brokerd finds its copy by itself."""
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    run(*pip, "--target", target, wheels["brokerd"], cwd=tmp_path)
+    program = (
+        f"import sys; sys.path.insert(0, {str(target)!r});"
+        " import brokerd, brokerd_client; print(brokerd_client.__file__)"
+    )
+
+    file = Path(run(sys.executable, "-S", "-c", program, cwd=tmp_path).strip())
+
+    assert file == target / BUNDLED / "brokerd_client" / "__init__.py"
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Union
 
+from brokerd_client._compat import slotted
 from brokerd_client.errors import AddressError
 
 __all__ = [
@@ -31,9 +32,9 @@ __all__ = [
     "validate_family",
 ]
 
-Family: TypeAlias = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
+Family = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
 #: The argument of ``socket.bind`` and ``socket.connect``; a pipe's name for AF_PIPE.
-SockAddr: TypeAlias = tuple[str, int] | str
+SockAddr = Union[tuple[str, int], str]
 
 _HOST_PORT: Final = re.compile(r"(?P<host>[^:/\[\]\s]+):(?P<port>[0-9]{1,5})")
 _BRACKETED: Final = re.compile(r"\[(?P<host>[^\]\s]+)\]:(?P<port>[0-9]{1,5})")
@@ -48,7 +49,8 @@ _TLS: Final = "tls://"
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Address:
     """An address to listen at or connect to.
 

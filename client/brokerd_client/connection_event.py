@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
+from brokerd_client._compat import slotted
 from brokerd_client.errors import BrokerdError
 
 __all__ = ["ConnectionEvent", "ConnectionState"]
 
-ConnectionState: TypeAlias = Literal["connected", "draining", "lost", "refused"]
+ConnectionState = Literal["connected", "draining", "lost", "refused"]
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class ConnectionEvent:
     """A change of a client's connection to its broker.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from brokerd_client import codec as codecs
+from brokerd_client._compat import slotted
 from brokerd_client.errors import AlreadyAnswered, UndecodablePayload, WrongUse
 from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
 from brokerd_client.wire.layout import REQUEST_KIND
@@ -38,7 +39,8 @@ class Owner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Receipt:
     """The broker's confirmation that it has taken responsibility for a message.
 

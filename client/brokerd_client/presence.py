@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from brokerd_client._compat import slotted
 from brokerd_client.errors import ProtocolError
 from brokerd_client.wire.envelope import is_name
 
@@ -36,7 +37,8 @@ _MAX_NAMES: Final = 2**20
 _MAX_TIME_S: Final = 1e12
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class ClientInfo:
     """A client to which this client may send.
 
@@ -52,7 +54,8 @@ class ClientInfo:
     since: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Presence:
     """A change of presence: a client is now online, or now offline.
 

@@ -10,9 +10,10 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Union
 
 from brokerd_client._common.paths import is_plainly_a_path
+from brokerd_client._compat import slotted
 from brokerd_client.address import Address, parse
 from brokerd_client.errors import AddressError, BrokerdError, Disconnected, InvalidKey, TlsError
 from brokerd_client.wire.envelope import check_name
@@ -49,10 +50,11 @@ DEFAULT_THREADS: Final = 4
 #: much more.
 ENDLESS_S: Final = 1e8
 
-AnyAddress: TypeAlias = str | Sequence[Any] | Address
+AnyAddress = Union[str, Sequence[Any], Address]
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Settings:
     """The settings of one client and its connections. The key is never shown.
 

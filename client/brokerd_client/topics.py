@@ -32,5 +32,5 @@ def matches(pattern: str, topic: str) -> bool:
         topic_tokens = topic_tokens[: len(pattern_tokens)]
     return len(pattern_tokens) == len(topic_tokens) and all(
         pattern_token in ("*", topic_token)
-        for pattern_token, topic_token in zip(pattern_tokens, topic_tokens, strict=True)
+        for pattern_token, topic_token in zip(pattern_tokens, topic_tokens)
     )

@@ -11,10 +11,13 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import brokerd_client
 from brokerd_client import aio
+
+if TYPE_CHECKING:
+    from typing import Self
 
 #: Seconds that a call in a test may take at most.
 PATIENCE = 20.0

@@ -11,9 +11,12 @@ import json
 import os
 import socket
 import struct
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from brokerd_client.address import Address
+
+if TYPE_CHECKING:
+    from typing import Self
 
 HEADER = struct.Struct("!BBBBQ")
 MESSAGE, REQUEST, REPLY, ERROR, EVENT, RECEIPT, ACK = range(1, 8)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 import subprocess
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, paddin
 
 from brokerd_client.wire import certificate
 
+UTC = timezone.utc  # noqa: UP017 - datetime.UTC is Python 3.11's
 BEGIN = datetime(2024, 2, 29, 12, 30, 1, tzinfo=UTC)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from brokerd_client._common.warning_limiter import WarningLimiter
 from brokerd_client.connection_event import ConnectionEvent
@@ -22,7 +22,7 @@ __all__ = ["Dispatcher", "Job", "Sink", "WaitQueue", "log"]
 M = TypeVar("M", bound=Message)
 
 #: A callable and its argument.
-Job: TypeAlias = tuple[Callable[[Any], object], Any]
+Job = tuple[Callable[[Any], object], Any]
 
 #: Memory of a waiting error in bytes, together with its job, but without its texts.
 _ERROR_COST: Final = 800

@@ -9,12 +9,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Union
 
 __all__ = ["Candidate", "Lookup", "numeric"]
 
 #: An address family, and an address of it in the form that the socket module takes.
-Candidate: TypeAlias = tuple[int, tuple[object, ...] | str]
+Candidate = tuple[int, Union[tuple[object, ...], str]]
 
 
 class Lookup:

@@ -4,7 +4,6 @@ A part of the asyncio face. It moves bytes, runs at the dialog's next deadline a
 waiting tasks. All frames sent in one turn of the event loop leave with one system call.
 """
 
-# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
 import asyncio
@@ -14,13 +13,14 @@ import os
 from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from brokerd_client import message
 from brokerd_client._common import forks
 from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
+from brokerd_client.aio.compat import cancelling, create_task, timeout_at, uncancel
 from brokerd_client.aio.handlers import ends_worker, request_job
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Resolver, Transport, dial
@@ -41,6 +41,9 @@ from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
 from brokerd_client.protocol.pending import Deadline, within
 from brokerd_client.protocol.state import State
 from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["BaseClient"]
 
@@ -129,7 +132,7 @@ class BaseClient(ClientProperties):
         self._requests.on_put = lambda: self._start_workers(self._requests, _REQUEST_TASKS)
         self._gone: asyncio.Future[None] = self._loop.create_future()
         forks.register(self)
-        self._connect_task = self._loop.create_task(self._keep_connected(), name="brokerd client")
+        self._connect_task = create_task(self._loop, self._keep_connected(), "brokerd client")
         self._connect_task.add_done_callback(self._on_connect_task_done)
 
     def _after_fork(self) -> None:
@@ -345,17 +348,17 @@ class BaseClient(ClientProperties):
         put = self._dialog.send_for_receipt
         ids = [
             put(recipient, number, body, None, call, deadline)
-            for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+            for recipient, number, body, call in zip(to, codecs, bodies, calls)
         ]
         outcomes: list[Receipt | BrokerdError] = []
         try:
-            for call, message_id in zip(calls, ids, strict=True):
+            for call, message_id in zip(calls, ids):
                 try:
                     outcomes.append(await self._outcome(call, message_id, deadline))
                 except BrokerdError as error:
                     outcomes.append(error)
         finally:
-            for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :], strict=True):
+            for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :]):
                 self._abandon(call, message_id)
         return outcomes
 
@@ -455,7 +458,7 @@ class BaseClient(ClientProperties):
         """
         stopped = self._running.pop(request, task) is None
         if stopped:
-            task.uncancel()
+            uncancel(task)
         return stopped
 
     # Closing
@@ -830,7 +833,7 @@ class BaseClient(ClientProperties):
         workers = self._workers[queue]
         missing = min(max_tasks - len(workers), len(queue.inbox.items))
         while missing > 0 and queue.inbox.items:
-            task = self._loop.create_task(self._work(queue), name="brokerd handler")
+            task = create_task(self._loop, self._work(queue), "brokerd handler")
             if task.done():
                 # create_task itself has run the task (asyncio.eager_task_factory), and
                 # it is over: at least one job is done.
@@ -869,7 +872,7 @@ class BaseClient(ClientProperties):
             # An exit, which has left the loop already; this marks it as retrieved.
             task.exception()
         ending = self._ended or (
-            task.cancelled() and (self._connect_task.done() or self._connect_task.cancelling() > 0)
+            task.cancelled() and (self._connect_task.done() or cancelling(self._connect_task) > 0)
         )
         if queue.inbox.items and queue.on_put is not None and not ending:
             queue.on_put()
@@ -882,7 +885,7 @@ class BaseClient(ClientProperties):
             self._dialog.dialing(self._loop.time())
             self._gone = self._loop.create_future()
             try:
-                async with asyncio.timeout_at(self._dialog.next_deadline()):
+                async with timeout_at(self._dialog.next_deadline()):
                     await self._dial()
             except TimeoutError:
                 if self._dialog.state is State.CONNECTING:

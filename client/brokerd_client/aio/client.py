@@ -9,7 +9,6 @@ and ``transport`` moves the bytes. ``subscriptions`` has the objects that a user
 iterates over, and ``waiters`` has the objects that calls wait on.
 """
 
-# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
 import os
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from brokerd_client import message
 from brokerd_client.aio.base import BaseClient
@@ -40,6 +39,8 @@ from brokerd_client.settings import (
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+    from typing_extensions import Self
 
 __all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from brokerd_client._common.dispatcher import log
+from brokerd_client.aio.compat import cancelling
 from brokerd_client.aio.subscriptions import Message
 from brokerd_client.errors import AlreadyAnswered, Closed, Disconnected
 
@@ -49,7 +50,7 @@ def request_job(handler: Callable[[Message], object]) -> Callable[[Message], obj
             stopped = client._was_stopped(request, task)
             if isinstance(error, GeneratorExit) and not runs(task):
                 raise
-            if stopped and isinstance(error, asyncio.CancelledError) and not task.cancelling():
+            if stopped and isinstance(error, asyncio.CancelledError) and not cancelling(task):
                 # Its requester does not wait for the answer any more.
                 return
             if returned and isinstance(error, (Disconnected, Closed)):
@@ -79,7 +80,7 @@ def ends_worker(error: BaseException, task: asyncio.Task[Any]) -> bool:
     A task that is dropped gets GeneratorExit from outside, and is not running then.
     """
     if isinstance(error, asyncio.CancelledError):
-        return task.cancelling() > 0
+        return cancelling(task) > 0
     if isinstance(error, GeneratorExit):
         return not runs(task)
     return isinstance(error, (KeyboardInterrupt, SystemExit))

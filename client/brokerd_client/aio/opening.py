@@ -9,9 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from brokerd_client.aio.client import Client
     from brokerd_client.aio.subscriptions import BaseSubscription
 
@@ -108,9 +110,9 @@ class Iteration(Generic[O]):
         try:
             if self._items is None:
                 holder = _hold(self._opener)
-                opened = await anext(holder)
-                self._holder, self._items = holder, aiter(opened)
-            return await anext(self._items)
+                opened = await holder.__anext__()
+                self._holder, self._items = holder, opened.__aiter__()
+            return await self._items.__anext__()
         except Exception:
             await self.aclose()
             raise

@@ -3,12 +3,11 @@
 A part of the asyncio face; each object passes its calls on to its client.
 """
 
-# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from brokerd_client import message
 from brokerd_client.aio.waiters import WaitQueue
@@ -18,6 +17,8 @@ from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from brokerd_client.aio.client import Client
 
 __all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]

@@ -3,7 +3,6 @@
 A part of the asyncio face; it knows nothing of connections.
 """
 
-# ruff: noqa: ASYNC109 - both faces take the same arguments, timeouts among them
 from __future__ import annotations
 
 import asyncio
@@ -32,7 +31,8 @@ class WaitQueue(Generic[T]):
         #: Called after items were added, if worker tasks empty the queue.
         self.on_put: Callable[[], None] | None = None
         self._resume_reading = resume_reading
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        #: The result is whether the task was woken, and not at the end of its time.
+        self._waiters: deque[asyncio.Future[bool]] = deque()
 
     def put(self, items: list[T], size: int) -> None:
         """Add items, and wake one waiting task per item."""
@@ -61,7 +61,7 @@ class WaitQueue(Generic[T]):
         while count and self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(True)
                 count -= 1
 
     def take_now(self) -> T:
@@ -83,32 +83,35 @@ class WaitQueue(Generic[T]):
         """
         with contextlib.suppress(IndexError):
             return self.take_now()
-        if timeout is None:
-            return await self._wait()
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._wait()
-        except TimeoutError as error:
-            if isinstance(error, BrokerdError):
-                raise
-            raise TimedOut(f"nothing arrived within {timeout:g} s") from None
-
-    async def _wait(self) -> T:
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout is None else loop.time() + timeout
         while True:
-            with contextlib.suppress(IndexError):
-                return self.take_now()
             if self.ended is not None:
                 raise self.ended.with_traceback(None)
-            waiter = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[bool] = loop.create_future()
+            timer = None if deadline is None else loop.call_at(deadline, self._expire, waiter)
             self._waiters.append(waiter)
             try:
-                await waiter
+                in_time = await waiter
             except BaseException:
                 # The task was cancelled, or the coroutine is being closed.
-                if waiter.done() and not waiter.cancelled():
+                if waiter.done() and not waiter.cancelled() and waiter.result():
                     # Woken at the same time: the item is for the next waiter.
                     self._wake(1)
                 else:
                     with contextlib.suppress(ValueError):
                         self._waiters.remove(waiter)
                 raise
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            with contextlib.suppress(IndexError):
+                return self.take_now()
+            if not in_time:
+                raise TimedOut(f"nothing arrived within {timeout:g} s")
+
+    def _expire(self, waiter: asyncio.Future[bool]) -> None:
+        """Wake a task at the end of its time."""
+        if not waiter.done():
+            waiter.set_result(False)
+            self._waiters.remove(waiter)

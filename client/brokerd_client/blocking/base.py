@@ -586,7 +586,7 @@ class BaseClient(ClientProperties):
         check_timeout(timeout)
         if self._interrupting():
             put = self._dialog.send_as
-            return [self._put_late(put, *frame, None) for frame in zip(*bulk, strict=True)]
+            return [self._put_late(put, *frame, None) for frame in zip(*bulk)]
         return self._put(timeout, self._dialog.send_many, *bulk)
 
     def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
@@ -619,12 +619,12 @@ class BaseClient(ClientProperties):
             put = self._dialog.send_for_receipt
             return [
                 put(recipient, number, body, None, call, deadline)
-                for recipient, number, body, call in zip(to, codecs, bodies, calls, strict=True)
+                for recipient, number, body, call in zip(to, codecs, bodies, calls)
             ]
 
         outcomes: list[Receipt | BrokerdError] = []
         try:
-            for call, message_id in zip(calls, self._put(timeout, put_all), strict=True):
+            for call, message_id in zip(calls, self._put(timeout, put_all)):
                 try:
                     outcomes.append(self._outcome(call, message_id, deadline))
                 except BrokerdError as error:

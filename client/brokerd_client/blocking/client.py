@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from brokerd_client import message
 from brokerd_client.blocking.base import BaseClient
@@ -38,6 +38,8 @@ from brokerd_client.settings import (
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+    from typing_extensions import Self
 
 __all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from brokerd_client import message
 from brokerd_client.blocking.waiters import WaitQueue
@@ -19,6 +19,8 @@ from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from brokerd_client.blocking.client import Client
 
 __all__ = ["BaseSubscription", "Message", "PresenceWatch", "Subscription"]

@@ -102,7 +102,7 @@ def _connect(address: Any, family: Family, deadline: float | None) -> PeerStream
                 # not wait for room.
                 time.sleep(min(retry, _remaining(deadline) or 0))
                 retry = min(2 * retry, _RETRY_TO)
-            except TimeoutError:
+            except (TimeoutError, socket.timeout):  # one class since Python 3.10
                 _remaining(deadline)
                 raise
         if family != "AF_UNIX":

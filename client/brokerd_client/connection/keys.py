@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from multiprocessing import current_process
-from typing import TypeAlias
+from typing import Union
 
 from brokerd_client.errors import InvalidKey
 
 __all__ = ["Key", "choose_key", "key_bytes"]
 
-Key: TypeAlias = bytes | bytearray | memoryview | str
+Key = Union[bytes, bytearray, memoryview, str]
 
 
 def key_bytes(key: Key) -> bytes:

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Union, cast
 
 from brokerd_client._common import forks
 from brokerd_client.address import Family, format_peer, infer_family, validate_family
@@ -33,9 +33,12 @@ from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import AuthenticationError, Closed, FrameError, TimedOut
 from brokerd_client.wire.handshake import as_listener
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["Listener", "OnError"]
 
-OnError: TypeAlias = Literal["raise", "skip"] | Callable[[AuthenticationError, Any], object]
+OnError = Union[Literal["raise", "skip"], Callable[[AuthenticationError, Any], object]]
 
 _log: Final = logging.getLogger("brokerd_client.connection")
 

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import reduction
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from brokerd_client._common import forks
 from brokerd_client.connection.call_lock import (
@@ -45,6 +45,9 @@ from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame
 
 if sys.platform == "win32":
     import _multiprocessing  # type: ignore[import-not-found,unused-ignore]
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["BadMessageLength", "Connection", "MessageTooBig", "adopt_socket"]
 
@@ -67,7 +70,7 @@ _unpack_length: Final = LENGTH.unpack
 _pack_length: Final = LENGTH.pack
 
 
-Buffer: TypeAlias = Any  # bytes-like; collections.abc.Buffer is Python 3.12's
+Buffer = Any  # bytes-like; collections.abc.Buffer is Python 3.12's
 
 
 class MessageTooBig(FrameTooBig, OSError):

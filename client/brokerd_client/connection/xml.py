@@ -7,12 +7,15 @@ code that the peer chooses.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from brokerd_client.connection.client import Client
 from brokerd_client.connection.listener import Listener
 from brokerd_client.connection.stream import Connection
 from brokerd_client.errors import UndecodablePayload
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["XmlClient", "XmlConnection", "XmlListener"]
 

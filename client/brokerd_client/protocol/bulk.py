@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Final, TypeAlias, cast
+from typing import Final, cast
 
+from brokerd_client._compat import strict_zip
 from brokerd_client.codec import encode
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import check_address
@@ -18,7 +19,7 @@ from brokerd_client.wire.layout import RAW_CODEC
 __all__ = ["Bulk", "encode_many"]
 
 #: Recipients, codec numbers, bodies: three sequences of the same length.
-Bulk: TypeAlias = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
+Bulk = tuple[Sequence[str], Sequence[int], Sequence[bytes]]
 
 _BYTES_ALONE: Final = {bytes}
 _RAW: Final = (RAW_CODEC,)
@@ -38,7 +39,7 @@ def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None)
         return (), (), ()
     to: tuple[str, ...]
     payloads: tuple[object, ...]
-    to, payloads = zip(*pairs, strict=True)
+    to, payloads = strict_zip(*pairs)
     if codec is None and set(map(type, payloads)) == _BYTES_ALONE:
         try:
             for recipient in set(to):
@@ -50,7 +51,7 @@ def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None)
         return to, _RAW * len(to), cast("tuple[bytes, ...]", payloads)
     numbers: list[int] = []
     bodies: list[bytes] = []
-    for recipient, payload in zip(to, payloads, strict=True):
+    for recipient, payload in zip(to, payloads):
         _check_address(recipient)
         number, body = encode(payload, codec)
         numbers.append(number)

@@ -15,7 +15,7 @@ import io
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar, Union
 
 from brokerd_client.errors import BrokerdError, FrameTooBig, MalformedEnvelope
 from brokerd_client.message import VALUE_COST, Message, Owner
@@ -66,7 +66,7 @@ class Unreadable(NamedTuple):
 
 #: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or
 #: EVENT is passed as a message.
-FrameHandler: TypeAlias = Callable[[M | Envelope | Unreadable], None]
+FrameHandler = Callable[[Union[M, Envelope, Unreadable]], None]
 
 
 class _LargeFrame:

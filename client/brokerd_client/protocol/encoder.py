@@ -232,15 +232,13 @@ class FrameEncoder:
         names = list(map(self._recipients.__getitem__, to))
         sizes = list(map(len, bodies))
         if sizes and max(sizes) >= _MAX_SHORT_BODY:
-            for message_id, recipient, codec, body in zip(ids, to, codecs, bodies, strict=True):
+            for message_id, recipient, codec, body in zip(ids, to, codecs, bodies):
                 self.put(MESSAGE_KIND, 0, message_id, recipient, codec, body, None)
                 self.without_receipt(message_id, recipient)
             return
         # No step below runs a line of Python per message.
-        starts = map(self._starts.__getitem__, zip(to, codecs, sizes, strict=True))
-        data = b"".join(
-            chain.from_iterable(zip(starts, map(ID.pack, ids), names, bodies, strict=True))
-        )
+        starts = map(self._starts.__getitem__, zip(to, codecs, sizes))
+        data = b"".join(chain.from_iterable(zip(starts, map(ID.pack, ids), names, bodies)))
         self._unwritten.append(_Bulk(self.queued, ids, to, names, sizes))
         self._parts.append(data)
         self.queued += len(data)
@@ -280,12 +278,11 @@ class _Bulk:
 
     def __iter__(self) -> Iterator[tuple[int, int, str]]:
         lengths = (
-            FRAME_HEAD.size + len(name) + size
-            for name, size in zip(self._names, self._sizes, strict=True)
+            FRAME_HEAD.size + len(name) + size for name, size in zip(self._names, self._sizes)
         )
         ends = accumulate(lengths, initial=self._start_position)
         next(ends)
-        return zip(ends, self._ids, self._to, strict=True)
+        return zip(ends, self._ids, self._to)
 
 
 class _Recipients(dict[str, bytes]):

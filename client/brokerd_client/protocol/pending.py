@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import heapq
 from enum import Enum
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 from brokerd_client.errors import TimedOut
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Deadline", "Pending", "PendingTable", "Purpose", "within"]
 

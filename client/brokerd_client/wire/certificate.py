@@ -8,7 +8,7 @@ nothing: the TLS library has already read, or verified, the certificates.
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Final
 
 __all__ = ["end_point", "signature_hash", "validity"]
@@ -99,7 +99,7 @@ def _moment(tag: int, content: bytes) -> datetime:
         text = ("19" if text >= "50" else "20") + text
     elif tag != _GENERALIZED_TIME:
         raise ValueError("the certificate's validity is not a valid time")
-    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=timezone.utc)
 
 
 def _fields(data: bytes, min_count: int = 1) -> list[tuple[int, bytes]]:

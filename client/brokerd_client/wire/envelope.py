@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from itertools import accumulate, count
 from operator import sub
 from typing import Any, Final, NoReturn
 
+from brokerd_client._compat import StrEnum, slotted
 from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelope, PayloadError
 from brokerd_client.wire.layout import (
     EXTENSION_LENGTH,
@@ -111,7 +111,8 @@ _KNOWN_FLAGS: Final = int(Flag.RECEIPT | Flag.EXTENSION | Flag.ACK)
 _KINDS: Final = {int(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Envelope:
     """A parsed broker frame.
 

@@ -22,8 +22,9 @@ from __future__ import annotations
 import hmac
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, Optional, Union
 
+from brokerd_client._compat import slotted
 from brokerd_client.errors import AuthenticationError, FrameError, KeyRejected
 from brokerd_client.wire.channel_binding import (
     BROKER,
@@ -80,7 +81,8 @@ _LEGACY_CHALLENGE_SIZE: Final = 20
 _LEGACY_MAC_SIZE: Final = 16
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Send:
     """Send this body as one frame."""
 
@@ -96,7 +98,8 @@ class Receive:
 RECEIVE: Final = Receive()
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Proof:
     """The peer's answer to the challenge: resume with the key that made it, or None.
 
@@ -138,7 +141,8 @@ class Proof:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@slotted
+@dataclass(frozen=True)
 class Established:
     """Both sides have proved that they know the key.
 
@@ -154,7 +158,7 @@ class Established:
     name: bytes = b""
 
 
-Handshake: TypeAlias = Generator["Send | Receive | Proof", bytes | None, "Established"]
+Handshake = Generator[Union[Send, Receive, Proof], Optional[bytes], Established]
 
 
 def next_message(reader: FrameReader) -> bytes | None:

@@ -266,12 +266,16 @@ def test_aio_request_handlers_run_concurrently(server: FakeServer) -> None:
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:
-            together = asyncio.Barrier(10)
+            all_run = asyncio.Event()
+            running: list[object] = []
             seen: list[int] = []
 
             @bob.on_request
             async def answer(message: aio.Message) -> object:
-                await together.wait()
+                running.append(message.payload)
+                if len(running) == 10:
+                    all_run.set()
+                await all_run.wait()
                 return message.payload
 
             @bob.on_message
@@ -564,6 +568,7 @@ def test_aio_keepalive_lost_peer_received_bytes_are_read() -> None:
         recorder = Recorder()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             await dial(Address("AF_INET", *listener.getsockname()), lambda: Transport(recorder))
+            recorder.link.asyncio_transport.pause_reading()
             peer, _ = listener.accept()
             with peer:
                 peer.sendall(b"the last")

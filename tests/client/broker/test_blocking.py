@@ -605,6 +605,8 @@ def test_reconnect_with_full_inbox_becomes_ready(server: FakeServer) -> None:
     with join("alice", server, inbox=1 << 12) as alice, join("bob", server) as bob:
         bob.send_many([("alice", b"x" * 1000)] * 200)
         until(lambda: alice._meter.full)
+        # The broker has forwarded all of them.
+        assert bob.ping() > 0
         server.drop("alice")
         # The client does not write: only its look at the unread socket finds out.
         until(lambda: alice.counters["losses"] == 1)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib
 import pydoc
 import re
-import tomllib
-from pathlib import Path
 
 import pytest
 
-import brokerd
 import brokerd_client
 
 PACKAGES = ["brokerd_client", "brokerd_client.aio", "brokerd_client.blocking"]
@@ -52,12 +49,3 @@ def test_package_help_describes_public_names_only(package: str) -> None:
 
     described = set(re.findall(r"^    class (\w+)\(", text, re.MULTILINE))
     assert {"Client", "Message", "Subscription"} <= described <= set(module.__all__)
-
-
-def test_client_library_version_equals_project_version() -> None:
-    """The library, the daemon and the package have one version."""
-    project = tomllib.loads(
-        (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text(encoding="utf-8")
-    )
-
-    assert brokerd_client.__version__ == brokerd.__version__ == project["project"]["version"]

@@ -108,7 +108,7 @@ def test_settings_key_given_for_its_file_is_not_shown(
     ) as refused:
         settle(key_file=key if by == "argument" else None)
 
-    assert key not in "".join(traceback.format_exception(refused.value))
+    assert key not in "".join(traceback.format_exception(refused.type, refused.value, refused.tb))
 
 
 def test_key_file_empty_raises(tmp_path: Path) -> None:

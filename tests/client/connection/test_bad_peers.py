@@ -283,7 +283,7 @@ def test_handshake_slow_bytes_do_not_extend_the_deadline(dial: Any, aside: Any) 
                 peer.send(bytes([byte]))
                 if peer.recv(1) == b"":
                     break
-            except TimeoutError:
+            except socket.timeout:  # noqa: UP041 - not a TimeoutError before Python 3.10
                 continue
             except OSError:
                 break

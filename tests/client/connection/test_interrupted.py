@@ -285,6 +285,10 @@ def test_message_kept_by_an_interrupted_receive_is_not_handed_over() -> None:
 # Signals at random.
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="Python 3.9 and 3.10 run signal handlers also between a call's return and its use",
+)
 @pytest.mark.parametrize("times", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("into", [False, True], ids=["recv_bytes", "recv_bytes_into"])
 def test_receive_interrupted_by_random_signals_loses_nothing(times: int, into: bool) -> None:

@@ -9,11 +9,14 @@ import ssl
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 from support.tls.authority import Issued
 
 from brokerd_client.address import Address
+
+if TYPE_CHECKING:
+    from typing import Self
 
 TIMEOUT_S = 20.0
 
