@@ -304,7 +304,8 @@ def graph(
 ) -> dict[str, set[str]]:
     """Return the modules that each module imports, in functions and for types too.
 
-    allowed: pairs of patterns for imports under TYPE_CHECKING that are left out.
+    Args:
+        allowed: Pairs of patterns for imports under TYPE_CHECKING that are left out.
     """
     arrows: dict[str, set[str]] = {}
     for module, path in sources.items():

@@ -23,8 +23,10 @@ Scenario = Callable[[Make], None]
 class Rule(NamedTuple):
     """A rule that more than one level tests.
 
-    scenario: shows the rule. authority: the file below tests/ with its corner cases.
-    source: where docs/protocol.md states it.
+    Attributes:
+        scenario: Shows the rule.
+        authority: The file below tests/ with its corner cases.
+        source: The place in docs/protocol.md that states it.
     """
 
     scenario: Scenario

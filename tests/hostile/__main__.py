@@ -77,7 +77,11 @@ def _spread(took: list[float]) -> str:
 
 
 def _picture(curve: list[tuple[float, float]], bound: float) -> str:
-    """Return the curve and the bound above it, as SVG. curve: of (seconds, MiB)."""
+    """Return the curve and the bound above it, as SVG.
+
+    Args:
+        curve: Pairs of seconds and MiB.
+    """
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     last = curve[-1][0]
 

@@ -36,7 +36,9 @@ ANSWERS = (Kind.REPLY, Kind.ERROR)
 def fill_outbox(outbox: Outbox, kept: bool, most: int) -> None:
     """Fill a queue to its limit with the shortest messages.
 
-    kept: with frames that are never dropped. most: the greatest number of frames.
+    Args:
+        kept: Whether the frames are never dropped.
+        most: The greatest number of frames.
     """
     frame = packed(Kind.MESSAGE, "sender")
     for _ in range(most):

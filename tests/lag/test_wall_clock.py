@@ -74,7 +74,11 @@ def many_descriptors() -> Iterator[None]:
 
 
 class _Large(BrokerProcess):
-    """A daemon whose file has 10,000 clients. before: code that runs first."""
+    """A daemon whose configuration file has 10,000 clients.
+
+    Args:
+        before: Code that runs first.
+    """
 
     def __init__(self, directory: Path, before: str = "") -> None:
         program = PROGRAM.replace("sys.argv[1]", "'large.yaml'").replace(

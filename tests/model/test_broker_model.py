@@ -95,7 +95,11 @@ def allowed_to_subscribe(rules: list[str], pattern: str) -> bool:
 
 @dataclass
 class Sent:
-    """One frame that a client sent. taken: the recipients whose socket took it."""
+    """One frame that a client sent.
+
+    Attributes:
+        taken: The recipients whose socket took it.
+    """
 
     serial: int
     envelope: Envelope

@@ -31,7 +31,11 @@ KEY = b"the key that two clients share"
 
 
 class Attacker:
-    """A listener that has no key. offer: the bytes behind its own nonce."""
+    """A listener that has no key.
+
+    Args:
+        offer: The bytes behind its own nonce.
+    """
 
     def __init__(self, context: ssl.SSLContext | None, offer: bytes) -> None:
         self._context = context

@@ -39,10 +39,10 @@ OTHER_NONCE = bytes(range(100, 100 + NONCE_SIZE))
 
 
 class Side:
-    """One end of a handshake: bytes in, bytes out, and in the end a result or an error.
+    """One end of a handshake: bytes in, bytes out, and at the end a result or an error.
 
-    keys: the keys that a Proof is checked against, to find the one that made an
-    answer.
+    Args:
+        keys: The keys against which a Proof is checked, to find the key of an answer.
     """
 
     def __init__(self, conversation: Handshake, keys: Iterable[bytes] = (KEY,)) -> None:

@@ -56,7 +56,8 @@ class Stock(threading.Thread):
 
     Its outcome is the exception that it raised, or None.
 
-    mark: follows the nonce in a challenge.
+    Args:
+        mark: Bytes that follow the nonce in a challenge.
     """
 
     def __init__(

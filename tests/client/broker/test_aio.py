@@ -262,7 +262,7 @@ def test_aio_request_in_flight_at_loss_is_in_doubt(server: FakeServer) -> None:
 
 
 def test_aio_request_handlers_run_concurrently(server: FakeServer) -> None:
-    """A request does not wait for the request before it. Messages are handled in order."""
+    """A request does not wait for the one before it. Messages are handled in order."""
 
     async def main() -> None:
         async with join("alice", server) as alice, join("bob", server) as bob:

@@ -22,12 +22,16 @@ MOST_STEPS = 60
 
 
 class Cancelling:
-    """Starts a call as a task, and cancels it at one of many moments; one instance for
-    each moment.
+    """Starts a call as a task, and cancels it at one of many moments.
 
-    step: steps of the loop after which it is cancelled. delivery: cancelled in the
-    callback of that delivery, counted from 0, ``early`` before the bytes are handed
-    over or just after. again: steps after which a second cancel follows.
+    Each moment needs an instance.
+
+    Args:
+        step: Steps of the loop after which the task is cancelled.
+        delivery: Number of the delivery, counted from 0, in whose callback the task is
+            cancelled.
+        early: Whether to cancel before the bytes are handed over, or just after.
+        again: Steps after which a second cancel follows.
     """
 
     def __init__(
@@ -218,7 +222,7 @@ def test_aio_connect_cancelled_at_any_step_leaves_nothing(monkeypatch: pytest.Mo
 
 
 def test_aio_close_cancelled_at_any_step_closes_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that wait for a message or an answer get Closed, and the connection ends."""
+    """Tasks waiting for a message or an answer get Closed, and the connection ends."""
 
     async def scenario(network: MemoryBroker) -> None:
         for twice in (False, True):
@@ -311,7 +315,7 @@ def test_aio_recv_cancelled_at_any_step_loses_no_message(
 def test_aio_recv_with_closed_coroutine_takes_no_wakeup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A recv() whose coroutine was closed is not woken instead of a recv() that waits."""
+    """A recv() with a closed coroutine is not woken instead of a recv() that waits."""
 
     async def scenario(network: MemoryBroker) -> None:
         async with network.join("alice") as alice, network.join("bob") as bob:

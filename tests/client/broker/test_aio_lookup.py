@@ -20,7 +20,7 @@ from brokerd_client.errors import Disconnected, TimedOut
 
 
 class SlowNames:
-    """Replaces socket.getaddrinfo: a look-up of a slow name blocks until ``released``."""
+    """Replaces socket.getaddrinfo: look-ups of slow names block until ``released``."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -98,7 +98,7 @@ def test_connect_host_without_address_is_disconnected(names: SlowNames) -> None:
 
 
 def test_connect_host_with_several_addresses_tries_each(names: SlowNames) -> None:
-    """The first address that accepts is used; if none does, the last error is raised."""
+    """The first accepting address is used. If none does, the last error is raised."""
     names.released.set()
 
     async def main() -> None:

@@ -133,7 +133,7 @@ async def awaited_in_loop(make: Callable[[], Any]) -> Any:
 
 
 def test_aio_client_in_other_thread_raises_wrong_loop(server: FakeServer) -> None:
-    """The other thread has a loop of its own or none; the client's loop runs meanwhile."""
+    """The other thread has its own loop or none; the client's loop runs meanwhile."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

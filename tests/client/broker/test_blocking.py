@@ -539,7 +539,7 @@ def test_read_unexpected_error_is_lost_connection(
 
 
 class Panic(BaseException):
-    """A BaseException, like those of a Rust extension that panics and of pytest.fail."""
+    """A BaseException, like those of a panic in Rust and of pytest.fail."""
 
 
 def panic(message: Any) -> None:
@@ -675,7 +675,7 @@ def test_connect_interrupted_at_thread_start_raises_interruption(
 def test_connect_thread_ended_by_interruption_closes_descriptors(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread is alive at the interruption, and ends before it begins its own work."""
+    """The thread is alive at the interruption, and ends before its own work begins."""
     go_on = threading.Event()
     channels: list[Transport] = []
 
@@ -916,7 +916,7 @@ def test_client_pickled_or_copied_raises_with_remedy(
 
 
 def ask_each_other(server: FakeServer, depth: int, at_once: int, **options: Any) -> list[Any]:
-    """Send ``at_once`` requests that alice and bob nest to ``depth``; return the answers."""
+    """Return the answers to ``at_once`` requests that are nested to ``depth``."""
     with join("alice", server, **options) as alice, join("bob", server, **options) as bob:
 
         def answer(client: Client, other: str) -> Callable[[Any], int]:

@@ -1,4 +1,4 @@
-"""The blocking and the asyncio client have the same names, signatures and docstrings."""
+"""Both clients have the same names, signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def public_names(module: ModuleType, name: str) -> set[str]:
 
 
 def documented() -> Iterator[tuple[str, Any, Any]]:
-    """Yield each public name with its object in the blocking and in the asyncio client."""
+    """Yield each public name with its objects in both clients."""
     for name in aio.__all__:
         if name == "Opening":
             continue

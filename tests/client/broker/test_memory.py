@@ -118,7 +118,7 @@ def test_inbox_long_frame_is_stored_once(pair: Pair) -> None:
 
 
 def test_inbox_limits_message_length() -> None:
-    """Whatever its inbox, a client accepts every message that brokers pass by default."""
+    """Whatever its inbox, a client accepts messages of the default length limit."""
     assert [largest_message(inbox) for inbox in (1, 4 * MIB, 8 * MIB)] == [
         16 * MIB,
         16 * MIB,

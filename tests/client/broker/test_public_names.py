@@ -26,7 +26,7 @@ def test_package_dir_lists_public_names_only(package: str) -> None:
 
 
 def test_client_library_help_lists_public_modules_only() -> None:
-    """Each module in the package is in __all__, or its name begins with an underscore."""
+    """Each module of the package is in __all__, or begins with an underscore."""
     text = pydoc.render_doc(brokerd_client, renderer=pydoc.plaintext)
 
     contents = text.split("PACKAGE CONTENTS\n")[1].split("\n\n")[0]

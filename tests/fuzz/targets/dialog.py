@@ -104,7 +104,11 @@ def piece(script: Script) -> tuple[Any, ...]:
 
 
 def data_of(pieces: list[tuple[Any, ...]], ids: list[int]) -> bytes:
-    """Return the bytes of the pieces. ids: of the pending calls."""
+    """Return the bytes of the pieces.
+
+    Args:
+        ids: Ids of the pending calls.
+    """
     parts = []
     for kind, *fields in pieces:
         if kind == RAW:
@@ -250,7 +254,11 @@ def built(
     name: int = 0,
     rest: tuple[int, int, int] = (0, 0, 0),
 ) -> bytes:
-    """Return a piece of a script. rest: numbers of topic, extension, payload."""
+    """Return a piece of a script.
+
+    Args:
+        rest: Numbers of topic, extension and payload.
+    """
     return bytes([BUILT, kind, flags, 2, which, name, *rest])
 
 
