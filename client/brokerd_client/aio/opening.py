@@ -43,9 +43,7 @@ class Opening(Generic[O]):
             raise AttributeError(name)
         raise AttributeError(
             f"the result of {self._call}() has no attribute {name!r} before it is awaited: write"
-            f" 'await {self._call}(...)' or 'async with {self._call}(...) as ...'",
-            name=name,
-            obj=self,
+            f" 'await {self._call}(...)' or 'async with {self._call}(...) as ...'"
         )
 
     def __del__(self) -> None:

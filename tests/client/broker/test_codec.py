@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brokerd_client._compat import StrEnum
 from brokerd_client.codec import decode, encode
 from brokerd_client.errors import PayloadError, UndecodablePayload
 from brokerd_client.message import Message, with_ttl
@@ -20,7 +21,7 @@ from brokerd_client.topics import has_wildcard, matches
 from brokerd_client.wire.layout import CodecId
 
 
-class TextKey(enum.StrEnum):
+class TextKey(StrEnum):
     A = "a"
 
 
