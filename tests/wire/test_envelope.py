@@ -140,6 +140,7 @@ def test_envelope_numbers_and_codes_are_fixed() -> None:
         "no_such_client",
         "offline",
         "abandoned",
+        "cancelled",
         "denied",
         "full",
         "too_large",
