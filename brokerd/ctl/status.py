@@ -19,7 +19,6 @@ from brokerd_client.errors import (
     BrokerdError,
     Closed,
     Disconnected,
-    Full,
     InDoubt,
     KeyRemoved,
     LocalError,
@@ -76,9 +75,7 @@ def ended_by_ctrl_c(is_the_end: bool) -> Iterator[None]:
 
 def is_turned_away(error: BrokerdError) -> bool:
     """Return whether the broker has closed the connection to reject this client."""
-    return isinstance(error, Disconnected) and isinstance(
-        error.__cause__, (NameTaken, KeyRemoved, Full)
-    )
+    return isinstance(error, Disconnected) and isinstance(error.__cause__, (NameTaken, KeyRemoved))
 
 
 def failure_of(error: BrokerdError) -> Failure:

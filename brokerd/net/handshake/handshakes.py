@@ -351,9 +351,14 @@ class PendingHandshakes:
             if room is Room.UNDECIDED:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
-            # Without room the client is told so after the handshake: its key is right.
-            key = key_on(pending.tls_peer, identity.accepted.key.value)
-            self._advance(pending, Rank.PROVED)
+            # A client whose name is connected, or that comes during a drain, is told so
+            # after the handshake: its key is right.
+            if room is Room.FULL:
+                pending.refusal = room.value
+                pending.outcome = HandshakeOutcome.REFUSED
+            else:
+                key = key_on(pending.tls_peer, identity.accepted.key.value)
+                self._advance(pending, Rank.PROVED)
         self._loop.add_reader(pending.fd, self._on_readable, pending)
         pending.proof = None
         self._go_on(pending, key)

@@ -20,12 +20,8 @@ class Room(Enum):
 
     @property
     def code(self) -> ErrorCode | None:
-        """The error code that a client gets after it has proved its key; None: it has room."""
+        """The error code that a client gets after it has proved its key, or None."""
         return _CODES.get(self)
 
 
-_CODES = {
-    Room.TAKEN: ErrorCode.NAME_TAKEN,
-    Room.DRAINING: ErrorCode.SHUTTING_DOWN,
-    Room.FULL: ErrorCode.FULL,
-}
+_CODES = {Room.TAKEN: ErrorCode.NAME_TAKEN, Room.DRAINING: ErrorCode.SHUTTING_DOWN}

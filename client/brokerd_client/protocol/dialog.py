@@ -31,7 +31,6 @@ from brokerd_client.errors import (
     BrokerdError,
     Closed,
     Disconnected,
-    Full,
     InDoubt,
     KeyRejected,
     ProtocolError,
@@ -435,7 +434,7 @@ class Dialog(Generic[M]):
         return (
             self._wait_s > 0
             and isinstance(reason, (Disconnected, TimedOut))
-            and isinstance(reason.__cause__, (Full, ShuttingDown, type(None)))
+            and isinstance(reason.__cause__, (ShuttingDown, type(None)))
         )
 
     def _was_cut_off(self, reason: BrokerdError) -> bool:

@@ -20,7 +20,6 @@ from brokerd_client.errors import (
     DisconnectedByOperator,
     Expired,
     FrameTooBig,
-    Full,
     KeyRemoved,
     NameTaken,
     ProtocolError,
@@ -46,8 +45,7 @@ _DRAINING: Final = "$broker.draining"
 #: Error codes that, with the id 0, give the reason why the broker closes the
 #: connection.
 _ENDINGS: Final = frozenset(
-    cls.code
-    for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown, Full)
+    cls.code for cls in (NameTaken, Replaced, KeyRemoved, DisconnectedByOperator, ShuttingDown)
 )
 #: Limits of the memory of one decoded answer. An ERROR's payload, in bytes. An
 #: operation's answer for a caller, or with the list of clients, in multiples of the
