@@ -486,7 +486,7 @@ def test_request_timed_out_leaves_nothing(connect: Connect) -> None:
     with pytest.raises(TimedOut):
         alice.recv(0.01)
     with pytest.raises(TimedOut):
-        alice.request("bob", 1, timeout=0.05)
+        alice.request("bob", 1, timeout=0.5)
     bob.recv(PATIENCE).reply("late")
     until(lambda: alice.counters["late"] == 1)
     assert len(alice._dialog.pending_calls) == 0
