@@ -46,115 +46,148 @@ FACE = (
 )
 MODEL = ("brokerd.config.model", "brokerd.config.values", "brokerd.config.cert_subjects")
 
-#: What each part may import of the two packages. The longest matching prefix of a
-#: module's name decides; a prefix stands for itself and everything inside it, and a
-#: package may always import its own inside.
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "brokerd_client": ("brokerd_client",),
-    "brokerd_client._compat": (),
-    "brokerd_client.errors": (),
-    "brokerd_client.address": ("brokerd_client.errors", "brokerd_client._compat"),
-    "brokerd_client.wire": ("brokerd_client.errors", "brokerd_client._compat"),
-    "brokerd_client.topics": (),
-    "brokerd_client.codec": LEAVES,
-    "brokerd_client.connection_event": LEAVES,
-    "brokerd_client.message": (*LEAVES, "brokerd_client.codec"),
-    "brokerd_client.presence": LEAVES,
-    "brokerd_client.settings": (*LEAVES, "brokerd_client._common"),
-    "brokerd_client.connection": (*LEAVES, "brokerd_client._common"),
-    "brokerd_client.tls": LEAVES,
-    "brokerd_client.protocol": (*LEAVES, *VALUES),
-    "brokerd_client._common": (
-        *LEAVES,
-        *VALUES,
-        "brokerd_client.protocol",
-        "brokerd_client.connection.named_pipes",
+#: What the parts may import of the two packages: (parts, what all of them may import).
+#: The longest matching prefix of a module's name decides; a prefix stands for itself and
+#: everything inside it. A package may always import its own inside.
+ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("brokerd_client",), ("brokerd_client",)),
+    (("brokerd_client.errors", "brokerd_client._compat", "brokerd_client.topics"), ()),
+    (
+        ("brokerd_client.address", "brokerd_client.wire"),
+        ("brokerd_client.errors", "brokerd_client._compat"),
     ),
-    "brokerd_client.blocking": (
-        *FACE,
-        "brokerd_client.tls",
-        "brokerd_client.connection.named_pipes",
+    (
+        ("brokerd_client.codec", "brokerd_client.connection_event", "brokerd_client.presence"),
+        LEAVES,
     ),
-    "brokerd_client.aio": (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
-    "brokerd": (),
-    "brokerd.config": (
-        *LEAVES,
-        "brokerd_client._common.paths",
-        "brokerd_client._common.ssl_errors",
+    (("brokerd_client.message",), (*LEAVES, "brokerd_client.codec")),
+    (
+        ("brokerd_client.settings", "brokerd_client.connection"),
+        (*LEAVES, "brokerd_client._common"),
     ),
-    "brokerd.log": (*MODEL, "brokerd.config.units", "brokerd_client._common.rate_limit"),
-    "brokerd.core": (*LEAVES, *MODEL, "brokerd_client.topics"),
-    "brokerd.net": (
-        *LEAVES,
-        *MODEL,
-        "brokerd_client._common",
-        "brokerd_client.connection.named_pipes",
-        "brokerd_client.tls",
-        "brokerd.core",
-        "brokerd.log",
+    (("brokerd_client.tls",), LEAVES),
+    (("brokerd_client.protocol",), (*LEAVES, *VALUES)),
+    (
+        ("brokerd_client._common",),
+        (
+            *LEAVES,
+            *VALUES,
+            "brokerd_client.protocol",
+            "brokerd_client.connection.named_pipes",
+        ),
     ),
-    "brokerd.monitor": (
-        *LEAVES,
-        *MODEL,
-        "brokerd.core",
-        "brokerd.net",
-        "brokerd.log",
-        "brokerd.daemon.threads",
+    (
+        ("brokerd_client.blocking", "brokerd_client.aio"),
+        (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
     ),
-    "brokerd.daemon": (
-        *LEAVES,
-        "brokerd.config",
-        "brokerd.core",
-        "brokerd.net",
-        "brokerd.log",
-        "brokerd.monitor",
+    (("brokerd",), ()),
+    (
+        ("brokerd.config",),
+        (
+            *LEAVES,
+            "brokerd_client._common.paths",
+            "brokerd_client._common.ssl_errors",
+        ),
+    ),
+    (("brokerd.log",), (*MODEL, "brokerd.config.units", "brokerd_client._common.rate_limit")),
+    (("brokerd.core",), (*LEAVES, *MODEL, "brokerd_client.topics")),
+    (
+        ("brokerd.net",),
+        (
+            *LEAVES,
+            *MODEL,
+            "brokerd_client._common",
+            "brokerd_client.connection.named_pipes",
+            "brokerd_client.tls",
+            "brokerd.core",
+            "brokerd.log",
+        ),
+    ),
+    (
+        ("brokerd.monitor",),
+        (
+            *LEAVES,
+            *MODEL,
+            "brokerd.core",
+            "brokerd.net",
+            "brokerd.log",
+            "brokerd.daemon.threads",
+        ),
+    ),
+    (
+        ("brokerd.daemon",),
+        (
+            *LEAVES,
+            "brokerd.config",
+            "brokerd.core",
+            "brokerd.net",
+            "brokerd.log",
+            "brokerd.monitor",
+        ),
     ),
     # A new process hands the daemon what it takes over. That module is below the daemon;
     # the old process's modules use the daemon.
-    "brokerd.daemon.daemon": (
-        *LEAVES,
-        "brokerd.config",
-        "brokerd.core",
-        "brokerd.daemon",
-        "brokerd.net",
-        "brokerd.log",
-        "brokerd.monitor",
-        "brokerd.upgrade.new_process",
+    (
+        ("brokerd.daemon.daemon",),
+        (
+            *LEAVES,
+            "brokerd.config",
+            "brokerd.core",
+            "brokerd.daemon",
+            "brokerd.net",
+            "brokerd.log",
+            "brokerd.monitor",
+            "brokerd.upgrade.new_process",
+        ),
     ),
-    "brokerd.upgrade": (
-        *LEAVES,
-        *MODEL,
-        "brokerd.core",
-        "brokerd.daemon",
-        "brokerd.log",
-        "brokerd.net",
+    (
+        ("brokerd.upgrade",),
+        (
+            *LEAVES,
+            *MODEL,
+            "brokerd.core",
+            "brokerd.daemon",
+            "brokerd.log",
+            "brokerd.net",
+        ),
     ),
     # The process around the daemon: it also replaces itself.
-    "brokerd.daemon.process": (
-        *LEAVES,
-        "brokerd.config",
-        "brokerd.daemon",
-        "brokerd.log",
-        "brokerd.net",
-        "brokerd.upgrade",
-        "brokerd._held_signals",
+    (
+        ("brokerd.daemon.process",),
+        (
+            *LEAVES,
+            "brokerd.config",
+            "brokerd.daemon",
+            "brokerd.log",
+            "brokerd.net",
+            "brokerd.upgrade",
+            "brokerd._held_signals",
+        ),
     ),
-    "brokerd.testing": ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.log"),
-    "brokerd.__main__": ("brokerd.entry",),
-    "brokerd._held_signals": (),
+    (("brokerd.testing",), ("brokerd_client", "brokerd.config", "brokerd.daemon", "brokerd.log")),
+    (("brokerd.__main__", "brokerd._held_signals"), ("brokerd.entry",)),
     # The first thing that runs: it imports the rest when signals are held.
-    "brokerd.entry": ("brokerd._BUNDLED", "brokerd._held_signals", "brokerd.cli", "brokerd.ctl"),
-    "brokerd.cli": (
-        "brokerd_client",
-        "brokerd._held_signals",
-        "brokerd.config",
-        "brokerd.ctl",
-        "brokerd.daemon",
-        "brokerd.log",
-        "brokerd.testing",
+    (
+        ("brokerd.entry",),
+        ("brokerd._BUNDLED", "brokerd._held_signals", "brokerd.cli", "brokerd.ctl"),
+    ),
+    (
+        ("brokerd.cli",),
+        (
+            "brokerd_client",
+            "brokerd._held_signals",
+            "brokerd.config",
+            "brokerd.ctl",
+            "brokerd.daemon",
+            "brokerd.log",
+            "brokerd.testing",
+        ),
     ),
     # A client like any other, without access to the daemon's inside.
-    "brokerd.ctl": ("brokerd_client",),
+    (("brokerd.ctl",), ("brokerd_client",)),
+)
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    part: allowed for parts, allowed in ROWS for part in parts
 }
 
 SANS_IO = ("brokerd_client.wire", *VALUES, "brokerd_client.protocol", "brokerd.core")
