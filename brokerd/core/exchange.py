@@ -121,11 +121,11 @@ class Client(RouteEntry):
     def eased(self, session: Session) -> None:
         """Lower the rank of a session that has fewer bytes waiting than before."""
         rank = session.rank
-        if rank is not None:
-            if len(self._ranks) > _STALE + 2 * len(self.sessions):
-                self._rank_all()
-            session.rank = (*_load(session), rank[2], session.number)
-            heapq.heappush(self._ranks, session.rank)
+        assert rank is not None, "the outbox reports ranked sessions only"
+        if len(self._ranks) > _STALE + 2 * len(self.sessions):
+            self._rank_all()
+        session.rank = (*_load(session), rank[2], session.number)
+        heapq.heappush(self._ranks, session.rank)
 
     def _rank_all(self) -> None:
         """Rebuild the heap of ranks."""

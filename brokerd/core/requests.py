@@ -108,12 +108,11 @@ class Requests:
     def end_wait(self, request: WaitingRequest) -> None:
         """Forget a request that waited."""
         waiting = request.requester.waiting_requests
-        same_id = waiting.get(request.id, [])
-        if request in same_id:
-            same_id.remove(request)
-            request.requester.waiting_count -= 1
-            if not same_id:
-                del waiting[request.id]
+        same_id = waiting[request.id]
+        same_id.remove(request)
+        request.requester.waiting_count -= 1
+        if not same_id:
+            del waiting[request.id]
         if request.queued.deadline is not None:
             self.deadlines.discard(request.queued.deadline, request)
         if request.flight is not None:
