@@ -1193,3 +1193,19 @@ def test_session_with_former_address_gets_no_errors_of_predecessor() -> None:
         broker.run_deferred(3)
     assert successor.errors_in == 0
     assert broker.replies.dropped == 7
+
+
+@pytest.mark.parametrize(("ttl", "due"), [(5, 5), (40, 30)])
+def test_broker_with_held_sender_and_pending_request_is_due_at_the_earlier(
+    ttl: int, due: int
+) -> None:
+    net = FakeNet(client("alice"), client("bob", queue=60), client("carol"))
+    alice, bob, _ = (net.connect(name) for name in ("alice", "bob", "carol"))
+    alice.request("carol", b"?", 1, extension={"ttl": ttl})
+    bob.block()
+    for number in range(3):
+        alice.message("bob", b"x" * 30, number)
+    assert alice.held
+    deadline = net.broker.next_deadline
+    assert deadline is not None
+    assert deadline == pytest.approx(net.now + due, abs=1)

@@ -9,6 +9,8 @@ from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core.goaway import add_reason
+from brokerd.core.precopy import Copier
+from brokerd.core.snapshot import capture_idle
 from brokerd_client.wire.envelope import ErrorCode, Kind
 
 
@@ -233,3 +235,28 @@ def test_session_closed_twice_keeps_first_reason_and_code() -> None:
     net.broker.replies.close(ann.session, "first", code=ErrorCode.KEY_REMOVED)
     net.broker.replies.close(ann.session, "second", code=ErrorCode.DISCONNECTED)
     assert (ann.session.closing, ann.session.closing_code) == ("first", ErrorCode.KEY_REMOVED)
+
+
+def test_goaway_drain_in_steps_notifies_many_subscribers_in_turns() -> None:
+    """A turn notifies a limited number of subscribers; each gets one notice."""
+    names = [f"c{number}" for number in range(600)]
+    net, peers = net_of(*names)
+    for peer in peers:
+        peer.ask("subscribe", topic="$broker.draining")
+    notified = [
+        sum(peer.session.goaway_sent for peer in peers) for _ in net.broker.goaway.drain_in_steps()
+    ]
+    net.settle()
+    assert notified == sorted(notified)
+    assert len(set(notified)) < len(notified)
+    assert [topics(peer) for peer in peers] == [["$broker.draining"]] * 600
+
+
+def test_goaway_session_retired_after_its_copy_is_noted_as_changed() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    copier = Copier(net.broker)
+    copier.watch()
+    for peer in (ann, bob):
+        assert capture_idle(net.broker, peer.session, net.now, copier) is not None
+    net.broker.goaway.retire(bob.session)
+    assert copier.changed_sessions() == [bob.session]

@@ -628,3 +628,31 @@ def test_retired_member_that_raises_its_limit_gets_no_request() -> None:
     ask(alice, 1)
     assert not requests_of(one)
     assert len(requests_of(two)) == 1
+
+
+def test_drop_oldest_request_longer_than_the_queue_replaces_all_that_wait() -> None:
+    _, alice, (one,) = pool(1, queue=60, when_full=WhenFull.DROP_OLDEST)
+    for number in range(1, 4):
+        ask(alice, number)
+    alice.request("pool", b"x" * 100, 4)
+    assert codes(alice) == [(2, "full"), (3, "full")]
+    answer(one, requests_of(one)[0])
+    assert [(request.id, len(request.payload)) for request in requests_of(one)] == [(4, 100)]
+
+
+def test_last_member_with_waiting_requests_has_not_finished() -> None:
+    """Its requester waits for none of the delivered requests, but for one that waits."""
+    net, alice, (one,) = pool(1)
+    for peer in (alice, one):
+        peer.ask("goaway")
+    bob = net.connect("bob")
+    bob.ask("goaway")
+    ask(bob, 1)
+    ask(alice, 2)
+    (first,) = requests_of(one)
+    net.broker.drain()
+    bob.op("finished", 8)
+    assert not net.broker.goaway.has_finished(one.session)
+    answer(one, first)
+    answer(one, requests_of(one)[0])
+    assert net.broker.goaway.has_finished(one.session)

@@ -14,7 +14,7 @@ from support.session_fields import CAPTURED
 
 from brokerd.config.values import WhenFull
 from brokerd.core import precopy
-from brokerd.core.broker import Broker
+from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.snapshot import (
     BadSnapshot,
@@ -410,6 +410,7 @@ def test_precopy_idle_session_with_invalid_facts_is_refused(
         ({"sessions": [1], "outboxes": [{}]}, "frames"),
         ({"sessions": [1], "gone": [1]}, "was not copied"),
         ({"next_number": 0}, "came after all"),
+        ({"sessions": [1], "outboxes": [None], "next_number": 1}, "came after all"),
         ({"sessions": [1, 1]}, "one address"),
         ({"counts": [[99, 1, 1, 1, 1, 1]]}, "was not copied"),
         ({"counts": [[1, 1, 1, 1, 1, 1]], "gone": [1]}, "was not copied"),
@@ -519,3 +520,126 @@ def test_precopy_client_reconnected_meanwhile_is_restored_once() -> None:
     peers[0].leave()
     alice.leave()
     assert not net.leftovers()
+
+
+def test_precopy_idle_session_of_older_format_has_no_limit_of_its_own() -> None:
+    """The facts of the formats 2 and 3 have no requests in flight."""
+    facts = idle_facts()
+    for name in ("cancels", "in_flight", "revoked"):
+        del facts["session"][name]
+    new_broker = Broker([client("bob")])
+    restore_idle(new_broker, facts, 0.0, Copies(new_broker))
+    (session,) = new_broker.exchange.sessions()
+    assert (session.cancels, session.in_flight, session.revoked) == (False, None, set())
+
+
+def test_precopy_sessions_of_removed_client_are_counted_and_written() -> None:
+    """Their messages after the copy change only the counters."""
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"0")
+    net.copy(client("alice"))
+    alice.message("bob", b"1")
+    net.copy()
+    net.take_over()
+    assert bob.session.messages_out == 2
+    assert net.broker.exchange.resolve("bob") is None
+    assert bob.payloads() == [b"0", b"1"]
+
+
+def test_precopy_subscription_ended_after_its_copy_stays_ended() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for topic in ("a", "b"):
+        bob.ask("subscribe", topic=topic)
+
+    def meanwhile() -> None:
+        bob.ask("unsubscribe", topic="a")
+        alice.request("bob", b"?", 1)
+
+    net.hand_over(meanwhile=meanwhile)
+    bob.take()
+    for topic in ("a", "b"):
+        alice.publish(topic, topic.encode())
+    assert bob.payloads() == [b"b"]
+
+
+def test_precopy_sender_held_after_the_copy_stays_held() -> None:
+    net = FakeNet(client("alice"), client("bob", queue=60))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+
+    def meanwhile() -> None:
+        for number in range(3):
+            alice.message("bob", b"%d" % number * 30)
+
+    net.hand_over(meanwhile=meanwhile)
+    assert alice.held
+    bob.read()
+    assert not alice.held
+    assert [payload[:1] for payload in bob.payloads()] == [b"0", b"1", b"2"]
+
+
+def test_precopy_subscription_forbidden_by_a_reload_after_the_copy_ends() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+
+    def meanwhile() -> None:
+        entries = {name: each.config for name, each in net.broker.exchange.clients.items()}
+        entries["bob"] = client("bob", subscribe=("b",))
+        net.broker.reconfigure(entries, CoreLimits(), net.now)
+        net.settle()
+
+    net.hand_over(meanwhile=meanwhile)
+    alice.publish("a", b"a")
+    assert not bob.take()
+    assert not bob.session.subscriptions
+
+
+def test_precopy_idle_session_forgotten_is_captured_again() -> None:
+    """The connection may have changed although the session has not."""
+    net = pool()
+    bob = net.connect("bob")
+    copier = Copier(net.broker)
+    copier.watch()
+    assert capture_idle(net.broker, bob.session, net.now, copier) is not None
+    assert copier.changed_sessions() == []
+    assert copier.is_as_copied(bob.session)
+    copier.forget_idle(bob.session)
+    assert not copier.is_as_copied(bob.session)
+    assert capture_idle(net.broker, bob.session, net.now, copier) is not None
+
+
+def test_precopy_successor_at_one_address_discards_the_copy_before() -> None:
+    """The numbers of discarded copies are reported once."""
+    net = pool()
+    former = net.connect("bob")
+    copier = Copier(net.broker)
+    new_broker = Broker([client("bob")])
+    copies = Copies(new_broker)
+    sessions = []
+    for _ in range(2):
+        facts = capture_idle(net.broker, former.session, net.now, copier)
+        restore_idle(new_broker, json.loads(json.dumps(facts)), net.now, copies)
+        sessions.append(former.session.number)
+        former.leave()
+        former = net.connect("bob")
+    assert [session.number for session in new_broker.exchange.sessions()] == sessions[1:]
+    assert copies.take_discarded() == sessions[:1]
+    assert copies.take_discarded() == []
+
+
+def test_precopy_session_copied_and_captured_in_part_is_refused() -> None:
+    net = pool()
+    bob = net.connect("bob")
+    outbox = capture(net.broker, [bob.session], net.now).facts["outboxes"][0]
+    copier = Copier(net.broker)
+    idle = capture_idle(net.broker, bob.session, net.now, copier)
+    facts = capture(net.broker, [], net.now, copier).facts
+    new_broker = Broker([client("bob")])
+    copies = Copies(new_broker)
+    restore_idle(new_broker, json.loads(json.dumps(idle)), net.now, copies)
+    facts |= {"sessions": [bob.session.number], "outboxes": [outbox]}
+    with pytest.raises(BadSnapshot, match="copied in part"):
+        restore(new_broker, facts, Pieces(b""), net.now, copies)

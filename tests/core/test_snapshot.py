@@ -576,3 +576,56 @@ def test_snapshot_omits_clients_without_history() -> None:
     assert {
         (each.changed_at, each.shown_since) for each in new_broker.exchange.clients.values()
     } == {(1000.0, 1000.0)}
+
+
+def test_snapshot_asker_has_the_position_of_its_session() -> None:
+    """A session that is not captured has none."""
+    net = FakeNet(client("alice"), client("bob"), client("carol"))
+    alice, bob, carol = (net.connect(name) for name in ("alice", "bob", "carol"))
+    sessions = [alice.session, bob.session]
+    assert capture(net.broker, sessions, net.now, asker=bob.session).position == 1
+    assert capture(net.broker, sessions, net.now).position is None
+    with pytest.raises(KeyError):
+        capture(net.broker, sessions, net.now, asker=carol.session)
+
+
+def test_snapshot_members_of_removed_pool_share_a_client() -> None:
+    """They are written to their ends, and no name finds them."""
+    net = FakeNet(client("alice"), client("pool", connections=2))
+    alice, one, two = (net.connect(name) for name in ("alice", "pool", "pool"))
+    for peer in (one, two):
+        peer.block()
+        alice.message(peer.address, b"waits")
+    net.hand_over(client("alice"))
+    assert one.session.client is two.session.client
+    alice.message("pool", b"", 1)
+    assert alice.error() == (1, "no_such_client")
+    for peer in (one, two):
+        peer.read()
+        assert peer.payloads() == [b"waits"]
+
+
+def test_snapshot_without_copies_keeps_only_allowed_subscriptions() -> None:
+    net = FakeNet(client("bob"))
+    bob = net.connect("bob")
+    for topic in ("a", "b"):
+        bob.ask("subscribe", topic=topic)
+    facts = capture(net.broker, [bob.session], net.now).facts
+    new_broker = Broker([client("bob", subscribe=("b",))])
+    (session,) = restore(new_broker, facts, Pieces(b""), net.now).sessions
+    assert session.subscriptions == {("b", None)}
+    assert len(new_broker.topics) == 1
+
+
+def test_snapshot_event_of_broker_without_presence_is_still_published() -> None:
+    net = FakeNet(client("bob"))
+    bob = net.connect("bob")
+    bob.ask("subscribe", topic="$broker.>")
+    facts = capture(net.broker, [bob.session], net.now).facts
+    facts["deferred"] = [{"question": None, "news": ["$broker.news", "{}", None, None, []]}]
+    new_broker = Broker([client("bob")])
+    (session,) = restore(new_broker, facts, Pieces(b""), net.now).sessions
+    assert not session.outbox.waiting
+    while new_broker.has_deferred_work:
+        new_broker.run_deferred(8)
+    assert b"$broker.news{}" in b"".join(session.outbox.pieces())

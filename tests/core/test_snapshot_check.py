@@ -15,7 +15,7 @@ from support.fake_network import FakeNet, client
 from brokerd.config.values import RateConfig
 from brokerd.core.broker import Broker
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
-from brokerd.core.snapshot_check import check_counts
+from brokerd.core.snapshot_check import check_counters, check_counts, check_numbers
 
 CONFIGS = (
     client("alice"),
@@ -234,3 +234,17 @@ def test_snapshot_check_counter_not_whole_number_is_refused() -> None:
     for odd in ([], {"accepted": -1}, {"accepted": 0.5}, {"accepted": None}):
         with pytest.raises(BadSnapshot, match=r"^reloads"):
             check_counts(odd, "reloads")
+
+
+@pytest.mark.parametrize("rows", [{}, [[1, 2, 3]], [[1, 1, 1, 1, 1, -1]]])
+def test_snapshot_check_counters_of_other_shape_are_refused(rows: object) -> None:
+    check_counters([[1, 1, 1, 1, 1, 1]])
+    with pytest.raises(BadSnapshot, match="counts"):
+        check_counters(rows)
+
+
+@pytest.mark.parametrize("numbers", [{}, [None], [-1]])
+def test_snapshot_check_numbers_of_other_shape_are_refused(numbers: object) -> None:
+    check_numbers([1, 2])
+    with pytest.raises(BadSnapshot, match="gone"):
+        check_numbers(numbers)

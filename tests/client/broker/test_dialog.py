@@ -1753,3 +1753,143 @@ def test_timed_out_call_says_after_how_long(pair: Pair) -> None:
     pair.dialog.request("bob", 0, b"?", None, "w", Deadline(5.0, 1.5))
     [(_, error)] = pair.dialog.tick(5.0).outcomes
     assert str(error).endswith("within 1.5 s")
+
+
+def test_dialog_late_sends_keep_the_ids_that_they_were_given(pair: Pair) -> None:
+    """A face may take an id first and queue the frame later; without a connection the
+    frame is not queued.
+    """
+    first, second = next(pair.dialog.late_ids), next(pair.dialog.late_ids)
+    pair.dialog.send_as(first, "bob", 0, b"late", {"ttl": 3})
+    pair.dialog.publish_as(second, "news", 0, b"later", None)
+    sent = frames_sent(pair)
+    assert [(each.kind, each.id, each.payload) for each in sent] == [
+        (Kind.MESSAGE, first, b"late"),
+        (Kind.EVENT, second, b"later"),
+    ]
+    assert (sent[0].extension, sent[1].topic) == ({"ttl": 3}, "news")
+    assert [(type(each), each.message_id) for each in pair.lose().undelivered] == [
+        (Disconnected, first),
+        (Disconnected, second),
+    ]
+    with pytest.raises(Disconnected):
+        pair.dialog.send_as(first, "bob", 0, b"", None)
+    with pytest.raises(Disconnected):
+        pair.dialog.publish_as(second, "news", 0, b"", None)
+    assert not pair.dialog.untaken
+
+
+def test_dialog_counts_are_in_order_when_every_byte_is_written_or_waits(pair: Pair) -> None:
+    pair.dialog.send("bob", 0, b"x")
+    assert not pair.dialog.in_order(0)
+    size = len(pair.dialog.data_to_send())
+    assert pair.dialog.in_order(size)
+    assert not pair.dialog.in_order(size - 1)
+    pair.dialog.wrote(size - 1)
+    assert pair.dialog.in_order(1)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_dialog_recovered_between_peek_and_took_writes_each_byte_once(
+    pair: Pair, given: bool
+) -> None:
+    """The face says how many bytes it got; bytes that it did not get are still queued."""
+    encoder = pair.dialog._encoder
+    written = encoder.written
+    pair.dialog.send("bob", 0, b"x")
+    piece = pair.dialog.peek()
+    pair.dialog.recover(written + len(piece) if given else written, len(piece) if given else 0)
+    assert pair.dialog.unwritten == len(piece)
+    assert pair.dialog.data_to_send() == (b"" if given else piece)
+    pair.dialog.wrote(len(piece))
+    assert pair.dialog.in_order(0)
+    assert not pair.lose().undelivered
+
+
+def test_dialog_forgotten_sink_leaves_its_subscriptions_and_watches(pair: Pair) -> None:
+    """Other sinks keep theirs."""
+    pair.dialog.subscribe("a", None, "sink", "waiter", None)
+    pair.dialog.subscribe("a", None, "other", "waiter", None)
+    pair.dialog.watch("sink", "waiter", None)
+    pair.talk()
+    pair.dialog.forget("sink")
+    pair.talk()
+    assert requested_operations(pair)[-2:] == ["unsubscribe", "unsubscribe"]
+    effects = pair.hear_frame(Kind.EVENT, topic="a")
+    assert [sink for sink, _ in effects.events] == ["other"]
+    assert not pair.dialog._watches
+
+
+def test_dialog_answer_without_connection_is_refused(pair: Pair) -> None:
+    pair.hear_frame(Kind.REQUEST, 9)
+    assert pair.dialog.may_answer
+    pair.lose()
+    assert not pair.dialog.may_answer
+    with pytest.raises(Disconnected, match="cut"):
+        pair.dialog.reply("bob", 9, 0, b"!")
+    with pytest.raises(Disconnected, match="cut"):
+        pair.dialog.fail("bob", 9, "failed", "no")
+    pair.dialog.close(pair.now)
+    with pytest.raises(Closed):
+        pair.dialog.reply("bob", 9, 0, b"!")
+
+
+@pytest.mark.parametrize("state", ["ready", "not_written", "closing"])
+def test_dialog_unreadable_request_is_answered_only_if_the_broker_reads(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Answers that can't leave would fill memory; a closing client sends none."""
+    if state == "not_written":
+        monkeypatch.setattr(dialog, "_MAX_UNWRITTEN", 10)
+        pair.dialog.send("carol", 0, b"x" * 10)
+    elif state == "closing":
+        pair.dialog.control("ping", {}, "waiter", None)
+        pair.dialog.close(pair.now)
+    effects = pair.hear(with_extension(b"no json", message_id=9))
+    assert len(effects.unreadable) == 1
+    answers = [each for each in frames_sent(pair) if each.kind is Kind.ERROR]
+    assert [each.id for each in answers] == ([9] if state == "ready" else [])
+
+
+def test_draining_event_heard_twice_is_reported_once(pair: Pair) -> None:
+    pair.dialog.control("ping", {}, "waiter", None)
+    heard = [
+        pair.hear_frame(Kind.EVENT, name="$broker", topic="$broker.draining", payload=b"{}")
+        for _ in range(2)
+    ]
+    assert [len(effects.changes) for effects in heard] == [1, 0]
+    assert pair.dialog.state is State.DRAINING
+
+
+def test_dialog_of_small_inbox_warns_of_longer_messages() -> None:
+    """A broker may pass on longer messages than the inbox of this client allows."""
+    pair = Pair(inbox=2**20)
+    largest = 2**26
+
+    def answer(session: Session, envelope: Envelope) -> bool:
+        introduces = b"whoami" in envelope.payload
+        if introduces:
+            introduction = {
+                "name": "alice",
+                "address": "alice",
+                "limits": {"max_message": largest},
+            }
+            body = json.dumps(introduction).encode()
+            session.deliver(Envelope(Kind.REPLY, envelope.id, "$broker", body, CodecId.JSON))
+        return introduces
+
+    pair.broker.intercept = answer
+    (warning,) = pair.connect().warnings
+    assert f"messages of up to {largest} bytes" in warning
+    assert f"an inbox of at least {largest // 4} bytes" in warning
+
+
+def test_dialog_invalid_answer_that_is_not_needed_changes_nothing(pair: Pair) -> None:
+    """No call waits for the end of a subscription, so its answer ends nothing."""
+    _, entry = pair.dialog.subscribe("a", None, "sink", "waiter", None)
+    pair.talk()
+    pair.dialog.forget("sink")
+    (operation,) = frames_sent(pair)
+    assert (json.loads(operation.payload)["op"], entry.sinks) == ("unsubscribe", [])
+    effects = pair.hear_frame(Kind.REPLY, operation.id, "$broker", payload=b"[", codec=CodecId.JSON)
+    assert (effects.broken, effects.outcomes, len(pair.dialog.pending_calls)) == (None, [], 0)
