@@ -656,3 +656,27 @@ def test_last_member_with_waiting_requests_has_not_finished() -> None:
     answer(one, first)
     answer(one, requests_of(one)[0])
     assert net.broker.goaway.has_finished(one.session)
+
+
+def test_cancelled_request_that_expires_unread_is_reported_once() -> None:
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    ask(alice, 1, "bob", extension={"ttl": 5})
+    cancel(alice, 1)
+    net.advance(6)
+    bob.read()
+    net.settle()
+    assert not bob.take()
+    assert codes(alice) == [(1, "cancelled")]
+
+
+def test_answered_request_that_expires_is_not_reported() -> None:
+    net, alice, (one,) = pool(1)
+    ask(alice, 1, extension={"ttl": 5})
+    answer(one, requests_of(one)[0])
+    alice.take()
+    net.broker.reports.expire_request(alice.session, 1, one.address)
+    net.advance(6)
+    assert not alice.take()
+    assert not one.take()

@@ -643,3 +643,82 @@ def test_precopy_session_copied_and_captured_in_part_is_refused() -> None:
     facts |= {"sessions": [bob.session.number], "outboxes": [outbox]}
     with pytest.raises(BadSnapshot, match="copied in part"):
         restore(new_broker, facts, Pieces(b""), net.now, copies)
+
+
+def test_precopy_two_open_sessions_at_one_address_are_refused() -> None:
+    """The facts do not say that the copied session has left."""
+    net = pool()
+    former = net.connect("bob")
+    copier = Copier(net.broker)
+    idle = capture_idle(net.broker, former.session, net.now, copier)
+    former.leave()
+    bob = net.connect("bob")
+    facts = capture(net.broker, [bob.session], net.now, copier).facts
+    new_broker = Broker([client("bob")])
+    copies = Copies(new_broker)
+    restore_idle(new_broker, json.loads(json.dumps(idle)), net.now, copies)
+    with pytest.raises(BadSnapshot, match="one address"):
+        restore(new_broker, facts | {"gone": []}, Pieces(b""), net.now, copies)
+
+
+def test_precopy_frame_of_removed_client_is_still_written() -> None:
+    net = pool()
+    worker, bob = net.connect("pool"), net.connect("bob")
+    worker.block()
+    pool_entry = client("pool", connections=3)
+    net.copy(client("alice"), pool_entry)
+    bob.message("pool", b"waits", 1, extension={"ttl": 60})
+    net.copy()
+    net.take_over()
+    assert net.broker.exchange.resolve("bob") is None
+    worker.read()
+    assert worker.payloads() == [b"waits"]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_precopy_subscription_forbidden_there_may_end_after_the_copy(busy: bool) -> None:
+    """The new rules have kept it out of the copy."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for topic in ("a", "b"):
+        bob.ask("subscribe", topic=topic)
+    if busy:
+        alice.request("bob", b"?", 1)
+        bob.take()
+
+    net.hand_over(
+        client("alice"),
+        client("bob", subscribe=("b",)),
+        meanwhile=lambda: bob.ask("unsubscribe", topic="a"),
+    )
+    assert bob.session.subscriptions == {("b", None)}
+    for topic in ("a", "b"):
+        alice.publish(topic, topic.encode())
+    assert bob.payloads() == [b"b"]
+
+
+def test_precopy_subscriptions_of_busy_session_closed_meanwhile_are_gone() -> None:
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    alice.request("bob", b"?", 1)
+    net.hand_over(meanwhile=bob.leave)
+    assert len(net.broker.topics) == 0
+    assert net.connect("bob").session.subscriptions == set()
+
+
+def test_precopy_session_closed_between_blocks_of_its_queue_is_not_copied_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precopy, "_FRAMES", 2)
+    net = pool()
+    alice, worker = net.connect("alice"), net.connect("pool")
+    worker.block()
+    for number in range(7):
+        alice.message("pool", b"%d" % number)
+    copier = Copier(net.broker, few=1)
+    blocks = copier.blocks(net.now)
+    facts, _ = next(blocks)
+    assert facts["frames"] == 2
+    worker.leave()
+    assert [each for each, _ in blocks if "frames" in each] == []

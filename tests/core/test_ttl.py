@@ -12,6 +12,7 @@ from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core import broker as broker_module
+from brokerd.core import outbox as outbox_module
 from brokerd.core.deadlines import Deadlines
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
 from brokerd_client.wire.envelope import Envelope, Kind
@@ -314,3 +315,24 @@ def test_ttl_of_frame_being_reported_continues_after_upgrade() -> None:
     two.read()
     assert two.take() == []
     assert ann.error() == (2, "expired")
+
+
+def test_ttl_of_frame_behind_many_chunks_holds_when_its_turn_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the chunks of one write are searched for expired frames."""
+    monkeypatch.setattr(outbox_module, "_PIECES", 2)
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block()
+    for number in range(5):
+        ann.message("bob", b"%d" % number * 70_000)
+    ann.message("bob", b"expires", 7, extension={"ttl": 5})
+    ann.message("bob", b"last")
+    net.advance(6)
+    bob.read()
+    assert [payload[:4] for payload in bob.payloads()] == [
+        *(b"%d" % number * 4 for number in range(5)),
+        b"last",
+    ]
+    assert ann.error() == (7, "expired")

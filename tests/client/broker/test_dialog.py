@@ -1190,6 +1190,10 @@ def test_frame_with_long_length_form_is_received(pair: Pair) -> None:
         (b"\xff\xff\xff\xfe" + b"\0" * 12, BadLength),
         (b"\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 4, FrameTooBig),
         (b"\x40\0\0\0" + b"\0" * MAX_HEAD_SIZE, FrameTooBig),
+        (
+            b"\x40\0\0\0" + HEADER.pack(1, 0, 0, 3, 7) + b"b b" + b"\0" * MAX_HEAD_SIZE,
+            FrameTooBig,
+        ),
     ],
 )
 def test_frame_with_invalid_length_ends_connection(
@@ -1221,6 +1225,7 @@ def test_frame_with_invalid_length_ends_connection(
         (b"\0\0\0\x0f\x05\0\0\x01" + b"\0" * 8 + b"a\x01\xff", MalformedEnvelope),
         (b"\0\0\0\x0f\x05\0\0\x01" + b"\0" * 8 + b"a\x09b", MalformedEnvelope),
         (b"\0\0\0\x0d\x05\0\0\x01" + b"\0" * 8 + b"a", MalformedEnvelope),
+        (b"\0\0\0\x0e\x05\0\0\x01" + b"\0" * 8 + b"a\0", MalformedEnvelope),
     ],
 )
 def test_frame_unreadable_is_skipped(
@@ -1893,3 +1898,26 @@ def test_dialog_invalid_answer_that_is_not_needed_changes_nothing(pair: Pair) ->
     assert (json.loads(operation.payload)["op"], entry.sinks) == ("unsubscribe", [])
     effects = pair.hear_frame(Kind.REPLY, operation.id, "$broker", payload=b"[", codec=CodecId.JSON)
     assert (effects.broken, effects.outcomes, len(pair.dialog.pending_calls)) == (None, [], 0)
+
+
+def test_dialog_send_refused_between_peek_and_took_is_reported_once(pair: Pair) -> None:
+    message_id = pair.dialog.send("bob", 0, b"x")
+    piece = pair.dialog.peek()
+    payload = error_payload("offline", "it is", "bob")
+    effects = pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload)
+    assert [error.message_id for error in effects.undelivered] == [message_id]
+    pair.dialog.took(len(piece))
+    assert not pair.lose().undelivered
+
+
+@pytest.mark.parametrize("step", [1, 10])
+def test_dialog_short_frame_above_the_limit_is_skipped(pair: Pair, step: int) -> None:
+    """The frame behind it is delivered, however the bytes are cut."""
+    pair.dialog._inbound._decoder._largest_body = 20
+    data = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x" * 30)))
+    data += frame(encode(Envelope(Kind.MESSAGE, 2, "bob", b"y")))
+    effects: Effects[Message] = Effects()
+    for start in range(0, len(data), step):
+        merge(effects, pair.hear(data[start : start + step]))
+    assert [type(error) for error in effects.unreadable] == [FrameTooBig]
+    assert [message.body for message in effects.messages] == [b"y"]
