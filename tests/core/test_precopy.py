@@ -722,3 +722,36 @@ def test_precopy_session_closed_between_blocks_of_its_queue_is_not_copied_furthe
     assert facts["frames"] == 2
     worker.leave()
     assert [each for each, _ in blocks if "frames" in each] == []
+
+
+def copied_bob(*names: str) -> tuple[Broker, Copies, dict[str, Any], dict[str, Any]]:
+    """Return a broker of these clients and the copies of a session of bob in it, the
+    facts without that session, and the facts with all of it.
+    """
+    net = pool()
+    bob = net.connect("bob")
+    with_all = capture(net.broker, [bob.session], net.now).facts
+    copier = Copier(net.broker)
+    idle = capture_idle(net.broker, bob.session, net.now, copier)
+    facts = capture(net.broker, [], net.now, copier).facts
+    broker = Broker([client(name) for name in names])
+    copies = Copies(broker)
+    restore_idle(broker, json.loads(json.dumps(idle)), net.now, copies)
+    return broker, copies, facts, with_all
+
+
+def test_precopy_session_of_removed_client_is_restored_by_its_number() -> None:
+    broker, copies, facts, _ = copied_bob("alice")
+    facts |= {"sessions": [1], "outboxes": [None]}
+    restored = restore(broker, facts, Pieces(b""), 1000.0, copies)
+    assert [session.address for session in restored.sessions] == ["bob"]
+    assert not list(broker.exchange.sessions())
+
+
+def test_precopy_session_that_has_lost_its_entry_since_leaves_its_name() -> None:
+    broker, copies, _, with_all = copied_bob("bob")
+    assert broker.exchange.find("bob") is not None
+    with_all["sessions"][0]["configured"] = False
+    restored = restore(broker, with_all, Pieces(b""), 1000.0, copies)
+    assert [session.address for session in restored.sessions] == ["bob"]
+    assert broker.exchange.find("bob") is None
