@@ -216,6 +216,8 @@ def test_request_reset_at_each_byte_fails_at_once(
                 return bytes(message.payload)
 
             bob.on_request(answer)
+            # The number of requests that the handler takes at once is known by then.
+            bob.ping()
             return bob
 
         with answerer():
