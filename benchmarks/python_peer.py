@@ -25,8 +25,8 @@ BATCH = 1000
 #: Messages that may be under way.
 WINDOW = 50_000
 SENDER, RECEIVER = "c0000", "c0001"
-#: A receiver shows its count so often; a batch is a multiple of it, so the last one is
-#: shown too.
+#: Messages between two updates of a receiver's count. Every batch is a multiple of it, so
+#: the last message is counted too.
 STEP = 250
 
 

@@ -6,8 +6,8 @@ that of the broker's check: from sending the peer's answer to receiving #FAILURE
 try comes from another address of 127.0.0.0/8, each of which has a few. So the broker's
 penalties for repeated failures have no effect.
 
-The two samples are compared by rank (Mann and Whitney's U): 0.5 means that a refusal of
-one is as often faster as slower than one of the other.
+The two samples are compared by rank (Mann and Whitney's U): 0.5 means that neither sample
+is faster: half of all pairs of refusals go each way.
 """
 
 from __future__ import annotations

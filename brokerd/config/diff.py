@@ -123,8 +123,7 @@ def _kept(running: Config, new: Config) -> list[str]:
 
 
 def overlaps(opened: Iterable[ListenConfig], closed: Collection[ListenConfig]) -> Iterator[str]:
-    """Yield a phrase for each new address that can't be opened before an old one is
-    closed.
+    """Yield a phrase for each new address that is free only after an old one is closed.
 
     That is so if one of the two addresses stands for every address of the machine.
     """

@@ -36,8 +36,8 @@ class Session:
         connection: The connection in the network layer; the core only carries it.
 
         bytes_to_skip: Bytes of an oversized frame still to be skipped.
-        held_by: The session with a full queue for which this one is not read from, or
-            None.
+        held_by: The session whose full queue keeps the broker from reading this one,
+            or None.
         hold_deadline: Until when the frame that it is held for may wait.
         arrived: When the frame being handled arrived; its ttl counts from then.
         charged: Whether that frame has been counted against the client's rate already.

@@ -49,7 +49,7 @@ class Reloading:
         self._serving.set()
 
     def wait(self) -> bool:
-        """Mark one reload as waiting to begin; return False if one waits already.
+        """Mark a reload as waiting to begin; return False if another waits already.
 
         The waiting reload reads the files as they are when it begins.
         """

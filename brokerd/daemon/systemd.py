@@ -100,7 +100,7 @@ class Supervisor:
     def reloaded(self, problem: str = "") -> None:
         """Report that the reload has ended.
 
-        problem: why the old configuration stays; "" when the new one was taken over.
+        problem: why the old configuration stays, or "" after a successful reload.
         """
         if not self._stopping:
             # Shown in the manager's status until the counts next change; the log keeps

@@ -143,8 +143,7 @@ class DaemonLog:
     # Other settings, other files
 
     def reopen(self) -> None:
-        """Open a new audit file where the old one was moved away; keep the old one if
-        that fails.
+        """Open the audit file again after it was moved; keep the old file on failure.
 
         Called in a thread: the file system may be slow.
         """

@@ -23,7 +23,7 @@ class ReloadCounts:
     accepted_at: when the configuration in use was taken over, in seconds since the
         epoch.
     results: the number of reloads that were ``accepted``, and that were ``refused``.
-    was_refused: whether the last one was refused.
+    was_refused: whether the last reload was refused.
     """
 
     accepted_at: float

@@ -123,7 +123,7 @@ class Settlement:
         timer.
 
         A write may end a connection, whose end calls this again. The inner call returns
-        at once, because the outer one goes on until no decision is left.
+        at once: the outer call continues until no decision is left.
         """
         if self._settling:
             return

@@ -47,8 +47,8 @@ _Feed: TypeAlias = (
 
 __all__ = ["GRACE", "Connection", "has_hung_up", "tune"]
 
-#: Longest frame, in bytes, that goes through the shared read buffer. A longer one is
-#: collected in a buffer of its own, and passed on in it.
+#: Longest frame, in bytes, that goes through the shared read buffer. A longer frame
+#: gets a buffer of its own, in which it is passed on.
 _LARGE: Final = READ_BUFFER // 2
 #: Bytes: more than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
