@@ -1,5 +1,4 @@
-from brokerd.core._routing_py import RouteEntry as RouteEntry
-from brokerd.core._routing_py import WriteBuffer as WriteBuffer
 from brokerd.core._routing_py import feed as feed
+from brokerd.core._routing_py import sort_frames as sort_frames
 
 NAME: str

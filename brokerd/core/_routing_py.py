@@ -2,8 +2,10 @@
 
 It handles only ordinary frames, and only if every recipient's queue has room:
 
-- a MESSAGE without flags to a recipient that this sender has reached before;
-- an EVENT without flags on a topic that this sender has published on before.
+- a MESSAGE without flags to a recipient that this sender has reached before, and that
+  has no mailbox;
+- an EVENT without flags on a topic that it may publish on, without groups;
+- an ACK without flags and payload, behind another in the same batch.
 
 Every other frame goes to :func:`brokerd.core.slow_path.handle_slow_path`. This module
 is the reference for its compiled twin, ``_routing_c.pyx``. Both have the same shape:
@@ -12,61 +14,67 @@ one pass, offsets instead of slices, one copy of the payload.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
-from brokerd_client.wire.layout import EVENT_KIND, FRAME_HEAD, MESSAGE_KIND
+from brokerd_client.wire.layout import (
+    ACK_FLAG,
+    ACK_KIND,
+    EVENT_KIND,
+    FRAME_HEAD,
+    HEADER,
+    MESSAGE_KIND,
+)
 
 if TYPE_CHECKING:
     from brokerd.core.broker import Broker
     from brokerd.core.session import Session
+    from brokerd.core.write_buffer import WriteBuffer
 
-__all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]
+__all__ = ["NAME", "feed", "sort_frames"]
 
 NAME: Final[str] = "python"
 
 _HEAD_SIZE: Final = FRAME_HEAD.size
 
 
-class WriteBuffer:
-    """The end of an outbox, where the routing loop writes.
+def sort_frames(
+    frames: bytes | bytearray | memoryview,
+    start: int,
+    recipient: bytes,
+    buffers: dict[bytes, bytearray],
+) -> int:
+    """Sort the frames that another host has sent for a recipient by their senders.
 
-    content: the bytes written last.
-    room: bytes that ``content`` may reach before ``reserve`` must be called.
-    frames, size: frames and bytes appended since the outbox began.
-    touched: whether the owner is in the list of sessions with new bytes to write.
-    owner: the session.
+    Each is appended to the buffer of its sender, as its client has sent it: with the
+    recipient's name in place of the sender's. Return the position of the first frame with
+    the flag ACK, which is left to the caller, or the end.
+
+    Raises:
+        ValueError: The bytes are not whole frames.
     """
-
-    __slots__ = ("content", "frames", "owner", "room", "size", "touched")
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.room = 0
-        self.frames = 0
-        self.size = 0
-        self.touched = False
-        self.owner: Any = None
-
-    def reserve(self, size: int, beyond: int = 0) -> bool:
-        """Return whether ``size`` more bytes may be appended to ``content`` now."""
-        raise NotImplementedError
-
-
-class RouteEntry:
-    """A recipient in the senders' route caches.
-
-    The caches hold this object instead of an outbox, so that they never go stale.
-
-    direct: the outbox of the name's one connection, if messages may be written straight
-        into it. None: the loop hands the message to the broker.
-    """
-
-    __slots__ = ("direct",)
-
-    def __init__(self) -> None:
-        self.direct: WriteBuffer | None = None
+    position, end = start, len(frames)
+    while position < end:
+        if end - position < _HEAD_SIZE:
+            raise ValueError("a frame is not whole")
+        size, kind, flags, codec, name_size, message_id = FRAME_HEAD.unpack_from(frames, position)
+        body = position + _HEAD_SIZE + name_size
+        stop = position + 4 + size
+        if not body <= stop <= end:
+            raise ValueError("a frame is not whole")
+        if flags & ACK_FLAG:
+            break
+        sender = bytes(frames[position + _HEAD_SIZE : body])
+        buffer = buffers.get(sender)
+        if buffer is None:
+            buffer = buffers[sender] = bytearray()
+        size_out = size - name_size + len(recipient)
+        buffer += FRAME_HEAD.pack(size_out, kind, flags, codec, len(recipient), message_id)
+        buffer += recipient
+        buffer += frames[body:stop]
+        position = stop
+    return position
 
 
 def feed(
@@ -83,11 +91,11 @@ def feed(
     if source.bytes_to_skip:
         position += min(source.bytes_to_skip, end - start)
         source.bytes_to_skip -= position - start
-    routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
+    routes = source.known_routes(broker.status.generation)
     limit = broker.status.limits.max_message
     sender_header = source.sender_header
     sender_header_size = len(sender_header)
-    touched = broker.touched
+    touched, meter = broker.touched, source.client.meter
     unpack, pack = FRAME_HEAD.unpack_from, FRAME_HEAD.pack
     messages = size_in = 0
     result = RoutingResult.CONSUMED
@@ -96,10 +104,13 @@ def feed(
         first = position + _HEAD_SIZE
         body = first + name_size
         stop = position + 4 + size
-        targets: tuple[WriteBuffer, ...] = ()
+        targets: tuple[WriteBuffer, ...] | None = None
         if kind == MESSAGE_KIND and not flags and body <= stop <= end and stop - body <= limit:
             entry = routes.get(bytes(buffer[first:body]))
-            if entry is not None and (direct := entry.direct) is not None:
+            direct = None
+            if entry is not None and not entry.is_pinned and entry.sink is None:
+                direct = entry.direct
+            if direct is not None and direct.is_stream and not direct.is_remote:
                 targets = (direct,)
         elif (
             kind == EVENT_KIND
@@ -111,11 +122,27 @@ def feed(
             topic = first + 1 + buffer[first]
             body = first
             if topic <= stop:
-                targets = fanouts.get(bytes(buffer[first + 1 : topic]), ())
+                targets = broker.events.fanout(source, bytes(buffer[first + 1 : topic]))
+        elif (
+            kind == ACK_KIND
+            and not flags
+            and size == HEADER.size
+            and source.consumer is not None
+            and not source.needs_slow_path
+            and source.consumer.acknowledge(message_id)
+        ):
+            messages += 1
+            size_in += size
+            position = stop
+            continue
         size_out = _HEAD_SIZE + sender_header_size + stop - body
-        if targets and all(
-            len(target.content) + size_out <= target.room or target.reserve(size_out)
-            for target in targets
+        if (
+            targets is not None
+            and all(
+                len(target.content) + size_out <= target.room or target.reserve(size_out)
+                for target in targets
+            )
+            and (meter is None or meter.allows(size, now))
         ):
             head = (
                 pack(size_out - 4, kind, 0, codec, sender_header_size, message_id) + sender_header
@@ -137,7 +164,7 @@ def feed(
         if result is not RoutingResult.CONSUMED or position == before:
             break
         # The broker may have changed the routes.
-        routes, fanouts = source.caches(broker.status.generation, broker.topics.version)
+        routes = source.known_routes(broker.status.generation)
     else:
         # Fewer bytes than the shortest frame has: an impossible length is refused
         # without waiting for more bytes.

@@ -32,8 +32,12 @@ class Changes:
         self.left: list[Session] = []
 
     def note(self, session: Session) -> None:
-        """Record that a session and its client may have changed, or that it is new."""
-        self.sessions[session] = None
+        """Record that a session and its client may have changed, or that it is new.
+
+        A session that stands for a client of another host has no copy.
+        """
+        if not session.host:
+            self.sessions[session] = None
         self.clients[session.client] = None
 
     def note_client(self, client: Client) -> None:

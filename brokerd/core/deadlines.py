@@ -7,14 +7,12 @@ early.
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Hashable
-from typing import Final, Generic, TypeVar
+from heapq import heapify, heappop, heappush
+from math import ceil
+from typing import Any, Final
 
 __all__ = ["Deadlines"]
-
-Key = TypeVar("Key", bound=Hashable)
 
 #: Time slots per second.
 _SLOTS: Final = 32
@@ -23,28 +21,28 @@ _SLOTS: Final = 32
 _STALE: Final = 64
 
 
-class Deadlines(Generic[Key]):
+class Deadlines:
     """Keys, each with a deadline in seconds on the clock of ``now``."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, dict[Key, None]] = {}
+        self._slots: dict[int, dict[Hashable, None]] = {}
         self._heap: list[int] = []
 
     def __bool__(self) -> bool:
         return bool(self._slots)
 
-    def add(self, deadline: float, key: Key) -> None:
+    def add(self, deadline: float, key: Hashable) -> None:
         """Add a deadline."""
-        number = math.ceil(deadline * _SLOTS)
+        number = ceil(deadline * _SLOTS)
         slot = self._slots.get(number)
         if slot is None:
             slot = self._slots[number] = {}
-            heapq.heappush(self._heap, number)
+            heappush(self._heap, number)
         slot[key] = None
 
-    def discard(self, deadline: float, key: Key) -> None:
+    def discard(self, deadline: float, key: Hashable) -> None:
         """Remove a deadline, if it is still there."""
-        number = math.ceil(deadline * _SLOTS)
+        number = ceil(deadline * _SLOTS)
         slot = self._slots.get(number)
         if slot is not None:
             slot.pop(key, None)
@@ -52,18 +50,18 @@ class Deadlines(Generic[Key]):
                 del self._slots[number]
                 if len(self._heap) > _STALE + 2 * len(self._slots):
                     self._heap = list(self._slots)
-                    heapq.heapify(self._heap)
+                    heapify(self._heap)
 
     @property
     def next(self) -> float | None:
         """The time at which ``due`` returns a key; None without any deadline."""
         while self._heap and self._heap[0] not in self._slots:
-            heapq.heappop(self._heap)
+            heappop(self._heap)
         return self._heap[0] / _SLOTS if self._heap else None
 
-    def due(self, now: float, limit: int) -> list[Key]:
+    def due(self, now: float, limit: int) -> list[Any]:
         """Remove and return up to ``limit`` keys whose slot is over."""
-        keys: list[Key] = []
+        keys: list[Any] = []
         while len(keys) < limit and (earliest := self.next) is not None and earliest <= now:
             number = self._heap[0]
             slot = self._slots[number]

@@ -6,12 +6,17 @@ The rules are from docs/protocol.md, "Topics".
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, cast
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
+from brokerd.core.cluster.remote_outbox import RemoteOutbox
 from brokerd.core.delivery import Delivery, deadline_of, frame_head
+from brokerd.core.groups import choose_host, choose_member
 from brokerd.core.large_frame import joined
-from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.mailboxes.commits import Outcome
+from brokerd.core.mailboxes.storing import extension_error
+from brokerd.core.outbox import Queued
 from brokerd.core.room import Room
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.session import Session
@@ -28,14 +33,17 @@ from brokerd_client.wire.envelope import (
     encode,
 )
 from brokerd_client.wire.framing import frame as make_frame
-from brokerd_client.wire.layout import RECEIPT_FLAG
+from brokerd_client.wire.layout import ACK_FLAG, RECEIPT_FLAG
 
 if TYPE_CHECKING:
+    from brokerd.core.cluster.stored_events import Home, StoredEvents
     from brokerd.core.deferred import Deferred
     from brokerd.core.exchange import Client
+    from brokerd.core.mailboxes.mailboxes import Mailboxes
     from brokerd.core.replies import Replies
     from brokerd.core.status import Status
     from brokerd.core.turn import Turn
+    from brokerd.core.write_buffer import WriteBuffer
 
 __all__ = [
     "Announcement",
@@ -44,18 +52,12 @@ __all__ = [
     "recipients",
 ]
 
-#: Most outboxes in the fan-out cache of one publisher, summed over its topics.
-_REMEMBERED_OUTBOXES: Final = 16_384
-#: Outboxes that a topic counts for in that sum at least, however few it has.
-_SMALL_FANOUT: Final = 16
 #: Nodes of the subscription tree searched per frame charged to the turn budget.
 _NODES: Final = 64
 #: Subscribers handled per frame charged to the turn budget, for a client's event.
 _MATCHES: Final = 32
 #: Subscribers handled per step, for an event of the broker's own.
 _STEP: Final = 16
-#: Group members examined per event before the best of them is taken, if it has room.
-_LOOKED_AT: Final = 256
 
 
 class Spread:
@@ -69,23 +71,43 @@ class Spread:
         waiting: The subscriber to try again.
         deadline: When its ttl is over, or None.
         frame: The whole frame, once it is built.
+        is_stored: Whether a mailbox stores it, whose answer is the outcome.
+        hosts: The sessions of other hosts that get a copy, with the groups that it is for.
+        homes: By such a session: the mailboxes there that store it.
+        outcome: The outcome that these homes' answers are a part of; None without them.
     """
 
-    __slots__ = ("deadline", "frame", "matches", "remaining", "served", "waiting")
+    __slots__ = (
+        "deadline",
+        "frame",
+        "homes",
+        "hosts",
+        "is_stored",
+        "matches",
+        "outcome",
+        "remaining",
+        "served",
+        "waiting",
+    )
 
     def __init__(
         self,
-        matches: Matches[Session],
+        matches: Matches,
         remaining: Iterator[Session | None],
         served: dict[Session, None],
         deadline: float | None,
+        hosts: dict[Session, list[str]] | None,
     ) -> None:
+        self.hosts = hosts
         self.matches = matches
         self.remaining = remaining
         self.served = served
         self.deadline = deadline
         self.waiting: Session | None = None
         self.frame: bytes | memoryview | None = None
+        self.is_stored = False
+        self.homes: dict[Session, Home] = {}
+        self.outcome: Outcome | None = None
 
 
 class Announcement:
@@ -124,6 +146,7 @@ class Events:
         status: Status,
         turn: Turn,
         replies: Replies,
+        mailboxes: Mailboxes,
         delivery: Delivery,
         deferred: Deferred,
     ) -> None:
@@ -131,8 +154,11 @@ class Events:
         self._status = status
         self._turn = turn
         self._replies = replies
+        self._mailboxes = mailboxes
         self._delivery = delivery
         self._deferred = deferred
+        #: The mailboxes of other hosts that store events; None without a cluster.
+        self.elsewhere: StoredEvents | None = None
 
     def publish(
         self, source: Session, envelope: Envelope, frame: memoryview, now: float
@@ -148,20 +174,104 @@ class Events:
             return self._replies.malformed(source, envelope.id, str(error))
         if source.client.policy.publishing(envelope.topic) is None:
             message = f"{source.client.name} may not publish on {envelope.topic}"
-            return self._replies.refuse_frame(source, envelope, ErrorCode.DENIED, message)
+            return self._replies.refuse_frame(
+                source, envelope, ErrorCode.DENIED, message, field="publish"
+            )
         if (self._status.draining or source.parting) and not source.mute:
             return self._replies.refuse_frame(
                 source, envelope, ErrorCode.SHUTTING_DOWN, "the broker is shutting down"
             )
+        stored_in = self._mailboxes.subscribed(envelope.topic)
+        if stored_in and envelope.extension is not None:
+            refusal = extension_error(envelope.extension)
+            if refusal:
+                return self._replies.refuse_frame(source, envelope, ErrorCode.UNSUPPORTED, refusal)
         matches = self._find(source, envelope.topic)
         if matches is None:
             return RoutingResult.YIELD
         size = 4 + HEADER.size + len(source.sender_header) + len(frame) - HEADER.size
         served = source.reached_by_event if source.reached_by_event is not None else {}
+        owners = () if self.elsewhere is None else self.elsewhere.clients_of(envelope.topic)
+        homes: dict[Session, Home] = {}
+        outcome: Outcome | None = None
+        if self.elsewhere is not None and owners and not source.host:
+            outcome = Outcome(
+                source,
+                envelope.id,
+                is_event=True,
+                receipt=bool(envelope.flags & RECEIPT_FLAG),
+                # The last answer is the end of the fan-out.
+                missing=1 + len(stored_in),
+            )
+            room = self._find_homes(source, self.elsewhere.homes(owners), homes, size, now, outcome)
+            if room is not Room.OK:
+                return room.result
+        if stored_in:
+            result = self._mailboxes.store(source, stored_in, envelope, frame, now, outcome)
+            if result is not RoutingResult.CONSUMED:
+                return result
+        if outcome is not None:
+            source.uncommitted += 1
+        # A client with a stored copy gets no other.
+        for mailbox in stored_in:
+            served.update(dict.fromkeys(mailbox.sessions))
+        for client in owners:
+            served.update(dict.fromkeys(client.sessions.values()))
+        # An event passes from one host to another once.
+        hosts: dict[Session, list[str]] | None = None
+        if not source.host:
+            hosts = {session: [] for session in homes}
+        only = source.connection.groups if source.host else None
         source.spread = Spread(
-            matches, choose(matches, size, None, served), served, deadline_of(source, envelope)
+            matches,
+            choose(matches, size, None, served, hosts, only),
+            served,
+            deadline_of(source, envelope),
+            hosts,
         )
+        source.spread.is_stored = bool(stored_in) or outcome is not None
+        source.spread.homes, source.spread.outcome = homes, outcome
         return self.go_on_publishing(source, envelope, frame, now)
+
+    def _find_homes(
+        self,
+        source: Session,
+        found: Iterable[Home],
+        homes: dict[Session, Home],
+        size: int,
+        now: float,
+        outcome: Outcome,
+    ) -> Room:
+        """Add the homes that can get an event to ``homes``, and all others to its outcome.
+
+        Return another value than OK if the event has to be tried again.
+        """
+        for home in found:
+            message = ""
+            assert self.elsewhere is not None
+            session = home.session
+            if session is None:
+                code = ErrorCode.OFFLINE
+                message = f"host {home.host}, which keeps mailboxes that store the event, is away"
+            elif size + len(source.identity) > self.elsewhere.largest:
+                code = ErrorCode.TOO_LARGE
+                message = (
+                    f"an event to another host has at most {self.elsewhere.largest} bytes with its"
+                    " header (NATS' max_payload)"
+                )
+            else:
+                code = ErrorCode.FULL
+                room = self._delivery.find_room(source, session, size, now)
+                if room is Room.NONE:
+                    message = f"too many events wait for host {home.host}"
+                elif room is not Room.OK:
+                    return room
+            if message or session is None:
+                outcome.fail(code, message, home.names)
+            else:
+                homes[session] = home
+                outcome.missing += 1
+        return Room.OK
 
     def go_on_publishing(
         self, source: Session, envelope: Envelope, frame: memoryview, now: float
@@ -176,11 +286,16 @@ class Events:
             )
             # ``joined`` may write into the received frame. A frame that may be handed over
             # again must not change.
-            is_small = len(spread.matches) <= _MATCHES
+            is_small = spread.matches.size <= _MATCHES
             spread.frame = joined(head, body) if is_small else b"".join((head, body))
         for count, target in enumerate(itertools.chain((spread.waiting,), spread.remaining), 1):
             if target is not None and target.open and not target.retired:
-                room = self._give(source, target, spread, now)
+                home = spread.homes.pop(target, None)
+                if home is not None:
+                    self._send_home(source, target, home, envelope, spread)
+                    room = Room.OK
+                else:
+                    room = self._give(source, target, spread, now)
                 if room is not Room.OK and room is not Room.NONE:
                     spread.waiting = target
                     source.reached_by_event = spread.served
@@ -192,11 +307,35 @@ class Events:
                     return RoutingResult.YIELD
                 self._turn.charge(1)
         source.spread = source.reached_by_event = None
-        if envelope.flags & RECEIPT_FLAG:
-            self._replies.confirm(source, envelope.id)
-        elif source.client.meter is None and not source.mute:
-            self._remember_fanout(source, envelope.topic, spread.matches)
+        if spread.outcome is not None:
+            for home in spread.homes.values():
+                # The host was lost during the fan-out.
+                spread.outcome.fail(ErrorCode.OFFLINE, f"host {home.host} is away", home.names)
+                self._mailboxes.commits.answer(spread.outcome)
+            self._mailboxes.commits.answer(spread.outcome)
+        elif envelope.flags & RECEIPT_FLAG and not spread.is_stored:
+            self._replies.confirm(source, envelope.id, ACK_FLAG if source.host else 0)
         return RoutingResult.CONSUMED
+
+    def _send_home(
+        self, source: Session, target: Session, home: Home, envelope: Envelope, spread: Spread
+    ) -> None:
+        """Put an event into the outbox of a host with mailboxes that store it.
+
+        The host answers each. Their ttl counts from storing.
+        """
+        assert spread.frame is not None
+        assert spread.outcome is not None
+        assert self.elsewhere is not None
+        rest = memoryview(spread.frame)[4 + HEADER.size + len(source.sender_header) :]
+        size = 4 + HEADER.size + len(source.identity) + len(rest)
+        answered = replace(envelope, flags=envelope.flags | RECEIPT_FLAG)
+        target.outbox.put(Queued(b"".join((frame_head(source, answered, size, target), rest))))
+        groups = spread.hosts.get(target) if spread.hosts else None
+        if groups and isinstance(target.outbox, RemoteOutbox):
+            target.outbox.address_last(size, f">{','.join(groups)}")
+        self.elsewhere.expect(home, spread.outcome)
+        self._replies.touch(target)
 
     def _give(self, source: Session, target: Session, spread: Spread, now: float) -> Room:
         """Put an event into a subscriber's outbox if there is room; drop it if there is
@@ -210,16 +349,14 @@ class Events:
             self._replies.drop(target, source.address, "full", reason)
         if room is not Room.OK:
             return room
-        if isinstance(outbox, FrameOutbox):
-            outbox.put(Queued(frame, deadline=spread.deadline))
-        elif spread.deadline is not None:
-            outbox.append_timed(Queued(frame, deadline=spread.deadline))
-        else:
-            outbox.append(frame)
+        outbox.put(Queued(frame, deadline=spread.deadline))
+        groups = spread.hosts.get(target) if spread.hosts else None
+        if groups and isinstance(outbox, RemoteOutbox):
+            outbox.address_last(len(frame), f">{','.join(groups)}")
         self._replies.touch(target)
         return Room.OK
 
-    def _find(self, source: Session, topic: str) -> Matches[Session] | None:
+    def _find(self, source: Session, topic: str) -> Matches | None:
         """Return the subscribers to ``topic``; None if the turn ends before that."""
         if self._turn.budget < 0:
             return self._topics.find(topic)
@@ -227,24 +364,58 @@ class Events:
         self._turn.charge(visited // _NODES)
         return matches
 
-    def _remember_fanout(self, source: Session, topic: str, matches: Matches[Session]) -> None:
-        """Cache a topic's fan-out for the routing loop, unless it has groups."""
-        if not matches.everyone or matches.groups or self._topics.known(topic) is not matches:
-            return
+    def fanout(self, source: Session, topic: bytes) -> tuple[WriteBuffer, ...] | None:
+        """Return the outboxes of a topic's subscribers, for the routing loop to write into.
+
+        None: the slow path must handle the event, because it is to be refused or some
+        recipient depends on the event. The compiled loop handles further events of the
+        latter kind, once ``matches.fanout`` is there.
+        """
+        if source.needs_slow_path:
+            return None
+        if self._mailboxes.subscribes and self._mailboxes.subscribed(
+            topic.decode(errors="replace")
+        ):
+            return None
+        if self.elsewhere is not None and self.elsewhere.clients_of(topic.decode(errors="replace")):
+            return None
+        matches = self._topics.cache.topics.get(topic)
+        if matches is None or not matches.permits(source.client.publish_rules):
+            matches = self._admit(source, topic)
+        if matches is None:
+            return None
         if matches.fanout is None:
             # All publishers share one tuple. A thousand publishers on a thousand topics
             # would have a million otherwise.
-            outboxes = tuple(target.outbox for target in matches.everyone)
-            matches.fanout = (
-                outboxes if all(isinstance(outbox, StreamOutbox) for outbox in outboxes) else ()
+            matches.fanout = tuple(target.outbox for target in matches.everyone)
+            matches.is_plain = not matches.groups and all(
+                outbox.is_stream for outbox in matches.fanout
             )
-        fanout = cast("tuple[StreamOutbox, ...]", matches.fanout)
-        if fanout:
-            if (len(source.fanouts) + 1) * max(len(fanout), _SMALL_FANOUT) > _REMEMBERED_OUTBOXES:
-                source.fanouts.clear()
-                source.widest = 0
-            source.fanouts[topic.encode()] = fanout
-            source.widest = max(source.widest, len(fanout))
+        if not matches.is_plain:
+            return None
+        if len(matches.fanout) > source.widest:
+            # This turn of the sender ends; its later turns are shorter.
+            source.widest = len(matches.fanout)
+            self._turn.end()
+            return None
+        matches.used = True
+        return matches.fanout
+
+    def _admit(self, source: Session, topic: bytes) -> Matches | None:
+        """Return the subscribers to a topic if the sender may publish on it now."""
+        if self._status.draining or not self._turn.budget:
+            return None
+        self._turn.charge(1)
+        try:
+            name = check_topic(topic.decode())
+        except (UnicodeDecodeError, InvalidName):
+            return None
+        if source.client.policy.publishing(name) is None:
+            return None
+        matches = self._find(source, name)
+        if matches is not None:
+            self._topics.cache.permit(matches, source.client.publish_rules)
+        return matches
 
     def announce(self, topic: str, payload: str) -> None:
         """Publish an event of the broker's own, in turns if it has many subscribers."""
@@ -266,6 +437,8 @@ class Events:
             event.client.shown_online, event.client.shown_since = event.online, event.since
             if self._status.changes is not None:
                 self._status.changes.note_client(event.client)
+        if not self._topics:
+            return
         envelope = Envelope(
             Kind.EVENT, 0, BROKER, event.payload.encode(), codec=CodecId.JSON, topic=event.topic
         )
@@ -320,19 +493,32 @@ def recipients(
 
 
 def choose(
-    matches: Matches[Session], size: int, about: str | None, served: dict[Session, None]
+    matches: Matches,
+    size: int,
+    about: str | None,
+    served: dict[Session, None],
+    hosts: dict[Session, list[str]] | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[Session | None]:
     """Yield the sessions that get an event of ``size`` bytes.
 
     These are all subscribers without a group, and one member of each group. The member
     is one that gets the event anyway, else one with room for it, else the least loaded.
-    None stands for work that found no session.
+    A group without a member here that has room is left to one other host. Each host gets
+    one copy, last. None stands for work that found no session.
 
     Args:
         about, served: As for ``recipients``.
+        hosts: The sessions of the hosts that get a copy are added, with their groups;
+            None for an event that does not leave this host.
+        only: The groups that the event is for; None for all.
     """
     for target in matches.everyone:
-        if target not in served and (
+        if target.host:
+            if hosts is not None:
+                hosts[target] = []
+            yield None
+        elif target not in served and (
             about is None or target.client.policy.sending(about) is not None
         ):
             served[target] = None
@@ -340,47 +526,33 @@ def choose(
         else:
             yield None
     if not matches.groups:
+        yield from hosts or ()
         return
     # The turn advances per event, not per group. With an even number of groups, the
     # same members would always come first otherwise.
     matches.turn += 1
     turn = matches.turn
     for group, members in matches.groups.items():
-        if not served.keys().isdisjoint(members):
+        if (only is not None and group not in only) or not served.keys().isdisjoint(members):
             yield None
             continue
-        chosen, examined = _member(matches, group, turn, size, about)
+        chosen, examined = choose_member(matches, group, turn, size, about)
         for _ in range(examined // _STEP):
             yield None
+        if hosts is not None and matches.has_remote and not _has_room(chosen, size):
+            host = choose_host(matches, group, turn)
+            if host is not None:
+                hosts.setdefault(host, []).append(group)
+                chosen = None
         if chosen is not None:
             served[chosen] = None
         yield chosen
+    yield from hosts or ()
 
 
-def _member(
-    matches: Matches[Session], group: str, turn: int, size: int, about: str | None
-) -> tuple[Session | None, int]:
-    """Return (the member of a group that gets the event, or None; members examined)."""
-    ordered = matches.members_of(group)
-    start = turn % len(ordered)
-    lightest, least_load = None, (True, True, 0)
-    examined = 0
-    for member in itertools.chain(
-        itertools.islice(ordered, start, None), itertools.islice(ordered, start)
-    ):
-        examined += 1
-        if member in matches.left or not member.open:
-            continue
-        if about is not None and member.client.policy.sending(about) is None:
-            continue
-        outbox = member.outbox
-        waiting = outbox.waiting
-        load = (outbox.blocked and waiting + size > outbox.limit, outbox.blocked, waiting)
-        if lightest is None or load < least_load:
-            lightest, least_load = member, load
-            if not waiting:
-                break
-        if examined >= _LOOKED_AT and not least_load[0]:
-            # In a large group, a member that has room is good enough.
-            break
-    return lightest, examined
+def _has_room(member: Session | None, size: int) -> bool:
+    """Return whether a member of a group can take an event."""
+    if member is None:
+        return False
+    outbox = member.outbox
+    return not outbox.blocked or outbox.waiting + size <= outbox.limit

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from brokerd.core.outbox import Outbox
     from brokerd.core.replies import Replies
     from brokerd.core.reports import Reports
-    from brokerd.core.requests import Requests
+    from brokerd.core.requests import DeliveredRequest, Requests
     from brokerd.core.session import Session
     from brokerd.core.status import Status
     from brokerd.core.topics import Topics
@@ -91,6 +91,7 @@ class Goaway:
             return
         self._status.draining = True
         self._status.generation += 1
+        self._topics.forget()
         for recipient in recipients(self._topics, DRAINING, len(_EVENT)):
             if recipient is not None and recipient.open:
                 self.tell(recipient)
@@ -128,7 +129,7 @@ class Goaway:
         self._topics.leave(session, session.subscriptions)
         session.subscriptions.clear()
         self._topics.abandon(session)
-        self._requests.end_all(session)
+        self._in_flight.cancel_all(session)
         self._held.release_waiters(session)
 
     def mute(self, session: Session) -> None:
@@ -145,7 +146,11 @@ class Goaway:
         It has not finished while another client still waits for its answer. A client that
         has sent ``finished`` itself does not wait.
         """
-        if session.waiting_requests or _owes(session.incoming_requests.values()):
+        if (
+            session.waiting_requests
+            or session.uncommitted
+            or _owes(session.incoming_requests.values())
+        ):
             return False
         flight = session.client.flight
         if flight and session.in_flight != 0 and len(session.client.sessions) <= 1:
@@ -207,8 +212,10 @@ def _is_waiting(session: Session, outbox: Outbox, size: int) -> bool:
     return session.outbox is outbox and outbox.size - outbox.waiting < size
 
 
-def _owes(requesters: Iterable[Session]) -> bool:
+def _owes(requests: Iterable[DeliveredRequest]) -> bool:
     return any(
-        requester.open and not requester.retired and requester.finishing is None
-        for requester in requesters
+        request.requester.open
+        and not request.requester.retired
+        and request.requester.finishing is None
+        for request in requests
     )

@@ -41,10 +41,6 @@ class HeldSenders:
         #: Those recipients whose held senders are all released once more after that.
         self._release_again: set[Session] = set()
 
-    def __len__(self) -> int:
-        """Return the number of held sessions."""
-        return len(self.deadlines)
-
     @property
     def has_deferred_work(self) -> bool:
         """Whether senders are still to be released."""
@@ -74,12 +70,24 @@ class HeldSenders:
 
     def add(self, source: Session, target: Session, deadline: float) -> None:
         """Record a sender as held, without a log event."""
-        if self._status.changes is not None:
-            # A pool has counted its choice of the target.
-            self._status.changes.note_client(target.client)
         source.held_by = target
         target.waiters[source] = None
         self.deadlines[source] = deadline
+
+    def hold_for_return(self, source: Session, name: str, deadline: float) -> None:
+        """Hold a sender until a client is back that was online before a restart."""
+        reason = "the client was online before the restart, and is not back yet"
+        self._replies.log_events.note("client.held", source, name, reason=reason)
+        self.add(source, source, deadline)
+
+    def pass_to(self, target: Session, senders: list[Session]) -> None:
+        """Make a client that is back the holder of its senders, to release them in turns."""
+        for sender in senders:
+            # It may have left, or may be held for another reason meanwhile.
+            if sender.open and sender.held_by is sender:
+                del sender.waiters[sender]
+                sender.held_by = target
+                target.waiters[sender] = None
 
     def wait_until_read(self, source: Session) -> RoutingResult:
         """Hold a client that does not read the broker's answers."""
@@ -112,7 +120,9 @@ class HeldSenders:
         for session in list(itertools.islice(due, _RELEASED)):
             holder = session.held_by
             assert holder is not None
-            if session.hold_deadline is not None and session.hold_deadline <= now:
+            is_over = session.hold_deadline is not None and session.hold_deadline <= now
+            # A sender that waits for a mailbox is held by itself.
+            if is_over and holder is not session:
                 holder.outbox.stalled = True
             self.release(session)
             if not holder.waiters and holder.allowance is not None:
@@ -139,6 +149,8 @@ class HeldSenders:
             # members hold try again too.
             for member in session.client.sessions.values():
                 self.release_waiters(member)
+            if session.host:
+                self.release_waiters(session)
 
     def release_waiters(self, target: Session) -> None:
         """Release the senders that a session holds, the longest held first."""

@@ -5,12 +5,12 @@ of which begins with a whole frame. Appending is cheap, and the routing loop wri
 straight into its ``content``. A large frame is a chunk by itself and is not copied
 (:mod:`brokerd.core.large_frame`).
 
-A FrameOutbox keeps every frame separately, for recipients whose queue must be edited.
-These are pools, whose waiting frames move to another member, and clients with
-``when_full: drop_oldest``.
+A FrameOutbox keeps every frame separately, for recipients whose queue is edited: clients
+with ``when_full: drop_oldest``.
 
-Both kinds keep track of frames with a ttl. ``pieces`` ends before a frame whose ttl was
-over at the last ``take_expired``. That method returns the frame once it comes first.
+Both kinds keep track of frames with a ttl: a StreamOutbox by their place in the stream,
+counted from its beginning. ``pieces`` ends before a frame whose ttl was over at the last
+``take_expired``. That method returns the frame once it comes first.
 
 An outbox never sends. The network layer writes its bytes, and calls ``sent(n)`` with
 the number of bytes that the system took. It sets ``blocked`` while the system takes
@@ -23,10 +23,11 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from math import inf
 from typing import Final, TypeAlias
 
-from brokerd.core.routing import WriteBuffer
-from brokerd.core.undelivered import Chunk, Queued, Unsent, count_after, cut
+from brokerd.core.undelivered import Chunk, Queued, Unsent, count_after, cut, sender_header_of
+from brokerd.core.write_buffer import WriteBuffer
 
 __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
 
@@ -34,6 +35,15 @@ __all__ = ["CHUNK", "FrameOutbox", "Outbox", "Queued", "StreamOutbox"]
 CHUNK: Final = 128 * 1024
 #: Most pieces per vectored write; IOV_MAX is 1024 on Linux.
 _PIECES: Final = 512
+#: Most frames with a ttl that are looked at per write.
+_MARKS: Final = 512
+
+
+def _tell_eased(outbox: Outbox) -> None:
+    """Report a smaller load to the pool if the rank of its member is too high."""
+    owner = outbox.owner
+    if owner is not None and owner.rank is not None and owner.rank[0] > outbox.waiting:
+        owner.client.eased(owner)
 
 
 class StreamOutbox(WriteBuffer):
@@ -41,50 +51,35 @@ class StreamOutbox(WriteBuffer):
 
     Attributes:
         limit: Bytes that may wait: the queue quota.
-        blocked: Whether the system took less than was offered; the network layer sets
-            it.
         stalled: Whether senders were held for the longest time allowed; cleared when
             half of the queue is free.
-        timed: Number of waiting frames with a ttl.
     """
 
     __slots__ = (
         "_as_of",
-        "_closed",
         "_ends",
         "_head",
         "_left",
         "_older",
         "_older_bytes",
-        "_taken",
-        "_timed",
-        "blocked",
         "limit",
         "stalled",
-        "timed",
     )
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
         self.room = min(CHUNK, limit)
-        self.blocked = False
+        self.is_stream = True
         self.stalled = False
-        self._older: deque[Chunk] = deque()
+        self._older: deque[Chunk] | tuple[()] = ()
         #: For each closed chunk: the value of ``frames`` when it was closed; None if
         #: unknown.
-        self._ends: deque[int | None] = deque()
+        self._ends: deque[int | None] | tuple[()] = ()
         self._older_bytes = 0
-        #: Number of chunks closed so far, and the chunks that are a frame with a ttl,
-        #: each with its number.
-        self._closed = 0
-        self._timed: deque[tuple[int, Queued]] = deque()
-        self.timed = 0
         self._as_of = 0.0
-        #: Bytes that the system has taken of the first chunk, and of all chunks before
-        #: it.
+        #: Bytes that the system has taken of the first chunk.
         self._head = 0
-        self._taken = 0
         #: By the sender header of a closed session: up to where in the stream its bytes
         #: may lie.
         self._left: dict[bytes, int] = {}
@@ -93,6 +88,11 @@ class StreamOutbox(WriteBuffer):
     def waiting(self) -> int:
         """Bytes not yet taken by the system."""
         return self._older_bytes + len(self.content) - self._head
+
+    @property
+    def timed(self) -> bool:
+        """Whether a frame with a ttl may be waiting."""
+        return bool(self.marks)
 
     def reserve(self, size: int, beyond: int = 0) -> bool:
         """Return whether ``size`` more bytes may be appended, within limit + beyond.
@@ -114,10 +114,7 @@ class StreamOutbox(WriteBuffer):
         """
         if isinstance(frame, memoryview):
             self._close_buffer()
-            self._older.append(frame)
-            self._ends.append(self.frames + 1)
-            self._older_bytes += len(frame)
-            self._closed += 1
+            self._add_closed(frame, self.frames + 1)
             self._set_room()
         else:
             self._make_room(len(frame))
@@ -125,11 +122,26 @@ class StreamOutbox(WriteBuffer):
         self.frames += 1
         self.size += len(frame)
 
-    def append_timed(self, queued: Queued) -> None:
-        """Append one whole frame that has a ttl."""
-        self.append(memoryview(queued.frame))
-        self._timed.append((self._closed - 1, queued))
-        self.timed += 1
+    def extend(self, frames: bytearray, size: int) -> None:
+        """Append several frames of ``size`` bytes each, even beyond the quota."""
+        self._make_room(len(frames))
+        self.content += frames
+        self.frames += len(frames) // size
+        self.size += len(frames)
+
+    def put(self, queued: Queued) -> None:
+        """Append one whole frame with its delivery information."""
+        self.append(queued.frame)
+        self.mark(len(queued.frame), queued.deadline, pinned=queued.pinned)
+
+    def mark(self, size: int, deadline: float | None, *, pinned: bool = False) -> None:
+        """Note the ttl of the last frame, which has ``size`` bytes, if it has one, and
+        whether it is pinned.
+        """
+        if deadline is not None or pinned:
+            end = self.base + len(self.content)
+            self.marks = self.marks or deque()
+            self.marks.append((end - size, end, inf if deadline is None else deadline, pinned))
 
     def sender_left(self, sender_header: bytes) -> None:
         """Mark the waiting frames with this sender header as sent by a closed session.
@@ -137,7 +149,7 @@ class StreamOutbox(WriteBuffer):
         The next connection with that address gets no errors for them.
         """
         if self.waiting:
-            self._left[sender_header] = self._taken + self._older_bytes + len(self.content)
+            self._left[sender_header] = self.base + len(self.content)
 
     def _make_room(self, size: int) -> None:
         if len(self.content) + size > CHUNK:
@@ -147,97 +159,120 @@ class StreamOutbox(WriteBuffer):
 
     def _close_buffer(self) -> None:
         if self.content:
-            self._older.append(self.content)
-            self._ends.append(self.frames)
-            self._older_bytes += len(self.content)
-            self._closed += 1
+            self._add_closed(self.content, self.frames)
             self.content = bytearray()
+
+    def _add_closed(self, chunk: Chunk, frames: int | None) -> None:
+        """Add a chunk that does not change any more; frames: see ``_ends``."""
+        older, ends = self._older, self._ends
+        if not older or not ends:
+            self._older = older = deque()
+            self._ends = ends = deque()
+        older.append(chunk)
+        ends.append(frames)
+        self._older_bytes += len(chunk)
+        self.base += len(chunk)
 
     def _set_room(self) -> None:
         self.room = min(CHUNK, self.limit - self._older_bytes + self._head)
 
     def pieces(self) -> list[bytearray | memoryview]:
         """Return the next bytes to write, in order, as chunks that are never empty."""
-        if not self._older:
+        if not self._older and not self.marks:
             if not self._head:
                 return [self.content] if self.content else []
             return [memoryview(self.content)[self._head :]]
-        pieces: list[bytearray | memoryview] = [memoryview(self._older[0])[self._head :]]
-        piece_limit = min(_PIECES, self._before_expired()) if self.timed else _PIECES
-        if not piece_limit:
-            return []
-        for chunk in self._older:
-            if len(pieces) == piece_limit:
-                return pieces
-            if chunk is not self._older[0]:
+        pieces: list[bytearray | memoryview] = []
+        left = self._before_expired() if self.marks else self.waiting
+        skip = self._head
+        for chunk in itertools.chain(itertools.islice(self._older, _PIECES), (self.content,)):
+            if not left:
+                break
+            if skip or len(chunk) > left:
+                piece = memoryview(chunk)[skip : skip + left]
+                pieces.append(piece)
+                left -= len(piece)
+                skip = 0
+            else:
                 pieces.append(chunk)
-        if self.content and len(pieces) < piece_limit:
-            pieces.append(self.content)
-        return pieces
+                left -= len(chunk)
+        return pieces[:_PIECES]
 
     def _before_expired(self) -> int:
-        """Return how many chunks may be written before the first that has expired.
+        """Return how many bytes may be written before the first frame that has expired.
 
-        A chunk that is partly written may be written to its end.
+        A frame that is partly written may be written to its end.
         """
-        first = self._closed - len(self._older)
-        for number, queued in itertools.islice(self._timed, _PIECES):
-            if number - first >= _PIECES:
-                break
-            if (
-                queued.deadline is not None
-                and queued.deadline <= self._as_of
-                and (number > first or not self._head)
-            ):
-                return number - first
-        return _PIECES
+        position, marks = self._position, self.marks
+        for start, _, deadline, _ in itertools.islice(marks, _MARKS):
+            if deadline <= self._as_of and start >= position:
+                return start - position
+        if marks and len(marks) > _MARKS:
+            return marks[_MARKS][0] - position
+        return self.waiting
+
+    @property
+    def _position(self) -> int:
+        """Where in the stream the first byte lies that the system has not taken."""
+        return self.first_place + self._head
 
     def take_expired(self, now: float, limit: int) -> list[Queued]:
         """Remove and return up to ``limit`` expired frames from the front."""
         self._as_of = now
         expired: list[Queued] = []
-        while self._timed and not self._head and len(expired) < limit:
-            number, queued = self._timed[0]
-            if (
-                number != self._closed - len(self._older)
-                or queued.deadline is None
-                or queued.deadline > now
-            ):
+        while self.marks and len(expired) < limit:
+            start, end, deadline, pinned = self.marks[0]
+            if start != self._position or deadline > now:
                 break
-            self._forget_first()
-            expired.append(queued)
-        if expired:
-            self._set_room()
+            chunk = self._older[0] if self._older else self.content
+            frame = bytes(memoryview(chunk)[self._head : self._head + end - start])
+            expired.append(
+                Queued(
+                    frame,
+                    pinned=pinned,
+                    orphaned=self._is_orphaned(frame, end),
+                    deadline=deadline,
+                )
+            )
+            self._remove(end - start)
         return expired
 
-    def _forget_first(self) -> int:
-        """Remove the first of the closed chunks; return its size."""
-        if self._timed and self._timed[0][0] == self._closed - len(self._older):
-            self._timed.popleft()
-            self.timed -= 1
-        size = len(self._older.popleft())
-        self._ends.popleft()
-        self._older_bytes -= size
-        self._taken += size
-        return size
+    def _is_orphaned(self, frame: bytes, end: int) -> bool:
+        """Return whether the sender of the frame that ends there is known to have closed."""
+        return bool(self._left) and end <= self._left.get(sender_header_of(frame, 4), 0)
 
     def sent(self, size: int) -> bool:
         """Remove ``size`` bytes that the system took; return whether all are taken."""
+        if self._remove(size):
+            self.stalled = False
+            return True
+        return False
+
+    def _remove(self, size: int) -> bool:
+        """Remove ``size`` bytes from the front; return whether no more are waiting."""
         head = self._head + size
-        while self._older and head >= len(self._older[0]):
-            head -= self._forget_first()
-        if not self._older and head >= len(self.content):
-            self._taken += len(self.content)
+        older, ends = self._older, self._ends
+        while older and ends and head >= len(older[0]):
+            first = len(older.popleft())
+            ends.popleft()
+            self._older_bytes -= first
+            head -= first
+        if not older and head >= len(self.content):
+            self.base += len(self.content)
             # A new object, not clear(): the caller of pieces() may still hold the old
             # one.
             self.content = bytearray()
             self._left.clear()
+            self._older = self._ends = self.marks = ()
             self._head = 0
-            self.stalled = False
             self.room = min(self.limit, CHUNK)
             return True
         self._head = head
         self._set_room()
+        position = self._position
+        while self.marks and self.marks[0][1] <= position:
+            self.marks.popleft()
+        _tell_eased(self)
         return False
 
     @property
@@ -249,34 +284,46 @@ class StreamOutbox(WriteBuffer):
         """Return all waiting chunks, in order; each begins with a whole frame."""
         return [*self._older, self.content]
 
+    @property
+    def first_place(self) -> int:
+        """Where in the stream the first of ``chunks`` begins."""
+        return self.base - self._older_bytes
+
+    @property
+    def closed_bytes(self) -> int:
+        """Bytes of all ``chunks`` but the last; these bytes do not change any more."""
+        return self._older_bytes
+
     def left(self) -> dict[bytes, int]:
         """Return where in ``chunks`` closed senders' last bytes may end, by header."""
-        return {sender_header: end - self._taken for sender_header, end in self._left.items()}
+        first = self.first_place
+        return {sender_header: end - first for sender_header, end in self._left.items()}
 
-    def timed_frames(self) -> list[tuple[int, Queued]]:
-        """Return the frames with a ttl, each with its index in ``chunks``."""
-        first = self._closed - len(self._older)
-        return [(number - first, queued) for number, queued in self._timed]
+    def marked_frames(self) -> list[tuple[int, int, float, bool]]:
+        """Return ``marks`` with the places in ``chunks``."""
+        first = self.first_place
+        return [
+            (start - first, end - first, deadline, pinned)
+            for start, end, deadline, pinned in self.marks
+        ]
 
     def refill(
         self,
         chunks: list[bytearray],
         begun: int,
         left: dict[bytes, int],
-        timed: Iterable[tuple[int, Queued]] = (),
+        marks: Iterable[tuple[int, int, float, bool]] = (),
     ) -> None:
         """Fill this empty outbox with the contents of another.
 
-        The arguments are what its ``chunks``, ``begun``, ``left`` and ``timed_frames``
+        The arguments are what its ``chunks``, ``begun``, ``left`` and ``marked_frames``
         returned.
         """
         *older, self.content = chunks
-        self._closed = len(older)
-        self._timed.extend(timed)
-        self.timed = len(self._timed)
-        self._older.extend(older)
-        self._ends.extend([None] * len(older))
-        self._older_bytes = sum(map(len, older))
+        self.marks = deque(marks) or ()
+        self.base = 0
+        for chunk in older:
+            self._add_closed(chunk, None)
         self._head = begun
         self._left = dict(left)
         self._set_room()
@@ -295,17 +342,17 @@ class StreamOutbox(WriteBuffer):
     def take_unsent(self) -> Unsent:
         """Remove and return all frames that the system did not take whole, in order."""
         count = self.unsent
-        timed = dict(self.timed_frames())
-        chunks = deque((chunk, timed.get(index)) for index, chunk in enumerate(self.chunks()))
-        self._taken += self._older_bytes + len(self.content)
         frames = cut(
-            chunks, self._head, self._taken - self._older_bytes - len(self.content), self._left
+            deque(self.chunks()),
+            self._head,
+            self.first_place,
+            self._left,
+            self.marks,
         )
+        self.base += len(self.content)
         self._left = {}
-        self._older.clear()
-        self._ends.clear()
-        self._timed.clear()
-        self._older_bytes = self._head = self.timed = 0
+        self._older = self._ends = self.marks = ()
+        self._older_bytes = self._head = 0
         self.content = bytearray()
         self._set_room()
         return Unsent(frames, count)
@@ -328,7 +375,6 @@ class FrameOutbox(WriteBuffer):
         "_plain_bytes",
         "_plain_gone",
         "_waiting",
-        "blocked",
         "limit",
         "stalled",
         "timed",
@@ -337,7 +383,6 @@ class FrameOutbox(WriteBuffer):
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
-        self.blocked = False
         self.stalled = False
         #: The frame of which the system has taken the first ``_head`` bytes.
         self._begun: Queued | None = None
@@ -366,6 +411,11 @@ class FrameOutbox(WriteBuffer):
     def append(self, frame: bytes) -> None:
         """Append one whole frame of the broker's own, even beyond the quota."""
         self.put(Queued(frame, kept=True))
+
+    def extend(self, frames: bytearray, size: int) -> None:
+        """Append several frames of ``size`` bytes each, even beyond the quota."""
+        for start in range(0, len(frames), size):
+            self.append(bytes(frames[start : start + size]))
 
     def put(self, queued: Queued) -> None:
         """Append one whole frame with its delivery information."""
@@ -442,14 +492,8 @@ class FrameOutbox(WriteBuffer):
             begun = None
         self._begun = begun
         self._head = head
-        self._tell_eased()
+        _tell_eased(self)
         return not self._waiting
-
-    def _tell_eased(self) -> None:
-        """Report a smaller load to the pool if the session's rank is too high."""
-        owner = self.owner
-        if owner is not None and owner.rank is not None and owner.rank[1] > self._waiting:
-            owner.client.eased(owner)
 
     def _may_be_written(self, queued: Queued) -> bool:
         return queued.deadline is None or queued.deadline > self._as_of or queued is self._begun
@@ -465,7 +509,7 @@ class FrameOutbox(WriteBuffer):
             expired.append(self._next())
             self._waiting -= len(first.frame)
         if expired:
-            self._tell_eased()
+            _tell_eased(self)
         return expired
 
     def drop_oldest(self, size: int, limit: int = sys.maxsize) -> list[Queued] | None:
@@ -484,7 +528,7 @@ class FrameOutbox(WriteBuffer):
             excess -= len(oldest.frame)
             self._waiting -= len(oldest.frame)
             dropped.append(oldest)
-        self._tell_eased()
+        _tell_eased(self)
         return dropped
 
     def has_made_room(self, size: int) -> bool:

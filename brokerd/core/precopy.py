@@ -1,12 +1,11 @@
-"""State that is copied before the handover: queued frames of pools, subscriptions, idle
-sessions.
+"""State that is copied before the handover: queued frames, subscriptions, idle sessions.
 
 The old process copies them in blocks while it serves. The new process checks them and
 creates objects from them meanwhile. Frames that have left a queue since then are left
 out. Frames that have been added since then are captured with the rest. So little is
-left to do while nothing is served. A frame is identified by its number in its queue,
-because frames leave a queue at the front only. Source of the form: FORMAT of
-:mod:`brokerd.upgrade.channel`.
+left to do while nothing is served. Both frames and chunks leave at the front only. So a
+frame is identified by its number in its queue, and a chunk by its place in its stream.
+Source of the form: FORMAT of :mod:`brokerd.upgrade.channel`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from brokerd.core.changes import Changes
-from brokerd.core.outbox import FrameOutbox, Queued
+from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import FLAGS, BadSnapshot, check_block, check_frames
 
@@ -54,6 +53,8 @@ _SUBSCRIPTIONS: Final = 250
 #: Default of ``few`` of Copier: the fewest frames or subscriptions per session that are
 #: copied.
 _FEW: Final = 100
+#: Default of ``least`` of Copier: the fewest bytes of a stream that are copied.
+_LEAST: Final = 256 * 1024
 #: Stands for the number of the sender in a frame without a sender.
 _NOBODY: Final = -1
 _NONE: Final[frozenset[tuple[str, str | None]]] = frozenset()
@@ -77,6 +78,7 @@ _STATE: Final = attrgetter(
     "allowance",
     "goaway",
     "cancels",
+    "listens",
     "in_flight",
     "reached_by_event",
     "outbox",
@@ -96,18 +98,18 @@ _BUSY: Final = attrgetter(
     "incoming_requests",
     "outgoing_requests",
     "waiting_requests",
-    "retained",
     "revoked",
-    "expiring",
     "reached_by_event",
     "outbox.waiting",
     "outbox.blocked",
     "outbox.stalled",
 )
-_SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since", "turn")
+#: The state of a client that is captured and may change. ``turn`` is captured too, but a
+#: pool may begin anywhere.
+_SHOWN: Final = attrgetter("changed_at", "shown_online", "shown_since")
 
 #: Facts, and the bytes that belong to them.
-Block: TypeAlias = "tuple[dict[str, Any], list[bytes]]"
+Block: TypeAlias = "tuple[dict[str, Any], Sequence[bytes | bytearray | memoryview]]"
 
 
 def flags_of(queued: Queued) -> int:
@@ -134,7 +136,6 @@ def is_as_at_start(client: Client, started_at: float) -> bool:
         client.changed_at == client.shown_since == started_at
         and not client.sessions
         and not client.shown_online
-        and not client.turn
         and (client.meter is None or not client.meter.changes)
     )
 
@@ -146,6 +147,7 @@ class Copier:
     Args:
         few: Fewer frames or subscriptions of one session than this are captured with
             the rest.
+        least: The same for the bytes of a stream.
 
     Attributes:
         subscriptions: The copied subscriptions of each session, which may have ended
@@ -153,9 +155,10 @@ class Copier:
         has_copied_start: Whether the start of the broker has been copied.
     """
 
-    def __init__(self, broker: Broker, few: int = _FEW) -> None:
+    def __init__(self, broker: Broker, few: int = _FEW, least: int = _LEAST) -> None:
         self._broker = broker
         self._few = few
+        self._least = least
         self.subscriptions: dict[Session, set[tuple[str, str | None]]] = {}
         self.has_copied_start = False
         #: By session: how many messages it had sent when copying its subscriptions
@@ -163,10 +166,14 @@ class Copier:
         self._unchanged: dict[Session, int] = {}
         #: By queue: the number after that of the last copied frame.
         self._copied_to: dict[FrameOutbox, int] = {}
+        #: By stream: the place behind the last copied chunk.
+        self._copied_up_to: dict[StreamOutbox, int] = {}
         #: The idle sessions that have been copied, with their state and counters then;
         #: and the clients that have been copied, with their state then.
         self._idle: dict[Session, tuple[tuple[object, ...], tuple[int, ...]]] = {}
         self._clients: dict[Client, tuple[object, ...]] = {}
+        #: The last change of an incident that has been copied.
+        self._incidents_to = 0
         #: The changes in the broker; None if it does not note them for this copier.
         self._changes: Changes | None = None
 
@@ -183,6 +190,12 @@ class Copier:
     def end(self) -> None:
         """Stop noting changes in the broker."""
         self._changes = self._broker.status.changes = None
+
+    def take_incidents(self) -> list[list[Any]]:
+        """Return the incidents that have changed since the last call."""
+        incidents, since = self._broker.incidents, self._incidents_to
+        self._incidents_to = incidents.last_change
+        return incidents.changed_since(since)
 
     def changed_sessions(self) -> list[Session]:
         """Return the sessions that may differ from their copies, or have none, in the
@@ -258,9 +271,7 @@ class Copier:
             or session.incoming_requests
             or session.outgoing_requests
             or session.waiting_requests
-            or session.retained
             or session.revoked
-            or session.expiring
             or session.outbox.waiting
             or not session.open
             or copied[0] != _state(session)
@@ -301,8 +312,11 @@ class Copier:
             if len(session.subscriptions) >= self._few:
                 yield from self._subscriptions_of(session)
             outbox = session.outbox
-            if isinstance(outbox, FrameOutbox) and len(outbox.plain) >= self._few:
-                yield from self._queue_of(session, now)
+            if isinstance(outbox, FrameOutbox):
+                if len(outbox.plain) >= self._few:
+                    yield from self._queue_of(session, now)
+            elif outbox.closed_bytes:
+                yield from self._chunks_of(session)
 
     def changes(
         self, session: Session
@@ -362,10 +376,46 @@ class Copier:
             self._copied_to[outbox] = first + len(frames)
             yield _block(session, first, frames, now)
 
+    def copied_chunks(self, outbox: StreamOutbox) -> tuple[int, int]:
+        """Return how many chunks of a stream have been copied and still wait, and their
+        bytes.
+        """
+        end = self._copied_up_to.get(outbox, 0)
+        count, place = 0, outbox.first_place
+        for chunk in outbox.chunks()[:-1]:
+            if place + len(chunk) > end:
+                break
+            count, place = count + 1, place + len(chunk)
+        return count, place - outbox.first_place
+
+    def _chunks_of(self, session: Session) -> Iterator[Block]:
+        while session.open and isinstance(session.outbox, StreamOutbox):
+            outbox = session.outbox
+            count, size = self.copied_chunks(outbox)
+            if outbox.closed_bytes - size < self._least:
+                return
+            place = outbox.first_place + size
+            chunks: list[bytearray | memoryview] = []
+            copied = 0
+            for chunk in outbox.chunks()[count:-1]:
+                chunks.append(chunk)
+                copied += len(chunk)
+                if copied >= _BYTES:
+                    break
+            self._copied_up_to[outbox] = place + copied
+            facts = {
+                "session": session.number,
+                "place": place,
+                "chunks": [len(chunk) for chunk in chunks],
+            }
+            yield facts, chunks
+
 
 def _number(sender: Session | None) -> int:
     # A sender that left during an earlier upgrade may have no number: see Copies.session.
-    return _NOBODY if sender is None or not sender.open else sender.number
+    # One at another host is found by its address.
+    is_known = sender is not None and sender.open and not sender.host
+    return sender.number if sender is not None and is_known else _NOBODY
 
 
 def _block(session: Session, first: int, frames: list[Queued], now: float) -> Block:
@@ -421,6 +471,8 @@ class Copies:
         self._broker = broker
         self._sessions: dict[int, Session] = {}
         self._queues: dict[int, CopiedQueue] = {}
+        #: By session: the place of each copied chunk in the stream, and the chunk.
+        self._streams: dict[int, list[tuple[int, bytearray]]] = {}
         self._subscriptions: dict[int, set[tuple[str, str | None]]] = {}
         #: The idle sessions that exist already, by number.
         self.made: dict[int, Session] = {}
@@ -444,6 +496,8 @@ class Copies:
         check_block(facts)
         if "frames" in facts:
             self._add_frames(facts, body, now)
+        elif "chunks" in facts:
+            self._add_chunks(facts, body)
         else:
             self._add_subscriptions(facts)
 
@@ -502,8 +556,8 @@ class Copies:
         session = self.made.pop(number, None)
         if session is not None:
             self._subscriptions[number] = session.subscriptions
-            if session.address != facts["address"] or not facts["configured"]:
-                session.client.remove(session)
+            # It gets another outbox, and is added again with that one.
+            session.client.remove(session)
         self.unconfigured_sessions.pop(number, None)
         self.unknown_recipients.pop(number, None)
         return self.session(number)
@@ -575,6 +629,23 @@ class Copies:
         queue.drop(first - queue.first)
         return queue
 
+    def take_chunks(self, number: int, first: int, size: int) -> list[bytearray]:
+        """Remove and return the copied chunks from ``first`` on, of ``size`` bytes in all.
+
+        Raises BadSnapshot.
+        """
+        copied = [each for each in self._streams.pop(number, []) if each[0] >= first]
+        end = first
+        for place, chunk in copied:
+            if place != end:
+                raise BadSnapshot("a part of a stream was not copied")
+            end += len(chunk)
+        if end != first + size:
+            raise BadSnapshot(
+                f"{size} bytes of a stream are wanted from {first} on, and other ones were copied"
+            )
+        return [chunk for _, chunk in copied]
+
     def take_subscriptions(
         self, number: int, session: Session, ended: list[tuple[str, str | None]]
     ) -> set[tuple[str, str | None]]:
@@ -594,6 +665,7 @@ class Copies:
             self._broker.topics.leave(self.session(number), subscriptions)
         self._subscriptions.clear()
         self._queues.clear()
+        self._streams.clear()
         self._sessions.clear()
         self.made.clear()
         self.unconfigured_sessions.clear()
@@ -628,6 +700,17 @@ class Copies:
             ):
                 self._broker.topics.add(pattern, self.session(number), group)
                 subscriptions.add((pattern, group))
+
+    def _add_chunks(self, facts: dict[str, Any], body: memoryview) -> None:
+        if sum(facts["chunks"]) != len(body):
+            raise BadSnapshot("the chunks of a block are not as long as it says")
+        place, position = facts["place"], 0
+        stream = self._streams.setdefault(facts["session"], [])
+        for size in facts["chunks"]:
+            chunk = bytearray(body[position : position + size])
+            check_frames(memoryview(chunk))
+            stream.append((place + position, chunk))
+            position += size
 
     def _add_frames(self, facts: dict[str, Any], body: memoryview, now: float) -> None:
         count, first = facts["frames"], facts["first"]

@@ -5,6 +5,7 @@ They implement `rate` in docs/configuration.md. Time comes in as an argument.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,15 +25,15 @@ class Bucket:
     def __init__(self, per_second: float) -> None:
         self._per_second = per_second
         self._tokens = max(1.0, per_second)
-        self._at: float | None = None
+        self._at = -math.inf
 
     def refill(self, now: float) -> None:
-        """Add the tokens gained since the last call."""
-        if self._at is not None and now > self._at:
+        """Add the tokens gained since the last call; none for a time before it."""
+        if now > self._at:
             self._tokens = min(
                 max(1.0, self._per_second), self._tokens + (now - self._at) * self._per_second
             )
-        self._at = now
+            self._at = now
 
     def has(self, amount: float) -> bool:
         """Return whether the bucket holds ``amount`` tokens.
@@ -40,6 +41,15 @@ class Bucket:
         For an amount larger than a full bucket, the bucket must be full.
         """
         return self._tokens >= min(amount, max(1.0, self._per_second))
+
+    @property
+    def most(self) -> int:
+        """The tokens of a full bucket."""
+        return int(max(1.0, self._per_second))
+
+    def debt_s(self) -> float:
+        """Return the seconds until the bucket has no debt."""
+        return max(0.0, -self._tokens / self._per_second)
 
     def level(self, now: float) -> float:
         """Return the number of tokens at ``now``."""
@@ -53,6 +63,10 @@ class Bucket:
     def take(self, amount: float) -> None:
         """Remove ``amount`` tokens; more than a full bucket holds leaves a debt."""
         self._tokens -= amount
+
+
+#: More bytes than any buffer has.
+_UNLIMITED = 2**31
 
 
 class Meter:
@@ -75,6 +89,20 @@ class Meter:
             return None
         return cls(rate.messages, rate.bytes)
 
+    @property
+    def burst(self) -> int:
+        """Most bytes that may be sent at once; very many without a limit."""
+        return _UNLIMITED if self._bytes is None else self._bytes.most
+
+    def charge(self, size: int, now: float) -> float:
+        """Count bytes that were sent already; return the seconds until more may be sent."""
+        if self._bytes is None:
+            return 0.0
+        self.changes += 1
+        self._bytes.refill(now)
+        self._bytes.take(size)
+        return self._bytes.debt_s()
+
     def levels(self, now: float) -> list[float | None]:
         """Return the messages and the bytes that may be sent now; None for no limit."""
         return [
@@ -91,16 +119,17 @@ class Meter:
 
     def allows(self, size: int, now: float) -> bool:
         """Return whether a message of ``size`` bytes may pass now; if so, count it."""
-        amounts = [
-            (bucket, amount)
-            for bucket, amount in ((self._messages, 1), (self._bytes, size))
-            if bucket
-        ]
-        for bucket, _ in amounts:
-            bucket.refill(now)
-        if not all(bucket.has(amount) for bucket, amount in amounts):
-            return False
-        for bucket, amount in amounts:
-            bucket.take(amount)
+        messages, size_bucket = self._messages, self._bytes
+        if messages is not None:
+            messages.refill(now)
+            if not messages.has(1):
+                return False
+        if size_bucket is not None:
+            size_bucket.refill(now)
+            if not size_bucket.has(size):
+                return False
+            size_bucket.take(size)
+        if messages is not None:
+            messages.take(1)
         self.changes += 1
         return True

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
+from brokerd.core.outbox import Queued, StreamOutbox
 from brokerd_client.wire.envelope import BROKER, Envelope, ErrorCode, Kind, head, split
+from brokerd_client.wire.layout import ACK_FLAG
 
 if TYPE_CHECKING:
+    from brokerd.core.cluster.remote_sessions import RemoteSessions
     from brokerd.core.exchange import Exchange
     from brokerd.core.in_flight import InFlight
     from brokerd.core.replies import Replies
-    from brokerd.core.requests import Requests
+    from brokerd.core.requests import DeliveredRequest, Requests
     from brokerd.core.session import Session
     from brokerd.core.undelivered import Unsent
 
@@ -27,6 +30,7 @@ __all__ = ["Reports", "mark_orphaned"]
 class Reports:
     """The frames that closed sessions left, and reports of all undelivered frames.
 
+    remote: the sessions that stand for clients of other hosts; None without a cluster.
     unheard: refusals by error code that the message's sender did not receive: its
         connection ended while they waited in its outbox.
     """
@@ -38,6 +42,7 @@ class Reports:
         self._replies = replies
         self._requests = requests
         self._in_flight = in_flight
+        self.remote: RemoteSessions | None = None
         self.unheard: Counter[str] = Counter()
         #: Closed sessions, each with the frames of its outbox that the system did not
         #: take.
@@ -52,8 +57,9 @@ class Reports:
         return sum(len(queue) for _, queue in self._closed)
 
     def add(self, session: Session, unsent: Unsent) -> None:
-        """Queue the frames of a closed session to be reported."""
-        self._closed.append((session, unsent))
+        """Queue the frames of a closed session, and its requests, to be reported."""
+        if unsent or session.incoming_requests or session.waiting_requests:
+            self._closed.append((session, unsent))
 
     def closed_sessions(self) -> list[tuple[Session, Unsent]]:
         """Return the closed sessions and their frames, in the order of closing."""
@@ -70,19 +76,19 @@ class Reports:
             elif session.incoming_requests:
                 # Requests that the session received and did not answer, the oldest
                 # first. Requests that it did not receive have been returned above.
-                (_, message_id), requester = next(iter(session.incoming_requests.items()))
-                self._requests.end(requester, message_id, session)
+                request = next(iter(session.incoming_requests.values()))
+                self._requests.end(request)
                 self._replies.refuse(
-                    requester,
-                    message_id,
+                    request.requester,
+                    request.id,
                     ErrorCode.ABANDONED,
                     f"{session.address} disconnected before it answered",
                     session.address,
                 )
             elif session.waiting_requests:
-                request = next(iter(session.waiting_requests.values()))[0]
+                waiting = next(iter(session.waiting_requests.values()))[0]
                 reason = "its requester has disconnected"
-                self._in_flight.fail(request, ErrorCode.OFFLINE, reason)
+                self._in_flight.fail(waiting, ErrorCode.OFFLINE, reason)
             else:
                 self._closed.popleft()
         return count
@@ -93,9 +99,15 @@ class Reports:
         # The extension was read when the frame arrived. Reading it again for every frame
         # would take too long.
         envelope = head(body)
+        if envelope.kind is Kind.OPEN:
+            # Its caller is told by the channels.
+            return
         if envelope.name == BROKER:
             if envelope.kind is Kind.ERROR:
                 self._count_unheard(bytes(body[split(body)[1] :]))
+            return
+        if envelope.kind in (Kind.MESSAGE, Kind.EVENT) and envelope.flags & ACK_FLAG:
+            # It is still in its mailbox.
             return
         returned = self._replies.returned
         if envelope.kind not in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY):
@@ -106,38 +118,58 @@ class Reports:
             # The sender joined after this session closed: the frame is from an earlier
             # connection with the same address.
             sender = None
-        if (
-            _is_over(queued, envelope, sender, session)
-            or (envelope.name, envelope.id) in session.revoked
-        ):
+        request = self._request_in(envelope, sender, session)
+        if _is_over(queued, envelope, sender, request):
+            return
+        key = envelope.name, envelope.id
+        if envelope.kind is Kind.REQUEST and key in session.revoked:
+            # A later request with this id waits behind the one that was cancelled.
+            session.revoked.discard(key)
             return
         if envelope.kind is Kind.REQUEST and sender is not None:
-            self._requests.end(sender, envelope.id, session)
+            if request is not None:
+                self._requests.end(request)
             client = session.client
             if client.config.connections > 1 and client.sessions and not queued.pinned:
                 returned["passed_on"] += 1
                 self._in_flight.requeue(client, sender, envelope.id, queued)
                 return
         other = None if queued.pinned or envelope.kind is Kind.REPLY else session.client.pick()
-        has_room = (
-            other is not None
-            and isinstance(other.outbox, FrameOutbox)
-            and other.outbox.reserve(len(queued.frame))
-        )
-        if has_room:
-            assert other is not None
-            assert isinstance(other.outbox, FrameOutbox)
+        if other is not None and other.host:
+            # Its host has to know the sender, and a frame passes between hosts once. A
+            # message may have had a receipt, behind which no doubt may follow.
+            is_fit = envelope.kind is Kind.REQUEST and sender is not None and not sender.host
+            queued = replace(queued, sender=sender)
+            other = other if is_fit else None
+        if other is not None and other.outbox.reserve(len(queued.frame)):
+            if sender is None:
+                queued = replace(queued, orphaned=True)
             other.outbox.put(queued)
+            if queued.orphaned and isinstance(other.outbox, StreamOutbox):
+                self._mark_passed_on(other.outbox, envelope.name)
+            if envelope.kind is Kind.REQUEST and sender is not None and not sender.mute:
+                # Its host may be lost, and with it the request.
+                self._requests.expect(sender, other, envelope.id, queued.deadline)
             returned["passed_on"] += 1
             self._replies.touch(other)
         elif sender is not None:
-            name = session.address if queued.pinned else session.client.name
+            is_to_address = queued.pinned or envelope.kind is Kind.REPLY
+            name = session.address if is_to_address else session.client.name
             returned["reported"] += 1
             message = f"{name} disconnected before it took the message"
             self._replies.refuse(sender, envelope.id, ErrorCode.OFFLINE, message, name)
         else:
             reason = "recipient and sender have disconnected"
-            self._replies.lose(session, envelope.name, "offline", reason)
+            self._replies.lose(session, envelope.name, "offline", reason, envelope.id)
+
+    def _mark_passed_on(self, outbox: StreamOutbox, name: str) -> None:
+        """Mark a frame that was passed on, the last of this outbox, as orphaned.
+
+        The mark is about all earlier frames with the sender's name, too: not if a later
+        connection has that name by now.
+        """
+        if self._exchange.find(name) is None:
+            outbox.sender_left(name.encode())
 
     def _count_unheard(self, payload: bytes) -> None:
         """Count a refusal that was not received. payload: the payload of the ERROR."""
@@ -148,13 +180,22 @@ class Reports:
     def report_dropped(self, target: Session, queued: Queued) -> None:
         """Report a frame that was dropped for a newer one."""
         envelope = head(memoryview(queued.frame)[4:])
-        self._replies.drop(target, envelope.name, "drop_oldest", "message dropped for a newer one")
+        self._replies.drop(
+            target,
+            envelope.name,
+            "drop_oldest",
+            "message dropped for a newer one",
+            envelope.id,
+        )
         sender = self._sender_of(queued, envelope.name)
-        if _is_over(queued, envelope, sender, target):
+        request = self._request_in(envelope, sender, target)
+        if _is_over(queued, envelope, sender, request):
             return
-        if envelope.kind is Kind.REQUEST and sender is not None:
-            self._requests.end(sender, envelope.id, target)
-        if sender is not None and (queued.receipt or envelope.kind is Kind.REQUEST):
+        if request is not None:
+            self._requests.end(request)
+        # A request without a record has had its outcome: it was cancelled.
+        reported = queued.receipt if envelope.kind is not Kind.REQUEST else request is not None
+        if sender is not None and reported:
             message = f"{target.address} does not read; the message was dropped for a newer one"
             self._replies.refuse(sender, envelope.id, ErrorCode.FULL, message, target.address)
 
@@ -164,8 +205,9 @@ class Reports:
         sender = self._sender_of(queued, envelope.name)
         message = f"ttl was over before {target.address} had read the messages before this one"
         if envelope.kind is Kind.REQUEST and sender is not None:
-            if not _is_over(queued, envelope, sender, target):
-                self.expire_request(sender, envelope.id, target.address, message)
+            request = self._request_in(envelope, sender, target)
+            if request is not None and not _is_over(queued, envelope, sender, request):
+                self.expire_request(request, message)
             return
         if envelope.kind is Kind.REPLY or envelope.kind is Kind.ERROR:
             # The target is the requester: it receives this ERROR instead of the answer.
@@ -177,38 +219,49 @@ class Reports:
                 envelope.name,
             )
         if sender is None or envelope.kind in (Kind.EVENT, Kind.ERROR):
-            self._replies.drop(target, envelope.name, ErrorCode.EXPIRED, message)
+            self._replies.drop(target, envelope.name, ErrorCode.EXPIRED, message, envelope.id)
         else:
             self._replies.refuse(sender, envelope.id, ErrorCode.EXPIRED, message, target.address)
 
-    def expire_request(
-        self, requester: Session, message_id: int, address: str, reason: str = ""
-    ) -> None:
+    def expire_request(self, request: DeliveredRequest, reason: str = "") -> None:
         """End a request whose ttl is over, and send its requester an ERROR."""
-        responder = requester.outgoing_requests.get((message_id, address))
-        if responder is not None:
-            self._requests.end(requester, message_id, responder)
-            message = reason or f"ttl was over before {address} answered"
-            self._replies.refuse(requester, message_id, ErrorCode.EXPIRED, message, address)
-            if not reason:
-                # Its frame may have reached the responder.
-                self._replies.revoke(
-                    responder, requester, message_id, ErrorCode.EXPIRED, "its ttl is over"
-                )
+        requester, responder = request.requester, request.responder
+        self._requests.end(request)
+        message = reason or f"ttl was over before {responder.address} answered"
+        self._replies.refuse(requester, request.id, ErrorCode.EXPIRED, message, responder.address)
+        if not reason:
+            # Its frame may have reached the responder.
+            self._replies.revoke(
+                responder, requester, request.id, ErrorCode.EXPIRED, "its ttl is over"
+            )
+
+    def _request_in(
+        self, envelope: Envelope, sender: Session | None, holder: Session
+    ) -> DeliveredRequest | None:
+        """Return the request in a frame that was queued for ``holder``, if it is not over."""
+        if envelope.kind is not Kind.REQUEST or sender is None:
+            return None
+        return self._requests.find(sender, envelope.id, holder)
 
     def _sender_of(self, queued: Queued, name: str) -> Session | None:
         """Return the session that a queued frame came from, or None if that has closed."""
         if queued.sender is not None:
             sender: Session = queued.sender
             return sender if sender.open and not sender.mute else None
-        return None if queued.orphaned else self._exchange.find(name)
+        if queued.orphaned:
+            return None
+        # A frame for another host has its sender's identity.
+        found = self._exchange.find(name) or self._exchange.identify(name)
+        return self.remote.find(name) if found is None and self.remote is not None else found
 
 
-def _is_over(queued: Queued, envelope: Envelope, sender: Session | None, holder: Session) -> bool:
+def _is_over(
+    queued: Queued, envelope: Envelope, sender: Session | None, request: DeliveredRequest | None
+) -> bool:
     """Return whether a queued request's ttl has already been reported to its sender."""
     if queued.deadline is None or envelope.kind is not Kind.REQUEST or sender is None:
         return False
-    return sender.expiring.get((envelope.id, holder.address)) != queued.deadline
+    return request is None or request.deadline != queued.deadline
 
 
 def mark_orphaned(session: Session) -> None:

@@ -1,22 +1,51 @@
-"""Pending requests: which session waits for the answer of which other session."""
+"""Requests without an answer: which session waits for the answer of which other session."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
 from brokerd.core.deadlines import Deadlines
+from brokerd.core.undelivered import Queued
 
 if TYPE_CHECKING:
     from brokerd.core.exchange import Client
     from brokerd.core.flight import WaitingRequest
     from brokerd.core.session import Session
-    from brokerd.core.undelivered import Queued
 
-__all__ = ["Requests"]
+__all__ = ["DeliveredRequest", "Requests", "Timed"]
 
-#: What a deadline belongs to: (requester, message id, responder's address) of a
-#: delivered request, or a request that waits.
-Timed: TypeAlias = "tuple[Session, int, str] | WaitingRequest"
+#: What a deadline belongs to.
+Timed: TypeAlias = "DeliveredRequest | WaitingRequest"
+
+
+class DeliveredRequest:
+    """A request that has been queued for its responder and has no outcome yet.
+
+    Attributes:
+        requester, responder: Its two sessions.
+        id: Its id.
+        deadline: When its ttl is over; None without a ttl.
+        kept: Its frame, which another member of the pool can get, or None.
+        pinned: Whether that frame was sent to this member's own address.
+    """
+
+    __slots__ = ("deadline", "id", "kept", "pinned", "requester", "responder")
+
+    def __init__(
+        self, requester: Session, responder: Session, message_id: int, deadline: float | None
+    ) -> None:
+        self.requester = requester
+        self.responder = responder
+        self.id = message_id
+        self.deadline = deadline
+        self.kept: bytes | memoryview | None = None
+        self.pinned = False
+
+    def queued(self) -> Queued | None:
+        """Return its kept frame with its delivery information, or None."""
+        if self.kept is None:
+            return None
+        return Queued(self.kept, pinned=self.pinned, sender=self.requester, deadline=self.deadline)
 
 
 class Requests:
@@ -26,9 +55,21 @@ class Requests:
     freed: clients for which requests wait, and one of whose members may have room.
     """
 
+    __slots__ = ("deadlines", "freed")
+
     def __init__(self) -> None:
-        self.deadlines: Deadlines[Timed] = Deadlines()
+        self.deadlines = Deadlines()
         self.freed: dict[Client, None] = {}
+
+    def find(
+        self, requester: Session, message_id: int, responder: Session
+    ) -> DeliveredRequest | None:
+        """Return the delivered request of one session to another, or None."""
+        # Each is compared by identity, because a new session may have its address by now.
+        for request in requester.outgoing_requests.get(message_id, ()):
+            if request.responder is responder:
+                return request
+        return None
 
     def expect(
         self,
@@ -36,67 +77,70 @@ class Requests:
         responder: Session,
         message_id: int,
         deadline: float | None,
-        queued: Queued | None = None,
+        frame: bytes | memoryview | None = None,
+        pinned: bool = False,
     ) -> None:
         """Record a request that has been queued for its responder.
 
-        deadline: when its ttl is over; None without a ttl. queued: its frame, to keep
-        for another member of the pool.
+        Args:
+            deadline: When its ttl is over; None without a ttl.
+            frame: Its frame, to keep for another member of a pool.
+            pinned: Whether it was sent to this member's own address.
         """
-        key = message_id, responder.address
-        if requester.expiring:
-            self._forget_deadline(requester, key)
-        incoming_key = requester.address, message_id
-        self._release(responder, incoming_key)
-        responder.incoming_requests[incoming_key] = requester
-        requester.outgoing_requests[key] = responder
-        addresses = requester.addresses_asked.get(message_id, ())
-        if responder.address not in addresses:
-            requester.addresses_asked[message_id] = (*addresses, responder.address)
+        request = DeliveredRequest(requester, responder, message_id, deadline)
+        self.add(request)
         if deadline is not None:
-            requester.expiring[key] = deadline
-            self.deadlines.add(deadline, (requester, *key))
-        client = responder.client
-        if client.flight is not None:
+            self.deadlines.add(deadline, request)
+        flight = responder.client.flight
+        if flight is not None:
             if (
-                queued is not None
-                and client.config.connections > 1
-                and client.flight.retained + len(queued.frame) <= client.config.queue
+                frame is not None
+                and responder.client.is_pool
+                and flight.retained + len(frame) <= responder.client.config.queue
             ):
-                responder.retained[incoming_key] = queued
-                client.flight.retained += len(queued.frame)
-            client.flight.update(responder)
+                request.kept = frame
+                request.pinned = pinned
+                flight.retained += len(frame)
+            flight.update(responder)
 
-    def end(self, requester: Session, message_id: int, responder: Session) -> None:
-        """Forget the pending request of one session to another.
+    def add(self, request: DeliveredRequest) -> None:
+        """Record a request in both of its sessions."""
+        requester, incoming = request.requester, request.responder.incoming_requests
+        key = requester.address, request.id
+        # Each step looks its key up once: most requests have an id of their own.
+        earlier = incoming.setdefault(key, request)
+        if earlier is not request:
+            if earlier.requester is requester:
+                self._forget(earlier)
+            else:
+                # An older session with the same address, which is about to end.
+                self._release(earlier)
+            incoming[key] = request
+        alone = (request,)
+        same_id = requester.outgoing_requests.setdefault(request.id, alone)
+        if same_id is not alone:
+            requester.outgoing_requests[request.id] = (*same_id, request)
+        requester.outgoing_count += 1
 
-        Each is compared by identity, because a new session may have its address by now.
-        """
-        key = message_id, responder.address
-        if requester.outgoing_requests.get(key) is responder:
-            del requester.outgoing_requests[key]
-            self._forget_address(requester, *key)
-            if requester.expiring:
-                self._forget_deadline(requester, key)
-        incoming_key = requester.address, message_id
-        if responder.incoming_requests.get(incoming_key) is requester:
-            del responder.incoming_requests[incoming_key]
-            self._free(responder, incoming_key)
+    def end(self, request: DeliveredRequest) -> None:
+        """Forget a request that was delivered."""
+        self._forget(request)
+        responder = request.responder
+        flight = responder.client.flight
+        if flight is not None and (
+            responder.client.remotes.get(responder.host) is responder
+            if responder.host
+            else responder.client.sessions.get(responder.address) is responder
+        ):
+            flight.update(responder)
+            self.note_room(responder.client)
 
-    def end_all(self, requester: Session) -> None:
-        """Forget all delivered requests of a session that ends."""
-        # A client that is removed and configured again may have two connections for a
-        # moment. Only the requests of this one are ended.
-        for (message_id, _), responder in requester.outgoing_requests.items():
-            incoming_key = requester.address, message_id
-            if responder.incoming_requests.get(incoming_key) is requester:
-                del responder.incoming_requests[incoming_key]
-                self._free(responder, incoming_key)
-        requester.outgoing_requests.clear()
-        requester.addresses_asked.clear()
-        for key, deadline in requester.expiring.items():
-            self.deadlines.discard(deadline, (requester, *key))
-        requester.expiring.clear()
+    def end_all(self, requester: Session) -> list[DeliveredRequest]:
+        """Forget all delivered requests of a session that ends, and return them."""
+        requests = [each for same_id in requester.outgoing_requests.values() for each in same_id]
+        for request in requests:
+            self.end(request)
+        return requests
 
     def wait(self, request: WaitingRequest) -> None:
         """Record a request that waits for a member with room."""
@@ -126,36 +170,36 @@ class Requests:
         if client.flight:
             self.freed[client] = None
 
-    def forget_retained(self, responder: Session) -> None:
-        """Forget the kept frames of a session that ends."""
-        flight = responder.client.flight
-        if flight is not None:
-            flight.retained -= sum(len(queued.frame) for queued in responder.retained.values())
-        responder.retained.clear()
+    def forget_kept(self, responder: Session) -> None:
+        """Forget the kept frames of the requests to a session that ends."""
+        for request in responder.incoming_requests.values():
+            self._release(request)
 
-    def _free(self, responder: Session, incoming_key: tuple[str, int]) -> None:
-        self._release(responder, incoming_key)
-        client = responder.client
-        if client.flight is not None and client.sessions.get(responder.address) is responder:
-            client.flight.update(responder)
-            self.note_room(client)
-
-    def _release(self, responder: Session, incoming_key: tuple[str, int]) -> None:
-        """Forget the kept frame of a delivered request."""
-        queued = responder.retained.pop(incoming_key, None)
-        if queued is not None and responder.client.flight is not None:
-            responder.client.flight.retained -= len(queued.frame)
-
-    def _forget_address(self, requester: Session, message_id: int, address: str) -> None:
-        addresses = requester.addresses_asked.get(message_id, ())
-        if len(addresses) > 1:
-            requester.addresses_asked[message_id] = tuple(
-                other for other in addresses if other != address
+    def _forget(self, request: DeliveredRequest) -> None:
+        """Remove a request from both of its sessions."""
+        requester, responder = request.requester, request.responder
+        same_id = requester.outgoing_requests.get(request.id, ())
+        if len(same_id) == 1 and same_id[0] is request:
+            del requester.outgoing_requests[request.id]
+            requester.outgoing_count -= 1
+        elif request in same_id:
+            requester.outgoing_requests[request.id] = tuple(
+                [other for other in same_id if other is not request]
             )
-        else:
-            requester.addresses_asked.pop(message_id, None)
+            requester.outgoing_count -= 1
+        # A client that is removed and configured again may have two connections with one
+        # address for a moment: the later request has replaced this one.
+        key = requester.address, request.id
+        found = responder.incoming_requests.pop(key, request)
+        if found is not request:
+            responder.incoming_requests[key] = found
+        if request.deadline is not None:
+            self.deadlines.discard(request.deadline, request)
+        self._release(request)
 
-    def _forget_deadline(self, requester: Session, key: tuple[int, str]) -> None:
-        deadline = requester.expiring.pop(key, None)
-        if deadline is not None:
-            self.deadlines.discard(deadline, (requester, *key))
+    def _release(self, request: DeliveredRequest) -> None:
+        """Forget the kept frame of a delivered request."""
+        flight = request.responder.client.flight
+        if request.kept is not None and flight is not None:
+            flight.retained -= len(request.kept)
+        request.kept = None

@@ -1,19 +1,17 @@
-"""The routing loop in use: the compiled one where it was built, else its Python twin.
+"""The routing loop in use: the compiled one, or its Python twin.
 
-``BROKERD_PURE=1`` in the environment forces the twin. ``NAME`` says which one runs.
+``NAME`` says which one runs. It holds for all of ``brokerd.core.compiled.MODULES``.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or os.environ.get("BROKERD_PURE") == "1":
-    from brokerd.core._routing_py import NAME, RouteEntry, WriteBuffer, feed
-else:
-    try:
-        from brokerd.core._routing_c import NAME, RouteEntry, WriteBuffer, feed
-    except ImportError:
-        from brokerd.core._routing_py import NAME, RouteEntry, WriteBuffer, feed
+from brokerd.core import WHY_SOURCES
 
-__all__ = ["NAME", "RouteEntry", "WriteBuffer", "feed"]
+if TYPE_CHECKING or WHY_SOURCES:
+    from brokerd.core._routing_py import NAME, feed, sort_frames
+else:
+    from brokerd.core._routing_c import NAME, feed, sort_frames
+
+__all__ = ["NAME", "feed", "sort_frames"]

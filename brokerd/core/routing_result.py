@@ -20,5 +20,7 @@ class RoutingResult(Enum):
     """Not done: the broker has done much for this sender; hand it over again after
     other senders have had their turn.
     """
+    CHANNEL = auto()
+    """Not done: the frame is the first of its connection, which becomes a channel."""
     CLOSE = auto()
     """Done with, and the connection is to be closed: read nothing more."""

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from brokerd.config.values import ClientConfig, WhenFull
-from brokerd.core.outbox import FrameOutbox, Outbox, Queued, StreamOutbox
+from brokerd.core.outbox import FrameOutbox, Outbox, StreamOutbox
+from brokerd.core.write_buffer import RouteEntry, WriteBuffer
 
 if TYPE_CHECKING:
     from brokerd.core.allowance import Allowance
+    from brokerd.core.consumer import Consumer
     from brokerd.core.events import Spread
     from brokerd.core.exchange import Client, Rank
     from brokerd.core.flight import WaitingRequest
     from brokerd.core.goaway import Marks
-    from brokerd.core.routing import RouteEntry, WriteBuffer
+    from brokerd.core.requests import DeliveredRequest
     from brokerd_client.wire.envelope import ErrorCode
 
-__all__ = ["Session", "new_outbox"]
+__all__ = ["NARROW", "Session", "new_outbox"]
+
+#: A fan-out with more outboxes than this is wide. The routing loop uses a wide fan-out
+#: only in turns that are cut short: see Session.widest.
+NARROW: Final = 64
 
 
 def new_outbox(config: ClientConfig) -> Outbox:
     """Return an empty outbox of the kind that the client's configuration needs."""
-    edited = config.connections > 1 or config.when_full is WhenFull.DROP_OLDEST
+    edited = config.when_full is WhenFull.DROP_OLDEST
     return FrameOutbox(config.queue) if edited else StreamOutbox(config.queue)
 
 
@@ -33,7 +39,11 @@ class Session:
         address: Its address for other clients: the name, or ``name/instance`` in a
             pool.
         sender_header: That address as it is written into every frame of this session.
+        identity: ``name/instance``, of this connection alone: it is written into frames
+            for other hosts.
+        host: The other host that it stands for a client of, or "".
         connection: The connection in the network layer; the core only carries it.
+        answers: Where the broker's own frames for it are written; None for its outbox.
 
         bytes_to_skip: Bytes of an oversized frame still to be skipped.
         held_by: The session whose full queue keeps the broker from reading this one,
@@ -48,31 +58,33 @@ class Session:
         allowance: How long it may hold senders; None if it has never held any.
         waiters: Sessions held because this one's queue is full, in order of arrival.
 
-        incoming_requests: The requester of each request delivered here and not answered
-            yet, by (requester's address, id).
-        outgoing_requests: The responder of each of its own requests not answered yet,
-            by (id, responder's address).
-        expiring: The deadlines of those outgoing requests that have a ttl, by the same
-            key.
-        addresses_asked: The responders' addresses of those outgoing requests, by id.
+        incoming_requests: The requests delivered here and not answered yet, by
+            (requester's address, id).
+        outgoing_requests: Its own requests that were delivered and are not answered
+            yet, by id.
+        outgoing_count: The number of those requests.
         waiting_requests: Its requests that wait for a recipient with room in flight, by
             id.
         waiting_count: The number of those requests.
         in_flight: Its own limit of delivered requests without an outcome, or None.
-        retained: Frames of delivered requests that another member of the pool can get,
-            by the key of incoming_requests.
         cancels: Whether it is told that a request delivered to it is over.
         revoked: Cancelled requests whose frames may still wait in its outbox, by that
             key.
         spread: Its event that is still on its way to many subscribers, or None.
         reached_by_event: The subscribers that have been chosen for that event so far.
-        routes, fanouts: The routing loop's caches of recipients and topics: see
-            ``caches``.
-        widest: Outboxes in the largest fan-out in that cache.
-        rank: Its rank among the connections of its pool: see Client.pick.
+        route: The route entry of its own address in a pool, if it was needed.
+        routes: The routing loop's cache of recipients: see ``known_routes``.
+        widest: Outboxes in the largest fan-out that the routing loop may use for it.
+        rank: Its rank among the connections of its pool that do not read, or None: see
+            Client.pick.
         number, closed_number: Its positions in the order of all attaches and detaches.
         recipients: The clients that it has sent frames for which the broker may owe a
             report.
+
+        listens: Whether it is asked for channels to its client.
+        consumer: Its part in its client's mailbox, or None if it has not opened that.
+        uncommitted: Its messages for mailboxes, and its ACKs with the flag RECEIPT, that
+            have no outcome yet.
 
         goaway: Whether it has asked for a notice before the broker closes it.
         goaway_sent: Whether that notice has been sent.
@@ -87,8 +99,8 @@ class Session:
 
     __slots__ = (
         "address",
-        "addresses_asked",
         "allowance",
+        "answers",
         "arrived",
         "bytes_in",
         "bytes_to_skip",
@@ -99,10 +111,9 @@ class Session:
         "closing",
         "closing_code",
         "connection",
+        "consumer",
         "cut",
         "errors_in",
-        "expiring",
-        "fanouts",
         "finished",
         "finishing",
         "generation",
@@ -110,9 +121,12 @@ class Session:
         "goaway_sent",
         "held_by",
         "hold_deadline",
+        "host",
+        "identity",
         "in_flight",
         "incoming_requests",
         "instance",
+        "listens",
         "marked_at",
         "marks",
         "messages_in",
@@ -120,22 +134,23 @@ class Session:
         "number",
         "open",
         "outbox",
+        "outgoing_count",
         "outgoing_requests",
         "parting",
         "peer",
         "rank",
         "reached_by_event",
         "recipients",
-        "retained",
         "retired",
         "revoked",
+        "route",
         "routes",
         "sender_header",
         "since",
         "slow",
         "spread",
         "subscriptions",
-        "topics_version",
+        "uncommitted",
         "waiters",
         "waiting_count",
         "waiting_requests",
@@ -150,18 +165,20 @@ class Session:
         self.instance = instance
         self.address = f"{client.name}/{instance}" if config.connections > 1 else client.name
         self.sender_header = self.address.encode()
+        self.identity = f"{client.name}/{instance}".encode()
+        self.host = ""
         self.peer = peer
         self.since = since
         self.connection = connection
         self.outbox: Outbox = new_outbox(config)
+        self.answers: WriteBuffer | None = None
         self.outbox.owner = self
         self.rank: Rank | None = None
         self.number = 0
         self.closed_number = 0
         self.routes: dict[bytes, RouteEntry] = {}
-        self.fanouts: dict[bytes, tuple[WriteBuffer, ...]] = {}
-        self.widest = 0
-        self.topics_version = 0
+        self.route: RouteEntry | None = None
+        self.widest = NARROW
         self.generation = 0
         self.bytes_to_skip = 0
         self.open = True
@@ -175,20 +192,21 @@ class Session:
         self.slow = False
         self.allowance: Allowance | None = None
         self.waiters: dict[Session, None] = {}
-        self.incoming_requests: dict[tuple[str, int], Session] = {}
-        self.outgoing_requests: dict[tuple[int, str], Session] = {}
-        self.expiring: dict[tuple[int, str], float] = {}
-        self.addresses_asked: dict[int, tuple[str, ...]] = {}
+        self.incoming_requests: dict[tuple[str, int], DeliveredRequest] = {}
+        self.outgoing_requests: dict[int, tuple[DeliveredRequest, ...]] = {}
+        self.outgoing_count = 0
         self.waiting_requests: dict[int, list[WaitingRequest]] = {}
         self.waiting_count = 0
         self.in_flight: int | None = None
-        self.retained: dict[tuple[str, int], Queued] = {}
         self.cancels = False
+        self.listens = False
         self.revoked: set[tuple[str, int]] = set()
         self.recipients: set[Client] = set()
         self.spread: Spread | None = None
         self.reached_by_event: dict[Session, None] | None = None
         self.subscriptions: set[tuple[str, str | None]] = set()
+        self.consumer: Consumer | None = None
+        self.uncommitted = 0
         self.goaway = self.goaway_sent = self.parting = False
         self.finishing: int | None = None
         self.finished = self.retired = self.mute = False
@@ -207,32 +225,23 @@ class Session:
         """
         return self.charged or self.parting or self.mute
 
-    def caches(
-        self, generation: int, topics_version: int
-    ) -> tuple[dict[bytes, RouteEntry], dict[bytes, tuple[WriteBuffer, ...]]]:
-        """Return the routing loop's caches, emptied where they are stale.
+    def known_routes(self, generation: int) -> dict[bytes, RouteEntry]:
+        """Return the routing loop's cache of route entries, emptied if it is stale.
 
-        They are the route entry of each recipient, and the outboxes of each topic.
-
-        generation, topics_version: the numbers of the rules and subscriptions in force.
+        generation: the number of the rules in force.
         """
         if self.needs_slow_path:
-            return {}, {}
+            return {}
         if self.generation != generation:
             self.generation = generation
             self.routes.clear()
-            self.fanouts.clear()
-            self.widest = 0
-        if self.topics_version != topics_version:
-            self.topics_version = topics_version
-            self.fanouts.clear()
-            self.widest = 0
-        return self.routes, self.fanouts
+            self.widest = NARROW
+        return self.routes
 
     @property
     def in_flight_limit(self) -> int | None:
         """Most requests delivered to this connection without an outcome; None: no limit."""
-        configured = self.client.config.in_flight
+        configured = None if self.host else self.client.config.in_flight
         if configured is None or self.in_flight is None:
             return self.in_flight if configured is None else configured
         return min(configured, self.in_flight)
@@ -247,6 +256,14 @@ class Session:
         """Bytes of those frames."""
         return self.outbox.size
 
+    def own_route(self) -> RouteEntry:
+        """Return the route entry of its own address."""
+        if self.route is None:
+            self.route = RouteEntry()
+            self.route.is_pinned = True
+            self.route.direct = self.outbox
+        return self.route
+
     def renew_outbox(self) -> None:
         """Replace an empty outbox by one of the kind that a changed entry needs."""
         old, self.outbox = self.outbox, new_outbox(self.client.config)
@@ -256,6 +273,8 @@ class Session:
             old.size,
             old.touched,
         )
+        if self.route is not None:
+            self.route.direct = self.outbox
 
     def __repr__(self) -> str:
         return f"<Session {self.address} from {self.peer}>"

@@ -16,18 +16,22 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from brokerd.config.values import ClientConfig, RateConfig, Source, WhenConnected, WhenFull
 from brokerd.core.allowance import Allowance
 from brokerd.core.broker import Broker
+from brokerd.core.cluster import hand_over as cluster_hand_over
 from brokerd.core.deferred import Job
 from brokerd.core.events import Announcement
 from brokerd.core.exchange import Client
 from brokerd.core.flight import WaitingRequest
+from brokerd.core.mailboxes import snapshot as mailboxes_snapshot
 from brokerd.core.operations import Question
 from brokerd.core.outbox import FrameOutbox, Queued, StreamOutbox
 from brokerd.core.precopy import KEPT, ORPHANED, PINNED, RECEIPT, Copier, Copies, flags_of
+from brokerd.core.requests import DeliveredRequest
 from brokerd.core.session import Session
 from brokerd.core.snapshot_check import (
     BadSnapshot,
@@ -35,6 +39,7 @@ from brokerd.core.snapshot_check import (
     check_clients,
     check_frames,
     check_idle,
+    marked_places,
 )
 from brokerd.core.undelivered import Unsent
 
@@ -190,17 +195,26 @@ def capture(
                 None if deadline == float("inf") else deadline - now,
             ]
             for session, deadline in broker.held.deadlines.items()
+            if not (session.host or _holder(session).host)
         ],
         "leaving": [
             [index[session], _queue(queue, index, snapshot), _timed(queue, now)]
             for session, queue in leaving
         ],
+        "cluster": None
+        if broker.traffic is None
+        else cluster_hand_over.capture(broker.traffic, index, snapshot.pieces, now),
         "waiting": _waiting(broker, index, snapshot, now),
         "retained": [
             [index[session], address, message_id, *_frame(queued, index, snapshot, now)]
             for session in captured
-            for (address, message_id), queued in session.retained.items()
+            for (address, message_id), request in session.incoming_requests.items()
+            if (queued := request.queued()) is not None and not request.requester.host
         ],
+        "mailboxes": mailboxes_snapshot.capture(broker.mailboxes, index, snapshot.pieces),
+        "incidents": copier.take_incidents(),
+        "taps": [[index[session], *values] for session, values in broker.taps.capture()],
+        "returning": [broker.returning.names(), broker.returning.until - now],
     }
     if asker is not None:
         snapshot.position = index[asker]
@@ -278,6 +292,12 @@ def _session(
 ) -> Facts:
     added, ended = copier.changes(session)
     client = broker.exchange.resolve(session.client.name)
+    requests = [
+        request
+        for same_id in session.outgoing_requests.values()
+        for request in same_id
+        if request.responder in index
+    ]
     return {
         "name": session.client.name,
         "instance": session.instance,
@@ -297,6 +317,7 @@ def _session(
         and [session.allowance.used, now - session.allowance.at, session.allowance.holding],
         "goaway": session.goaway,
         "cancels": session.cancels,
+        "listens": session.listens,
         "in_flight": session.in_flight,
         "revoked": [[address, message_id] for address, message_id in session.revoked],
         "in": [session.messages_in, session.bytes_in, session.errors_in],
@@ -306,22 +327,21 @@ def _session(
         # Two sessions may have had one address for a moment. A session that is gone may
         # then still be listed.
         "owed": [
-            [address, message_id, index[asker]]
-            for (address, message_id), asker in session.incoming_requests.items()
-            if asker in index
+            [address, message_id, index[request.requester]]
+            for (address, message_id), request in session.incoming_requests.items()
+            if request.requester in index
         ],
         "asked": [
-            [message_id, address, index[responder]]
-            for (message_id, address), responder in session.outgoing_requests.items()
-            if responder in index
+            [request.id, request.responder.address, index[request.responder]]
+            for request in requests
         ],
         "reached_by_event": None
         if session.reached_by_event is None
         else [index[recipient] for recipient in session.reached_by_event if recipient.open],
         "expiring": [
-            [message_id, address, deadline - now]
-            for (message_id, address), deadline in session.expiring.items()
-            if session.outgoing_requests.get((message_id, address)) in index
+            [request.id, request.responder.address, request.deadline - now]
+            for request in requests
+            if request.deadline is not None
         ],
     }
 
@@ -352,12 +372,14 @@ def _outbox(
         facts["queue"] = _queue(queue, index, snapshot)
         facts["timed"] = _timed(queue, now)
     else:
-        chunks = outbox.chunks()
+        count, size = copier.copied_chunks(outbox)
+        chunks = outbox.chunks()[count:]
         snapshot.pieces += chunks
+        facts["copied"] = [outbox.first_place, size] if count else None
         facts["chunks"] = [len(chunk) for chunk in chunks]
-        facts["timed"] = [
-            [position, (queued.deadline or now) - now, *_told_of(queued, index)]
-            for position, queued in outbox.timed_frames()
+        facts["marks"] = [
+            [start, end, None if deadline == inf else deadline - now, pinned]
+            for start, end, deadline, pinned in outbox.marked_frames()
         ]
         facts["left"] = [
             [sender_header.decode(), end] for sender_header, end in outbox.left().items()
@@ -421,14 +443,16 @@ def _waiting(
             *_frame(request.queued, index, snapshot, now),
         ]
         for name, member, request in rows
-        if request.requester.open
+        if request.requester.open and not request.requester.host
     ]
 
 
 def _told_of(queued: Queued, index: Mapping[Session, int]) -> tuple[int, int | None]:
     """Return the flags of a frame, and the index of its sender."""
-    flags = flags_of(queued)
-    return flags, None if flags & ORPHANED or queued.sender is None else index[queued.sender]
+    flags, sender = flags_of(queued), queued.sender
+    # A sender at another host is found by its address.
+    is_named = flags & ORPHANED or sender is None or sender.host
+    return flags, None if is_named else index[sender]
 
 
 # Restore
@@ -475,7 +499,9 @@ def restore(
     for number, names in copies.unknown_recipients.items():
         copies.made[number].recipients.update(unconfigured.named(names))
     for session, session_facts, _ in to_fill:
-        _restore_dialogs(broker, session, session_facts, sessions, now)
+        _restore_requests(broker, session, session_facts, sessions, now)
+    for session, session_facts, _ in to_fill:
+        _restore_dialogs(session, session_facts, sessions)
         session.recipients = _reached(broker, session_facts)
         session.recipients.update(unconfigured.named(session_facts["reached"]))
     opened = [
@@ -504,14 +530,35 @@ def restore(
     for position, items, timed in facts["leaving"]:
         queue = _restore_queue(items, sessions, pieces, timed, now)
         broker.reports.add(sessions[position], Unsent(iter(queue), len(items)))
+    if facts.get("cluster") is not None:
+        content = pieces.take(facts["cluster"]["size"])
+        try:
+            cluster_hand_over.restore(broker, facts["cluster"], content, sessions, now)
+        except (ValueError, KeyError) as error:
+            raise BadSnapshot(
+                f"the facts of the cluster contradict each other: {error!r}"
+            ) from error
     for waiting_facts in facts["waiting"]:
         _restore_waiting(broker, waiting_facts, sessions, pieces, now)
     for position, address, message_id, *frame in facts["retained"]:
         responder = sessions[position]
-        requester = responder.incoming_requests[address, message_id]
+        request = responder.incoming_requests[address, message_id]
         queued = _restore_frame(frame, sessions, pieces, now)
-        broker.requests.end(requester, message_id, responder)
-        broker.requests.expect(requester, responder, message_id, queued.deadline, queued)
+        broker.requests.end(request)
+        broker.requests.expect(
+            request.requester, responder, message_id, queued.deadline, queued.frame, queued.pinned
+        )
+    if facts.get("mailboxes") is not None:
+        broker.mailboxes.clock.set(now, broker.mailboxes.clock.wall)
+        mailboxes_snapshot.restore(broker.mailboxes, facts["mailboxes"], sessions, pieces.take)
+    # Older formats do not have these.
+    broker.incidents.restore(facts.get("incidents", ()))
+    for position, *values in facts.get("taps", ()):
+        broker.taps.restore(sessions[position], values)
+    names, left_s = facts.get("returning", ((), 0.0))
+    broker.returning.begin(names, now + left_s)
+    if broker.traffic is not None:
+        broker.traffic.take_over()
     copies.drop_rest()
     return Restored(sessions, unconfigured_sessions)
 
@@ -606,25 +653,29 @@ def restore_clients(broker: Broker, facts: Facts, now: float, copies: Copies) ->
         _restore_client(broker.exchange.resolve(name), client_facts, now)
 
 
-def _restore_dialogs(
+def _restore_requests(
     broker: Broker, session: Session, facts: Facts, sessions: list[Session], now: float
 ) -> None:
-    """Restore the requests of a session, and how far its event has got."""
-    session.incoming_requests = {
-        (address, message_id): sessions[asker] for address, message_id, asker in facts["owed"]
-    }
-    session.outgoing_requests = {
-        (message_id, address): sessions[responder]
-        for message_id, address, responder in facts["asked"]
-    }
-    for message_id, address in session.outgoing_requests:
-        addresses = session.addresses_asked.get(message_id, ())
-        session.addresses_asked[message_id] = (*addresses, address)
-    session.expiring = {
-        (message_id, address): now + left for message_id, address, left in facts["expiring"]
-    }
-    for (message_id, address), deadline in session.expiring.items():
-        broker.requests.deadlines.add(deadline, (session, message_id, address))
+    """Restore the requests that a session has asked."""
+    left = {(message_id, address): left for message_id, address, left in facts["expiring"]}
+    for message_id, address, responder in facts["asked"]:
+        rest = left.get((message_id, address))
+        deadline = None if rest is None else now + rest
+        request = DeliveredRequest(session, sessions[responder], message_id, deadline)
+        broker.requests.add(request)
+        if deadline is not None:
+            broker.requests.deadlines.add(deadline, request)
+
+
+def _restore_dialogs(session: Session, facts: Facts, sessions: list[Session]) -> None:
+    """Restore the order of the requests to a session, and how far its event has got."""
+    incoming, session.incoming_requests = session.incoming_requests, {}
+    for address, message_id, asker in facts["owed"]:
+        request = incoming.get((address, message_id))
+        if request is None:
+            # Two sessions had one address for a moment; the other session sent this request.
+            request = DeliveredRequest(sessions[asker], session, message_id, None)
+        session.incoming_requests[address, message_id] = request
     if facts["reached_by_event"] is not None:
         session.reached_by_event = dict.fromkeys(
             sessions[other] for other in facts["reached_by_event"]
@@ -736,7 +787,8 @@ def _restore_session(session: Session, client: Client, facts: Facts, now: float)
         used, since, holding = facts["allowance"]
         session.allowance = Allowance(used, now - since, holding=holding)
     session.goaway = facts["goaway"]
-    # The formats 2 and 3 do not have these.
+    # Some older formats do not have these.
+    session.listens = facts.get("listens", False)
     session.cancels = facts.get("cancels", False)
     session.in_flight = facts.get("in_flight")
     session.revoked = {(address, message_id) for address, message_id in facts.get("revoked", ())}
@@ -775,14 +827,16 @@ def _restore_outbox(
         chunks = [pieces.take(size) for size in facts["chunks"]]
         for chunk in chunks:
             check_frames(chunk)
-        timed = [
-            (
-                position,
-                replace(_known(chunks[position], flags, sender, sessions), deadline=now + rest),
-            )
-            for position, rest, flags, sender in facts["timed"]
+        former: list[bytearray] = []
+        if facts.get("copied") is not None:
+            former = copies.take_chunks(session.number, *facts["copied"])
+            if facts["begun"] >= len(former[0]):
+                raise BadSnapshot("more of a stream was begun than its first chunk")
+        marks = [
+            (start, end, inf if rest is None else now + rest, pinned)
+            for start, end, rest, pinned in marked_places(facts)
         ]
-        outbox.refill(list(map(bytearray, chunks)), facts["begun"], left, timed)
+        outbox.refill([*former, *map(bytearray, chunks)], facts["begun"], left, marks)
     outbox.owner = session
     outbox.frames, outbox.size = facts["frames"], facts["size"]
     outbox.blocked, outbox.stalled = facts["blocked"], facts["stalled"]
@@ -809,7 +863,7 @@ def _restore_waiting(
     member_session = sessions[member] if queued.pinned and member is not None else None
     if (
         client is None
-        or not client.sessions
+        or not (client.sessions or client.hosts)
         or (
             queued.pinned
             and (

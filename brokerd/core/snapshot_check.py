@@ -9,7 +9,7 @@ Unknown keys are ignored. Of the bytes, only the lengths of the frames are check
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
 from brokerd_client.errors import BadLength, InvalidName
@@ -26,7 +26,9 @@ __all__ = [
     "check_counts",
     "check_frames",
     "check_idle",
+    "check_incidents",
     "check_numbers",
+    "marked_places",
 ]
 
 Check: TypeAlias = Callable[[Any, str], None]
@@ -105,7 +107,7 @@ def _own_topic(value: Any, path: str) -> None:
 
 
 def _long_operation(value: Any, path: str) -> None:
-    if value not in ("clients", "stats", "connections"):
+    if value not in ("clients", "stats", "connections", "channels", "mailboxes"):
         _refuse(path, "an operation with a long answer", value)
 
 
@@ -178,7 +180,11 @@ def _record(fields: dict[str, Check]) -> Check:
 
 def _outbox(value: Any, path: str) -> None:
     _OUTBOX(value, path)
-    _QUEUED(value, path) if "queue" in value else _STREAM(value, path)
+    if "queue" in value:
+        _QUEUED(value, path)
+    else:
+        _STREAM(value, path)
+        _MARKS(value, path) if "marks" in value else _FORMER_MARKS(value, path)
 
 
 _OUTBOX: Final = _record(
@@ -202,9 +208,17 @@ _STREAM: Final = _record(
     {
         "chunks": _each(_count),
         "left": _each(_row(_text, _count)),
-        "timed": _each(_row(_count, _seconds, _count, _optional(_count))),
     }
 )
+_MARKS: Final = _record(
+    {
+        "marks": _each(_row(_count, _count, _optional(_seconds), _flag)),
+        "copied": _optional(_row(_count, _count)),
+    }
+)
+#: The form before format 5: [chunk, seconds left, flags, sender] of a chunk that is one
+#: frame.
+_FORMER_MARKS: Final = _record({"timed": _each(_row(_count, _seconds, _count, _optional(_count)))})
 _SESSION: Final = _record(
     {
         "name": _text,
@@ -233,9 +247,10 @@ _SESSION: Final = _record(
         "expiring": _each(_row(_id, _text, _seconds)),
     }
 )
-#: What the formats 2 and 3 do not have.
+#: What some older formats do not have.
 _NEWER: Final[dict[str, Check]] = {
     "cancels": _flag,
+    "listens": _flag,
     "in_flight": _optional(_count),
     "revoked": _each(_row(_text, _id)),
 }
@@ -280,6 +295,126 @@ _CLIENT: Final = _record(
 #: bytes of its outbox.
 _COUNTERS: Final = _each(_row(*[_count] * 6))
 _NUMBERS: Final = _each(_count)
+_MAILBOXES: Final = _record(
+    {
+        "dedup": _number,
+        "failure": _any_text,
+        # Each row ends in when the oldest message was stored.
+        "boxes": _each(_row(_text, *[_count] * 8, _optional(_number))),
+        # Session, window and its bytes, and what the session holds.
+        "consumers": _each(
+            _row(
+                _count,
+                _count,
+                _count,
+                _each(_row(_count, _count, _count, _number, _optional(_number), _flag, _number)),
+            )
+        ),
+    }
+)
+_INCIDENTS: Final = _each(
+    _row(
+        _text,
+        _row(_any_text, _any_text, _any_text),
+        *[_any_text] * 7,
+        _number,
+        _number,
+        _count,
+        _each(_id),
+    )
+)
+#: Frames for one target: the target, milliseconds of their ttl, and their size.
+_RUNS: Final = _each(_row(_any_text, _count, _count))
+_NUMBERED_RUNS: Final = _each(_row(_count, _RUNS))
+_LINK: Final = _record(
+    {
+        "facts": _row(_text, _text, _number, _any_text, _any_text, _each(_any_text), _number),
+        "number": _optional(_count),
+        "names": _each(_row(_any_text, _count, _number, _flag, _flag)),
+        "interests": _each(_row(_any_text, _any_text, _flag)),
+        "up": _flag,
+        "changed_at": _number,
+        "in_doubt": _count,
+        "refused": _count,
+        "last_error": _any_text,
+        "ending": _any_text,
+        "generation": _count,
+        "forgotten": _count,
+        "sent": _record(
+            {
+                "next": _count,
+                "inquiries": _count,
+                "last_outcomes": _count,
+                "batches": _NUMBERED_RUNS,
+                "answered": _NUMBERED_RUNS,
+            }
+        ),
+        "received": _record(
+            {
+                "generation": _count,
+                "next": _count,
+                "pending": _each(_row(_count, _count)),
+                "last_outcomes": _count,
+                "kept": _each(_row(_count, _count)),
+            }
+        ),
+        "unsent": _RUNS,
+    }
+)
+_REMOTE_SENDER: Final = _record(
+    {
+        "identity": _text,
+        "over": _flag,
+        "reached": _each(_text),
+        "hold_s": _LIMIT,
+        "portions": _each(_row(_count, _number, _optional(_each(_any_text)), _count)),
+        "asked": _each(_row(_id, _count, _LIMIT, _optional(_count), _flag)),
+        "waiting": _each(_row(_text, _id, _LIMIT, _count, _flag)),
+    }
+)
+_REMOTES: Final = _each(
+    _record(
+        {
+            "name": _text,
+            "revoked": _each(_row(_text, _each(_row(_text, _id)))),
+            "asked": _each(_row(_count, _id, _text, _LIMIT)),
+            "held": _each(_row(_count, _text, _LIMIT)),
+            "senders": _each(_REMOTE_SENDER),
+        }
+    )
+)
+_CLUSTER: Final = _record(
+    {
+        "host": _text,
+        "version": _count,
+        "boot": _id,
+        "joined": _flag,
+        "number": _count,
+        "links": _each(_LINK),
+        "suspended": _flag,
+        "remotes": _REMOTES,
+        "events": _each(
+            _row(
+                _count,
+                _id,
+                _flag,
+                _optional(_any_text),
+                _any_text,
+                _each(_text),
+                _each(_row(_text, _each(_text))),
+            )
+        ),
+        "size": _count,
+    }
+)
+#: Each with the position of its session.
+_TAPS: Final = _each(_row(_count, _any_text, _flag, _count, _count, _count))
+#: What is only in newer formats.
+_NEWER_FACTS: Final[dict[str, Check]] = {
+    "incidents": _INCIDENTS,
+    "taps": _TAPS,
+    "returning": _row(_each(_text), _number),
+}
 _FACTS: Final = _record(
     {
         "started_at": _number,
@@ -363,6 +498,17 @@ def check(facts: Any, copied: Callable[[int], dict[str, Any]]) -> None:
         len({session["number"] for session in sessions}) == len(sessions),
         "two sessions have one number",
     )
+    for name, check_value in _NEWER_FACTS.items():
+        if name in facts:
+            check_value(facts[name], f"facts.{name}")
+    _hold(
+        all(row[0] in opened for row in facts.get("taps", ())),
+        "a session taps that is not open",
+    )
+    if facts.get("mailboxes") is not None:
+        _check_mailboxes(facts["mailboxes"], sessions, opened)
+    if facts.get("cluster") is not None:
+        _check_cluster(facts["cluster"], opened)
     for position, job in enumerate(facts["deferred"]):
         _check_job(job, opened, f"deferred[{position}]")
     for position, outbox in enumerate(outboxes):
@@ -419,15 +565,24 @@ def check_block(facts: Any) -> None:
     brokerd.core.precopy.
     """
     _SESSION_BLOCK(facts, "block")
-    (_QUEUE_BLOCK if "frames" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
+    if "frames" in facts:
+        _QUEUE_BLOCK(facts, "block")
+    else:
+        (_CHUNK_BLOCK if "chunks" in facts else _SUBSCRIPTION_BLOCK)(facts, "block")
 
 
 _CLIENT_BLOCK: Final = _record({"started_at": _number, "clients": _named(_CLIENT)})
 _SESSION_BLOCK: Final = _record({"session": _count})
 _QUEUE_BLOCK: Final = _record({"first": _count, "frames": _count})
+_CHUNK_BLOCK: Final = _record({"place": _count, "chunks": _each(_count)})
 _SUBSCRIPTION_BLOCK: Final = _record(
     {"name": _text, "subscriptions": _each(_row(_pattern, _optional(_any_text)))}
 )
+
+
+def check_incidents(rows: Any) -> None:
+    """Raise BadSnapshot unless these are incidents."""
+    _INCIDENTS(rows, "incidents")
 
 
 def check_counters(rows: Any) -> None:
@@ -570,6 +725,7 @@ def _check_job(job: dict[str, Any], opened: set[int], path: str) -> None:
 
 def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
     sizes = [item[0] for item in outbox["queue"]] if "queue" in outbox else outbox["chunks"]
+    total = sum(sizes)
     if "queue" in outbox:
         _check_senders(outbox["queue"], count, path)
         if outbox["copied"] is not None:
@@ -580,18 +736,15 @@ def _check_outbox(outbox: dict[str, Any], count: int, path: str) -> None:
             len(sizes) > 0 and 0 not in sizes[:-1],
             f"{path} has no chunk, or an empty one before others",
         )
-        _hold(
-            all(end <= sum(sizes) for _, end in outbox["left"]), f"{path}.left is beyond what waits"
-        )
-    # The last chunk of a stream holds only frames without a ttl.
-    _check_timed(outbox["timed"], len(sizes) if "queue" in outbox else len(sizes) - 1, path)
-    if "queue" not in outbox:
-        _hold(
-            all(row[2] <= FLAGS for row in outbox["timed"]),
-            f"{path}.timed has flags that are not known",
-        )
-        _check_senders([[0, *row[2:]] for row in outbox["timed"]], count, path)
-    _hold(sum(sizes) <= outbox["size"], f"{path} holds more bytes than were ever put there")
+        if outbox.get("copied") is not None:
+            sizes = outbox["copied"][1:]
+            total += sizes[0]
+        _hold(all(end <= total for _, end in outbox["left"]), f"{path}.left is beyond what waits")
+    if "queue" in outbox:
+        _check_timed(outbox["timed"], len(sizes), path)
+    else:
+        _check_places(outbox, total, path)
+    _hold(total <= outbox["size"], f"{path} holds more bytes than were ever put there")
     written = outbox["begun"]
     _hold(written == 0 or written < next(iter(sizes), 0), f"{path}.begun is beyond what was begun")
 
@@ -628,8 +781,58 @@ def _check_timed(timed: list[list[Any]], places: int, path: str) -> None:
     _hold(not positions or positions[-1] < places, f"{path}.timed names a frame that is not there")
 
 
+def marked_places(outbox: dict[str, Any]) -> Iterator[tuple[int, int, float | None, bool]]:
+    """Yield the start, the end, the seconds left of each marked frame of a stream, and
+    whether it is pinned.
+    """
+    if "marks" in outbox:
+        for start, end, left, pinned in outbox["marks"]:
+            yield start, end, left, pinned
+        return
+    sizes = outbox["chunks"]
+    for chunk, left, _, _ in outbox["timed"]:
+        _hold(chunk < len(sizes), "timed names a frame that is not there")
+        start = sum(sizes[:chunk])
+        yield start, start + sizes[chunk], left, False
+
+
+def _check_places(outbox: dict[str, Any], size: int, path: str) -> None:
+    """Check the places of the marked frames in a stream of ``size`` bytes."""
+    position = 0
+    for start, end, _, _ in marked_places(outbox):
+        _hold(position <= start < end, f"{path}.marks is not in order")
+        position = end
+    _hold(position <= size, f"{path}.marks names a frame that is not there")
+
+
 def _check_senders(queue: list[list[Any]], count: int, path: str) -> None:
     _hold(
         all(sender is None or sender < count for _, _, sender in queue),
         f"{path} has a sender that is not there",
     )
+
+
+def _check_mailboxes(facts: Any, sessions: list[dict[str, Any]], opened: set[int]) -> None:
+    """Check that each connection holds messages of its own client's mailbox only once."""
+    _MAILBOXES(facts, "facts.mailboxes")
+    names = [row[0] for row in facts["boxes"]]
+    _hold(len(set(names)) == len(names), "two mailboxes have one name")
+    held: set[tuple[str, int]] = set()
+    for position, window, window_bytes, rows in facts["consumers"]:
+        _hold(position in opened, "a session that is not open has opened a mailbox")
+        name = sessions[position]["address"].partition("/")[0]
+        _hold(name in names, f"{name} has opened a mailbox that is not there")
+        _hold(window > 0 and window_bytes > 0, "a window is empty")
+        seqs = {(name, row[0]) for row in rows}
+        _hold(len(seqs) == len(rows) and not seqs & held, "a message is held twice")
+        held |= seqs
+
+
+def _check_cluster(facts: Any, opened: set[int]) -> None:
+    """Check the form of the links and remote sessions, and the sessions that they name."""
+    _CLUSTER(facts, "facts.cluster")
+    named = {row[0] for row in facts["events"]}
+    for host in facts["remotes"]:
+        named.update(row[0] for row in (*host["asked"], *host["held"]))
+        named.update(row[1] for sender in host["senders"] for row in sender["asked"])
+    _hold(named <= opened, "a session that is not open deals with another host")

@@ -17,10 +17,14 @@ class CoreLimits:
     Attributes:
         max_message: Payload bytes.
         wait_timeout: Seconds.
+        channels: Most channels of all clients.
+        open_timeout: Seconds.
     """
 
     max_message: int = 16 * 1024 * 1024
     wait_timeout: float = 30.0
+    channels: int = 1000
+    open_timeout: float = 10.0
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class Status:
         draining: Whether a drain has begun.
         upgrades: Live upgrades so far, that is processes that served before this one.
         totals: The counters of closed sessions, summed.
+        presence_changes: How often a client has come online or gone offline.
         changes: The changes since an upgrade began to copy the state; None without an
             upgrade.
     """
@@ -48,4 +53,5 @@ class Status:
     draining: bool = False
     upgrades: int = 0
     totals: Counter[str] = field(default_factory=Counter)
+    presence_changes: int = 0
     changes: Changes | None = None

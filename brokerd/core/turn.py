@@ -22,3 +22,7 @@ class Turn:
         """Charge ``count`` more frames to the current sender's budget."""
         if self.budget > 0:
             self.budget = max(0, self.budget - count)
+
+    def end(self) -> None:
+        """Leave the rest of the current sender's frames to its next turn."""
+        self.budget = min(self.budget, 0)

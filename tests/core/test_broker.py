@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import RateConfig, WhenFull
-from brokerd.core import events as events_module
 from brokerd.core import replies as replies_module
 from brokerd.core.allowance import Allowance
 from brokerd.core.broker import CoreLimits
+from brokerd.core.routing_result import RoutingResult
 from brokerd_client.wire.envelope import BROKER, HEADER, Envelope, Flag, Kind, encode
 from brokerd_client.wire.framing import frame
 
@@ -139,6 +140,18 @@ def test_message_written_whole_has_no_error_at_disconnect() -> None:
     ann.message("bob", b"x", 1)
     bob.leave()
     assert ann.take() == []
+
+
+@pytest.mark.parametrize("kind", [Kind.OPEN, Kind.JOIN])
+def test_frame_of_channels_behind_another_frame_is_unsupported(kind: Kind) -> None:
+    """OPEN and JOIN are refused where they do not begin a connection, which stays open."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.message("bob", b"1", 1)
+    ann.send(Envelope(kind, 3, "bob"))
+    assert ann.error() == (3, "unsupported")
+    ann.message("bob", b"2", 4)
+    assert [each.payload for each in bob.take()] == [b"1", b"2"]
 
 
 @pytest.mark.parametrize(
@@ -295,8 +308,11 @@ def test_message_ttl_over_while_sender_is_held_expires() -> None:
     )
 )
 def test_extension_without_ttl_is_passed_on_unchanged(extension: dict[str, Any]) -> None:
-    """An extension without a ttl arrives byte for byte as it was sent."""
-    extension.pop("ttl", None)
+    """An extension without a key that the broker knows arrives byte for byte as it was
+    sent.
+    """
+    for known in ("ttl", "key", "delay"):
+        extension.pop(known, None)
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     text = json.dumps(extension, indent=1).encode()
@@ -850,27 +866,73 @@ def test_publish_outside_rules_or_on_broker_topic_is_denied(topic: str) -> None:
     assert len(bob.take()) == 1
 
 
-def test_fanout_cache_of_publisher_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A publisher that keeps using new topics does not fill the memory."""
-    monkeypatch.setattr(events_module, "_REMEMBERED_OUTBOXES", 3)
-    monkeypatch.setattr(events_module, "_SMALL_FANOUT", 1)
+def test_fanout_cache_is_shared_by_publishers_that_may_publish() -> None:
+    """A topic's subscribers are stored once. A client is not allowed to publish because
+    another one may.
+    """
+    net = FakeNet(*map(client, ("ann", "bob", "carol")), client("dan", publish=["b"]))
+    ann, bob, carol, dan = map(net.connect, ("ann", "bob", "carol", "dan"))
+    carol.ask("subscribe", topic="*")
+    ann.publish("a", b"1")
+    cached = net.broker.topics.known("a")
+    for _ in range(2):
+        dan.publish("a", b"", 7)
+        assert dan.error() == (7, "denied")
+        bob.publish("a", b"2")
+        assert net.broker.topics.known("a") is cached
+    dan.publish("b", b"3")
+    ann.publish("b", b"4")
+    dan.publish("b", b"5")
+    assert [event.payload for event in carol.take()] == [b"1", b"2", b"2", b"3", b"4", b"5"]
+
+
+def test_fanout_cache_after_reload_with_other_publish_rules_is_cleared() -> None:
+    """A client that may not publish on a topic any more is refused at once."""
     net = FakeNet(client("ann"), client("bob"))
     ann, bob = net.connect("ann"), net.connect("bob")
     bob.ask("subscribe", topic=">")
-    for number in range(10):
-        ann.publish(f"t{number}")
-        assert len(ann.session.fanouts) <= 3
-    assert len(bob.take()) == 10
+    ann.publish("a", b"1")
+    bob.publish("a", b"2")
+    entries = {"ann": client("ann", publish=["b"]), "bob": client("bob")}
+    net.broker.reconfigure(entries, net.broker.status.limits, 0.0)
+    bob.publish("a", b"3")
+    ann.publish("a", b"4", 7)
+    assert ann.error() == (7, "denied")
+    assert [event.payload for event in bob.take()] == [b"1", b"2", b"3"]
 
 
-def test_fanout_cache_of_topic_is_shared_by_publishers() -> None:
-    """However many clients publish on a topic, its subscribers are stored once."""
-    net = FakeNet(client("ann"), client("bob"), client("carol"))
-    ann, bob, carol = net.connect("ann"), net.connect("bob"), net.connect("carol")
-    carol.ask("subscribe", topic="a")
-    ann.publish("a")
-    bob.publish("a")
-    assert ann.session.fanouts[b"a"] is bob.session.fanouts[b"a"]
+def test_fanout_cache_after_drain_refuses_events() -> None:
+    """An event on a topic that was published on before is refused too."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.ask("subscribe", topic="a")
+    ann.publish("a", b"1")
+    net.broker.drain()
+    for topic in ("a", "b"):
+        ann.publish(topic, b"2", 7)
+        assert ann.error() == (7, "shutting_down")
+    assert [event.payload for event in bob.take()] == [b"1"]
+
+
+def test_event_to_many_subscribers_waits_for_short_turn() -> None:
+    """The routing loop sends the first event on a wide topic in the sender's next turn,
+    of which the network layer reads less.
+    """
+    names = [f"w{number}" for number in range(3)]
+    net = FakeNet(client("ann"), *map(client, names))
+    ann, *peers = map(net.connect, ["ann", *names])
+    for peer in peers:
+        peer.ask("subscribe", topic="t")
+    ann.publish("other")
+    ann.session.widest = 2
+    data = memoryview(frame(encode(Envelope(Kind.EVENT, 1, payload=b"x", topic="t"))))
+    for budget, outcome in ((5, RoutingResult.YIELD), (5, RoutingResult.CONSUMED)):
+        net.broker.turn.budget = budget
+        done = len(data) if outcome is RoutingResult.CONSUMED else 0
+        assert net.feed(net.broker, ann.session, data, 0, len(data), 0.0) == (done, outcome)
+    assert ann.session.widest == 3
+    net.settle()
+    assert [peer.payloads() for peer in peers] == [[b"x"]] * 3
 
 
 def test_fanout_cache_after_reload_with_other_queue_kind_is_cleared() -> None:
@@ -886,7 +948,6 @@ def test_fanout_cache_after_reload_with_other_queue_kind_is_cleared() -> None:
     ann.publish("a", b"2")
     ann.publish("a", b"3")
     assert [event.payload for event in bob.take()] == [b"1", b"2", b"3"]
-    assert ann.session.fanouts == {}
 
 
 # Limits on what the broker stores for a client
@@ -1167,7 +1228,8 @@ def test_request_to_new_session_is_not_mixed_up_with_former_one() -> None:
     net._settling = False
     net.settle()
     assert alice.error() == (1, "abandoned")
-    assert alice.session.outgoing_requests == {(1, "b"): successor.session}
+    (request,) = alice.session.outgoing_requests[1]
+    assert request.responder is successor.session
     successor.take()
     successor.reply("a", b"here", message_id=1)
     assert alice.payloads() == [b"here"]
@@ -1209,3 +1271,26 @@ def test_broker_with_held_sender_and_pending_request_is_due_at_the_earlier(
     deadline = net.broker.next_deadline
     assert deadline is not None
     assert deadline == pytest.approx(net.now + due, abs=1)
+
+
+def test_session_closed_without_frames_or_requests_leaves_no_work() -> None:
+    """Most connections end with nothing to report, and need no further turn."""
+    net = FakeNet(client("a"), client("b"))
+    alice, bob = net.connect("a"), net.connect("b")
+    alice.message("b", b"read")
+    assert bob.payloads() == [b"read"]
+    net.peers.remove(bob)
+    net.broker.detach(bob.session, net.now)
+    assert not net.broker.has_deferred_work
+
+
+def test_reconfiguring_removes_few_clients_per_turn() -> None:
+    net = FakeNet(*(client(f"c{number}") for number in range(600)))
+    clients = net.broker.exchange.clients
+    sizes = [600]
+    turns = net.broker.reconfiguring(
+        {"c0": client("c0")}, CoreLimits(), net.now, removed_names=list(clients)[1:]
+    )
+    sizes += [len(clients) for _ in turns]
+    assert max(before - after for before, after in pairwise(sizes)) <= 256
+    assert list(clients) == ["c0"]

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from support.fake_network import FakeNet, Peer, client
+from support.joined_hosts import JoinedHosts
 
 from brokerd.config.values import WhenFull
 from brokerd.core import broker as broker_module
 from brokerd.core import deferred as deferred_module
 from brokerd.core import delivery as delivery_module
 from brokerd.core import events as events_module
+from brokerd.core import groups
+from brokerd.core.topic_search import Matches
 from brokerd_client.wire.envelope import Kind
 
 
@@ -48,6 +51,20 @@ def in_turns(net: FakeNet) -> list[int]:
         counts.append(len(net.broker.touched))
         net.write_touched()
     return counts
+
+
+def test_presence_without_subscriptions_caches_no_topics() -> None:
+    """Each client has presence topics of its own. While nothing is subscribed to, they
+    take neither time nor memory, and the list of clients is right all the same.
+    """
+    net = FakeNet(*map(client, (names := [f"c{number}" for number in range(50)])))
+    peers = [net.connect(name) for name in names]
+    for peer in peers[10:]:
+        peer.leave()
+
+    assert not net.broker.topics.cache.topics
+    clients = peers[0].ask("clients")["clients"]
+    assert [entry["online"] for entry in clients] == [True] * 10 + [False] * 40
 
 
 @pytest.mark.parametrize("groups", [0, 5])
@@ -172,9 +189,12 @@ def test_event_to_many_subscribers_is_sent_in_turns(groups: int, size: int) -> N
     """A publisher's event reaches each subscriber once; other clients have their turns
     in between.
     """
-    names = [f"w{number}" for number in range(20)]
-    net = FakeNet(client("ann"), *map(client, names))
-    ann = net.connect("ann")
+    names = [f"w{number}" for number in range(70)]
+    # One queue is edited: the routing loop leaves events for so many to the broker.
+    watching = [client(name) for name in names[1:]]
+    watching.append(client(names[0], when_full=WhenFull.DROP_OLDEST))
+    net = FakeNet(client("ann"), client("bob"), *watching)
+    ann, bob = net.connect("ann"), net.connect("bob")
     peers = [net.connect(name) for name in names]
     for number, peer in enumerate(peers):
         peer.ask("subscribe", topic="t")
@@ -182,7 +202,7 @@ def test_event_to_many_subscribers_is_sent_in_turns(groups: int, size: int) -> N
             peer.ask("subscribe", topic="t", group=f"g{number}-{group}")
     counts = limited(net, 1)
     ann.publish("t", b"x" * size, 1, receipt=True)
-    ann.publish("t", b"y" * size, 2)
+    bob.publish("t", b"y" * size, 2)
     assert max(counts) <= 6
     assert len(counts) > 10
     for peer in peers:
@@ -194,7 +214,7 @@ def test_event_to_many_subscribers_is_sent_in_turns(groups: int, size: int) -> N
 
 def test_event_to_many_subscribers_continues_after_upgrade() -> None:
     """No subscriber gets the event twice, and none misses it."""
-    names = [f"w{number}" for number in range(20)]
+    names = [f"w{number}" for number in range(70)]
     net = FakeNet(client("ann"), *map(client, names))
     ann = net.connect("ann")
     peers = [net.connect(name) for name in names]
@@ -249,7 +269,7 @@ def test_event_to_large_group_examines_few_members(monkeypatch: pytest.MonkeyPat
     """If a member has room, the search for the least loaded ends after a fixed number
     of members.
     """
-    monkeypatch.setattr(events_module, "_LOOKED_AT", 3)
+    monkeypatch.setattr(groups, "_LOOKED_AT", 3)
     names = [f"w{number}" for number in range(20)]
     net = FakeNet(client("ann"), *map(client, names))
     ann = net.connect("ann")
@@ -259,11 +279,34 @@ def test_event_to_large_group_examines_few_members(monkeypatch: pytest.MonkeyPat
         peer.block(1)
         ann.message(peer.name, b"x")
     matches = net.broker.topics.find("t")
-    chosen, examined = events_module._member(matches, "g", 5, 10, None)
+    chosen, examined = groups.choose_member(matches, "g", 5, 10)
     assert chosen is not None
     assert examined == 3
     peers[6].read()
-    assert events_module._member(matches, "g", 5, 10, None) == (peers[6].session, 2)
+    assert groups.choose_member(matches, "g", 5, 10) == (peers[6].session, 2)
+
+
+def test_groups_choose_one_member_of_each() -> None:
+    """Members take turns. A group of which a member gets the event anyway gets nothing
+    more, and a group without an open member is left to the events.
+    """
+    names = ["both", "one", "two"]
+    net = FakeNet(*map(client, names))
+    both, one, two = (net.connect(name) for name in names)
+    both.ask("subscribe", topic="t.*", group="g")
+    both.ask("subscribe", topic="t.*", group="h")
+    one.ask("subscribe", topic="t.*", group="h")
+    matches = net.broker.topics.find("t.x")
+    assert groups.choose_members(matches, 10) == [both.session]
+    for peer in (one, two):
+        peer.ask("subscribe", topic="t.y")
+        peer.ask("subscribe", topic="t.y", group="i")
+    two.ask("subscribe", topic="t.z", group="j")
+    assert groups.choose_members(net.broker.topics.find("t.y"), 10) == [both.session]
+    matches = net.broker.topics.find("t.z")
+    assert groups.choose_members(matches, 10) == [both.session, two.session]
+    two.leave()
+    assert groups.choose_members(matches, 10) is None
 
 
 def test_event_dropping_oldest_in_turns_reaches_each_subscriber_once(
@@ -304,3 +347,37 @@ def test_event_to_large_busy_group_takes_several_steps() -> None:
     steps = list(events_module.recipients(net.broker.topics, "$broker.reloaded", 50))
     assert len([each for each in steps if each is not None]) == 1
     assert len(steps) > 5
+
+
+def test_group_member_that_has_left_meanwhile_is_passed_over() -> None:
+    """It has unsubscribed during the search, and may still be found in the tree."""
+    net = FakeNet(client("one"), client("two"))
+    one, two = (net.connect(name).session for name in ("one", "two"))
+    matches = Matches((), {"g": {one: 1, two: 1}}, {one}, 2)
+    for turn in (1, 2):
+        assert groups.choose_member(matches, "g", turn, 10)[0] is two
+
+
+def test_groups_with_members_at_other_hosts_are_left_to_the_events() -> None:
+    hosts = JoinedHosts(client("ann"), client("bob"))
+    hosts["b"].net.connect("bob").ask("subscribe", topic="t", group="g")
+    hosts.settle()
+    matches = hosts["a"].net.broker.topics.find("t")
+    assert groups.choose_members(matches, 10) is None
+
+
+def test_group_whose_members_have_no_room_stays_here_without_another_host() -> None:
+    """A host with members of another group gets only its own copy."""
+    hosts = JoinedHosts(client("ann"), client("bob", queue=100), client("cat"))
+    ann, bob = hosts["a"].net.connect("ann"), hosts["a"].net.connect("bob")
+    cat = hosts["b"].net.connect("cat")
+    bob.ask("subscribe", topic="t", group="g")
+    cat.ask("subscribe", topic="t", group="h")
+    hosts.settle()
+    bob.block()
+    for _ in range(3):
+        ann.publish("t", b"x" * 50)
+    hosts.settle()
+    assert len(cat.take()) == 3
+    bob.read()
+    assert len(bob.take()) == 1

@@ -336,6 +336,58 @@ def test_requests_of_a_requester_that_leaves_are_not_delivered() -> None:
     assert codes(one) == [(1, "denied")]
 
 
+def test_holder_of_a_request_whose_requester_leaves_is_told_as_of_a_cancel() -> None:
+    net, alice, (one, two) = pool()
+    one.ask("cancels")
+    for number in range(1, 4):
+        ask(alice, number)
+    (first,), _ = requests_of(one), requests_of(two)
+    alice.leave()
+    (told,) = one.take()
+    assert (told.kind, told.flags, told.id, told.name) == (Kind.ERROR, ACK_FLAG, 1, "alice")
+    assert json.loads(told.payload)["code"] == "cancelled"
+    assert not two.take()
+    answer(one, first)
+    assert codes(one) == [(1, "denied")]
+    ask(net.connect("bob"), 4)
+    assert [request.id for request in requests_of(one) + requests_of(two)] == [4]
+
+
+def test_holder_of_a_request_whose_requester_is_retired_is_told() -> None:
+    net, alice, (one,) = pool(1)
+    one.ask("cancels")
+    ask(alice, 1)
+    one.take()
+    net.broker.goaway.retire(alice.session)
+    net.settle()
+    assert [(told.id, told.flags) for told in one.take()] == [(1, ACK_FLAG)]
+
+
+def test_holder_keeps_a_request_with_the_id_of_one_whose_requester_has_left() -> None:
+    net, alice, (one,) = pool(1, in_flight=2)
+    one.ask("cancels")
+    for number in range(1, 3):
+        ask(alice, number)
+    one.take()
+    net.broker.detach(alice.session, net.now)
+    net.peers.remove(alice)
+    again = net.broker.attach("alice", "again", peer="test", now_wall=net.now)
+    net.broker.requests.expect(again, one.session, 1, None)
+    net.settle()
+    assert [(told.id, told.flags) for told in one.take()] == [(2, ACK_FLAG)]
+
+
+def test_holder_that_leaves_with_its_requester_is_not_told() -> None:
+    net, alice, (one,) = pool(1)
+    one.ask("cancels")
+    ask(alice, 1)
+    for peer in (alice, one):
+        net.broker.detach(peer.session, net.now)
+        net.peers.remove(peer)
+    net.settle()
+    assert not net.broker.has_deferred_work
+
+
 def test_reload_with_a_higher_limit_delivers_requests_that_wait() -> None:
     net, alice, (one,) = pool(1)
     for number in range(1, 4):
@@ -676,7 +728,31 @@ def test_answered_request_that_expires_is_not_reported() -> None:
     ask(alice, 1, extension={"ttl": 5})
     answer(one, requests_of(one)[0])
     alice.take()
-    net.broker.reports.expire_request(alice.session, 1, one.address)
     net.advance(6)
     assert not alice.take()
     assert not one.take()
+
+
+def test_cancelled_request_that_is_dropped_for_a_newer_one_is_reported_once() -> None:
+    net = FakeNet(client("alice"), client("bob", when_full=WhenFull.DROP_OLDEST, queue=60))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    ask(alice, 1, "bob")
+    cancel(alice, 1)
+    for number in range(2, 9):
+        ask(alice, number, "bob")
+    outcomes = codes(alice)
+    assert (2, "full") in outcomes
+    assert [code for message_id, code in outcomes if message_id == 1] == ["cancelled"]
+
+
+def test_request_that_a_member_did_not_read_waits_over_an_upgrade() -> None:
+    net, alice, (one, two) = pool()
+    one.block()
+    ask(alice, 1)
+    ask(alice, 2)
+    one.leave()
+    net.hand_over()
+    (second,) = requests_of(two)
+    answer(two, second)
+    assert [request.id for request in requests_of(two)] == [1]

@@ -4,13 +4,16 @@ copy.
 
 from __future__ import annotations
 
+import errno
+import mmap
 from typing import Any
 
 import pytest
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
-from brokerd.core.large_frame import SLACK, LargeFrame, joined
+from brokerd.core import large_frame as large_frame_module
+from brokerd.core.large_frame import SLACK, LargeFrame, MappedFrame, joined
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
@@ -29,6 +32,47 @@ def collected(whole: bytes, begun: int = 20, most: int = 50_000) -> LargeFrame:
             space[:size] = whole[position : position + size]
         large_frame.filled += size
     return large_frame
+
+
+def begun(received: int, size: int) -> LargeFrame:
+    """Return a frame of which some bytes have arrived."""
+    return LargeFrame((BIG * 16)[:received], size)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+def test_large_frame_of_megabytes_is_moved_into_mapped_memory() -> None:
+    """The bytes stay, the rest is received in place, and the head is written in front."""
+    large_frame = begun(2 << 20, 5 << 20).moved()
+    assert isinstance(large_frame, MappedFrame)
+    assert large_frame.moved() is large_frame
+    while not large_frame.is_whole:
+        with large_frame.space(256 * 1024) as space:
+            space[:] = b"y" * len(space)
+            large_frame.filled += len(space)
+    whole = joined(b"head", memoryview(large_frame)[SLACK + 10 :])
+    assert isinstance(whole, memoryview)
+    assert whole.obj is large_frame
+    assert whole == b"head" + ((BIG * 8)[10:] + b"y" * (3 << 20))
+
+
+def test_large_frame_is_moved_only_when_much_has_come_and_is_missing() -> None:
+    """A client that announces much and sends little takes little memory."""
+    for received, size in ((1 << 20, 64 << 20), (3 << 20, 4 << 20)):
+        large_frame = begun(received, size)
+        assert large_frame.moved() is large_frame
+
+
+def test_large_frame_stays_where_system_maps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on in its buffer without huge pages, or beyond the limit of mappings."""
+
+    def refused(received: LargeFrame) -> MappedFrame:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(MappedFrame, "of", refused)
+    for huge_pages in (14, 0):
+        monkeypatch.setattr(large_frame_module, "_HUGE_PAGES", huge_pages)
+        large_frame = begun(2 << 20, 5 << 20)
+        assert large_frame.moved() is large_frame
 
 
 def hand_over(source: Peer, envelope: Envelope) -> tuple[LargeFrame, RoutingResult]:
@@ -66,8 +110,8 @@ def test_large_frame_received_in_pieces_is_whole(begun: int, most: int) -> None:
 
 
 def test_large_frame_memory_grows_with_received_bytes() -> None:
-    """A client that announces 16 MiB and sends little takes little memory. The buffer
-    doubles, so that moving it costs little.
+    """A client that announces 16 MiB and sends little takes little memory. A short buffer
+    doubles, so that moving it costs little. A long one grows by as much as takes no time.
     """
     large_frame = LargeFrame(b"1234", 16 << 20)
     sizes = []
@@ -78,6 +122,7 @@ def test_large_frame_memory_grows_with_received_bytes() -> None:
         if len(large_frame) not in sizes:
             sizes.append(len(large_frame))
         assert len(large_frame) <= 2 * large_frame.filled
+        assert len(large_frame) <= large_frame.filled + (4 << 20)
     assert sizes[0] < 20_000
     assert len(sizes) < 13
 

@@ -175,7 +175,7 @@ def test_log_event_of_undeliverable_error_is_noted() -> None:
 
     alice.send_bytes(_error_to("$broker"))
 
-    assert take(net) == [("message.dropped", "alice", "$broker", "unsupported", 1)]
+    assert take(net) == [("message.unreported", "alice", "$broker", "unsupported", 1)]
 
 
 def _error_to(name: str) -> bytes:

@@ -32,7 +32,7 @@ def test_operation_whoami_returns_name_versions_and_limits() -> None:
         "version": "test",
         "protocol": 1,
         "limits": {"max_message": 16 * 2**20, "queue": 1234},
-        "features": ["goaway", "cancels", "in_flight"],
+        "features": ["goaway", "cancels", "in_flight", "channels"],
     }
 
 
@@ -53,6 +53,7 @@ def test_operation_reply_has_id_of_request_and_is_json() -> None:
     [
         b"",
         b"{",
+        '{"op": "ping"}'.encode("utf-16"),
         b"\xff",
         b"[]",
         b'"ping"',
@@ -61,6 +62,7 @@ def test_operation_reply_has_id_of_request_and_is_json() -> None:
         b'{"op": "fly"}',
         b'{"op": "' + b"x" * 999 + b'"}',
         b"[" * 99_999,
+        b'{"op": "ping"} {}',
     ],
 )
 def test_operation_invalid_is_unsupported(payload: bytes) -> None:
@@ -341,6 +343,7 @@ def test_operation_connections_shows_slow_held_and_waiting_bytes() -> None:
     assert shown["bob"]["owed"] == 1
     assert shown["bob"]["queue"] == 50
     assert shown["ann"]["held"] is True
+    assert (shown["ann"]["held_by"], shown["bob"]["holds"]) == ("bob", 1)
     assert shown["ops"] | {"bytes_out": 0, "bytes_in": 0} == {
         "address": "ops",
         "name": "ops",
@@ -355,6 +358,8 @@ def test_operation_connections_shows_slow_held_and_waiting_bytes() -> None:
         "queue": 1 << 20,
         "slow": False,
         "held": False,
+        "held_by": None,
+        "holds": 0,
         "subscriptions": 0,
         "owed": 0,
         "in_flight": None,
@@ -368,9 +373,15 @@ def test_operation_disconnect_closes_by_address_or_name() -> None:
     net = FakeNet(client("ops", admin=True), client("pool", connections=3), client("ann"))
     ops = net.connect("ops")
     one, two, three = (net.connect("pool") for _ in range(3))
-    assert ops.ask("disconnect", address=two.address) == {"disconnected": [two.address]}
+    assert ops.ask("disconnect", address=two.address) == {
+        "disconnected": [two.address],
+        "channels": 0,
+    }
     assert two.gone == "disconnected by ops"
-    assert ops.ask("disconnect", address="pool") == {"disconnected": [one.address, three.address]}
+    assert ops.ask("disconnect", address="pool") == {
+        "disconnected": [one.address, three.address],
+        "channels": 0,
+    }
     assert three.gone
     assert refused(ops, "disconnect", address="pool") == ("offline", "pool")
     assert refused(ops, "disconnect", address=two.address) == ("offline", two.address)
@@ -378,7 +389,7 @@ def test_operation_disconnect_closes_by_address_or_name() -> None:
     assert refused(ops, "disconnect", address="nobody") == ("no_such_client", "nobody")
     assert refused(ops, "disconnect", address="nobody/1") == ("no_such_client", "nobody/1")
     assert refused(ops, "disconnect") == ("unsupported", BROKER)
-    assert ops.ask("disconnect", address="ops") == {"disconnected": ["ops"]}
+    assert ops.ask("disconnect", address="ops") == {"disconnected": ["ops"], "channels": 0}
     assert ops.gone == "disconnected by ops"
 
 
@@ -441,6 +452,26 @@ def test_operation_can_names_rule_and_its_source() -> None:
     }
 
 
+def test_operation_can_tells_who_may_open_a_channel() -> None:
+    """The caller has to be allowed to send, and the recipient to accept it."""
+    net = FakeNet(
+        client("ops", admin=True),
+        client("ann", send_to=["b*"]),
+        client("bob"),
+        client("bea", open_from=["cid"]),
+        client("cid"),
+    )
+    ops = net.connect("ops")
+
+    def can(target: str) -> dict[str, Any]:
+        return ops.ask("can", sender="ann", verb="open", target=target)
+
+    assert can("bob/1")["allowed"] is True
+    assert can("cid")["why"] == "none of its rules matches: b*"
+    assert can("bert")["why"] == "unknown client bert"
+    assert can("bea")["why"] == "none of its rules matches: cid"
+
+
 def test_operation_can_without_rules_decides_for_broker_and_its_topics() -> None:
     """Every client may send requests to the broker, and no client may publish under
     ``$``, whatever the rules.
@@ -473,3 +504,12 @@ def test_operation_can_unknown_sender_or_verb_is_refused() -> None:
     )
     assert refused(ops, "can", sender="ops", verb="fly", target="ops") == ("unsupported", BROKER)
     assert refused(ops, "can", sender="ops", verb="send") == ("unsupported", BROKER)
+
+
+@pytest.mark.parametrize("payload", [b"", b"  ", b"{", b"{} x", b"\xff", b"[" * 100_000, b"[1]"])
+def test_operation_that_is_not_one_object_is_refused(payload: bytes) -> None:
+    """Whatever is wrong with the JSON, the answer is an ERROR, and the connection goes on."""
+    ann = FakeNet(client("ann")).connect("ann")
+    ann.request("$broker", payload, 5)
+    assert ann.error() == (5, "unsupported")
+    assert ann.ask("ping") == {}

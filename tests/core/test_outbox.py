@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections import deque
 
 import pytest
 from hypothesis import given
@@ -215,6 +217,21 @@ def test_outbox_frames_of_disconnected_sender_are_orphaned() -> None:
     ]
 
 
+def test_outbox_idle_holds_no_deque() -> None:
+    """An idle connection costs little memory, also after it has had much to read."""
+
+    def deques() -> int:
+        return sum(isinstance(each, deque) for each in gc.get_referents(outbox))
+
+    outbox = StreamOutbox(8 * CHUNK)
+    assert deques() == 0
+    for _ in range(3):
+        outbox.put(Queued(bytes(CHUNK), deadline=5.0))
+    assert deques() == 3
+    assert outbox.sent(outbox.waiting)
+    assert deques() == 0
+
+
 def test_outbox_empty_forgets_disconnected_sender() -> None:
     """A sender that leaves an empty outbox leaves no entry. One whose bytes have been
     written leaves none either.
@@ -357,3 +374,38 @@ def test_outbox_drop_oldest_in_turns_is_bounded() -> None:
     assert not outbox.has_made_room(60)
     assert len(outbox.drop_oldest(60, 2) or ()) == 1
     assert outbox.has_made_room(60)
+
+
+def test_outbox_with_many_ttl_frames_is_offered_up_to_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So one write looks at a limited number of them; what expires behind is found later."""
+    monkeypatch.setattr(outbox_module, "_MARKS", 2)
+    outbox = StreamOutbox(10_000)
+    for number in range(5):
+        outbox.put(Queued(message(30, number), deadline=10.0))
+    outbox.append(message(30, 9))
+    assert [len(piece) for piece in outbox.pieces()] == [60]
+    outbox.sent(70)
+    assert [len(piece) for piece in outbox.pieces()] == [50]
+    assert outbox.take_expired(11.0, 10) == []
+    assert [len(piece) for piece in outbox.pieces()] == [20]
+    outbox.sent(20)
+    assert len(outbox.take_expired(11.0, 10)) == 2
+    assert b"".join(outbox.pieces()) == message(30, 9)
+    assert not outbox.timed
+
+
+def test_outbox_unsent_frames_keep_their_ttl() -> None:
+    """Also the frame of which the system has taken a part."""
+    outbox = StreamOutbox(10_000)
+    outbox.append(message(30, 1))
+    outbox.put(Queued(message(30, 2), deadline=7.0))
+    outbox.put(Queued(memoryview(message(30, 3)), deadline=8.0))
+    outbox.append(message(30, 4))
+    outbox.sent(40)
+    unsent = list(outbox.take_unsent())
+    assert [queued.deadline for queued in unsent] == [7.0, 8.0, None]
+    assert not outbox.timed
+    outbox.put(Queued(message(30, 5), deadline=9.0))
+    assert [queued.deadline for queued in outbox.take_unsent()] == [9.0]

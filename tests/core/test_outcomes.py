@@ -443,3 +443,83 @@ def test_sender_held_among_many_is_released_in_turns(
         codes = {error_of(each) for sender in senders for each in sender.take()}
         assert codes == {"offline" if end == "leave" else "full"}
     assert not net.broker.held.deadlines
+
+
+def test_request_ended_by_limit_is_reported_once() -> None:
+    """Its frame waits for a member that leaves before it has read it."""
+    net = FakeNet(client("ann", requests=1), client("pool", connections=2))
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    one.block(0)
+    two.block(0)
+    ann.request(one.address, b"first", 1)
+    ann.request(two.address, b"second", 2)
+    assert ann.error() == (1, "expired")
+    one.leave()
+    net.settle()
+    assert ann.take() == []
+
+
+def test_requests_with_one_id_to_one_connection_are_each_reported() -> None:
+    net = FakeNet(client("ann"), client("bob"), client("cid"))
+    ann, bob, cid = net.connect("ann"), net.connect("bob"), net.connect("cid")
+    bob.block(0)
+    for _ in range(2):
+        ann.request("bob", b"?", 7)
+    ann.request("cid", b"?", 7)
+    bob.leave()
+    net.settle()
+    assert [error_of(each) for each in ann.take()] == ["offline", "offline"]
+    cid.leave()
+    net.settle()
+    assert ann.error() == (7, "abandoned")
+
+
+def test_request_of_former_session_gives_its_kept_frame_up_to_one_with_its_id() -> None:
+    """A client removed and configured again may have two connections for a moment."""
+    entry, pool = client("ann"), client("pool", connections=2)
+    net = FakeNet(entry, pool)
+    older, worker = net.connect("ann"), net.connect("pool")
+    older.request("pool", b"first", 7)
+    flight = net.broker.exchange.clients["pool"].flight
+    assert flight is not None
+    kept = flight.retained
+    net.broker.reconfigure({"pool": pool}, net.broker.status.limits, net.now)
+    net.broker.reconfigure({"ann": entry, "pool": pool}, net.broker.status.limits, net.now)
+    newer = net.connect("ann")
+    newer.request("pool", b"other", 7)
+    assert flight.retained == kept
+    worker.reply("ann", b"answer", 7)
+    assert newer.payloads() == [b"answer"]
+    assert flight.retained == 0
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
+def test_frame_with_id_of_cancelled_request_is_reported(kind: Kind) -> None:
+    """Both wait for a member that leaves."""
+    net = FakeNet(client("ann"), client("pool", connections=2))
+    ann, one = net.connect("ann"), net.connect("pool")
+    one.block(0)
+    ann.request(one.address, b"?", 7)
+    ann.send(Envelope(Kind.ERROR, 7, BROKER, json.dumps({"code": "cancelled"}).encode(), codec=2))
+    assert ann.error() == (7, "cancelled")
+    ann.send(Envelope(kind, 7, one.address, b"!"))
+    one.leave()
+    net.settle()
+    assert ann.error() == (7, "offline")
+
+
+def test_request_forgotten_twice_leaves_another_of_its_id() -> None:
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    requests = net.broker.requests
+    ann.request("bob", b"", 7)
+    (first,) = bob.session.incoming_requests.values()
+    requests.end(first)
+    requests.end(first)
+    assert ann.session.outgoing_count == 0
+
+    ann.request("bob", b"", 7)
+    requests.end(first)
+
+    assert ann.session.outgoing_count == 1
+    assert len(bob.session.incoming_requests) == 1

@@ -25,6 +25,7 @@ PARTS: Final = (
     "replies",
     "held_senders",
     "reports",
+    "mailboxes",
     "delivery",
     "events",
     "goaway",

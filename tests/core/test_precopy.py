@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from support.fake_network import FakeNet, client
+from support.fake_network import FakeNet, Peer, client
 from support.session_fields import CAPTURED
 
 from brokerd.config.values import WhenFull
@@ -29,9 +31,9 @@ from brokerd.core.snapshot import (
 
 
 def pool(**changes: Any) -> FakeNet:
-    return FakeNet(
-        client("alice"), client("bob"), client("pool", connections=3, **changes), client("carol")
-    )
+    """Return a net with a pool whose frames are kept one by one."""
+    changes = {"connections": 3, "when_full": WhenFull.DROP_OLDEST, **changes}
+    return FakeNet(client("alice"), client("bob"), client("pool", **changes), client("carol"))
 
 
 def test_precopy_queue_changed_meanwhile_arrives_in_order() -> None:
@@ -547,6 +549,21 @@ def test_precopy_sessions_of_removed_client_are_counted_and_written() -> None:
     assert bob.payloads() == [b"0", b"1"]
 
 
+def test_precopy_session_copied_twice_is_gone_once_it_leaves() -> None:
+    """Its first copy's outbox takes no message in its place."""
+    net = pool()
+    alice, bob = net.connect("alice"), net.connect("bob")
+    net.copy()
+    bob.block()
+    alice.message("bob", b"waits")
+    net.copy()
+    net.take_over()
+    bob.leave()
+    alice.take()
+    alice.message("bob", b"?", 7, receipt=True)
+    assert alice.error() == (7, "offline")
+
+
 def test_precopy_subscription_ended_after_its_copy_stays_ended() -> None:
     net = pool()
     alice, bob = net.connect("alice"), net.connect("bob")
@@ -665,7 +682,7 @@ def test_precopy_frame_of_removed_client_is_still_written() -> None:
     net = pool()
     worker, bob = net.connect("pool"), net.connect("bob")
     worker.block()
-    pool_entry = client("pool", connections=3)
+    pool_entry = client("pool", connections=3, when_full=WhenFull.DROP_OLDEST)
     net.copy(client("alice"), pool_entry)
     bob.message("pool", b"waits", 1, extension={"ttl": 60})
     net.copy()
@@ -755,3 +772,124 @@ def test_precopy_session_that_has_lost_its_entry_since_leaves_its_name() -> None
     restored = restore(broker, with_all, Pieces(b""), 1000.0, copies)
     assert [session.address for session in restored.sessions] == ["bob"]
     assert broker.exchange.find("bob") is None
+
+
+def stream(queue: int = 10_000_000) -> tuple[FakeNet, Peer, Peer]:
+    """Return a net with alice, and bob, who does not read."""
+    net = FakeNet(client("alice"), client("bob", queue=queue), client("carol"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    return net, alice, bob
+
+
+def test_precopy_stream_changed_meanwhile_arrives_in_order() -> None:
+    """Chunks that leave, a chunk that was begun, and chunks that come after the copy."""
+    net, alice, bob = stream()
+    sent = [b"%d" % number * 50_000 for number in range(9)]
+    for body in sent[:6]:
+        alice.message("bob", body)
+
+    def meanwhile() -> None:
+        bob.read(180_000)
+        for body in sent[6:]:
+            alice.message("bob", body)
+
+    net.hand_over(meanwhile=meanwhile)
+    alice.message("bob", b"last")
+    bob.read()
+    assert bob.payloads() == [*sent, b"last"]
+
+
+def test_precopy_stream_keeps_ttl_and_pinned_frames_in_place() -> None:
+    net, alice, bob = stream()
+    alice.message("bob", b"x" * 200_000)
+    alice.message("bob", b"short", 1, extension={"ttl": 5})
+    alice.message("bob", b"y" * 200_000)
+    alice.message("bob", b"long", 2, extension={"ttl": 50})
+    net.hand_over(meanwhile=lambda: bob.read(10))
+    net.advance(6)
+    bob.read()
+    net.settle()
+    assert [len(payload) for payload in bob.payloads()] == [200_000, 200_000, 4]
+    assert alice.error() == (1, "expired")
+
+
+def test_precopy_stream_read_to_its_end_meanwhile_is_restored() -> None:
+    net, alice, bob = stream()
+    for _ in range(3):
+        alice.message("bob", b"z" * 100_000)
+    net.hand_over(meanwhile=bob.read)
+    alice.message("bob", b"next")
+    bob.read()
+    assert [len(payload) for payload in bob.payloads()] == [100_000] * 3 + [4]
+
+
+def test_precopy_blocks_of_stream_are_bounded_and_not_repeated() -> None:
+    net, alice, _ = stream()
+    for _ in range(30):
+        alice.message("bob", b"z" * 100_000)
+    copier = Copier(net.broker)
+    sizes = [sum(facts["chunks"]) for facts, _ in copier.blocks(net.now)]
+    assert max(sizes) <= 2**20 + 200_000
+    assert sum(sizes) > 2_500_000
+    assert list(copier.blocks(net.now)) == []
+
+
+def copied_stream() -> tuple[Copies, dict[str, Any], memoryview, Callable[[], object]]:
+    """Return copies, a block with the chunks of bob's stream, and a call that restores."""
+    net, alice, bob = stream()
+    for _ in range(5):
+        alice.message("bob", b"z" * 100_000)
+    copier = Copier(net.broker, least=1)
+    ((facts, chunks),) = copier.blocks(net.now)
+    new_broker = Broker([client("alice"), client("bob"), client("carol")])
+    copies = Copies(new_broker)
+    snapshot = capture(net.broker, [alice.session, bob.session], net.now, copier)
+    pieces = Pieces(b"".join(snapshot.pieces))
+    restored = partial(restore, new_broker, snapshot.facts, pieces, net.now, copies)
+    return copies, facts, memoryview(b"".join(chunks)), restored
+
+
+def test_precopy_chunks_of_other_length_are_refused() -> None:
+    copies, facts, body, _ = copied_stream()
+    with pytest.raises(BadSnapshot, match="as long as it says"):
+        copies.add({**facts, "chunks": [1]}, body, 0.0)
+
+
+def test_precopy_restore_without_copied_chunks_is_refused() -> None:
+    _, _, _, restored = copied_stream()
+    with pytest.raises(BadSnapshot, match="other ones were copied"):
+        restored()
+
+
+def test_precopy_restore_with_gap_between_copied_chunks_is_refused() -> None:
+    copies, facts, body, restored = copied_stream()
+    copies.add({**facts, "place": 1}, body, 0.0)
+    with pytest.raises(BadSnapshot, match="not copied"):
+        restored()
+
+
+def test_precopy_session_closed_between_blocks_of_its_stream_is_not_copied_further() -> None:
+    net, alice, bob = stream()
+    for _ in range(30):
+        alice.message("bob", b"z" * 100_000)
+    blocks = Copier(net.broker).blocks(net.now)
+    facts, _ = next(blocks)
+    assert facts["place"] == 0
+    bob.leave()
+    assert [each for each, _ in blocks if "chunks" in each] == []
+
+
+def test_precopy_stream_begun_beyond_its_first_chunk_is_refused() -> None:
+    net, alice, bob = stream()
+    for _ in range(5):
+        alice.message("bob", b"z" * 100_000)
+    copier = Copier(net.broker, least=1)
+    ((facts, chunks),) = copier.blocks(net.now)
+    new_broker = Broker([client("alice"), client("bob"), client("carol")])
+    copies = Copies(new_broker)
+    copies.add(facts, memoryview(b"".join(chunks)), net.now)
+    snapshot = capture(net.broker, [alice.session, bob.session], net.now, copier)
+    snapshot.facts["outboxes"][1]["begun"] = 100_021
+    with pytest.raises(BadSnapshot, match="more of a stream was begun"):
+        restore(new_broker, snapshot.facts, Pieces(b"".join(snapshot.pieces)), net.now, copies)

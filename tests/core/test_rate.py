@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.fake_network import FakeNet, client
+from support.fake_network import FakeNet, client, error_of
 
 from brokerd.config.values import RateConfig
 from brokerd.core.rate import Meter
@@ -99,3 +99,34 @@ def test_rate_held_message_is_charged_once() -> None:
     assert ann.take() == []
     ann.message("bob", b"", 4)
     assert ann.error() == (4, "rate_limited")
+
+
+def test_rate_exceeded_is_reported_for_each_operation() -> None:
+    """Operations count for the rate as messages do, and are not carried out above it."""
+    net = FakeNet(client("ann", rate=RateConfig(2, None)))
+    ann = net.connect("ann")
+    for number in range(1, 4):
+        ann.op("subscribe", number, topic=f"topic.{number}")
+    *accepted, refused = ann.take()
+    assert [answer.id for answer in accepted] == [1, 2]
+    assert (refused.id, error_of(refused)) == (3, "rate_limited")
+    assert len(ann.session.subscriptions) == 2
+    net.advance(1)
+    ann.op("ping", 4)
+    assert [answer.id for answer in ann.take()] == [4]
+
+
+def test_rate_of_bytes_sent_already_tells_how_long_their_debt_lasts() -> None:
+    """A channel sends at once what a second allows, and then waits."""
+    metered = meter(size=100)
+    assert metered.burst == 100
+    assert metered.charge(100, 10.0) == 0.0
+    assert metered.charge(50, 10.0) == 0.5
+    assert metered.charge(0, 10.5) == 0.0
+
+
+def test_rate_without_bytes_leaves_no_debt() -> None:
+    """A rate of messages alone does not limit bytes."""
+    metered = meter(messages=1)
+    assert metered.burst > 1 << 30
+    assert metered.charge(1 << 20, 10.0) == 0.0

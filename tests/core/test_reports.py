@@ -53,6 +53,27 @@ def test_reports_count_message_passed_on_to_pool_member() -> None:
     assert second.payloads() == [BODY]
 
 
+@pytest.mark.parametrize("when_full", [WhenFull.WAIT, WhenFull.DROP_OLDEST])
+def test_reports_of_message_passed_on_reach_no_later_connection(when_full: WhenFull) -> None:
+    """Its sender had closed before another member got it. The sender's name is back when
+    that member leaves.
+    """
+    net = FakeNet(client("alice"), client("pool", connections=2, when_full=when_full))
+    alice, first, second = (net.connect(name) for name in ("alice", "pool", "pool"))
+    first.block()
+    second.block()
+    for number in (1, 2):
+        alice.message("pool", BODY, number)
+    alice.leave()
+    first.leave()
+    alice = net.connect("alice")
+
+    second.leave()
+
+    assert alice.take() == []
+    assert net.broker.replies.returned == {"passed_on": 1, "lost": 2}
+
+
 @pytest.mark.parametrize("way", ["leave", "drop", "expire"])
 def test_reports_do_not_decode_frame_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension was read when the frame arrived. Reading thousands of them again in

@@ -56,6 +56,8 @@ def network(**eve: Any) -> tuple[FakeNet, dict[str, Peer]]:
     peers = {name: net.connect(name) for name in ("eve", "bob", "friend", "pool", "root")}
     for name in ("bob", "friend", "pool", "root"):
         peers[name].ask("subscribe", topic=">")
+    # A channel begins with the first frame of its connection only.
+    peers["eve"].ask("ping")
     for peer in peers.values():
         peer.take()
     return net, peers
@@ -70,7 +72,7 @@ def envelope_of(kind: int, flags: int, name: str, topic: str = "open.x") -> byte
 
 
 @pytest.mark.parametrize(
-    "kind", [*(kind for kind in Kind if kind is not Kind.EVENT), 0, 8, 255], ids=str
+    "kind", [*(kind for kind in Kind if kind is not Kind.EVENT), 0, 10, 255], ids=str
 )
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("to", [*CLOSED, *OPEN])
@@ -258,12 +260,15 @@ def test_policy_after_reload_overrides_cached_route() -> None:
 
 
 @pytest.mark.parametrize("to", ["nobody", "bob"])
-def test_policy_unknown_name_is_answered_like_denied_name(to: str) -> None:
-    """A client that may not send to a name does not learn whether it exists, or is
-    connected.
+@pytest.mark.parametrize("extension", [None, {"key": "k"}, {"delay": -1}, {"ttl": 0}])
+def test_policy_unknown_name_is_answered_like_denied_name(
+    to: str, extension: dict[str, Any] | None
+) -> None:
+    """A client that may not send to a name does not learn whether it exists, is
+    connected, or has a mailbox.
     """
     _, peers = network()
-    peers["eve"].message(to, message_id=1)
+    peers["eve"].message(to, message_id=1, extension=extension)
     (answer,) = peers["eve"].take()
     body = json.loads(answer.payload)
     assert body["code"] == "denied"
@@ -274,5 +279,5 @@ def test_policy_table_covers_every_kind() -> None:
     """A kind added to the protocol fails here: it has to be sent above, and its rights
     decided.
     """
-    assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5, 6, 7]
+    assert [int(kind) for kind in Kind] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert parse(memoryview(envelope_of(1, 0, "bob"))[4:]).name == "bob"

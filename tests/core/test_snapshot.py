@@ -13,9 +13,11 @@ from support.session_fields import CAPTURED, MADE_ANEW, PARTING
 from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker, CoreLimits
 from brokerd.core.exchange import Client
+from brokerd.core.operations import _LONG
 from brokerd.core.outbox import FrameOutbox, StreamOutbox
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Pieces, capture, restore
+from brokerd.core.write_buffer import RouteEntry
 from brokerd_client.wire.envelope import Kind
 
 
@@ -496,7 +498,7 @@ def test_snapshot_covers_every_broker_attribute() -> None:
         if type(part).__module__.startswith("brokerd.core.")
     }
     #: The parts that are captured as a whole, or rebuilt as a whole.
-    whole_parts = {"exchange", "topics", "deferred", "revocation"}
+    whole_parts = {"exchange", "topics", "deferred", "revocation", "mailboxes"}
     state = {name for name in vars(broker) if name not in parts or name in whole_parts}
     for name, part in parts.items():
         if name not in whole_parts:
@@ -522,7 +524,7 @@ def test_snapshot_covers_every_broker_attribute() -> None:
     }
     # Held senders are in HeldSenders.deadlines, deadlines of requests in Requests, and
     # closed sessions in Reports.
-    captured |= {"deadlines", "_order", "_closed", "deferred", "asking"}
+    captured |= {"deadlines", "_order", "_closed", "deferred", "asking", "mailboxes"}
     settled = {"touched", "released", "admin_commands", "log_events"}
     # Subscriptions under revocation are checked against the rules when restored.
     of_this_process = {
@@ -538,10 +540,32 @@ def test_snapshot_covers_every_broker_attribute() -> None:
     }
     # These belong to connections that are about to end; none of them is captured.
     of_this_process |= {"finishing", "unheard", "changes"}
+    # The holders of these requests learn that they are over when they answer.
+    of_this_process |= {"_orphaned"}
+    # Incidents; clients that are waited for after a restart; taps.
+    captured |= {"_kept", "_count", "last_change", "_names", "until", "active", "all"}
+    # Senders that wait for a client to return try again, and are noted again.
+    of_this_process |= {"_senders", "presence_changes"}
+    # The state of other hosts is captured by brokerd.core.cluster.hand_over.
+    of_this_process |= {"instance_suffix", "remote", "traffic", "elsewhere"}
+    # What a tap has seen of the frames that are being routed.
+    of_this_process |= {
+        "_source",
+        "_position",
+        "_head",
+        "_second",
+        "_on_mailboxes",
+        "_left",
+        "_refused",
+    }
+    # Captured with their sockets, by brokerd.net.relay.handover.
+    of_this_process |= {"open", "opened", "relayed", "refusals", "closing"}
+    of_this_process |= {"_openings", "_held", "_load"}
     assert state == captured | settled | of_this_process
-    assert set(Client.__slots__) == {
+    assert {*Client.__slots__, *RouteEntry.__slots__} == {
         "changed_at",
         "config",
+        "mailbox",
         "meter",
         "name",
         "policy",
@@ -549,17 +573,26 @@ def test_snapshot_covers_every_broker_attribute() -> None:
         "turn",
     } | {
         # Made again from the sessions, and filled with the requests that wait.
+        "direct",
         "flight",
-        "_mixed",
+        "is_pinned",
+        "is_pool",
+        # Announced again by the other hosts.
+        "hosts",
+        "remotes",
+        "request_limit",
+        "ring",
+        "sink",
+        "publish_rules",
         "_numbered",
         "_ranks",
         "shown_online",
         "shown_since",
     }
-    both = {"_as_of", "_head", "blocked", "limit", "stalled", "timed"}
-    stream = {"_closed", "_ends", "_left", "_older", "_older_bytes", "_taken", "_timed"}
+    both = {"_as_of", "_head", "limit", "stalled"}
+    stream = {"_ends", "_left", "_older", "_older_bytes"}
     assert set(StreamOutbox.__slots__) == both | stream
-    apart = {"_begun", "_kept", "_plain", "_plain_bytes", "_plain_gone", "_waiting"}
+    apart = {"_begun", "_kept", "_plain", "_plain_bytes", "_plain_gone", "_waiting", "timed"}
     assert set(FrameOutbox.__slots__) == both | apart
 
 
@@ -629,3 +662,48 @@ def test_snapshot_event_of_broker_without_presence_is_still_published() -> None:
     while new_broker.has_deferred_work:
         new_broker.run_deferred(8)
     assert b"$broker.news{}" in b"".join(session.outbox.pieces())
+
+
+@pytest.mark.parametrize("op", sorted(_LONG))
+def test_snapshot_question_with_long_answer_is_answered_afterwards(op: str) -> None:
+    """An operation that is added must be known to the check of the facts too."""
+    net = FakeNet(client("ops", admin=True))
+    ops = net.connect("ops")
+    facts = capture(net.broker, [ops.session], net.now).facts
+    facts["deferred"] = [{"question": [0, 5, op], "news": None}]
+    new_broker = Broker([client("ops", admin=True)])
+    (session,) = restore(new_broker, facts, Pieces(b""), net.now).sessions
+    while new_broker.has_deferred_work:
+        new_broker.run_deferred(8)
+    assert b"$broker{" in b"".join(session.outbox.pieces())
+
+
+def test_snapshot_of_format_4_places_frames_with_ttl_by_chunks() -> None:
+    """There, each of them is a chunk by itself."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    bob.block(0)
+    ann.message("bob", b"first", 1)
+    ann.message("bob", b"second", 2, extension={"ttl": 5})
+    sessions = [ann.session, bob.session]
+    snapshot = capture(net.broker, sessions, net.now)
+    outbox = snapshot.facts["outboxes"][1]
+    ((start, end, left, _),) = outbox.pop("marks")
+    outbox["chunks"], outbox["timed"] = [start, end - start, 0], [[1, left, 0, 0]]
+    new_broker = Broker([client("ann"), client("bob")])
+    body = b"".join(snapshot.pieces)
+    restored = restore(new_broker, snapshot.facts, Pieces(body), net.now)
+    assert restored.sessions[1].outbox.marked_frames() == [(start, end, net.now + left, False)]
+
+
+def test_snapshot_request_that_only_its_holder_names_is_answered_as_before() -> None:
+    """The session that asked it had its address together with another one for a moment."""
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 7)
+    facts = capture(net.broker, [ann.session, bob.session], net.now).facts
+    facts["sessions"][0]["asked"] = []
+    new_broker = Broker([client("ann"), client("bob")])
+    asker, holder = restore(new_broker, facts, Pieces(b""), net.now).sessions
+    ((key, request),) = holder.incoming_requests.items()
+    assert (key, request.requester, request.responder) == (("ann", 7), asker, holder)

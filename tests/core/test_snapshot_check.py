@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from support.fake_network import FakeNet, client
 
-from brokerd.config.values import RateConfig
+from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core.broker import Broker
 from brokerd.core.snapshot import BadSnapshot, Pieces, capture, restore
-from brokerd.core.snapshot_check import check_counters, check_counts, check_numbers
+from brokerd.core.snapshot_check import check_counters, check_counts, check_incidents, check_numbers
 
 CONFIGS = (
     client("alice"),
     client("bob"),
-    client("pool", connections=2),
+    client("pool", connections=2, when_full=WhenFull.DROP_OLDEST),
     client("metered", rate=RateConfig(5.0, None)),
 )
 
@@ -49,6 +49,9 @@ def captured() -> tuple[str, bytes]:
     net.peers.remove(third)
     net.broker.detach(third.session, net.now)
     net.broker.held.hold(first.session, bob.session, net.now + 5)
+    net.broker.incidents.add_disconnect("metered", "metered", "closed", 5.0)
+    net.broker.taps.start(alice.session, "bob", payload=False)
+    net.broker.returning.begin(["pool"], net.now + 5)
     snapshot = capture(net.broker, [peer.session for peer in net.peers], net.now)
     return json.dumps(snapshot.facts), b"".join(snapshot.pieces)
 
@@ -70,6 +73,14 @@ def test_snapshot_check_captured_facts_are_accepted() -> None:
 MISSING = object()
 
 
+def of_host(asked: list[object]) -> dict[str, object]:
+    """Return the facts of a cluster in which a request went to a client of another host."""
+    remote = {"name": "b", "revoked": [], "asked": [asked], "held": [], "senders": []}
+    flags = {"joined": True, "suspended": False}
+    numbers = {"version": 3, "boot": 1, "number": 1, "size": 0}
+    return {"host": "a", "links": [], "remotes": [remote], "events": [], **flags, **numbers}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
@@ -84,6 +95,18 @@ MISSING = object()
         (("next_number",), 1, "came after all that have come"),
         (("refused",), [], "an object"),
         (("totals", "messages_in"), None, "facts.totals.messages_in"),
+        (("incidents", 0, 10), "late", "facts.incidents\\[0\\]\\[10\\] is 'late'"),
+        (("incidents", 0, 1), ["client.refused"], "a list of 3"),
+        (("incidents", 0, 12), [-1], "64-bit"),
+        (("taps", 0, 2), None, "true or false"),
+        (("taps", 0, 0), 99, "a session taps that is not open"),
+        (("taps", 0, 0), 4, "a session taps that is not open"),
+        (("returning",), ["pool"], "a list of 2"),
+        (("cluster",), "a", "facts.cluster is 'a', and has to be an object"),
+        (("cluster",), {"host": "a"}, "facts.cluster has no version"),
+        (("cluster",), of_host([99, 1, "bob", None]), "a session that is not open deals with"),
+        (("cluster",), of_host([0, -1, "bob", None]), r"asked\[0\]\[1\] is -1"),
+        (("returning", 0), [5], "ASCII text"),
         (("sessions",), {}, "a list"),
         (("sessions",), [], "more outboxes than sessions"),
         (("sessions", 0, "name"), "ü", "ASCII text"),
@@ -107,8 +130,11 @@ MISSING = object()
             "a number of seconds that a ttl can have",
         ),
         (("sessions", 0, "reached_by_event"), [99], "names a session that is not there"),
-        (("outboxes", 1, "timed"), [[0, 5.0, 0, None]], "names a frame that is not there"),
-        (("outboxes", 1, "timed"), [[0, 5.0, 0, None]] * 2, "not in order"),
+        (("outboxes", 1, "marks"), [[0, 2**30, 5.0, False]], "names a frame that is not there"),
+        (("outboxes", 1, "marks"), [[3, 3, 5.0, False]], "not in order"),
+        (("outboxes", 1, "marks"), [[0, 9, 5.0, True], [8, 12, None, True]], "not in order"),
+        (("outboxes", 1, "marks"), [[0, 9, 2**40, False]], "a number of seconds"),
+        (("outboxes", 1, "marks"), MISSING, "has no timed"),
         (("deferred",), [{"question": None, "news": None}], "not one job"),
         (
             ("deferred",),
@@ -185,6 +211,15 @@ def test_snapshot_check_unknown_key_is_ignored() -> None:
     assert restored(facts, body) == 0
 
 
+def test_snapshot_check_facts_of_older_format_are_accepted() -> None:
+    """A former version knows nothing of incidents, taps and clients that are awaited."""
+    text, body = captured()
+    facts = json.loads(text)
+    del facts["incidents"], facts["taps"], facts["returning"]
+
+    assert restored(facts, body) == 0
+
+
 def test_snapshot_check_missing_bytes_are_refused() -> None:
     """All frames to be delivered are there, or nothing is restored."""
     facts, body = captured()
@@ -241,6 +276,13 @@ def test_snapshot_check_counters_of_other_shape_are_refused(rows: object) -> Non
     check_counters([[1, 1, 1, 1, 1, 1]])
     with pytest.raises(BadSnapshot, match="counts"):
         check_counters(rows)
+
+
+@pytest.mark.parametrize("rows", [{}, [[]], [["bob", ["x"], "x"]]])
+def test_snapshot_check_incidents_of_other_shape_are_refused(rows: object) -> None:
+    check_incidents(json.loads(captured()[0])["incidents"])
+    with pytest.raises(BadSnapshot, match="incidents"):
+        check_incidents(rows)
 
 
 @pytest.mark.parametrize("numbers", [{}, [None], [-1]])

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokerd.core import topics as topics_module
-from brokerd.core.topics import Matches, Topics, covers
+from brokerd.core.topic_search import MatchCounts
+from brokerd.core.topics import Topics, covers
 from brokerd_client.topics import matches
 
 MATCHING = [
@@ -150,15 +151,14 @@ def test_topic_search_in_pieces_finds_subscribers_at_its_end(
             joins, pattern = remaining.pop()
             (topics.add if joins else topics.discard)(pattern, pattern)
     topics.forget()
-    assert result.everyone.keys() == topics.find(topic).everyone.keys()
+    assert set(result.everyone) == set(topics.find(topic).everyone)
     assert not topics._searches
 
 
-def test_topic_search_visits_at_most_given_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topic_search_visits_at_most_given_number_of_nodes() -> None:
     """A thousand patterns that differ from the topic in their last token only are not
     all visited at once.
     """
-    monkeypatch.setattr(topics_module, "_PIECE", 8)
     topics: Topics[int] = Topics()
     topic = ".".join("a" * 12)
     for number in range(1024):
@@ -244,7 +244,9 @@ def test_topic_search_in_pieces_finds_group_members_at_its_end(
                 present = {each for each in present if each[1] != member}
             else:
                 topics.tidy(1)
-    groups = {group: set(members) - result.left for group, members in result.groups.items()}
+    groups = {
+        group: set(members) - (result.left or set()) for group, members in result.groups.items()
+    }
     expected: dict[str | None, set[str]] = {}
     for pattern, member, group in present:
         if matches(pattern, "a.b"):
@@ -309,7 +311,7 @@ def test_topic_search_group_left_by_last_member_is_removed() -> None:
     result, _ = topics.search("a", "owner", 99)
     assert result is not None
     assert result.groups in ({"h": {"ann": 1, "bob": 1}}, {"h": {"bob": 1, "ann": 1}})
-    assert len(result) == 2
+    assert result.size == 2
 
 
 def test_topic_search_member_left_meanwhile_is_not_found() -> None:
@@ -327,7 +329,7 @@ def test_topics_matches_are_counted_by_member_and_group() -> None:
     """They are counted so that one of two patterns may end; a group without members is
     removed.
     """
-    result: Matches[str] = Matches()
+    result = MatchCounts()
     for member, group in (("ann", "g"), ("ann", "g"), ("bob", "g"), ("ann", None)):
         result.add(member, group)
     for member, group, groups in (
@@ -372,7 +374,7 @@ def test_topic_search_looks_up_many_groups_in_pieces() -> None:
             break
     assert max(visited) < 110
     assert len(visited) >= 100
-    assert len(result) == 3000
+    assert result.size == 3000
     assert all(set(members) == set("abc") for members in result.groups.values())
 
 
@@ -400,13 +402,13 @@ def test_topic_search_with_many_matches_continues_one_at_a_time(
             if owner != held and owner not in finished:
                 result, _ = topics.search(f"a.{owner}", owner, 8)
                 if result is not None:
-                    assert len(result) == 100
+                    assert result.size == 100
                     finished.append(owner)
     assert turns < 20 * 60
     assert "0" not in topics._searches
     while (result := topics.search("a.0", "0", 8)[0]) is None:
         pass
-    assert len(result) == 100
+    assert result.size == 100
     assert not topics._long
 
 
@@ -461,7 +463,7 @@ def test_topics_departed_member_is_hidden_and_removed_in_steps() -> None:
     result, _ = topics.search("a.b.z", "owner", 99)
     assert result is not None
     for left in (result, topics.find("x")):
-        assert not len(left)
+        assert left.size == 0
     for _ in range(3):
         topics.tidy(1)
         assert list(topics.find("a.b.c").everyone) == ["bob"]
@@ -514,10 +516,7 @@ def test_topics_same_subscription_twice_counts_once() -> None:
     not exist can't end.
     """
     topics: Topics[str] = Topics()
-    version = topics.version
     assert topics.add("a.b", "ann")
-    assert topics.version != version
-    version = topics.version
     assert not topics.add("a.b", "ann")
     assert topics.add("a.b", "ann", "g")
     assert len(topics) == 2
@@ -526,7 +525,6 @@ def test_topics_same_subscription_twice_counts_once() -> None:
     assert not topics.discard("a.b", "bob")
     assert not topics.discard("a.b.c", "ann")
     assert not topics.discard("a", "ann")
-    assert topics.version != version
     assert topics.discard("a.b", "ann", "g")
     assert len(topics) == 0
 
@@ -542,36 +540,3 @@ def test_topics_empty_branches_are_removed() -> None:
     assert list(topics.find("a").everyone) == ["ann"]
     topics.discard("a", "ann")
     assert topics._root.is_empty
-
-
-def test_topics_cache_is_valid_until_subscriptions_change(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The same topic is looked up once; a change of the subscriptions, or too many
-    topics, clear the cache.
-    """
-    monkeypatch.setattr(topics_module, "_REMEMBERED", 2)
-    topics: Topics[str] = Topics()
-    topics.add("*", "ann")
-    first = topics.find("a")
-    assert topics.find("a") is first
-    topics.add("a", "bob")
-    second = topics.find("a")
-    assert second is not first
-    assert list(second.everyone) == ["bob", "ann"] or set(second.everyone) == {"ann", "bob"}
-    topics.find("b")
-    topics.find("c")
-    assert topics.find("a") is not second
-
-
-def test_topics_cache_is_bounded_by_number_of_matches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few topics with many subscribers count as much as many topics with few."""
-    monkeypatch.setattr(topics_module, "_REMEMBERED_MATCHES", 5)
-    topics: Topics[str] = Topics()
-    for name in ("ann", "bob"):
-        topics.add(">", name)
-    topics.add(">", "carol", "g")
-    first = topics.find("a")
-    assert topics.find("a") is first
-    topics.find("b")
-    assert topics.find("a") is not first

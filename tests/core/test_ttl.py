@@ -235,6 +235,7 @@ def test_ttl_over_many_messages_are_reported_in_turns(
     refused = net.broker.replies.refused
     net.broker.tick(net.now)
     assert refused["expired"] == 3
+    net.broker.expire(bob.session, net.now)
     bob.session.outbox.sent(bob.session.outbox.waiting and len(bob.session.outbox.pieces()[0]))
     net.broker.expire(bob.session, net.now)
     assert 3 < refused["expired"] <= 6
@@ -249,7 +250,10 @@ def test_ttl_over_many_messages_are_reported_in_turns(
 @pytest.mark.parametrize("kind", [StreamOutbox, FrameOutbox])
 def test_outbox_without_ttl_examines_no_deadline(kind: type[StreamOutbox | FrameOutbox]) -> None:
     """Messages without a ttl cost one look at a number that is 0."""
-    net = FakeNet(client("ann"), client("bob", connections=2 if kind is FrameOutbox else 1))
+    net = FakeNet(
+        client("ann"),
+        client("bob", when_full=WhenFull.DROP_OLDEST if kind is FrameOutbox else WhenFull.WAIT),
+    )
     ann, bob = net.connect("ann"), net.connect("bob")
     assert isinstance(bob.session.outbox, kind)
     bob.block()
@@ -261,7 +265,7 @@ def test_outbox_without_ttl_examines_no_deadline(kind: type[StreamOutbox | Frame
 
 def test_deadlines_are_due_in_order_and_never_early() -> None:
     """A key is due up to one slot late; a discarded key is not due."""
-    deadlines: Deadlines[str] = Deadlines()
+    deadlines = Deadlines()
     for number in range(100):
         deadlines.add(10 + number / 10, f"k{number}")
         deadlines.add(10 + number / 10, "gone")
@@ -284,7 +288,7 @@ def test_deadlines_discarded_take_no_memory() -> None:
     """However many requests are answered in time, memory does not grow until their
     deadlines.
     """
-    deadlines: Deadlines[int] = Deadlines()
+    deadlines = Deadlines()
     for number in range(10_000):
         deadlines.add(1000.0 + number, number)
         deadlines.discard(1000.0 + number, number)

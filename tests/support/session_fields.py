@@ -14,7 +14,6 @@ CAPTURED = {
     "client",
     "closing",
     "errors_in",
-    "expiring",
     "goaway",
     "held_by",
     "hold_deadline",
@@ -35,23 +34,28 @@ CAPTURED = {
     "subscriptions",
     "waiters",
     "cancels",
+    "listens",
     "in_flight",
     "revoked",
-    "retained",
     "waiting_requests",
 }
 MADE_ANEW = {
-    "addresses_asked",
+    "answers",
+    "host",
+    "identity",
+    "outgoing_count",
     "waiting_count",
+    "uncommitted",
+    # Restored with the mailboxes.
+    "consumer",
     "cut",
     "widest",
     "rank",
     "spread",
-    "fanouts",
     "generation",
     "connection",
+    "route",
     "routes",
-    "topics_version",
 }
 #: Only connections that are about to end have these, and none of those is captured.
 PARTING = {

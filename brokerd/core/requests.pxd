@@ -1,0 +1,37 @@
+cimport cython
+
+from brokerd.core.deadlines cimport Deadlines
+from brokerd.core.flight cimport Flight, WaitingRequest
+from brokerd.core.session cimport Session
+
+
+cdef class DeliveredRequest:
+    cdef public Session requester
+    cdef public Session responder
+    cdef public object id
+    cdef public object deadline
+    cdef public object kept
+    cdef public bint pinned
+
+    cpdef queued(self)
+
+
+cdef class Requests:
+    cdef public Deadlines deadlines
+    cdef public dict freed
+
+    cpdef find(self, Session requester, message_id, Session responder)
+    @cython.locals(flight=Flight, request=DeliveredRequest)
+    cpdef expect(self, Session requester, Session responder, message_id, deadline, frame=*, bint pinned=*)
+    @cython.locals(requester=Session, incoming=dict, earlier=DeliveredRequest, key=tuple, alone=tuple, same_id=tuple)
+    cpdef add(self, DeliveredRequest request)
+    @cython.locals(flight=Flight, responder=Session)
+    cpdef end(self, DeliveredRequest request)
+    cpdef end_all(self, Session requester)
+    cpdef wait(self, WaitingRequest request)
+    cpdef end_wait(self, WaitingRequest request)
+    cpdef note_room(self, client)
+    @cython.locals(requester=Session, responder=Session, same_id=tuple, key=tuple)
+    cdef _forget(self, DeliveredRequest request)
+    @cython.locals(flight=Flight)
+    cdef _release(self, DeliveredRequest request)
