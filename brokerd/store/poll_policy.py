@@ -1,0 +1,53 @@
+"""Decides whether a poll is worth the processor time that it takes.
+
+A poll in vain doubles the number of waits before the next one. Where other programs need
+the processors, the system takes this process's away in the middle of a poll: no poll
+begins for a second after that.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["PollPolicy"]
+
+#: Most waits without a poll, after many polls in vain.
+_MOST: Final = 4096
+#: Seconds by which the end of a poll is late if the processor was taken away, and seconds
+#: without a poll after that.
+_LATE_S: Final = 0.001
+_REST_S: Final = 1.0
+
+
+class PollPolicy:
+    """Counts what the polls of one process have achieved.
+
+    may_poll: whether it polls at all.
+    """
+
+    __slots__ = ("_left_out", "_next_left_out", "_rests_until")
+
+    def __init__(self, *, may_poll: bool) -> None:
+        #: Waits that follow without a poll, and how many it will be after the next poll
+        #: in vain.
+        self._left_out = 0
+        self._next_left_out = 1
+        self._rests_until = 0.0 if may_poll else float("inf")
+
+    def allows(self, now: float) -> bool:
+        """Return whether the wait that begins now is polled for."""
+        if self._left_out:
+            self._left_out -= 1
+            return False
+        return now >= self._rests_until
+
+    def note_success(self) -> None:
+        """Note that what a poll waited for has come."""
+        self._next_left_out = 1
+
+    def note_failure(self, now: float, end_at: float) -> None:
+        """Note that a poll was in vain. end_at: when it was to end."""
+        self._left_out = self._next_left_out
+        self._next_left_out = min(2 * self._next_left_out, _MOST)
+        if now >= end_at + _LATE_S:
+            self._rests_until = now + _REST_S
