@@ -1,0 +1,1 @@
+"""Channels: pairs of connections whose bytes are relayed."""
