@@ -1,0 +1,1 @@
+"""The connection to NATS that carries the messages between the hosts of a cluster."""
