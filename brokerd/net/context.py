@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from brokerd.config.model import Limits
     from brokerd.core.broker import Broker
     from brokerd.log.rate_limit import LogRateLimiter
+    from brokerd.net.connection.busy_poll import BusyPoll
     from brokerd.net.connection.connections import Connections
+    from brokerd.net.connection.disconnects import Disconnects
     from brokerd.net.connection.liveness import Liveness
     from brokerd.net.connection.reset_recheck import ResetRecheck
+    from brokerd.net.connection.turns import Turns
     from brokerd.net.counters import Counters
     from brokerd.net.handshake.keyring import Keyring
     from brokerd.net.settlement import Settlement
@@ -25,9 +28,9 @@ __all__ = ["READ_BUFFER", "Context"]
 
 #: Size of the one read buffer that all connections share, in bytes.
 READ_BUFFER: Final = 256 * 1024
-#: Frames of one sender handled on the slow path in one turn of the event loop: some
-#: milliseconds' work. See Broker.turn_budget.
-_TURN_BUDGET: Final = 128
+#: Frames of one sender handled on the slow path in one turn of the event loop: a
+#: millisecond's work, which a request of another client waits for twice.
+_TURN_BUDGET: Final = 64
 
 
 def _read_buffer() -> memoryview:
@@ -41,7 +44,7 @@ class Context:
     keyring, limits: replaced by a reload, so they are read at each use.
     wall: returns the time of day in seconds since the epoch.
     buffer: the one read buffer; a read is routed before the next one begins.
-    turn_budget: see Broker.turn_budget.
+    turn_budget: see Turn.budget.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -56,5 +59,8 @@ class Context:
     settlement: Settlement
     liveness: Liveness
     reset_recheck: ResetRecheck
+    busy_poll: BusyPoll
+    disconnects: Disconnects
+    turns: Turns
     buffer: memoryview = field(default_factory=_read_buffer)
     turn_budget: int = _TURN_BUDGET

@@ -52,6 +52,7 @@ class Draining:
 
     timeout_s: seconds until connections that do not read are cut off.
     stop_accepting: closes every listening socket, and refuses all pending connections.
+    drain_channels: passes on what channels have buffered, and ends them.
     cut_off: closes everything at once, and returns how many connections had bytes on
         their way.
     """
@@ -62,9 +63,11 @@ class Draining:
         timeout_s: float,
         *,
         stop_accepting: Callable[[], None],
+        drain_channels: Callable[[], None],
         cut_off: Callable[[], int],
     ) -> None:
         self._stop_accepting = stop_accepting
+        self._drain_channels = drain_channels
         self._cut_off_all = cut_off
         self._broker = context.broker
         self._loop = context.loop
@@ -86,6 +89,7 @@ class Draining:
         """Close every connection gracefully; return the result."""
         broker, connections = self._broker, self._connections
         self._stop_accepting()
+        self._drain_channels()
         for _ in broker.goaway.drain_in_steps():
             self._settle()
             await self._turns.yield_if_due()

@@ -24,7 +24,7 @@ from brokerd.core.large_frame import SLACK, LargeFrame
 from brokerd.core.precopy import Copier, Copies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import Facts, Pieces, Snapshot
-from brokerd.core.snapshot_check import check_counters, check_numbers
+from brokerd.core.snapshot_check import check_counters, check_incidents, check_numbers
 from brokerd.net.bound_loggers import listener_logger
 from brokerd.net.connection.connection import GRACE, Connection
 from brokerd.net.counters import HandshakeOutcome
@@ -33,6 +33,7 @@ from brokerd.net.handshake.keyring import Credential
 from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.refusals import note_refusal
 from brokerd.net.listen.listener import ListenError, Listening
+from brokerd.net.relay.handover import RestoredChannels, capture_channels
 from brokerd.net.server import Server
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
@@ -54,6 +55,8 @@ _NOWHERE: Final = Source("", 0)
 #: turn of the event loop on: some milliseconds' work.
 _COPIED: Final = 50
 _WATCHED: Final = 100
+#: Incidents sent in one block.
+_INCIDENTS: Final = 500
 
 
 # Capture
@@ -105,6 +108,9 @@ class Passing:
                 yield {"counts": counts}, []
         for facts in snapshot.capture_clients(server.broker, server.loop.time(), self.copier):
             yield facts, []
+        incidents = self.copier.take_incidents()
+        for start in range(0, len(incidents), _INCIDENTS):
+            yield {"incidents": incidents[start : start + _INCIDENTS]}, []
         yield {"keys": self.uses()}, []
 
     def _copy(
@@ -176,12 +182,18 @@ def capture(
     captured = snapshot.capture(server.broker, changed, server.loop.time(), copier, asker)
     fresh = [session.connection for session in captured.sessions]
     lingering = server.context.connections.lingering
+    # The handshake of an undecided connection is replayed as well: then it is undecided
+    # again.
     pending_connections = [
         pending
-        for pending in server.pending_handshakes.pending_connections()
+        for pending in (
+            *server.pending_handshakes.pending_connections(),
+            *server.undecided.connections(),
+        )
         if pending.can_hand_over
     ]
-    captured.facts = {
+    server.relays.cut_off_bound()
+    facts: Facts = {
         "core": captured.facts,
         "listening": [_listening(listening) for listening in server.listening],
         "links": [
@@ -198,13 +210,16 @@ def capture(
         "keys": passing.uses(),
         "tally": server.counters.values(),
     }
+    # Last, as its bytes are behind all others.
+    facts["channels"], channel_sockets = capture_channels(server, captured)
+    captured.facts = facts
     not_passed = [connection for connection in fresh if connection not in passed]
     sockets = [
         item.sock
         for group in (server.listening, not_passed, pending_connections, lingering)
         for item in group
     ]
-    return captured, [sock.fileno() for sock in sockets]
+    return captured, [sock.fileno() for sock in (*sockets, *channel_sockets)]
 
 
 async def let_go_of_bound(server: Server, reason: str) -> None:
@@ -214,11 +229,13 @@ async def let_go_of_bound(server: Server, reason: str) -> None:
     No such connection is accepted from now on: see ``Server.accept_bound``.
     """
     server.hold_back_bound()
+    server.relays.let_go_of_bound()
     parting = Parting(server.context, lambda connection: not connection.can_hand_over, reason)
     deadline = server.loop.time() + GRACE
-    while parting.connections() and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
+    while (parting.connections() or server.relays.bound()) and server.loop.time() < deadline:  # noqa: ASYNC110 - a look is more than waiting
         await asyncio.sleep(await parting.look(deadline))
     await parting.end(deadline + GRACE)
+    server.relays.cut_off_bound()
     server.settle()
     while parting.connections():  # noqa: ASYNC110 - rare
         # Each client has GRACE seconds to read its remaining bytes.
@@ -322,6 +339,9 @@ class Ahead:
             for number in facts["gone"]:
                 self.copies.discard(number)
             self.drop_discarded()
+        elif "incidents" in facts:
+            check_incidents(facts["incidents"])
+            self._server.broker.incidents.restore(facts["incidents"])
         elif "keys" in facts:
             self._server.keyring.take_uses(facts["keys"])
         else:
@@ -456,6 +476,18 @@ class RestoredState:
             (self._socket(lingering_facts), lingering_facts["left_s"])
             for lingering_facts in facts["farewells"]
         ]
+        # An older version has no channels.
+        self._channels = (
+            RestoredChannels(
+                server,
+                facts["channels"],
+                pieces,
+                self._socket,
+                lambda end: server.keyring.find(end["client"], end["key"]),
+            )
+            if "channels" in facts
+            else None
+        )
         if len(pieces):
             raise ValueError(f"{len(pieces)} bytes are left that belong to no connection")
         server.pending_handshakes.failures.remember(facts["failures"], self._now)
@@ -536,6 +568,8 @@ class RestoredState:
             else:
                 server.pending_handshakes.take_over(pending)
         server.stop_listening_at(unwanted)
+        if self._channels is not None:
+            self._channels.begin()
         unauthorized = {**self._ahead.unauthorized_connections, **dict(server.reasons(self.fresh))}
         for connection, reason in unauthorized.items():
             server.broker.replies.close(connection.session, reason, code=ErrorCode.KEY_REMOVED)

@@ -15,15 +15,19 @@ from brokerd.config import cert_subjects as subjects
 from brokerd.config.model import Limits
 from brokerd.config.values import ListenConfig
 from brokerd.core.broker import AdminCommand, Broker
+from brokerd.core.cluster.admission import Verdict
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.bound_loggers import session_logger
+from brokerd.net.connection.busy_poll import BusyPoll
 from brokerd.net.connection.connection import Connection
 from brokerd.net.connection.connections import Connections
+from brokerd.net.connection.disconnects import Disconnects
 from brokerd.net.connection.liveness import Liveness
 from brokerd.net.connection.reset_recheck import ResetRecheck
 from brokerd.net.connection.tls import TlsConnection
+from brokerd.net.connection.turns import Turns
 from brokerd.net.context import Context
 from brokerd.net.counters import Counters, HandshakeOutcome
 from brokerd.net.drain import Drained, Draining
@@ -34,8 +38,12 @@ from brokerd.net.handshake.pending import PendingConnection
 from brokerd.net.handshake.refusals import note_refusal
 from brokerd.net.handshake.room import Room
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
+from brokerd.net.handshake.undecided import UndecidedConnections
 from brokerd.net.listen.acceptor import Acceptor
 from brokerd.net.listen.listener import ListenError, Listening
+from brokerd.net.relay.end import End
+from brokerd.net.relay.first_frame import begins_channel
+from brokerd.net.relay.relays import Relays
 from brokerd.net.settlement import Settlement
 from brokerd_client.address import Address
 from brokerd_client.wire.envelope import ErrorCode
@@ -45,6 +53,12 @@ __all__ = ["Server"]
 #: Connections checked against a new keyring in one turn of the event loop: some
 #: milliseconds' work.
 _JUDGED: Final = 256
+#: The answers of other hosts.
+_ROOMS: Final = {
+    Verdict.FREE: Room.FREE,
+    Verdict.TAKEN: Room.ELSEWHERE,
+    Verdict.ASKING: Room.ASKING,
+}
 
 
 class Server:
@@ -72,7 +86,11 @@ class Server:
         self.counters = Counters()
         log_limiter = LogRateLimiter(loop, log)
         settlement = Settlement(
-            loop, broker, log_limiter, lambda command: self.on_admin_command(command)
+            loop,
+            broker,
+            log_limiter,
+            lambda command: self.on_admin_command(command),
+            wall=wall,
         )
         liveness = Liveness(loop, limits.keepalive)
         connections = Connections(
@@ -84,6 +102,7 @@ class Server:
             wall=wall,
             on_left=lambda session: self.on_left(session),
         )
+        reset_recheck = ResetRecheck(loop)
         self.context = Context(
             loop=loop,
             broker=broker,
@@ -96,10 +115,22 @@ class Server:
             connections=connections,
             settlement=settlement,
             liveness=liveness,
-            reset_recheck=ResetRecheck(loop),
+            reset_recheck=reset_recheck,
+            busy_poll=BusyPoll(loop),
+            disconnects=Disconnects(loop, reset_recheck),
+            turns=Turns(loop),
         )
         self.pending_handshakes = PendingHandshakes(
             self.context, room_for=self.room_for, on_authenticated=self.admit
+        )
+        self.relays = Relays(self.context, self._why_end_unauthorized)
+        settlement.on_channels = self.relays.settle
+        connections.on_channel = self._on_channel
+        self.undecided = UndecidedConnections(
+            self.context,
+            decide=self._decide,
+            begin_channel=self._begin_channel,
+            turn_away=self._turn_away,
         )
         self._acceptor = Acceptor(self.context, self.pending_handshakes)
         #: Listening sockets that accept nothing until another process takes over, or
@@ -140,6 +171,7 @@ class Server:
         self.context.keyring = keyring
         self.context.limits = limits
         self.context.liveness.reconfigure(limits.keepalive)
+        self.relays.check_keys()
 
     def alter(self, altered: Iterable[ListenConfig]) -> None:
         """Change the settings of addresses that are listened at already.
@@ -184,9 +216,11 @@ class Server:
         self.listening = [other for other in self.listening if other is not listening]
         listening.close()
 
-    def credentials(self) -> list[Credential]:
-        """Return the credential that each connection proved."""
-        return [connection.credential for connection in self.connections]
+    def credentials(self, name: str) -> list[Credential]:
+        """Return the credential that each connection of a client proved."""
+        client = self.broker.exchange.resolve(name)
+        sessions = () if client is None else client.sessions.values()
+        return [session.connection.credential for session in sessions]
 
     def reasons(
         self, connections: Iterable[Connection], keyring: Keyring | None = None
@@ -253,6 +287,7 @@ class Server:
             listening.close()
         self.listening.clear()
         self.pending_handshakes.close()
+        self.undecided.close()
 
     def hold_back_bound(self) -> None:
         """Stop accepting at TLS listeners: no other process could continue their
@@ -272,14 +307,14 @@ class Server:
             if listening in self.listening:
                 self._acceptor.add(listening)
 
-    # Called by the pending handshakes
+    # Called by the pending handshakes and undecided connections
 
     def room_for(self, name: str) -> Room:
-        """Make room for one more connection of ``name``, if that is possible.
+        """Return whether there is room for one more connection of ``name``.
 
-        UNDECIDED: the caller asks again in another turn.
+        ENDING: the caller asks again in another turn.
         """
-        if len(self.connections) >= self.limits.connections:
+        if len(self.connections) + len(self.undecided) >= self.limits.connections:
             return Room.FULL
         has_room, leaving = self.broker.place_for(name)
         if not has_room:
@@ -290,38 +325,114 @@ class Server:
                 # Routing the input of one session may end another, because a write to
                 # it fails.
                 if session.open and session.connection.is_gone() is None:
-                    return Room.UNDECIDED
+                    return Room.ENDING
             has_room, leaving = self.broker.place_for(name)
         if not has_room:
             return Room.DRAINING if self.broker.status.draining else Room.TAKEN
-        if leaving is not None:
-            leaving.connection.end(ErrorCode.REPLACED, "connection replaced by a new one")
-        return Room.FREE
+        return Room.FREE if leaving is None else Room.REPLACES
+
+    def _room_in_cluster(self, name: str) -> Room:
+        """Return whether there is room for one more connection of ``name``, here and at
+        other hosts.
+
+        ASKING: the caller asks again in another turn.
+        """
+        room, traffic = self.room_for(name), self.broker.traffic
+        if room is not Room.FREE or traffic is None:
+            return room
+        verdict = traffic.admission.judge(name, self.context.loop.time())
+        if verdict is Verdict.ASKING:
+            # The question leaves with the next settlement.
+            self.context.loop.call_soon(self.settle)
+        return _ROOMS[verdict]
 
     def admit(self, pending: PendingConnection) -> None:
-        """Begin the session of a connection that has proved its identity."""
+        """Begin the session of a connection whose handshake is over, or wait for its
+        first frame.
+
+        A connection that gave no name waits if its client has all its connections. A
+        connection that is to become a channel always waits.
+        """
+        if self._turns_away_unauthorized(pending):
+            return
         assert pending.credential is not None
         name = pending.credential.client.name
-        # While this handshake was finishing, another connection may have taken the
-        # place, or a reload may have removed the key.
-        why_unauthorized = self.why_unauthorized(
-            pending.credential, pending.uid, tls_peer=pending.tls_peer
-        )
-        if why_unauthorized:
-            self._turn_away(pending, ErrorCode.KEY_REMOVED, why_unauthorized)
-            return
         room = self.room_for(name)
-        if room is Room.UNDECIDED:
-            # The handshake is over, so the client can't wait for another turn.
-            room = Room.TAKEN
-        if room is not Room.FREE:
-            self._turn_away(pending, room.code, room.value)
+        is_channel = pending.is_channel or begins_channel(pending.reader)
+        if room is Room.FREE and pending.claimed and not is_channel:
+            # A channel needs no place, so no other host is asked for one.
+            room = self._room_in_cluster(name)
+        is_beyond = room in (Room.REPLACES, Room.TAKEN, Room.ENDING) or self._is_elsewhere(name)
+        if (is_beyond and not pending.claimed) or room is Room.ASKING or is_channel:
+            client = self.broker.exchange.resolve(name)
+            assert client is not None, "its key is in the keyring"
+            self.undecided.add(pending, client)
+        else:
+            # The handshake is over, so a client that gave its name can't wait for another
+            # turn.
+            self._conclude(pending, Room.TAKEN if room is Room.ENDING else room)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Return whether another host may have to give up its connection of ``name``."""
+        traffic = self.broker.traffic
+        return traffic is not None and traffic.admission.needs_answer(name)
+
+    def _decide(self, pending: PendingConnection) -> bool:
+        """Apply ``when_connected`` to an undecided connection; return False if that
+        takes another turn.
+        """
+        if not self._turns_away_unauthorized(pending):
+            assert pending.credential is not None
+            room = self._room_in_cluster(pending.credential.client.name)
+            if room in (Room.ENDING, Room.ASKING):
+                return False
+            self._conclude(pending, room)
+        return True
+
+    def _begin_channel(self, pending: PendingConnection) -> None:
+        """Begin a channel with a connection whose first frame is OPEN or JOIN."""
+        assert pending.credential is not None
+        self.keyring.let_in(pending.credential, self.context.wall())
+        self.counters.handshakes[HandshakeOutcome.ACCEPTED] += 1
+        self.relays.begin(End.of_pending(pending))
+
+    def _on_channel(self, connection: Connection, unread: bytes) -> None:
+        """Begin a channel with a connection that was an ordinary one until its first frame."""
+        self.relays.begin(End.of_connection(connection, unread))
+
+    def _why_end_unauthorized(self, end: End) -> str:
+        return self.why_unauthorized(end.credential, end.uid, tls_peer=end.tls_peer)
+
+    def _turns_away_unauthorized(self, pending: PendingConnection) -> bool:
+        """Refuse a connection whose key a reload has removed since it was proved; return
+        whether that was so.
+        """
+        assert pending.credential is not None
+        reason = self.why_unauthorized(pending.credential, pending.uid, tls_peer=pending.tls_peer)
+        if reason:
+            self._turn_away(pending, Room.FORBIDDEN, reason)
+        return bool(reason)
+
+    def _conclude(self, pending: PendingConnection, room: Room) -> None:
+        """Begin the session of a connection that has room, and refuse another one."""
+        if room not in (Room.FREE, Room.REPLACES):
+            self._turn_away(pending, room)
             return
+        assert pending.credential is not None
+        name = pending.credential.client.name
+        if room is Room.REPLACES:
+            _, leaving = self.broker.place_for(name)
+            assert leaving is not None
+            leaving.connection.end(ErrorCode.REPLACED, "connection replaced by a new one")
         now_wall = self.context.wall()
         self.keyring.let_in(pending.credential, now_wall)
         connection = _connection(self.context, pending, pending.credential)
         session = self.broker.attach(
-            name, fresh_instance(), peer=pending.peer, now_wall=now_wall, connection=connection
+            name,
+            fresh_instance(self.broker.instance_suffix),
+            peer=pending.peer,
+            now_wall=now_wall,
+            connection=connection,
         )
         self.context.connections.add(connection)
         self.counters.handshakes[HandshakeOutcome.ACCEPTED] += 1
@@ -337,8 +448,10 @@ class Server:
         connection.open(session, pending.reader.take_rest())
         self.settle()
 
-    def _turn_away(self, pending: PendingConnection, code: ErrorCode | None, reason: str) -> None:
-        """Refuse a connection whose client has proved its key; send ``code``, if any."""
+    def _turn_away(self, pending: PendingConnection, room: Room, reason: str = "") -> None:
+        """Refuse a connection whose client has proved its key; send the code, if any."""
+        code, reason = room.code, reason or room.value
+        self.context.loop.remove_reader(pending.fd)
         try:
             if code is not None:
                 pending.stream.send(reason_frame(code, reason))
@@ -364,7 +477,11 @@ class Server:
         timeout_s: seconds until connections that do not read are cut off.
         """
         draining = Draining(
-            self.context, timeout_s, stop_accepting=self.stop_accepting, cut_off=self.cut_off
+            self.context,
+            timeout_s,
+            stop_accepting=self.stop_accepting,
+            drain_channels=self.relays.drain,
+            cut_off=self.cut_off,
         )
         return await draining.run()
 
@@ -375,13 +492,15 @@ class Server:
         established, lingering = list(self.connections), context.connections.lingering
         for connection in established:
             connection.lost("the broker stopped")
+        busy_channels = self.relays.cut_off()
         for linger in lingering:
             linger.close()
         context.log_limiter.close()
         context.reset_recheck.close()
+        context.disconnects.close()
         context.liveness.close()
         context.settlement.close()
-        return len(established) + len(lingering)
+        return len(established) + len(lingering) + busy_channels
 
 
 def _connection(context: Context, pending: PendingConnection, credential: Credential) -> Connection:

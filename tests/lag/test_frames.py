@@ -85,8 +85,8 @@ def recipient_not_reading(
 
 
 def test_frame_kinds_all_have_a_case() -> None:
-    """A new kind of frame must be measured too."""
-    assert set(FRAMES) == set(Kind)
+    """A new kind of frame must be measured too. OPEN and JOIN only begin a connection."""
+    assert set(FRAMES) == set(Kind) - {Kind.OPEN, Kind.JOIN}
 
 
 @pytest.mark.parametrize(

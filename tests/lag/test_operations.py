@@ -30,14 +30,30 @@ ARGUMENTS: dict[str, Callable[[], dict[str, object]]] = {
     "upgrade": dict,
     "cancels": dict,
     "in_flight": lambda: {"n": 1},
+    "listen": dict,
+    "unlisten": dict,
+    "channels": dict,
     "goaway": dict,
     "finished": dict,
+    "mailboxes": dict,
+    "open_mailbox": dict,
+    "close_mailbox": dict,
+    "mailbox_show": lambda: {"name": "crowd", "state": "ready"},
+    "mailbox_kick": lambda: {"name": "crowd", "seq": "all"},
+    "mailbox_drop": lambda: {"name": "crowd", "seq": 1},
+    "mailbox_purge": lambda: {"name": "crowd", "state": "dead"},
+    "mailbox_import": lambda: {"name": "crowd", "messages": [{}]},
+    "tap": lambda: {"pattern": "crowd"},
+    "why": lambda: {"name": "crowd"},
+    "hosts": dict,
 }
 #: Operations that have cases of their own: what each is measured by.
 ELSEWHERE = {"drain": "test_turns.py"}
-#: What a part of a program answers to these, and a broker that does not drain to the
-#: last one.
+#: What a part of a program answers to these with an error, a broker that does not drain,
+#: and one without mailboxes.
 REFUSED = {"upgrade", "log_level", "reload", "finished"}
+REFUSED |= {"open_mailbox", "close_mailbox"}
+REFUSED |= {"mailbox_show", "mailbox_kick", "mailbox_drop", "mailbox_purge", "mailbox_import"}
 
 
 def test_operations_all_have_a_case() -> None:

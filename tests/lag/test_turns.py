@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.keys import key_of
@@ -18,10 +20,13 @@ from support.raw_client import EVENT, JSON, MESSAGE, REPLY, REQUEST, Raw, login,
 
 from brokerd.config.load import load, load_text
 from brokerd.core import snapshot
+from brokerd.core.replies import Replies
 from brokerd.core.session import Session
 from brokerd.core.snapshot import capture
+from brokerd.monitor import http_server
 from brokerd.net import handover
 from brokerd.net.connection.connection import Connection
+from brokerd_client.address import Address
 
 # Connections
 
@@ -54,6 +59,35 @@ def test_event_loop_with_10000_subscriptions_removed_stays_responsive(broker: Cr
     broker.meter.check()
 
 
+def test_event_loop_with_10000_topics_changed_stays_responsive(broker: Crowded) -> None:
+    """One subscription, or the end of thousands, concerns all topics in the cache."""
+    session = broker.call(lambda: broker.connect_without_socket("subscriber"))
+    topics = broker.daemon.broker.topics
+
+    def publish() -> None:
+        for number in range(10_000):
+            topics.find(f"t{number % 100}.n{number}.x")
+
+    def subscribe() -> None:
+        for number in range(5000):
+            topics.add(f"t{number % 100}.*.n{number}", session)
+            session.subscriptions.add((f"t{number % 100}.*.n{number}", None))
+
+    broker.call(subscribe)
+    for change in (
+        lambda: topics.add(">", session, "g"),
+        lambda: session.connection.lost("the test says so"),
+    ):
+        broker.call(publish)
+        broker.meter.reset()
+        broker.timed(change)
+        broker.call(broker.daemon.server.settle)
+        # The presence of the client may be there by now.
+        assert broker.call(lambda: len(topics.cache.topics)) < 9
+        broker.idle()
+        broker.meter.check()
+
+
 def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> None:
     """All of them are released when the recipient leaves."""
     recipient = broker.call(lambda: broker.connect_without_socket("one-wait", writable=False))
@@ -62,7 +96,7 @@ def test_event_loop_with_1000_held_senders_stays_responsive(broker: Crowded) -> 
 
     def hold() -> None:
         outbox = recipient.outbox
-        outbox.append(bytes(packed(MESSAGE, "sender", bytes(outbox.limit - 200))))
+        outbox.append(memoryview(packed(MESSAGE, "sender", bytes(outbox.limit - 200))))
         broker.daemon.broker.replies.touch(recipient)
         broker.daemon.server.settle()
         for sender in senders:
@@ -169,13 +203,21 @@ FEW = f'clients:\n  ops: {{key: "{key_of("ops").decode()}", admin: true}}\n'
     ],
 )
 def test_event_loop_with_reload_of_10000_clients_stays_responsive(
-    broker_from_file: tuple[Crowded, Path], text: str
+    broker_from_file: tuple[Crowded, Path], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This leaves out the thread that reads the file: test_wall_clock.py measures what it
     costs the event loop.
     """
     broker, file = broker_from_file
     file.write_text(text)
+    closes: Counter[int] = Counter()
+    close = Replies.close
+
+    def count(replies: Replies, session: Session, reason: str, **how: Any) -> None:
+        closes[broker.meter.turns] += 1
+        close(replies, session, reason, **how)
+
+    monkeypatch.setattr(Replies, "close", count)
     with broker.login("ops") as ops:
         assert ops.ask("reload", dry_run=True).json["problems"] == []
         assert ops.ask("reload").json["problems"] == []
@@ -186,6 +228,8 @@ def test_event_loop_with_reload_of_10000_clients_stays_responsive(
         assert broker.call(lambda: len(broker.daemon.server.connections)) == (
             1 if removed else CONNECTED + 1
         )
+    assert sum(closes.values()) == (CONNECTED if removed else 0)
+    assert all(count <= 256 for count in closes.values())
 
 
 @pytest.mark.timing
@@ -225,7 +269,7 @@ def test_event_loop_with_drain_of_8000_connections_stays_responsive() -> None:
             broker.loop_ends()
             # Half a second, and what a busy machine adds: not as long as all the lists
             # take.
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 10
         broker.meter.check()
 
 
@@ -304,8 +348,12 @@ def test_event_loop_with_key_expiry_of_10000_clients_stays_responsive() -> None:
 
 
 @pytest.mark.parametrize("per_client", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_event_loop_with_monitor_pages_stays_responsive(per_client: bool) -> None:
+def test_event_loop_with_monitor_pages_stays_responsive(
+    per_client: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All pages, with the metrics of each client or without."""
+    # A busy machine may need longer than usual for them.
+    monkeypatch.setattr(http_server, "_LONGEST", 120.0)
     extra = f"monitor: {{address: '127.0.0.1:0', per_client: {str(per_client).lower()}}}"
     with crowded(load_text(large_text(OWN, extra=extra))) as broker:
         broker.fill(CONNECTED)
@@ -319,6 +367,37 @@ def test_event_loop_with_monitor_pages_stays_responsive(per_client: bool) -> Non
                 )
                 answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
             assert b" 200 " in answer.split(b"\r\n", 1)[0], answer[:200]
+        broker.meter.check()
+
+
+def live_event(address: Address, query: str) -> bytes:
+    """Return the first event of a page's stream."""
+    with socket.create_connection(address.sockaddr, timeout=60) as sock:
+        sock.sendall(f"GET /live?{query} HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+        data = b""
+        while not data.endswith(b"\n\n\r\n"):
+            data += sock.recv(1 << 16)
+    return data
+
+
+def test_event_loop_with_open_page_stays_responsive(tmp_path: Path) -> None:
+    """A page with each of its tables, sorted by a number, where each client has a mailbox."""
+    store = f"store: {{path: {tmp_path / 'store'}, min_free: 0}}"
+    extra = f"monitor: 127.0.0.1:0\n{store}"
+    sorted_by = {
+        "clients": "stored",
+        "topics": "subscriptions",
+        "channels": "since",
+        "mailboxes": "oldest",
+    }
+    with crowded(load_text(large_text(OWN, extra=extra, entry="mailbox: true"))) as broker:
+        broker.fill(CONNECTED)
+        broker.idle()
+        broker.meter.reset()
+        (address,) = broker.daemon.monitor_addresses
+        for view, column in sorted_by.items():
+            query = f"view={view}&sort={column}&reverse=1&filter=c&client=crowd&mailbox=c1"
+            assert b'"table":{' in live_event(address, query)
         broker.meter.check()
 
 

@@ -142,7 +142,7 @@ def test_drain_timeout_cuts_off_client_that_does_not_read() -> None:
         broker.stop_soon()
         stopped = broker.log.wait("daemon.stopped")[0].fields
         assert stopped["cut_off"] == 1
-        assert 0.3 <= monotonic() - began < 10
+        assert 0.3 <= monotonic() - began < 20
 
 
 def test_drain_sender_gets_error_for_each_undelivered_message(socket_dir: Path) -> None:
@@ -396,16 +396,13 @@ def test_drain_held_sender_gets_shutting_down_for_each_refused_message() -> None
         broker.login("alice") as alice,
         broker.login("bob") as bob,
     ):
+        session = broker.daemon.broker.exchange.clients["alice"].sessions["alice"]
         count = 0
-        alice.sock.settimeout(0.5)
-        outcomes: dict[int, str] = {}
-        try:
-            while True:
-                alice.send(MESSAGE, "bob", bytes(50_000), message_id=count, flags=WANT_RECEIPT)
-                count += 1
-                outcomes[alice.recv().id] = "taken"
-        except TimeoutError:
-            alice.sock.settimeout(30)
+        while broker.call(lambda: session.held_by) is None:
+            alice.send(MESSAGE, "bob", bytes(50_000), message_id=count, flags=WANT_RECEIPT)
+            count += 1
+            wait_until_taken(broker, "alice", count)
+        assert [alice.recv().kind for _ in range(count - 1)] == [RECEIPT] * (count - 1)
         broker.stop_soon()
         frame = alice.recv()
         assert (frame.id, frame.code) == (count - 1, "shutting_down")

@@ -611,6 +611,27 @@ def test_handshake_reset_by_peer_leaves_nothing_behind() -> None:
         broker.login("alice").close()
 
 
+def test_handshake_reset_behind_last_frame_ends_connection() -> None:
+    """The event loop may report the last frame and the reset at once, and only once. The
+    session begins and ends, and the name is free.
+    """
+    with served() as broker:
+        alice = broker.raw()
+        alice.write(prefixed(alice.answer(key_of("alice"), b"alice")))
+        assert alice.read_body() == WELCOME
+        alice.challenge(key_of("alice"))
+        alice.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def finish() -> None:
+            alice.write(prefixed(WELCOME))
+            alice.close()
+
+        # The event loop is busy until both have arrived.
+        broker.call(finish)
+        broker.log.wait("client.disconnected")
+        broker.login("alice").close()
+
+
 @pytest.mark.timing
 def test_penalties_failing_address_is_delayed_and_right_key_is_not(
     monkeypatch: pytest.MonkeyPatch,

@@ -5,9 +5,11 @@ read.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +21,14 @@ from support.running_daemon import RunningDaemon, configuration, running_daemon
 from brokerd.config.model import Config
 from brokerd.net.connection import liveness as liveness
 from brokerd.net.server import Server
-from brokerd_client._common.keepalive import Silence, keep_alive
+from brokerd_client._common.keepalive import Silence, keep_alive, leave_to_system
 
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="options and struct tcp_info as on Linux"
 )
+#: Seconds before the first probe, with a limit of 40 s.
+IDLE_OF_40_S = 17
+RTO_MAX_MS = 44
 
 
 @pytest.fixture
@@ -43,17 +48,39 @@ def options(sock: socket.socket) -> tuple[int, ...]:
 
 @linux
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 30, 60, 3600, 0.5, 29.9, 10**7])
-def test_keepalive_idle_peer_has_about_limit_to_answer(
+def test_keepalive_idle_peer_has_most_of_limit_to_answer(
     connection: socket.socket, limit: float
 ) -> None:
-    """The first probe is sent after half of the time, and a few follow. Times are whole
-    seconds, within the system's own bounds.
+    """The first probe is sent within half of the time, and a few follow. They
+    are over within the limit, though the system's long timers are late by an eighth.
     """
     keep_alive(connection, limit)
     idle, every, count = options(connection)
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-    in_all = idle + every * count
+    late = sum(seconds / 8 for seconds in (idle, *[every] * count) if seconds > 1)
+    in_all = idle + every * count + late
     assert limit * 0.8 - 1 <= in_all <= max(2, limit) or limit == 10**7
+    assert idle <= max(1, limit / 2)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("limit", "pause_ms"), [(1, 1000), (36, 16_000), (3600, 120_000)], ids=["1", "36", "3600"]
+)
+def test_keepalive_bounds_pauses_between_questions(
+    connection: socket.socket, limit: float, pause_ms: int
+) -> None:
+    """A peer that has not read for long is asked within the limit as well, where the
+    system has this option; without a limit as the system does by default.
+    """
+    try:
+        before = connection.getsockopt(socket.IPPROTO_TCP, RTO_MAX_MS)
+    except OSError:
+        pytest.skip("needs TCP_RTO_MAX_MS")
+    keep_alive(connection, limit)
+    assert connection.getsockopt(socket.IPPROTO_TCP, RTO_MAX_MS) == pause_ms
+    leave_to_system(connection)
+    assert connection.getsockopt(socket.IPPROTO_TCP, RTO_MAX_MS) == before
 
 
 @linux
@@ -71,15 +98,16 @@ def test_keepalive_unix_socket_is_unchanged() -> None:
     with near, far:
         keep_alive(near, 30)
         assert near.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
-        assert Silence().lasts(near, 5.0) == 0
+        assert Silence().remaining_s(near, 5.0, 30) == math.inf
 
 
 def kept_alive(broker: RunningDaemon) -> list[tuple[int, int]]:
     """Return for each connection whether keepalive is on, and the idle time before the
-    first probe.
+    first probe, after a round.
     """
 
     def look() -> list[tuple[int, int]]:
+        server_of(broker).context.liveness._begin()
         socks = [connection.sock for connection in server_of(broker).connections]
         return [
             (each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), options(each)[0])
@@ -94,6 +122,19 @@ def server_of(broker: RunningDaemon) -> Server:
     server = broker.daemon._server
     assert server is not None
     return server
+
+
+@linux
+def test_keepalive_system_is_told_in_first_round() -> None:
+    """Not when a connection begins: many have ended by then. A round comes by itself."""
+    config = configuration("127.0.0.1:0", limits={"keepalive": 1})
+    with running_daemon(config) as broker, broker.login("alice") as alice:
+        alice.ping()
+        (connection,) = broker.call(lambda: server_of(broker).connections)
+        deadline = time.monotonic() + 30
+        while not connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @linux
@@ -122,7 +163,7 @@ def test_keepalive_changed_by_reload_applies_to_open_connections(
         carol.ping()
         assert {on for on, _ in kept_alive(broker)} == {int(after > 0)}
         if after:
-            assert {idle for _, idle in kept_alive(broker)} == {after // 2}
+            assert {idle for _, idle in kept_alive(broker)} == {IDLE_OF_40_S}
 
 
 @linux
@@ -146,7 +187,7 @@ def test_keepalive_changed_by_reload_is_applied_in_slices(
         broker.call(lambda: broker.daemon.apply(limited(40), "test"))
         for _ in range(4):
             carol.ping()
-        assert kept_alive(broker) == [(1, 20)] * 3
+        assert kept_alive(broker) == [(1, IDLE_OF_40_S)] * 3
 
 
 @linux
@@ -183,34 +224,55 @@ class FakeSocket:
     family = socket.AF_INET
 
     def __init__(self) -> None:
-        self.repeats = self.probes = self.quiet_ms = 0
+        self.repeats = self.probes = self.in_flight = self.quiet_ms = 0
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         if self.quiet_ms < 0:
             raise OSError("closed")
-        return struct.pack("=xxBB4x48xI", self.repeats, self.probes, self.quiet_ms)[:size]
+        return struct.pack(
+            "=xxBB4x16xI28xI", self.repeats, self.probes, self.in_flight, self.quiet_ms
+        )[:size]
 
 
 @linux
-def test_keepalive_silence_counts_from_first_observation() -> None:
-    """The time that the connection was idle before does not count. An answer ends the
+def test_keepalive_silence_counts_from_last_answer() -> None:
+    """Once bytes or probes are unanswered, and two of their repeats. An answer ends the
     silence, and so does the end of the connection.
     """
     sock, silence = FakeSocket(), Silence()
-    sock.quiet_ms = 3_600_000
-    assert silence.lasts(sock, 100.0) == 0
-    sock.repeats = 1
-    assert silence.lasts(sock, 101.0) == 0
-    sock.repeats, sock.quiet_ms = 5, 3_609_000
-    assert silence.lasts(sock, 110.0) == 9
-    sock.repeats, sock.quiet_ms = 0, 10
-    assert silence.lasts(sock, 111.0) == 0
-    sock.probes, sock.quiet_ms = 2, 4_000
-    assert silence.lasts(sock, 115.0) == 0
     sock.quiet_ms = 3_000
-    assert silence.lasts(sock, 120.0) == 3
+    assert silence.remaining_s(sock, 100.0, 8) == math.inf
+    sock.in_flight, sock.quiet_ms = 1, 4_000
+    assert silence.remaining_s(sock, 101.0, 8) == math.inf
+    sock.repeats, sock.quiet_ms = 1, 5_000
+    assert silence.remaining_s(sock, 102.0, 8) == math.inf
+    sock.repeats, sock.quiet_ms = 2, 6_000
+    assert silence.remaining_s(sock, 103.0, 8) == 2
+    sock.repeats, sock.probes = 1, 1
+    assert silence.remaining_s(sock, 103.0, 8) == 2
+    sock.quiet_ms = 8_000
+    assert silence.remaining_s(sock, 105.0, 8) == 0
+    sock.repeats, sock.probes, sock.quiet_ms = 0, 0, 10
+    assert silence.remaining_s(sock, 106.0, 8) == math.inf
     sock.quiet_ms = -1
-    assert silence.lasts(sock, 130.0) == 0
+    assert silence.remaining_s(sock, 107.0, 8) == math.inf
+
+
+@linux
+def test_keepalive_silence_gives_time_to_first_bytes_after_long_idleness() -> None:
+    """As on a connection without probes until now: its peer was silent, but was not
+    asked.
+    """
+    sock, silence = FakeSocket(), Silence()
+    sock.in_flight, sock.quiet_ms = 1, 3_600_000
+    assert silence.remaining_s(sock, 100.0, 8) == math.inf
+    sock.repeats = 2
+    assert silence.remaining_s(sock, 100.5, 8) == 1.5
+    assert silence.remaining_s(sock, 102.0, 8) == 0
+    sock.repeats = sock.in_flight = 0
+    assert silence.remaining_s(sock, 103.0, 8) == math.inf
+    sock.repeats = 2
+    assert silence.remaining_s(sock, 110.0, 8) == 2
 
 
 @linux
@@ -223,5 +285,57 @@ def test_keepalive_peer_that_does_not_read_is_not_silent(connection: socket.sock
         while True:
             connection.send(bytes(1 << 20))
     silence = Silence()
-    silence.lasts(connection, 0.0)
-    assert silence.lasts(connection, 100.0) < 5
+    silence.remaining_s(connection, 0.0, 5)
+    assert silence.remaining_s(connection, 100.0, 5) > 0
+
+
+@linux
+def test_keepalive_check_of_acknowledged_connection_makes_no_system_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection is checked again once something is written to it, until its peer has
+    acknowledged that.
+    """
+    checked: list[str] = []
+    unread = 1
+
+    def unacknowledged(sock: socket.socket) -> int:
+        checked.append("state")
+        return unread
+
+    monkeypatch.setattr(liveness, "unacknowledged", unacknowledged)
+    monkeypatch.setattr(liveness, "_SHORTEST_PAUSE_S", 3600.0)
+    with (
+        running_daemon(configuration("127.0.0.1:0")) as broker,
+        broker.login("alice") as alice,
+    ):
+
+        def checks() -> int:
+            checked.clear()
+            broker.call(server_of(broker).context.liveness._begin)
+            return len(checked)
+
+        alice.ping()
+        assert [checks(), checks()] == [1, 1]
+        unread = 0
+        assert [checks(), checks(), checks()] == [1, 0, 0]
+        alice.ping()
+        assert [checks(), checks()] == [1, 0]
+
+
+@linux
+def test_keepalive_silent_peer_is_disconnected_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only at the next round, which may come a quarter of the limit later."""
+    remaining_s = [0.01, 0.0]
+    monkeypatch.setattr(Silence, "remaining_s", lambda *given: remaining_s.pop(0))
+    monkeypatch.setattr(liveness, "unacknowledged", lambda sock: 1)
+    monkeypatch.setattr(liveness, "_SHORTEST_PAUSE_S", 3600.0)
+    with (
+        running_daemon(configuration("127.0.0.1:0")) as broker,
+        broker.login("alice") as alice,
+    ):
+        broker.call(server_of(broker).context.liveness._begin)
+        assert alice.is_closed()
+    assert remaining_s == []

@@ -59,7 +59,10 @@ class MonitoredKeys:
         self.clock, self.log = Clock(), Recorder()
         self.credentials: list[Credential] = []
         self.watch = KeyExpiryMonitor(
-            self.log.logger, lambda: self.clock.now, self.clock.call_later, lambda: self.credentials
+            self.log.logger,
+            lambda: self.clock.now,
+            self.clock.call_later,
+            lambda name: [each for each in self.credentials if each.client.name == name],
         )
         self.watch.watch(found)
 

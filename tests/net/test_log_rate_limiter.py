@@ -15,6 +15,7 @@ from support.running_daemon import Recorder, configuration, running_daemon
 
 from brokerd.core import routing
 from brokerd.core.log_events import LogEvent
+from brokerd.log.minute_counts import MOST, MinuteCounts
 from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.core_events import report
 
@@ -200,6 +201,65 @@ def test_log_admin_change_is_info_and_query_is_debug(op: str, level: str) -> Non
     session: Any = SimpleNamespace(
         client=SimpleNamespace(name="ops"), address="ops", peer="unix uid=0"
     )
-    report([LogEvent("admin.asked", session, "", op, "", 1)], LogRateLimiter(_Clock(), log.logger))  # type: ignore[arg-type]
+    clock: Any = _Clock()
+    counts = MinuteCounts(clock, log.logger)
+    events = [LogEvent("admin.asked", session, "", op, "", 1)]
+    report(events, LogRateLimiter(clock, log.logger), counts)
     (event,) = log.events
     assert (event.level, event.event, event.fields["op"]) == (level, "admin.asked", op)
+
+
+def test_minute_counts_repeated_key_is_logged_at_once_and_then_once_a_minute() -> None:
+    """Each key has at most one line a minute, and no event is left out."""
+    clock, log = _Clock(), Recorder()
+    counts = MinuteCounts(clock, log.logger)  # type: ignore[arg-type]
+
+    counts.note("x.counted", {"sender": "alice", "to": "bob"}, 1, reason="first")
+    assert [event.fields["count"] for event in log.events] == [1]
+    for _ in range(70):
+        counts.note("x.counted", {"sender": "alice", "to": "bob"}, 2, reason="later")
+        clock.advance(1)
+    counts.note("x.counted", {"sender": "alice", "to": "carol"}, 1)
+    clock.advance(300)
+
+    lines = [(event.fields["to"], event.fields["count"]) for event in log.named("x.counted")]
+    assert lines == [("bob", 1), ("bob", 120), ("carol", 1), ("bob", 20)]
+    assert log.events[1].fields["reason"] == "later"
+    assert not counts._counts
+    assert not clock.timers
+
+
+def test_minute_counts_with_many_keys_are_bounded() -> None:
+    """Keys beyond the bound share one, and closing logs what was only counted."""
+    clock, log = _Clock(), Recorder()
+    counts = MinuteCounts(clock, log.logger)  # type: ignore[arg-type]
+
+    for number in range(10 * MOST):
+        counts.note("x.counted", {"sender": "alice", "to": f"name{number}"}, 1)
+    counts.close()
+
+    assert len(log.events) == MOST + 2
+    assert sum(event.fields["count"] for event in log.events) == 10 * MOST
+    assert log.events[-1].fields["to"] == "others"
+    assert not clock.timers
+
+
+def test_log_message_to_offline_recipient_is_counted_at_info(socket_dir: Path) -> None:
+    """At the default level, a refusal shows at once, with both names and the code."""
+    with (
+        running_daemon(configuration(str(socket_dir / "sock"))) as broker,
+        broker.login("alice") as alice,
+    ):
+        alice.send(1, "bob", b"hello")
+        alice.recv()
+        (event,) = broker.log.wait("message.refusals")
+        assert (event.level, event.fields) == (
+            "info",
+            {
+                "sender": "alice",
+                "to": "bob",
+                "code": "offline",
+                "count": 1,
+                "reason": "bob is not connected",
+            },
+        )

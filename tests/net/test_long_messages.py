@@ -12,6 +12,9 @@ import pytest
 from support.raw_client import ERROR, EVENT, MESSAGE, RECEIPT, REPLY, WANT_RECEIPT, Frame, packed
 from support.running_daemon import configuration, running_daemon
 
+from brokerd.net.connection import connection as connection_module
+from brokerd.net.connection.connection import Connection
+
 BIG = os.urandom(1 << 20)
 
 
@@ -46,7 +49,7 @@ def test_large_frame_among_small_ones_keeps_order() -> None:
             try:
                 rest = rest[alice.sock.send(rest) :]
             except BlockingIOError:
-                if broker.call(lambda: broker.daemon.broker.held):
+                if broker.call(lambda: bool(broker.daemon.broker.held.deadlines)):
                     break
         assert rest, "the sender was never held"
         alice.sock.settimeout(30)
@@ -62,6 +65,33 @@ def test_large_frame_among_small_ones_keeps_order() -> None:
             (number, BIG if number % 2 else b"short") for number in range(80)
         ]
         assert [alice.recv().kind for _ in range(80)] == [RECEIPT] * 80
+
+
+def test_large_frame_is_written_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipient that reads as fast as the broker writes does not keep the broker for the
+    whole of a long message.
+    """
+    turns = 0
+
+    def count(connection: Connection) -> None:
+        nonlocal turns
+        turns += 1
+        on_writable(connection)
+
+    on_writable = Connection.on_writable
+    monkeypatch.setattr(Connection, "on_writable", count)
+    monkeypatch.setattr(connection_module, "BYTES_PER_TURN", 10_000)
+    # As much as the system takes at once, and more than the read buffer.
+    body = BIG[:200_000]
+    with (
+        served() as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        for number in range(3):
+            alice.write(packed(MESSAGE, "bob", body, message_id=number))
+        assert [bob.recv()[4:] for _ in range(3)] == [(number, body) for number in range(3)]
+        assert turns >= 3 * len(body) // 10_000 - 3
 
 
 def test_large_frame_of_event_reaches_every_subscriber() -> None:

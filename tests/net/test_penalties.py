@@ -8,10 +8,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support.keys import key_of
 from support.raw_client import Rejected, login, prefixed
 from support.running_daemon import RunningDaemon, configuration, running_daemon
 
+from brokerd.net.handshake import key_search
 from brokerd.net.handshake import penalties as failures_module
 from brokerd.net.handshake.handshakes import PendingHandshakes
 from brokerd.net.handshake.keyring import Keyring
@@ -79,6 +79,7 @@ def test_pending_connection_is_not_read_during_key_search(
         patched.setattr(PendingHandshakes, "_on_readable", count)
         # There are more keys than one slice tries, and the next slice has to wait.
         patched.setattr(PendingHandshakes, "_search_on", lambda self: None)
+        patched.setattr(key_search, "SLICE", 32)
         clients = dict.fromkeys(f"c{number}" for number in range(100))
         with running_daemon(configuration("127.0.0.1:0", clients)) as broker, broker.raw() as peer:
             peer.write(prefixed(peer.answer(b"wrong")) + bytes(20_000))
@@ -101,4 +102,28 @@ def test_keyring_after_reload_keeps_order_of_tries() -> None:
         (credential,) = former.named(name)
         former.let_in(credential, float(used_at))
     ring.adopt_uses(former)
-    assert list(ring.candidates(3)) == [key_of(name) for name in ("bob", "carol", "alice")]
+    tried = [ring.owner(prepared).client.name for prepared in ring.candidates(0, 3)]
+    assert tried == ["bob", "carol", "alice"]
+
+
+def test_keyring_second_adoption_copies_only_later_uses() -> None:
+    """A reload copies the uses in a thread, and those since then when it takes over."""
+    clients = configuration("127.0.0.1:0", "alice bob carol dave").clients.values()
+    former, ring = Keyring(clients), Keyring(clients)
+
+    def use(used_at: float, name: str) -> None:
+        (credential,) = former.named(name)
+        former.let_in(credential, used_at)
+
+    use(1.0, "carol")
+    use(2.0, "bob")
+    ring.adopt_uses(former)
+    use(3.0, "dave")
+    use(4.0, "carol")
+    ring.adopt_uses(former)
+
+    assert ring.uses() == [
+        (name, former.named(name)[0].key.key_id, used_at)
+        for name, used_at in (("carol", 4.0), ("dave", 3.0), ("bob", 2.0))
+    ]
+    assert ring.uses(former.moments()) == []

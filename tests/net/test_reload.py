@@ -44,7 +44,7 @@ def test_reload_added_client_can_connect_and_receive(served: ReloadableDaemon) -
         assert served.reload() == []
         with served.connect("carol", "carols-key") as carol:
             alice.send_confirmed("carol", "hello")
-            assert carol.recv(timeout=5).payload == "hello"
+            assert carol.recv(timeout=30).payload == "hello"
 
 
 def test_reload_unchanged_client_keeps_connection(served: ReloadableDaemon) -> None:
@@ -194,7 +194,7 @@ def test_reload_missing_socket_file_is_bound_again(served: ReloadableDaemon, how
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         with served.connect("bob", "bobs-first-key") as bob:
             alice.send_confirmed("bob", "hello")
-            assert bob.recv(timeout=5).payload == "hello"
+            assert bob.recv(timeout=30).payload == "hello"
         (restored,) = served.log.named("listener.restored")
         assert restored.fields["listener"] == str(path)
         assert served.reload() == []

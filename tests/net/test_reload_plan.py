@@ -4,6 +4,7 @@ fail.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -21,6 +22,7 @@ from support.running_daemon import TIMEOUT_S
 
 import brokerd_client
 from brokerd.config.load import load
+from brokerd.daemon.reload import ReloadOutcome, json_pieces, logged
 from brokerd_client.address import Address
 from brokerd_client.errors import AuthenticationError, Disconnected, TimedOut
 
@@ -82,6 +84,44 @@ def test_reload_dry_run_returns_plan_and_changes_nothing(
         assert plan.items() <= logged.fields.items()
         assert is_disconnected(bob)
         assert (served.home / "second").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 500, 512, 513, 2000])
+def test_reload_plan_is_encoded_in_pieces(count: int) -> None:
+    """The pieces are the JSON of the whole plan, and none has more than 512 entries."""
+    names = [f"c{number}" for number in range(count)]
+    plan: dict[str, Any] = {
+        "added": names,
+        "changed": {name: ["queue: 1MiB -> 2MiB"] for name in names},
+        "restart": [],
+        "altered": {"@x": ["mode: 0600 -> 0660"]},
+    }
+
+    pieces = list(json_pieces(plan))
+
+    assert json.loads(b"".join(pieces)) == plan
+    assert max(piece.count(b"c") for piece in pieces) <= 2 * 512
+    reply = ReloadOutcome(plan, plan_json=pieces).as_reply("b.yaml", dry_run=True)
+    assert json.loads(b"".join(reply))["plan"] == plan
+    assert json.loads(b"".join(ReloadOutcome(None).as_reply("b", dry_run=True)))["plan"] is None
+
+
+def test_reload_plan_in_log_is_shortened() -> None:
+    """A list of very many clients ends in their number; the reply to a client is whole."""
+    names = [f"c{number}" for number in range(1002)]
+    plan = {
+        "added": names,
+        "removed": names[:1000],
+        "changed": {name: ["queue: 1MiB -> 2MiB"] for name in names},
+        "restart": [],
+    }
+
+    fields = logged(plan)
+
+    assert fields["added"] == [*names[:1000], "and 2 more"]
+    assert fields["removed"] == names[:1000]
+    assert [*fields["changed"]] == fields["added"]
+    assert fields["restart"] == []
 
 
 def test_reload_dry_run_of_invalid_file_returns_every_problem(

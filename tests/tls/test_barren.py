@@ -41,7 +41,8 @@ FLOODS: dict[str, Callable[[Forger], bytes]] = {
 @pytest.fixture
 def broker(server: Issued) -> Iterator[RunningDaemon]:
     """A broker with one TLS listener."""
-    with running_daemon(configuration({"address": "127.0.0.1:0", "tls": server.entry()})) as broker:
+    listen = {"address": "127.0.0.1:0", "tls": server.entry()}
+    with running_daemon(configuration(listen, limits={"handshake_timeout": "60s"})) as broker:
         yield broker
 
 

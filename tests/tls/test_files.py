@@ -416,13 +416,13 @@ def test_tls_added_to_listener_by_reload_applies_to_new_connections(
 def test_tls_memory_is_part_of_memory_bound(issued: Issued) -> None:
     """Each connection and each pending handshake counts, if any listener has TLS."""
     clients = {"alice": {"connections": 7}}
-    limits = {"handshakes": 5}
+    limits = {"handshakes": 5, "channels": 3}
     without = memory_bound(configuration("127.0.0.1:0", clients, limits=limits))
     tls = memory_bound(
         configuration({"address": "127.0.0.1:0", "tls": issued.entry()}, clients, limits=limits)
     )
     assert without.parts()["tls"] == 0
-    assert tls.total - without.total == tls.parts()["tls"] == 12 * 256 * 1024
+    assert tls.total - without.total == tls.parts()["tls"] == 23 * 256 * 1024
 
 
 # Subjects

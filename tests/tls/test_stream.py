@@ -18,7 +18,7 @@ from support.interruption import RETURN, interrupted_at
 from support.tls.authority import Issued
 
 from brokerd_client.address import Address
-from brokerd_client.aio.tls_transport import _Encrypting, dial_tls
+from brokerd_client.aio.tls_transport import Encrypting, dial_tls
 from brokerd_client.aio.transport import Resolver, Transport
 from brokerd_client.blocking.tls_transport import TlsTransport
 from brokerd_client.errors import TlsError
@@ -259,7 +259,7 @@ def test_aio_tls_transport_write_after_peer_close_aborts(
     theirs.close()
     assert ours.recv(4096) == b""
     raw = Raw()
-    _Encrypting(ours.engine, raw).write(b"x")  # type: ignore[arg-type]
+    Encrypting(ours.engine, raw).write(b"x")  # type: ignore[arg-type]
     assert raw.aborted
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from support.broker_process import BrokerProcess
+from support.channels import OPEN, channel, is_refused, joining, listening
 from support.keys import key_of
-from support.raw_client import MESSAGE, Raw
+from support.raw_client import MESSAGE, RECEIPT, Raw, packed
 from support.tls.authority import Authority, Issued
 from support.tls.raw_client import TlsRaw
 
@@ -60,6 +61,37 @@ def test_upgrade_tls_connections_are_closed_after_queued_messages(
         assert silent.is_closed()
         for raw in (ops, alice, silent):
             raw.close()
+
+
+def test_upgrade_tls_channel_is_closed_after_its_bytes(
+    socket_dir: Path, server: Issued, authority: Authority
+) -> None:
+    """Those that its plain end has sent arrive; an OPEN over TLS is refused. A channel
+    whose ends are plain continues.
+    """
+    clients = {"ops": {"admin": True}, "alice": None, "bob": None}
+    listen = [{"address": "127.0.0.1:0", "tls": server.entry()}]
+    with (
+        BrokerProcess(socket_dir, clients, listen=listen) as broker,
+        broker.login("ops") as ops,
+        listening(broker, "bob") as bob,
+        channel(broker, "alice", "bob", bob) as plain,
+        TlsRaw(broker.addresses()[1], authority.context()) as alice,
+        TlsRaw(broker.addresses()[1], authority.context()) as pending,
+    ):
+        first = packed(OPEN, "bob", message_id=1)
+        alice.log_in(key_of("alice"), b"alice channel", behind=first)
+        with joining(broker, "bob", bob.recv().id) as other:
+            assert alice.recv().kind == other.recv().kind == RECEIPT
+            pending.log_in(key_of("alice"), b"alice channel", behind=first)
+            assert bob.recv().kind == OPEN
+            other.write(b"last words")
+            assert ops.ask("upgrade").json["upgraded"]
+            assert alice.read_to_end() == b"last words"
+            assert other.read_to_end() == b""
+            assert is_refused(pending, "shutting_down")
+        plain[0].write(b"x")
+        assert plain[1].read(1) == b"x"
 
 
 @pytest.mark.parametrize("upgrades", [1, pytest.param(5, marks=pytest.mark.slow)])

@@ -11,19 +11,19 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from brokerd.core import routing
 from brokerd.core.goaway import add_reason
-from brokerd.core.large_frame import SLACK, LargeFrame
+from brokerd.core.large_frame import SLACK, LargeFrame, MappedFrame
 from brokerd.core.routing_result import RoutingResult
+from brokerd.core.session import NARROW
 from brokerd.core.slow_path import handle_slow_path
-from brokerd.log.logger import in_words
 from brokerd.net.bound_loggers import session_logger
+from brokerd.net.bugs import note_bug
 from brokerd.net.byte_stream import ByteStream
-from brokerd.net.connection.state import NEXT, Event, State
+from brokerd.net.connection.state import HUNG_UP, NEXT, Event, State
 from brokerd.net.connection.unread import UnreadCounter
 from brokerd.net.context import READ_BUFFER
 from brokerd.net.handshake.tls import NO_TLS, TlsPeer
@@ -39,30 +39,30 @@ if TYPE_CHECKING:
     from brokerd.core.session import Session
     from brokerd.net.context import Context
     from brokerd.net.handshake.keyring import Credential
+    from brokerd_client.tls.stream import TlsStream
 
 #: Routes the frames of a buffer: see routing.feed.
 _Feed: TypeAlias = (
     "Callable[[Broker, Session, memoryview, int, int, float], tuple[int, RoutingResult]]"
 )
 
-__all__ = ["GRACE", "Connection", "has_hung_up", "tune"]
+__all__ = ["BYTES_PER_TURN", "GRACE", "Connection", "has_hung_up", "tune", "was_reset"]
 
 #: Longest frame, in bytes, that goes through the shared read buffer. A longer frame
 #: gets a buffer of its own, in which it is passed on.
 _LARGE: Final = READ_BUFFER // 2
 #: Bytes: more than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
-#: A read of at least _PLENTY bytes suggests that more are waiting. If it goes to at
-#: least _MANY recipients, up to _ROUNDS more reads follow before the next write.
-_PLENTY: Final = 64 * 1024
-_MANY: Final = 32
-# The Python routing loop needs so long for one read that a second read would only delay
-# the first.
-_ROUNDS: Final = 7 if routing.NAME == "compiled" else 0
-#: If events go to more than _WIDE subscribers, at most _COPIED bytes are copied for
-#: them in one turn: some milliseconds.
-_WIDE: Final = 64
+#: Bytes of the first read after the sender's turn was cut short, at least.
+_LEAST: Final = 4096
+#: Frames for mailboxes in one turn that make a sender wait for its next turn.
+_MANY_STORED: Final = 16
+#: If events go to many subscribers, at most this many bytes are copied for them in one
+#: turn: some milliseconds.
 _COPIED: Final = 32 * 1024 * 1024
+#: Bytes after which writing goes on in the next turn: a client that reads as fast as
+#: the broker writes would keep all other clients waiting.
+BYTES_PER_TURN: Final = 2 * 1024 * 1024
 #: Seconds that a client has to read its remaining bytes before its connection is
 #: closed.
 GRACE: Final = 5.0
@@ -72,9 +72,6 @@ _READS: Final = 16
 _sendmsg = getattr(socket.socket, "sendmsg", None)
 #: States in which no input may be read, whatever the session's own state.
 _UNREADABLE: Final = (State.WAITING, State.CLOSING, State.CLOSED)
-_HUNG_UP: Final = (
-    getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
-)
 
 
 class Connection:
@@ -88,6 +85,10 @@ class Connection:
     large_frame: a large frame being collected, or waiting to be routed while its sender
         is held.
     state: whether input is read and routed; see the table in ``state``.
+    most_read: bytes per read; fewer than READ_BUFFER after the sender's turn was cut short.
+        What a turn leaves is copied, to wait for the next one.
+    is_storing: many of the frames in the last turn were for mailboxes. Then reading waits
+        for its turn too: such a sender is paced by the disk.
     writing: output waits until the system takes more. The socket is watched for that,
         in every state but CLOSED.
     grace: the timer that closes a connection in the state CLOSING.
@@ -97,6 +98,7 @@ class Connection:
         closes too, input is read as before.
     can_hand_over: another process could continue with the socket and with the state
         kept here.
+    tls_stream: the same stream over TLS, None without TLS.
     """
 
     can_hand_over: ClassVar[bool] = True
@@ -107,7 +109,9 @@ class Connection:
         "ending",
         "fd",
         "grace",
+        "is_storing",
         "large_frame",
+        "most_read",
         "passed",
         "pending_input",
         "session",
@@ -133,13 +137,19 @@ class Connection:
         self.tls_peer = tls_peer
         self.fd = sock.fileno()
         self.session: Session
-        self.pending_input = b""
-        self.large_frame: LargeFrame | None = None
+        self.pending_input: bytes | memoryview = b""
+        self.large_frame: LargeFrame | MappedFrame | None = None
         self.state = State.NEW
+        self.most_read = READ_BUFFER
+        self.is_storing = False
         self.writing = False
         self.grace: asyncio.TimerHandle | None = None
         self.ending = ""
         self.passed = False
+
+    @property
+    def tls_stream(self) -> TlsStream | None:
+        return None
 
     @property
     def closed(self) -> bool:
@@ -185,7 +195,7 @@ class Connection:
         if session.closing:
             self.close_soon()
         elif self.waits:
-            self.context.loop.call_soon(self._take_turn)
+            self.context.turns.add(self)
         elif session.held_by is None:
             self._read_on_events()
         else:
@@ -196,31 +206,45 @@ class Connection:
     # Reading
 
     def on_readable(self) -> None:
-        """Read and route once, or several times while a large read goes to many
-        recipients.
-
-        With many recipients, writing to each after every read would cost more than
-        reading on.
-        """
+        """Read and route once."""
         if self.session.closing:
             # The connection closes in a later turn; nothing more is read.
             self._stop_reading(Event.CLOSE)
             return
+        if self.is_storing:
+            self._stop_reading(Event.YIELD)
+            self.context.turns.add(self)
+            return
+        self._read_at_once()
+
+    def _read_at_once(self) -> None:
         self.context.reset_recheck.note(self)
+        self.context.busy_poll.begin_read()
         try:
-            rounds = _ROUNDS
-            while self._read() >= _PLENTY and rounds and self._spreads_out():
-                rounds -= 1
-            self.context.settlement.settle()
+            self.context.settlement.settle_read(self._read())
+            self.context.busy_poll.end_read()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
-    def _spreads_out(self) -> bool:
-        """Return whether the last read goes to many recipients, each with little to
-        write.
-        """
-        touched = self.context.broker.touched
-        return len(touched) >= _MANY and self.may_read()
+    def postpone(self) -> None:
+        """Read no input until ``read_postponed`` is called: its client has closed."""
+        self._stop_reading(Event.YIELD)
+
+    def read_postponed(self) -> None:
+        """Read what has arrived, up to the end of the connection."""
+        if not self.waits:
+            return
+        self._change(Event.READ)
+        self._read_at_once()
+        if self.state is not State.READING:
+            return
+        if self.is_storing:
+            # It has its next turn without waiting for the socket.
+            self._change(Event.YIELD)
+            self.context.turns.add(self)
+        else:
+            # There was more than one read takes.
+            self.context.loop.add_reader(self.fd, self.on_readable)
 
     def may_read(self) -> bool:
         """Return whether the connection may be read now.
@@ -243,15 +267,18 @@ class Connection:
                 kept = len(self.pending_input)
                 view[:kept] = self.pending_input
                 size = self.stream.recv_into(view[kept:])
+            elif self.most_read < READ_BUFFER:
+                size = self.stream.recv_into(view[: self.most_read])
             else:
                 size = self.stream.recv_into(view)
         except (BlockingIOError, InterruptedError):
+            self.is_storing = False
             return 0
         except OSError as error:
-            self.lost(error.strerror or type(error).__name__)
+            self._end(error.strerror or type(error).__name__)
             return 0
         if not size:
-            self.lost(self.ending or "connection closed by the client")
+            self._end(self.ending or "connection closed by the client")
             return 0
         if large_frame is None:
             self.pending_input = b""
@@ -260,6 +287,8 @@ class Connection:
             large_frame.filled += size
             if large_frame.is_whole:
                 self._route_large_frame(large_frame)
+            else:
+                self.large_frame = large_frame.moved()
         return size
 
     def resume(self) -> None:
@@ -272,15 +301,20 @@ class Connection:
             self._stop_reading(Event.CLOSE)
             return
         kept, self.pending_input = self.pending_input, b""
-        self._read_on_events()
+        self._change(Event.READ)
+        large_frame = self.large_frame
         if kept:
             self._route(memoryview(kept), len(kept))
-            self.context.settlement.settle()
-        elif self.large_frame is not None and self.large_frame.is_whole:
-            self._route_large_frame(self.large_frame)
+        elif large_frame is not None and large_frame.is_whole:
+            self._route_large_frame(large_frame)
+        if self.state is State.READING:
+            # Not before: to watch the socket for the time of one turn costs ten system
+            # calls.
+            self.context.loop.add_reader(self.fd, self.on_readable)
+        if kept or large_frame is not None:
             self.context.settlement.settle()
 
-    def _route_large_frame(self, large_frame: LargeFrame) -> None:
+    def _route_large_frame(self, large_frame: LargeFrame | MappedFrame) -> None:
         """Route a large frame on the slow path at once, because the routing loop would
         copy it.
         """
@@ -295,7 +329,10 @@ class Connection:
         feed = feed or routing.feed
         now = context.loop.time()
         context.broker.turn.budget = context.turn_budget
-        stop = self._end_of_turn(view, start, end) if session.widest > _WIDE else end
+        stop = self._end_of_turn(view, start, end) if session.widest > NARROW else end
+        taps, stored = context.broker.taps, session.uncommitted
+        if taps.active:
+            taps.begin(session, view, start, now)
         position, result = feed(context.broker, session, view, start, stop, now)
         while result is RoutingResult.FLUSH:
             context.settlement.write_touched()
@@ -303,19 +340,44 @@ class Connection:
                 result = RoutingResult.CLOSE
                 break
             position, result = feed(context.broker, session, view, position, stop, now)
+        while result is RoutingResult.CHANNEL and session.messages_in:
+            # Frames that stayed in the routing loop have come before: it is refused.
+            position, result = feed(context.broker, session, view, position, stop, now)
+        if context.broker.turn.budget != context.turn_budget:
+            # Frames have left the routing loop.
+            context.settlement.has_more = True
+        if taps.active:
+            taps.end(view, position)
+            # The copies are sent.
+            context.settlement.has_more = True
+        self.is_storing = session.uncommitted - stored >= _MANY_STORED
+        if result is RoutingResult.YIELD:
+            self.most_read = max(_LEAST, position - start)
+        elif self.most_read < READ_BUFFER:
+            self.most_read = min(2 * self.most_read, READ_BUFFER)
         if result is RoutingResult.CONSUMED and stop < end:
             result = RoutingResult.YIELD
         if self.state is State.CLOSED:
             pass
         elif result is RoutingResult.CLOSE:
             self._stop_reading(Event.CLOSE)
+        elif result is RoutingResult.CHANNEL:
+            self._become_channel(bytes(view[position:end]))
         else:
             self._keep(view, position, end)
             if result is RoutingResult.BLOCKED:
                 self._stop_reading(Event.HOLD)
             elif result is RoutingResult.YIELD:
                 self._stop_reading(Event.YIELD)
-                context.loop.call_soon(self._take_turn)
+                context.turns.add(self)
+
+    def _become_channel(self, unread: bytes) -> None:
+        """End the session, and leave the socket to a channel."""
+        self._stop_reading(Event.LOSE)
+        self.context.loop.remove_writer(self.fd)
+        self.pending_input, self.large_frame = b"", None
+        self.context.connections.on_lost(self, "the connection becomes a channel")
+        self.context.connections.on_channel(self, unread)
 
     def _stop_reading(self, event: Event) -> None:
         self._change(event)
@@ -337,9 +399,12 @@ class Connection:
         # At least one frame, or as much of it as has arrived.
         return end if span is None else min(end, max(stop, sum(span)))
 
-    def _take_turn(self) -> None:
-        """Route the pending input: the other connections have had their turn."""
+    def take_turn(self) -> None:
+        """Route the pending input, or read: the other connections have had their turn."""
         if not self.waits:
+            return
+        if not (self.pending_input or self.large_frame):
+            self.read_postponed()
             return
         try:
             self.resume()
@@ -350,7 +415,7 @@ class Connection:
         """Keep the bytes of an incomplete frame, or of frames that are not routed yet."""
         if position == end:
             return
-        if isinstance(view.obj, LargeFrame):
+        if isinstance(view.obj, (LargeFrame, MappedFrame)):
             self.large_frame = view.obj
             return
         try:
@@ -371,7 +436,10 @@ class Connection:
             ):
                 self.large_frame = LargeFrame(view[position:end], size)
                 return
-        self.pending_input = bytes(view[position:end])
+        kept, whole = view[position:end], view.obj
+        # Input that was kept before is copied again once half of it is routed.
+        is_most = isinstance(whole, bytes) and 2 * len(kept) > len(whole)
+        self.pending_input = kept if is_most else bytes(kept)
 
     # Writing
 
@@ -384,15 +452,24 @@ class Connection:
         try:
             if outbox.timed:
                 self.context.broker.expire(session, self.context.loop.time())
+            written = 0
             while pieces := outbox.pieces():
                 size = (
                     self.stream.send(pieces[0])
-                    if len(pieces) == 1 or not _sendmsg
-                    else _sendmsg(self.sock, pieces)
+                    if len(pieces) == 1 and len(pieces[0]) <= BYTES_PER_TURN
+                    else self._send(pieces)
                 )
                 if outbox.sent(size):
                     break
+                written += size
+                if written >= BYTES_PER_TURN:
+                    # The other connections have their turn; the event loop reports the
+                    # room that is left.
+                    raise BlockingIOError
                 if outbox.timed:
+                    # An ERROR about an expired frame may go into this very outbox, which
+                    # can't grow while a view of it is kept.
+                    pieces.clear()
                     self.context.broker.expire(session, self.context.loop.time())
             if outbox.timed and outbox.waiting:
                 # More messages have expired than are reported to their senders in one
@@ -410,6 +487,12 @@ class Connection:
                 self.context.loop.remove_writer(self.fd)
             if session.closing:
                 self.lost(session.closing, written=True)
+
+    def _send(self, pieces: Sequence[bytearray | bytes | memoryview]) -> int:
+        """Write several pieces, or a part of a long one; return the number of bytes."""
+        if _sendmsg and len(pieces) > 1 and max(map(len, pieces)) <= BYTES_PER_TURN:
+            return int(_sendmsg(self.sock, pieces))
+        return self.stream.send(memoryview(pieces[0])[:BYTES_PER_TURN])
 
     def _wait_to_write(self) -> None:
         self.session.outbox.blocked = True
@@ -433,25 +516,23 @@ class Connection:
             self.write()
             if not self.closed:
                 self.context.broker.held.release_if_room(self.session, self.context.loop.time())
+                self.context.broker.mailboxes.on_writable(self.session)
             self.context.settlement.settle()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
 
     # The end
 
+    def _end(self, reason: str) -> None:
+        """Close the connection, which its client has closed."""
+        self.lost(reason)
+        self.context.disconnects.note(self.context.connections.established)
+
     def _broken(self, error: Exception) -> None:
         """Close the connection and log the bug; kept open, it would fail again without
         end.
         """
-        self.context.counters.bugs += 1
-        self.context.log_limiter.note(
-            "error",
-            "daemon.bug",
-            type(error).__name__,
-            log=session_logger(self.context.log, self.session),
-            error=in_words(error),
-            trace=traceback.format_exception(error),
-        )
+        note_bug(self.context, session_logger(self.context.log, self.session), error)
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:
@@ -485,6 +566,16 @@ class Connection:
                     self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
         self.context.connections.on_lost(self, reason)
+
+    @property
+    def bytes_out(self) -> int:
+        """The bytes of all frames for the client so far."""
+        return self.session.outbox.size
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether bytes wait for the socket, or its end is awaited."""
+        return bool(self.session.outbox.waiting or self.ending)
 
     @property
     def progress(self) -> tuple[int, int, int, int]:
@@ -573,7 +664,7 @@ class Connection:
     def advance(self) -> bool:
         """Route pending input or newly arrived bytes; return whether there were any."""
         if self.waits:
-            self._take_turn()
+            self.take_turn()
             return True
         return self.may_read() and self._read() > 0
 
@@ -601,7 +692,17 @@ def has_hung_up(sock: socket.socket | int) -> bool:
         return False
     poll = select.poll()
     poll.register(sock, getattr(select, "POLLRDHUP", 0))
-    return any(event & _HUNG_UP for _, event in poll.poll(0))
+    return any(event & HUNG_UP for _, event in poll.poll(0))
+
+
+def was_reset(fd: int) -> bool:
+    """Return whether a connection is broken, or closed in both directions."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    # poll() reports errors even if no event is asked for.
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def tune(sock: socket.socket) -> None:

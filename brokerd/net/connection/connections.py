@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from brokerd.log.rate_limit import LogRateLimiter
     from brokerd.net.connection.connection import Connection
     from brokerd.net.connection.liveness import Liveness
+    from brokerd.net.relay.relay import Relay
     from brokerd.net.settlement import Settlement
 
 __all__ = ["Connections"]
@@ -33,6 +34,9 @@ class Connections:
     wall: returns the time of day in seconds since the epoch.
     on_left: called when a session has ended.
     established: the connections that have a session.
+    relays: the relays of all channels.
+    on_channel: called with a connection whose session has just ended, because its first
+        frame makes it a channel, and with its unread bytes.
     on_leaving: called when a session is about to end.
     linger_s: seconds that a closed connection has for its last bytes.
     empty: set when the last connection has ended.
@@ -57,6 +61,8 @@ class Connections:
         self._wall = wall
         self._on_left = on_left
         self.established: set[Connection] = set()
+        self.relays: set[Relay] = set()
+        self.on_channel: Callable[[Connection, bytes], None] = lambda connection, unread: None
         self.on_leaving: Callable[[Session], None] = lambda session: None
         self.linger_s = GRACE
         self.empty = asyncio.Event()
@@ -67,8 +73,8 @@ class Connections:
 
     @property
     def is_empty(self) -> bool:
-        """Whether every connection has ended, and its last bytes have arrived."""
-        return not (self.established or self._lingering)
+        """Whether every connection and channel has ended, and its last bytes have arrived."""
+        return not (self.established or self.relays or self._lingering)
 
     @property
     def lingering(self) -> list[LingeringClose]:
@@ -78,7 +84,7 @@ class Connections:
     @property
     def count(self) -> int:
         """Number of open sockets."""
-        return len(self.established) + len(self._lingering)
+        return len(self.established) + 2 * len(self.relays) + len(self._lingering)
 
     def add(self, connection: Connection) -> None:
         """Add a connection that has a session now."""
@@ -93,7 +99,11 @@ class Connections:
         self.on_leaving(session)
         self.established.discard(connection)
         self._liveness.forget(connection)
-        self._broker.detach(session, self._wall())
+        now_wall = self._wall()
+        self._broker.detach(session, now_wall)
+        self._broker.incidents.add_disconnect(
+            session.client.name, session.address, reason, now_wall
+        )
         self._on_left(session)
         self._log_limiter.note(
             "info",
@@ -102,7 +112,7 @@ class Connections:
             log=session_logger(self._log_limiter.log, session),
             reason=reason,
         )
-        self._note_if_empty()
+        self.note_if_empty()
         self._settlement.settle()
 
     def close_gracefully(self, sock: socket.socket) -> None:
@@ -119,8 +129,9 @@ class Connections:
 
     def _on_lingered(self, linger: LingeringClose) -> None:
         self._lingering.discard(linger)
-        self._note_if_empty()
+        self.note_if_empty()
 
-    def _note_if_empty(self) -> None:
+    def note_if_empty(self) -> None:
+        """Set ``empty`` if the last connection has ended."""
         if self.is_empty:
             self.empty.set()

@@ -6,13 +6,25 @@ for the system is independent of it: see ``Connection.writing``. No I/O.
 
 from __future__ import annotations
 
+import select
 from enum import Enum
 from typing import Final
 
-__all__ = ["NEXT", "Event", "State"]
+__all__ = ["HUNG_UP", "NEXT", "Event", "State"]
+
+#: Events of ``poll`` that report that the other end has closed.
+HUNG_UP: Final = (
+    getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+)
 
 
-class State(Enum):
+class _Quick(Enum):
+    """An enumeration whose members are quick keys; Enum's hash is a method in Python."""
+
+    __hash__ = object.__hash__
+
+
+class State(_Quick):
     """The state of a connection's input."""
 
     NEW = "the session is made or restored; the socket is not read yet"
@@ -23,7 +35,7 @@ class State(Enum):
     CLOSED = "the socket is closed or in its lingering close, and the session is detached"
 
 
-class Event(Enum):
+class Event(_Quick):
     """An event that changes the state of a connection."""
 
     READ = "reading begins, or continues after a wait"

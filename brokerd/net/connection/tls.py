@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from brokerd.core.session import Session
-from brokerd.net.connection.connection import Connection
+from brokerd.net.connection.connection import BYTES_PER_TURN, Connection
 from brokerd.net.handshake.tls import TlsPeer
 from brokerd_client.tls.budget import MOST_EMPTY
 from brokerd_client.tls.stream import TlsStream
@@ -42,6 +42,10 @@ class TlsConnection(Connection):
         self._stream = stream
         stream.budget.most_empty = MOST_EMPTY
         self._reading_on = False
+
+    @property
+    def tls_stream(self) -> TlsStream:
+        return self._stream
 
     # Reading
 
@@ -92,9 +96,10 @@ class TlsConnection(Connection):
         """Encrypt and write the outbox; if the system does not take all, wait to write."""
         session = self.session
         outbox, stream = session.outbox, self._stream
+        left = BYTES_PER_TURN
         try:
             while True:
-                if not stream.flush():
+                if not stream.flush() or left <= 0:
                     raise BlockingIOError
                 if outbox.timed:
                     self.context.broker.expire(session, self.context.loop.time())
@@ -105,7 +110,9 @@ class TlsConnection(Connection):
                         # in one turn.
                         raise BlockingIOError
                     break
-                outbox.sent(stream.send(pieces[0] if len(pieces) == 1 else _together(pieces)))
+                size = stream.send(pieces[0] if len(pieces) == 1 else _together(pieces))
+                left -= size
+                outbox.sent(size)
         except (BlockingIOError, InterruptedError):
             self._wait_to_write()
         except OSError as error:

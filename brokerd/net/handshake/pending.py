@@ -32,6 +32,8 @@ class PendingConnection:
     origin: the key by which its failures are counted.
     silent: whether the peer has sent nothing yet.
     claimed: the name that its answer carried, in ASCII with escapes; "" without one.
+    is_channel: whether the word ``channel`` stood behind that name: its first frame must
+        be OPEN or JOIN.
     nonce: the random part of the broker's challenge.
     heard: every byte that the peer has sent.
     spoken: number of frames sent to the peer. With nonce and heard, another process can
@@ -56,6 +58,7 @@ class PendingConnection:
         "done",
         "fd",
         "heard",
+        "is_channel",
         "listener",
         "moved_at",
         "muted",
@@ -96,7 +99,8 @@ class PendingConnection:
         self.stream: ByteStream = self.tls_stream or sock
         self.tls_peer = NO_TLS
         self.fd = sock.fileno()
-        self.uid = peer_uid(sock)
+        # The peer of a Unix socket has no pair of address and port.
+        self.uid = None if isinstance(peer, tuple) else peer_uid(sock)
         self.peer = format_peer(peer) if self.uid is None else f"unix uid={self.uid}"
         self.origin = origin_of(peer, self.uid)
         self.listener = listener
@@ -112,6 +116,7 @@ class PendingConnection:
         self.slowed = False
         self.proof: Proof | None = None
         self.claimed = ""
+        self.is_channel = False
         self.credential: Credential | None = None
         self.refusal = ""
         self.silent = True

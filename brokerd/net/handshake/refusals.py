@@ -21,6 +21,9 @@ def note_refusal(
     context.counters.handshakes[outcome] += 1
     credential = pending.credential
     party = pending.origin if credential is None else credential.client.name
+    claimed = pending.claimed if credential is None else credential.client.name
+    if claimed:
+        context.broker.incidents.add_rejection(claimed, reason, context.wall())
     claim: dict[str, Any] = {}
     if credential is None and pending.claimed:
         exists = bool(context.keyring.named(pending.claimed))

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeAlias
 
 from brokerd.config.values import ListenConfig, Source
 from brokerd.net.listen.named_pipes import PipeListener, open_pipe
+from brokerd.net.listen.port_holder import holder_of, holder_of_peer
 from brokerd_client._common.socket_options import own_port
 from brokerd_client.address import Address, parse
 
@@ -229,6 +230,10 @@ def _hint(address: Address, error: OSError) -> str:
             if is_in_use
             else ""
         )
+    if error.errno == errno.EADDRINUSE and address.port:
+        holder = holder_of(address.port)
+        if holder:
+            return f" (another program listens there: {holder})"
     return _HINTS.get(error.errno or 0, "")
 
 
@@ -382,8 +387,10 @@ def _take_over(path: Path) -> None:
         raise ListenError(f"can't listen at {path}: {_NO_SOCKET}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
+        holder = ""
         try:
             probe.connect(str(path))
+            holder = holder_of_peer(probe)
         except ConnectionRefusedError:
             path.unlink()
             return
@@ -391,9 +398,10 @@ def _take_over(path: Path) -> None:
             return
         except OSError:
             pass
+    shown = f": {holder}" if holder else ""
     raise ListenError(
-        f"can't listen at {path}: another program is listening there (stop it, or choose another"
-        " path)"
+        f"can't listen at {path}: another program is listening there{shown} (stop it, or choose"
+        " another path)"
     )
 
 

@@ -76,6 +76,8 @@ class Relay:
     def _serve(self) -> None:
         try:
             client, _ = self._listener.accept()
+            # Without this, a second try of the client would wait here for its whole timeout.
+            self._listener.close()
             client.settimeout(TIMEOUT_S)
             with (
                 client,

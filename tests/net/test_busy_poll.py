@@ -1,0 +1,185 @@
+"""Polls of the event loop where reads follow each other closely."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+from support.running_daemon import configuration, running_daemon
+
+from brokerd.net.connection.busy_poll import BusyPoll, has_spare_processor
+
+#: Seconds between two reads.
+CLOSE, NEAR, FAR = 20e-6, 100e-6, 0.01
+
+
+class Loop:
+    """An event loop whose turns the test makes, and its clock."""
+
+    def __init__(self, *, may_poll: bool = True) -> None:
+        self.now = 100.0
+        self.scheduled: list[Callable[[], None]] = []
+        self.poll = BusyPoll(
+            cast("asyncio.AbstractEventLoop", self), clock=lambda: self.now, may_poll=may_poll
+        )
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.scheduled.append(callback)
+
+    @property
+    def polls(self) -> bool:
+        """Whether the loop's next turn does not wait."""
+        return bool(self.scheduled)
+
+    def read(self, count: int, pause: float) -> None:
+        """Read ``count`` times, each after a pause."""
+        for _ in range(count):
+            self.pass_time(pause)
+            self.poll.begin_read()
+            self.poll.end_read()
+
+    def pass_time(self, seconds: float) -> None:
+        """Make a turn of the loop after some time."""
+        self.now += seconds
+        callbacks, self.scheduled = self.scheduled, []
+        for callback in callbacks:
+            callback()
+
+
+def test_busy_poll_follows_close_reads_and_ends_without_one() -> None:
+    loop = Loop()
+    loop.read(8, CLOSE)
+    assert not loop.polls
+    loop.read(1, CLOSE)
+    assert loop.polls
+    loop.read(50, CLOSE)
+    assert len(loop.scheduled) == 1
+    loop.pass_time(50e-6)
+    assert loop.polls
+    loop.pass_time(50e-6)
+    assert not loop.polls
+
+
+def test_busy_poll_after_distant_reads_does_not_begin() -> None:
+    loop = Loop()
+    for _ in range(20):
+        loop.read(1, FAR)
+        loop.read(7, CLOSE)
+        assert not loop.polls
+
+
+def test_busy_poll_after_near_reads_is_tried_ever_more_rarely() -> None:
+    """A sleep may be all that parts them. If it was, the poll goes on."""
+    loop = Loop()
+    for needed in (64, 128):
+        loop.read(1, FAR)
+        loop.read(needed - 1, NEAR)
+        assert not loop.polls
+        loop.read(1, NEAR)
+        assert loop.polls
+        loop.pass_time(200e-6)
+        assert not loop.polls
+    loop.read(257, NEAR)
+    loop.read(100, CLOSE)
+    assert loop.polls
+
+
+def test_busy_poll_in_vain_needs_more_close_reads_until_one_succeeds() -> None:
+    loop = Loop()
+    for needed in (8, 16, 32):
+        loop.read(1, FAR)
+        loop.read(needed - 1, CLOSE)
+        assert not loop.polls
+        loop.read(1, CLOSE)
+        assert loop.polls
+        loop.pass_time(200e-6)
+        assert not loop.polls
+    loop.read(1, FAR)
+    loop.read(64, CLOSE)
+    loop.read(1, CLOSE)
+    loop.pass_time(200e-6)
+    loop.read(1, FAR)
+    loop.read(8, CLOSE)
+    assert not loop.polls
+    loop.read(8, CLOSE)
+    assert loop.polls
+
+
+def test_busy_poll_that_lost_the_processor_rests() -> None:
+    loop = Loop()
+    loop.read(9, CLOSE)
+    assert loop.polls
+    loop.pass_time(0.005)
+    assert not loop.polls
+    loop.read(1000, CLOSE)
+    assert not loop.polls
+    loop.pass_time(1.0)
+    loop.read(1000, CLOSE)
+    assert loop.polls
+
+
+def test_busy_poll_without_spare_processor_never_begins() -> None:
+    loop = Loop(may_poll=False)
+    loop.read(1000, CLOSE)
+    assert not loop.polls
+
+
+@pytest.mark.parametrize(
+    ("group", "quotas", "expected"),
+    [
+        ("/", {}, True),
+        ("/", {"": "max 100000"}, True),
+        ("/", {"": "150000 100000"}, False),
+        ("/a/b", {"a": "max 100000", "a/b": "max 100000"}, True),
+        ("/a/b", {"a": "50000 100000", "a/b": "max 100000"}, False),
+    ],
+)
+def test_has_spare_processor_with_quota_is_false(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    quotas: dict[str, str],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/\n0::{group}\n")
+    for path, quota in quotas.items():
+        directory = tmp_path / "sys/fs/cgroup" / path
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "cpu.max").write_text(f"{quota}\n")
+    assert has_spare_processor(tmp_path) is expected
+
+
+def test_has_spare_processor_on_one_processor_is_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert not has_spare_processor(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4}, raising=False)
+    assert has_spare_processor(tmp_path)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert not has_spare_processor(tmp_path)
+
+
+def test_busy_poll_of_broker_begins_with_close_reads_and_ends(socket_dir: Path) -> None:
+    with (
+        running_daemon(configuration(str(socket_dir / "sock"), "alice")) as broker,
+        broker.login("alice") as alice,
+    ):
+        poll = broker.daemon._server.context.busy_poll  # type: ignore[union-attr]
+        # A clock that stands still makes each read a close one.
+        poll._clock, poll._rests_until = (lambda: 1.0), 0.0
+        for _ in range(20):
+            alice.ping()
+        assert broker.call(lambda: poll._polls)
+        poll._clock = lambda: 2.0
+        while broker.call(lambda: poll._polls):
+            pass
+        # An idle broker does not wake up.
+        assert not broker.call(lambda: poll._polls)
