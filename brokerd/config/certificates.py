@@ -18,13 +18,14 @@ from typing import Final
 
 from brokerd.config.file_reader import FileKind, Unreadable, read_file
 from brokerd.config.key_files import read_private
-from brokerd.config.model import TlsEntry
+from brokerd.config.model import NatsTlsEntry, TlsEntry
+from brokerd.config.paths import joined
 from brokerd.config.values import Requirement, TlsConfig
 from brokerd_client._common.paths import is_plainly_a_path
 from brokerd_client._common.ssl_errors import ssl_fault
 from brokerd_client.wire import certificate
 
-__all__ = ["MAX_PEM", "load_tls"]
+__all__ = ["MAX_PEM", "load_client_tls", "load_tls"]
 
 #: Limits a file of certificates, in bytes. A system's whole list of CAs is a quarter of
 #: it.
@@ -52,7 +53,7 @@ def load_tls(
         environ: For CREDENTIALS_DIRECTORY, as in key_files.read_private.
     """
     paths = {
-        field: os.path.join(base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
+        field: joined(base, value)
         for field in ("certificate", "key", "client_ca")
         if (value := getattr(entry, field)) is not None
     }
@@ -99,6 +100,50 @@ def load_tls(
     )
 
 
+def load_client_tls(
+    entry: NatsTlsEntry, base: str, environ: Mapping[str, str], complain: Complain
+) -> tuple[ssl.SSLContext, str] | None:
+    """Return the context of connections to a server, and a digest of its files.
+
+    Return None after reporting a fault to ``complain``. The arguments are those of
+    ``load_tls``.
+    """
+    for given, needed in (("certificate", "key"), ("key", "certificate")):
+        if getattr(entry, given) is not None and getattr(entry, needed) is None:
+            complain(given, f"has no {needed} (give both, or neither)")
+            return None
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    digest = hashlib.sha256()
+    contents: dict[str, bytes] = {}
+    for field in ("ca", "certificate", "key"):
+        written = getattr(entry, field)
+        if written is None:
+            continue
+        path = joined(base, written)
+        try:
+            if field == "key":
+                contents[field] = read_private(path, environ, _MAKE_KEY, written)
+            else:
+                contents[field], _ = read_file(path, _KIND, is_shown=is_plainly_a_path(written))
+                ders = _certificates(path, contents[field])
+                wrong = _out_of_time(path, ders[0])
+                if wrong:
+                    complain(field, wrong)
+                    return None
+        except Unreadable as error:
+            complain(field, str(error))
+            return None
+        digest.update(hashlib.sha256(contents[field]).digest())
+        if field == "ca":
+            context = ssl.create_default_context(cadata=b"".join(ders))
+    if "key" in contents and entry.certificate is not None and entry.key is not None:
+        paths = {"certificate": joined(base, entry.certificate), "key": joined(base, entry.key)}
+        if not _load_chain(context, paths, contents, complain):
+            return None
+    return context, digest.hexdigest()
+
+
 def _context(
     entry: TlsEntry,
     paths: Mapping[str, str],
@@ -118,6 +163,29 @@ def _context(
     # and it is checked against the CA in use then.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    if not _load_chain(context, paths, contents, complain):
+        return None
+    if issuers is not None:
+        try:
+            context.load_verify_locations(cadata=b"".join(issuers))
+        except (ssl.SSLError, OSError) as error:
+            complain(
+                "client_ca",
+                f"{paths['client_ca']} can't be used: {ssl_fault(error)} (give it in PEM)",
+            )
+            return None
+        optional = entry.client_certificate is Requirement.OPTIONAL
+        context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
+    return context
+
+
+def _load_chain(
+    context: ssl.SSLContext,
+    paths: Mapping[str, str],
+    contents: Mapping[str, bytes],
+    complain: Complain,
+) -> bool:
+    """Give a context its certificate and private key, or report a fault and return False."""
     try:
         with (
             _named(contents["certificate"], paths["certificate"]) as chain,
@@ -126,7 +194,7 @@ def _context(
             context.load_cert_chain(chain, key, password=_no_password)
     except Unreadable as error:
         complain("key", f"{paths['key']} {error}")
-        return None
+        return False
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             complain(
@@ -144,22 +212,11 @@ def _context(
                 "key",
                 f"{paths['key']} holds no usable private key: {ssl_fault(error)} (give it in PEM)",
             )
-        return None
+        return False
     except OSError as error:
         complain("key", f"{paths['key']} can't be read: {error.strerror} (check the disk)")
-        return None
-    if issuers is not None:
-        try:
-            context.load_verify_locations(cadata=b"".join(issuers))
-        except (ssl.SSLError, OSError) as error:
-            complain(
-                "client_ca",
-                f"{paths['client_ca']} can't be used: {ssl_fault(error)} (give it in PEM)",
-            )
-            return None
-        optional = entry.client_certificate is Requirement.OPTIONAL
-        context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
-    return context
+        return False
+    return True
 
 
 @contextlib.contextmanager

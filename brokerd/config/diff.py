@@ -10,10 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+from brokerd.config.address_check import may_overlap
 from brokerd.config.model import Config, Limits, Log
-from brokerd.config.values import ClientConfig, Key, ListenConfig, MonitorConfig, RateConfig
+from brokerd.config.values import (
+    ClientConfig,
+    ClusterConfig,
+    Key,
+    ListenConfig,
+    MailboxConfig,
+    MonitorConfig,
+    RateConfig,
+    StoreConfig,
+)
 from brokerd_client.address import Address
 
 __all__ = ["Plan", "compare", "merge", "overlaps"]
@@ -21,14 +31,25 @@ __all__ = ["Plan", "compare", "merge", "overlaps"]
 #: The fields of a configuration that a reload applies. A change of any other field
 #: needs a restart.
 _RELOADED: Final = frozenset(
-    {"path", "listen", "clients", "limits", "log", "monitor", "files", "warnings"}
+    {
+        "path",
+        "listen",
+        "clients",
+        "limits",
+        "log",
+        "monitor",
+        "store",
+        "cluster",
+        "files",
+        "warnings",
+        "private",
+        "unmatched",
+    }
 )
+#: The fields of a cluster that no phrase shows.
+_SECRETS: Final = ("user", "password", "credentials", "nkey")
 #: Limits the rules shown per phrase.
 _SHOWN: Final = 8
-#: Addresses that mean every address of the machine.
-_EVERYWHERE: Final = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - compared with, never bound
-#: The hosts that the name localhost may stand for.
-_THIS_MACHINE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +62,11 @@ class Plan:
         opened, closed: ``listen`` entries, by their address.
         altered: Entries with the same address but other settings, each with its
             changes.
-        limits, log, monitor: The changes in that section.
+        limits, log, monitor, store, cluster: The changes in that section.
+        orphaned: Mailboxes that stay on disk although their client or its entry is gone.
         monitor_opened, monitor_closed: Where the monitor starts and stops listening.
         restart: Changes that a reload does not apply.
+        refused: Changes for which a reload is refused.
     """
 
     added: tuple[str, ...]
@@ -55,15 +78,19 @@ class Plan:
     limits: tuple[str, ...]
     log: tuple[str, ...]
     monitor: tuple[str, ...]
+    store: tuple[str, ...]
+    cluster: tuple[str, ...]
+    orphaned: tuple[str, ...]
     monitor_opened: tuple[ListenConfig, ...]
     monitor_closed: tuple[ListenConfig, ...]
     restart: tuple[str, ...]
+    refused: tuple[str, ...]
 
     def as_fields(self) -> dict[str, Any]:
         """Return the plan, for a reply or a log event, as lists and mappings of text."""
         return {
             "added": list(self.added),
-            "changed": {name: list(changes) for name, changes in self.changed.items()},
+            "changed": dict(self.changed),
             "removed": list(self.removed),
             "opened": [str(entry.address) for entry in self.opened],
             "closed": [str(entry.address) for entry in self.closed],
@@ -71,6 +98,9 @@ class Plan:
             "limits": list(self.limits),
             "log": list(self.log),
             "monitor": list(self.monitor),
+            "store": list(self.store),
+            "cluster": list(self.cluster),
+            "orphaned": list(self.orphaned),
             "restart": list(self.restart),
         }
 
@@ -101,9 +131,17 @@ def compare(running: Config, new: Config) -> Plan:
         limits=tuple(_changes(running.limits, new.limits, _LIMIT_WORDS)),
         log=tuple(_changes(running.log, new.log, {})),
         monitor=tuple(_monitor_changes(running.monitor, new.monitor)),
+        store=tuple(_store_changes(running.store, merge(running, new).store)),
+        cluster=tuple(_cluster_changes(running.cluster, new.cluster)),
+        orphaned=tuple(
+            name
+            for name, entry in before.items()
+            if entry.mailbox is not None and (name not in after or after[name].mailbox is None)
+        ),
         monitor_opened=(new.monitor.listen,) if new.monitor is not None and moves else (),
         monitor_closed=(running.monitor.listen,) if running.monitor is not None and moves else (),
         restart=tuple(f"{name} changes only with a restart" for name in _kept(running, new)),
+        refused=tuple(_refused(running.cluster, new.cluster)),
     )
 
 
@@ -119,37 +157,37 @@ def merge(running: Config, new: Config) -> Config:
 
 def _kept(running: Config, new: Config) -> list[str]:
     names = [attribute.name for attribute in fields(Config) if attribute.name not in _RELOADED]
-    return [name for name in names if getattr(running, name) != getattr(new, name)]
+    kept = [name for name in names if getattr(running, name) != getattr(new, name)]
+    # An open store stays where it is.
+    before, after = running.store, new.store
+    if before is not None and (after is None or after.path != before.path):
+        kept.append("store")
+    return kept
+
+
+def _refused(before: ClusterConfig | None, after: ClusterConfig | None) -> Iterator[str]:
+    """Yield the changes of a cluster that only a restart can make."""
+    if before is None or after is None:
+        if before is not after:
+            yield "the section cluster is added or removed only by a restart (restart the broker)"
+        return
+    for name in ("host", "prefix"):
+        if getattr(before, name) != getattr(after, name):
+            yield f"cluster.{name} changes only with a restart (restart the broker)"
 
 
 def overlaps(opened: Iterable[ListenConfig], closed: Collection[ListenConfig]) -> Iterator[str]:
-    """Yield a phrase for each new address that is free only after an old one is closed.
+    """Yield a phrase for each new address that is free only once an old address closes.
 
     That is so if one of the two addresses stands for every address of the machine.
     """
     for new in opened:
         for old in closed:
-            if _overlap(new, old):
+            if may_overlap(new.address, old.address):
                 yield (
                     f"can't listen at {new.address} while this broker listens at {old.address}"
                     " (restart it)"
                 )
-
-
-def _overlap(new: ListenConfig, old: ListenConfig) -> bool:
-    one, other = new.address, old.address
-    families = ("AF_INET", "AF_INET6")
-    if (
-        one.family not in families
-        or other.family not in families
-        or one.port != other.port
-        or not one.port
-    ):
-        return False
-    hosts = {one.host, other.host}
-    if len(hosts) == 1 or ("localhost" in hosts and hosts <= _THIS_MACHINE):
-        return True
-    return bool(hosts & _EVERYWHERE) and (one.family == other.family or "localhost" in hosts)
 
 
 # Phrases
@@ -157,7 +195,51 @@ def _overlap(new: ListenConfig, old: ListenConfig) -> bool:
 
 def _client_changes(before: ClientConfig, after: ClientConfig) -> Iterator[str]:
     yield from _key_changes(before.keys, after.keys)
-    yield from _changes(before, after, _CLIENT_WORDS, without=("keys",))
+    if before.home and after.home and before.home != after.home:
+        yield from _move(before, after)
+    else:
+        yield from _mailbox_changes(before.mailbox, after.mailbox)
+    elsewhere = ("mailbox", "home", "home_subscribe")
+    yield from _changes(before, after, _CLIENT_WORDS, without=("keys", *elsewhere))
+
+
+def _move(before: ClientConfig, after: ClientConfig) -> Iterator[str]:
+    """Yield what it means that a mailbox has another home."""
+    yield f"home: {before.home} -> {after.home}"
+    if before.mailbox is not None:
+        yield (
+            f"mailbox: its messages stay in the store of {before.home}, orphaned (move them:"
+            " brokerctl mailbox export here, and import there)"
+        )
+
+
+def _mailbox_changes(before: MailboxConfig | None, after: MailboxConfig | None) -> Iterator[str]:
+    if before is None and after is not None:
+        yield "mailbox added"
+    elif before is not None and after is None:
+        yield "mailbox removed: its messages stay on disk until they are purged"
+    elif before is not None and after is not None:
+        for phrase in _changes(before, after, _MAILBOX_WORDS):
+            yield f"mailbox.{phrase}"
+        if after.size < before.size or after.messages < before.messages:
+            yield "mailbox: a smaller size deletes no message"
+
+
+def _store_changes(before: StoreConfig | None, after: StoreConfig | None) -> Iterator[str]:
+    if before is None and after is not None:
+        yield f"path: none -> {after.path}"
+    elif before is not None and after is not None:
+        yield from _changes(before, after, _STORE_WORDS)
+
+
+def _cluster_changes(before: ClusterConfig | None, after: ClusterConfig | None) -> Iterator[str]:
+    if before is None or after is None:
+        return
+    yield from _changes(before, after, _CLUSTER_WORDS, without=("host", "prefix", *_SECRETS))
+    if before.login != after.login:
+        yield f"login: {before.login} -> {after.login}"
+    elif any(getattr(before, field) != getattr(after, field) for field in _SECRETS):
+        yield f"login: {after.login}, with another secret"
 
 
 def _key_changes(before: tuple[Key, ...], after: tuple[Key, ...]) -> Iterator[str]:
@@ -187,11 +269,14 @@ def _moment(when: datetime) -> str:
 
 
 _Words = Mapping[str, Callable[[Any], str]]
+_Section: TypeAlias = (
+    ClientConfig | ListenConfig | Limits | Log | MailboxConfig | StoreConfig | ClusterConfig
+)
 
 
 def _changes(
-    before: ClientConfig | ListenConfig | Limits | Log,
-    after: ClientConfig | ListenConfig | Limits | Log,
+    before: _Section,
+    after: _Section,
     words: _Words,
     without: tuple[str, ...] = (),
 ) -> Iterator[str]:
@@ -212,10 +297,12 @@ def _changes(
 
 
 def _monitor_changes(before: MonitorConfig | None, after: MonitorConfig | None) -> Iterator[str]:
-    for name, off in (("address", None), ("per_client", False), ("hosts", ())):
+    for name, off in (("address", None), ("per_client", False), ("hosts", ()), ("page", True)):
         old, new = getattr(before, name, off), getattr(after, name, off)
         if old != new:
             yield f"{name}: {_said(old)} -> {_said(new)}"
+    if getattr(before, "password", None) != getattr(after, "password", None):
+        yield "password: changed"
 
 
 def _said(value: object) -> str:
@@ -258,6 +345,15 @@ _CLIENT_WORDS: Final[_Words] = {
     "rate": _rate,
     "peer_uid": lambda users: "all" if users is None else _said(users),
 }
+_MAILBOX_WORDS: Final[_Words] = {
+    "size": _size,
+    "max_message": _size,
+    "ttl": lambda ttl: "none" if ttl is None else _seconds(ttl),
+    "ack_timeout": lambda timeout: "none" if timeout is None else _seconds(timeout),
+    "dead": lambda share: f"{share:.0%}",
+}
+_STORE_WORDS: Final[_Words] = {"min_free": _size, "dedup": _seconds}
+_CLUSTER_WORDS: Final[_Words] = {"unanswered": _size}
 _LISTENER_WORDS: Final[_Words] = {
     "mode": _mode,
     "group": lambda group: "the broker's own" if group is None else str(group),
@@ -266,7 +362,10 @@ _LIMIT_WORDS: Final[_Words] = {
     "max_message": _size,
     "handshake_timeout": _seconds,
     "keepalive": _seconds,
+    "open_timeout": _seconds,
     "wait_timeout": _seconds,
     "drain_timeout": _seconds,
     "expiry_warning": _seconds,
+    "return_grace": _seconds,
+    "remote_timeout": _seconds,
 }

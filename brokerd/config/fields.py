@@ -15,34 +15,44 @@ from pydantic.json_schema import WithJsonSchema
 
 from brokerd.config import cert_subjects as subjects
 from brokerd.config import units
+from brokerd.config.values import WhenFull
 from brokerd_client import address as addresses
 from brokerd_client.address import Address
 from brokerd_client.errors import AddressError, InvalidName
 from brokerd_client.wire import envelope
 
 __all__ = [
+    "Admin",
+    "Advertised",
+    "AnySize",
     "ByteRate",
     "Duration",
     "Fingerprints",
     "Group",
+    "Host",
     "HostName",
     "KeyBytes",
+    "MailboxWhenFull",
     "Mode",
     "Moment",
     "Name",
     "NamePattern",
+    "NatsServer",
     "NonEmpty",
+    "Percent",
     "PublishPattern",
     "Rate",
     "Several",
     "Size",
     "SocketName",
     "Subject",
+    "SubjectPrefix",
     "SubscribePattern",
     "Timeout",
     "TlsVersion",
     "UserId",
     "Where",
+    "false_as_none",
 ]
 
 _MODE: Final = re.compile(r"0?[0-7]{3}")
@@ -52,6 +62,13 @@ _ADDRESS_PATTERN: Final = r"^([^/:]*/.*|[^/:]*\.sock(et)?|@.+|\\\\.+|[^/]+:[0-9]
 #: _SOCKET_NAME matches the names that systemd accepts for FileDescriptorName=.
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
 _SOCKET_NAME: Final = re.compile(r"[ -9;-~]{1,255}")
+#: The name of a host in a cluster. "all" stands for every host in subjects.
+_HOST: Final = re.compile(r"[0-9a-z]{1,8}")
+_EVERY_HOST: Final = "all"
+_NATS_SCHEME: Final = re.compile(r"(nats|tls)://")
+_NATS_PORT: Final = 4222
+#: Subjects with a prefix longer than this leave too little room for names and topics.
+_PREFIX: Final = re.compile(r"(?=.{1,64}$)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 def _right(error: ValueError) -> ValueError:
@@ -139,6 +156,25 @@ def _positive_size(value: object) -> int:
     return size
 
 
+def _mailbox_when_full(value: object) -> WhenFull:
+    if value not in (WhenFull.REFUSE, WhenFull.WAIT):
+        raise ValueError(
+            "is not a valid treatment of messages to a full mailbox (give refuse or wait)"
+        )
+    return WhenFull(str(value))
+
+
+def _admin(value: object) -> object:
+    if isinstance(value, bool) or value == "payload":
+        return value
+    raise ValueError("is neither true nor false (give true, false or payload)")
+
+
+def false_as_none(value: object) -> object:
+    """Return None for ``false``: the entry is absent."""
+    return None if value is False else value
+
+
 def _publish_pattern(value: object) -> str:
     pattern = _topic_pattern(value)
     if pattern.startswith("$"):
@@ -173,6 +209,62 @@ def _host_name(value: object) -> str:
             "is not a valid host name (give a name without a port, such as broker.example)"
         )
     return text
+
+
+def _host(value: object) -> str:
+    text = _text(value)
+    if not _HOST.fullmatch(text) or text == _EVERY_HOST:
+        raise ValueError(
+            "is not a valid name of a host (give 1 to 8 small letters or digits, such as a;"
+            f" {_EVERY_HOST!r} stands for every host)"
+        )
+    return text
+
+
+def _subject_prefix(value: object) -> str:
+    text = _text(value)
+    if not _PREFIX.fullmatch(text):
+        raise ValueError(
+            "is not a valid prefix of NATS subjects (give letters, digits, '_' and '-', in parts"
+            " joined by dots, such as brokerd; at most 64 characters)"
+        )
+    return text
+
+
+def _nats_server(value: object) -> str:
+    """Return the URL of a NATS server, with its port."""
+    text = _text(value)
+    scheme = _NATS_SCHEME.match(text)
+    if scheme is None:
+        raise ValueError(
+            "is not the URL of a NATS server (give nats://HOST:PORT, or tls://HOST:PORT for TLS)"
+        )
+    rest = text[scheme.end() :]
+    if "@" in rest:
+        raise ValueError("holds a user or password (give user, and password_file)")
+    has_port = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):[0-9]+", rest)
+    try:
+        server = addresses.parse(f"tls://{rest if has_port else f'{rest}:{_NATS_PORT}'}")
+    except AddressError:
+        server = None
+    if server is None or not server.host or not server.port:
+        raise ValueError("is not the URL of a NATS server (give nats://HOST:PORT)")
+    return str(server).replace("tls://", scheme[0])
+
+
+def _advertised(value: object) -> str:
+    """Return an address that clients on other machines can connect to."""
+    try:
+        address = addresses.parse(_text(value))
+    except AddressError as error:
+        raise _right(error) from None
+    if address.family not in ("AF_INET", "AF_INET6"):
+        raise ValueError("can't be reached from another host (give HOST:PORT or tls://HOST:PORT)")
+    if address.host in ("", "0.0.0.0", "::") or not address.port:  # noqa: S104 - it is refused
+        raise ValueError(
+            "is not an address to connect to (give the host's name or address and the port)"
+        )
+    return str(address)
 
 
 def _tls_version(value: object) -> str:
@@ -242,6 +334,35 @@ Size: TypeAlias = Annotated[
         }
     ),
 ]
+#: The same, where 0 means no limit.
+AnySize: TypeAlias = Annotated[
+    int,
+    BeforeValidator(units.size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": units.SIZE_PATTERN},
+            ]
+        }
+    ),
+]
+MailboxWhenFull: TypeAlias = Annotated[
+    WhenFull,
+    BeforeValidator(_mailbox_when_full),
+    WithJsonSchema({"enum": ["refuse", "wait"]}),
+]
+Admin: TypeAlias = Annotated[
+    # One validator for both types, as for Group.
+    Any,
+    BeforeValidator(_admin),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "payload"}]}),
+]
+Percent: TypeAlias = Annotated[
+    float,
+    BeforeValidator(units.percent),
+    WithJsonSchema({"type": "string", "pattern": units.PERCENT_PATTERN}),
+]
 Rate: TypeAlias = Annotated[
     float,
     BeforeValidator(units.rate),
@@ -306,6 +427,28 @@ HostName: TypeAlias = Annotated[
     str,
     BeforeValidator(_host_name),
     WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"}),
+]
+Host: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_host),
+    WithJsonSchema(
+        {"type": "string", "pattern": f"^{_HOST.pattern}$", "not": {"const": _EVERY_HOST}}
+    ),
+]
+NatsServer: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_nats_server),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NATS_SCHEME.pattern}[^@/]+$"}),
+]
+SubjectPrefix: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_subject_prefix),
+    WithJsonSchema({"type": "string", "pattern": f"^{_PREFIX.pattern}$"}),
+]
+Advertised: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_advertised),
+    WithJsonSchema({"type": "string", "pattern": r"^(tls://)?[^/]+:[0-9]{1,5}$"}),
 ]
 TlsVersion: TypeAlias = Annotated[
     str, BeforeValidator(_tls_version), WithJsonSchema({"enum": ["1.2", "1.3", 1.2, 1.3]})

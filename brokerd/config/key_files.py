@@ -7,6 +7,7 @@ docs/configuration.md, "Keys".
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import secrets
@@ -44,6 +45,8 @@ _ANY_WRITE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _VARIABLE: Final = re.compile(r"[A-Z][A-Z0-9]{0,14}(_[A-Z0-9]{1,15}){0,5}")
 #: UTF-16 is recognized by its zero bytes only in a key with more letters than this.
 _FEW: Final = 3
+#: The byte order marks with which editors begin a file.
+_MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _KIND: Final = FileKind(
     MAX_KEY,
     remedy="give the file that holds the key",
@@ -154,6 +157,11 @@ def oddity(key: bytes, kind: str) -> str:
     kind: the key's origin, as in ``keys``: file, key, env or credential. The text shows
     nothing of the key.
     """
+    if key and not (
+        key[:1].isspace() or key[-1:].isspace() or b"\0" in key or key.startswith(_MARKS)
+    ):
+        # That is so for each of the mistakes below, and they take long to look for.
+        return ""
     remedy = {
         "env": "set the variable to the key alone",
         "key": "write it in one line, in quotes: not key: |",
@@ -161,7 +169,7 @@ def oddity(key: bytes, kind: str) -> str:
     wrong = ""
     if _is_utf_16(key):
         wrong = "is UTF-16"
-    elif key.startswith(b"\xef\xbb\xbf"):
+    elif key.startswith(codecs.BOM_UTF8):
         wrong = "begins with a byte order mark"
     elif _is_text(key):
         if not key.strip():
@@ -188,7 +196,7 @@ def _is_utf_16(key: bytes) -> bool:
 
     The last newline may have lost one of its two bytes.
     """
-    if key.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if key.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _is_text(key[: len(key) // 2 * 2], "utf-16")
     even, odd = key[::2], key[1::2]
     for zeros, letters in ((odd, even), (even, odd)):

@@ -44,6 +44,7 @@ def lint_warnings(config: Config, now: datetime) -> list[str]:
     bound = any(listen.tls is not None for listen in config.listen)
     for listen in config.listen:
         warnings += map(one_line, _about_certificate(listen, now))
+    warnings += map(one_line, _about_cluster(config))
     for client in config.clients.values():
         warnings += map(
             one_line, _about_client(client, now, timedelta(seconds=config.limits.expiry_warning))
@@ -110,6 +111,18 @@ def _about_monitor(monitor: MonitorConfig) -> Iterator[str]:
             f"{monitor.source}: the monitor at {monitor.address} has no password: every"
             f" machine that reaches it can read the metrics (give 127.0.0.1:{monitor.address.port},"
             " or restrict access with a firewall)"
+        )
+
+
+def _about_cluster(config: Config) -> Iterator[str]:
+    if config.cluster is None or config.cluster.advertise:
+        return
+    kept = next((each for each in config.clients.values() if each.mailbox is not None), None)
+    if kept is not None:
+        yield (
+            f"{kept.source}: client {kept.name!r} can receive from its mailbox at this host only:"
+            " clients that are connected elsewhere are not told where this broker is (give"
+            " cluster.advertise: [HOST:PORT])"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import yaml
 
 from brokerd.config.file_reader import Unreadable
+from brokerd.config.paths import shortened
 from brokerd.config.text_files import matching, text_of
 from brokerd.config.yaml_reader import read
 from brokerd_client.address import Address, parse
@@ -87,7 +88,8 @@ def _addresses(listen: list[Any], base: str) -> Iterator[Entrance]:
         except AddressError:
             continue
         if address.is_file:
-            address = Address("AF_UNIX", path=os.path.join(base, address.path))  # noqa: PTH118 - as written
+            path = shortened(os.path.join(base, address.path))  # noqa: PTH118 - as written
+            address = Address("AF_UNIX", path=path)
         yield Entrance(address, tls)
 
 

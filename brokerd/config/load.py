@@ -7,23 +7,38 @@ module writes nothing and opens no socket.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 from brokerd.config.builder import Findings
 from brokerd.config.file_reader import Unreadable
+from brokerd.config.isolation import Isolation
+from brokerd.config.marked_values import Map
 from brokerd.config.model import Config, File, IncludedFile
+from brokerd.config.paths import shortened
 from brokerd.config.problems import ConfigError, Path, Place, Problem
 from brokerd.config.text_files import MAX_FILE, decoded, matching, text_of
 from brokerd.config.validator import Entries
 from brokerd.config.yaml_reader import Document, read
 
-__all__ = ["MAX_FILE", "Config", "ConfigError", "build_config", "load", "load_text"]
+__all__ = [
+    "MAX_FILE",
+    "Config",
+    "ConfigError",
+    "build_config",
+    "load",
+    "load_isolated",
+    "load_text",
+]
 
 _NOT_A_PATH: Final = "is not a valid path (give a file or a pattern)"
+#: The name, in errors, of values that a program gives.
+_PROGRAM: Final = "(program)"
 
 
 def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> Config:
@@ -36,8 +51,11 @@ def load(path: str | os.PathLike[str], environ: Mapping[str, str] | None = None)
     """
     files = _Files(os.fspath(path), environ)
     with _without_collections():
-        files.read_main()
-        return files.findings.config()
+        try:
+            files.read_main()
+            return files.findings.config()
+        finally:
+            files.free()
 
 
 def load_text(
@@ -62,6 +80,8 @@ def build_config(
     limits: Mapping[str, Any] | None = None,
     log: Mapping[str, Any] | None = None,
     monitor: Any = None,
+    store: Any = None,
+    cluster: Mapping[str, Any] | None = None,
     base: str = "",
 ) -> Config:
     """Return a configuration from a program's values, under the same rules as a file.
@@ -74,6 +94,8 @@ def build_config(
         log: The mapping ``log`` as in the file, or None for the defaults.
         monitor: An address in any form, or a mapping as in the file; None for no
             monitor.
+        store: A directory, or a mapping as in the file; None for the default.
+        cluster: The mapping ``cluster`` as in the file, or None for a broker of its own.
         base: The directory of relative paths, by default the process's own.
 
     Raises:
@@ -93,10 +115,35 @@ def build_config(
             if monitor is None
             else {"monitor": list(monitor) if isinstance(monitor, tuple) else monitor}
         ),
+        **({} if store is None else {"store": store}),
+        **({} if cluster is None else {"cluster": dict(cluster)}),
     }
-    files = _Files("(program)", None)
-    files.judge(Document("(program)", root), base, None, File)
+    files = _Files(_PROGRAM, None)
+    files.judge(Document(_PROGRAM, root), base, None, File)
     return files.findings.config()
+
+
+def load_isolated(
+    source: str | os.PathLike[str] | Mapping[str, Any], isolation: Isolation
+) -> Config:
+    """Return a configuration that is independent of the machine that it is for.
+
+    source: a file, the text of one if it has a line break, or its values.
+    The modes of the files are not checked, and a reload can't read them again. Raises
+    ConfigError as ``load`` does.
+    """
+    isolation.begin()
+    if isinstance(source, Mapping):
+        files = _Files(_PROGRAM, None, isolation)
+        files.judge(Document(_PROGRAM, copy.deepcopy(dict(source))), "", None, File)
+    elif isinstance(source, str) and "\n" in source:
+        files = _Files(_PROGRAM, None, isolation)
+        files.read_text(source)
+    else:
+        files = _Files(os.fspath(source), None, isolation)
+        files.read_main()
+    files.judge_additions(isolation.additions())
+    return replace(files.findings.config(), path=_PROGRAM)
 
 
 @contextmanager
@@ -120,11 +167,20 @@ class _Files:
     ``findings``.
     """
 
-    def __init__(self, main: str, environ: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, main: str, environ: Mapping[str, str] | None, isolation: Isolation | None = None
+    ) -> None:
         self._main = main
+        self._isolation = isolation
         self.findings = Findings(main, os.environ if environ is None else environ)
+        if isolation is not None:
+            self.findings.environ = {
+                **self.findings.environ,
+                "STATE_DIRECTORY": isolation.state_directory,
+            }
         #: The real paths of the files read, so that no file is read twice.
         self._seen: set[str] = set()
+        self._documents: list[Document] = []
 
     def read_main(self) -> None:
         """Read the main file from the disk."""
@@ -156,7 +212,23 @@ class _Files:
         self.findings.files[file] = None
         if status is not None:
             self.findings.private[file] = file
-        self.judge(read(text, file), os.path.dirname(file), status, model)  # noqa: PTH120 - a Path would make "" a "."
+        document = read(text, file)
+        self._documents.append(document)
+        self.judge(document, os.path.dirname(file), status, model)  # noqa: PTH120 - a Path would make "" a "."
+
+    def free(self) -> None:
+        """Free what was read, entry by entry.
+
+        Freed at once, a hundred thousand entries keep all other threads waiting.
+        """
+        emptied: list[dict[Any, Any]] = [self.findings.names, self.findings.keys]
+        for document in self._documents:
+            clients = document.root.get("clients") if isinstance(document.root, Map) else None
+            if isinstance(clients, Map):
+                emptied += clients, clients.marks
+        for entries in emptied:
+            while entries:
+                entries.popitem()
 
     def judge(
         self,
@@ -176,6 +248,9 @@ class _Files:
         findings.complete = findings.complete and document.complete
         root = document.root
         if isinstance(root, dict):
+            if self._isolation is not None:
+                self._isolation.isolate(root, base, is_main=model is File)
+                status = None
             entries = Entries(findings, document, base, status, model)
             entries.judge(root)
             for path, pattern in entries.includes:
@@ -191,6 +266,10 @@ class _Files:
         findings.complete = False
         findings.problems.append(Problem(Place(document.file, 1, 1), "", fault))
 
+    def judge_additions(self, values: dict[str, Any]) -> None:
+        """Validate values that a program adds to the files."""
+        Entries(self.findings, Document(_PROGRAM, values), "", None, IncludedFile).judge(values)
+
     def _include(self, document: Document, path: Path, pattern: str, base: str) -> None:
         """Read the files that one entry of ``include`` names, except those already
         read.
@@ -203,7 +282,10 @@ class _Files:
         except ValueError:
             self._refuse_include(document, path, _NOT_A_PATH)
             return
-        for file in files:
+        if not files:
+            place, _ = document.place(path)
+            self.findings.unmatched.append(f"{place}: no file matches {pattern}")
+        for file in map(shortened, files):
             try:
                 true = os.path.realpath(file)
                 if true in self._seen:

@@ -13,16 +13,18 @@ from dataclasses import dataclass, fields
 from typing import Final
 
 from brokerd.config.model import Config
-from brokerd.config.values import ClientConfig, WhenFull
+from brokerd.config.values import ClientConfig, ClusterConfig, WhenFull
 
 __all__ = ["BASE", "Bound", "memory_bound"]
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * 1024
 
-#: Bytes of the interpreter, the libraries, the code, the log's queue, and the cache of
-#: topics (core.topics).
+#: Bytes of the interpreter, the libraries, the code, the log's queue, the cache of
+#: topics (core.topics), and the samples of the monitor's page.
 BASE: Final = 128 * _MIB
+#: Bytes of the incidents that the broker keeps (core.incidents): 4096 of two KiB.
+_INCIDENTS: Final = 8 * _MIB
 #: Factor for the allocator, which rounds up and leaves holes between live objects.
 _ALLOCATOR: Final = 1.5
 #: Memory per byte of a queue that keeps its frames one by one, if all are the shortest.
@@ -40,6 +42,8 @@ _READ_BUFFER: Final = 256 * _KIB
 _CONNECTION: Final = 16 * _KIB
 _HANDSHAKE: Final = 16 * _KIB
 _PUBLISHED: Final = 2 * _MIB
+#: Bytes per channel, besides those that wait in each direction.
+_CHANNEL: Final = 8 * _KIB
 #: Bytes of TLS per connection, pending or not: OpenSSL's own state, and the bytes in
 #: flight in both directions (brokerd_client.tls.stream).
 _TLS: Final = 256 * _KIB
@@ -51,6 +55,20 @@ _REQUEST: Final = 1024
 #: sent to it.
 _CLIENT: Final = 8 * _KIB
 _REACHED: Final = 320
+#: Bytes per mailbox in memory: messages read ahead, and delayed ones that are due next
+#: (core.mailboxes.mailbox).
+_MAILBOX: Final = 4 * _MIB
+#: Most messages that one connection holds, and bytes of each beside its frame.
+_HELD_MESSAGES: Final = 10_000
+_HELD: Final = 320
+#: Bytes of messages on their way to the disk, in the core and in the store's socket
+#: (core.mailboxes.commits).
+_UNCOMMITTED: Final = 2 * 64 * _MIB
+#: Times ``unanswered`` that the frames for and from one other host take at most: those
+#: that wait, those without an outcome, those that came, and outcomes kept for inquiries.
+_PER_HOST: Final = 4
+#: Bytes per client that another host has announced (core.cluster).
+_ANNOUNCED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +76,18 @@ class Bound:
     """The bound in bytes, by purpose. total: the sum."""
 
     base: int
+    incidents: int
     clients: int
     handshakes: int
+    channels: int
     queues: int
     partial_messages: int
     subscriptions: int
     requests: int
     caches: int
     tls: int
+    mailboxes: int
+    cluster: int
 
     @property
     def total(self) -> int:
@@ -82,10 +104,16 @@ def memory_bound(config: Config) -> Bound:
     limits = config.limits
     connections = list(_most_costly(config))
     clients = len(config.clients)
+    # Each channel counts for two clients.
+    of_clients = sum(client.channels for client in config.clients.values()) // 2
+    channels = min(limits.channels, of_clients)
     return Bound(
         base=BASE,
+        incidents=_INCIDENTS,
         clients=clients * _CLIENT,
-        handshakes=limits.handshakes * _HANDSHAKE,
+        # As many more connections may be undecided.
+        handshakes=2 * limits.handshakes * _HANDSHAKE,
+        channels=channels * (_CHANNEL + int(2 * _READ_BUFFER * _ALLOCATOR)),
         queues=_sum(_queue(client, limits.max_message) for client in connections)
         + _sum(
             _waiting(client, limits.max_message)
@@ -95,8 +123,12 @@ def memory_bound(config: Config) -> Bound:
         subscriptions=sum(client.subscriptions * _SUBSCRIPTION for client in connections),
         requests=sum(client.requests * _REQUEST for client in connections),
         tls=_TLS
-        * (limits.handshakes + len(connections))
+        * (2 * limits.handshakes + len(connections) + 2 * channels)
         * any(listen.tls is not None for listen in config.listen),
+        mailboxes=_sum(_mailbox(client) for client in connections if client.mailbox is not None)
+        + _sum(_MAILBOX for client in config.clients.values() if client.mailbox is not None)
+        + _UNCOMMITTED * (config.store is not None),
+        cluster=0 if config.cluster is None else _cluster(config.cluster, clients),
         caches=sum(
             _CONNECTION + _PUBLISHED * bool(client.publish) + clients * _REACHED
             for client in connections
@@ -126,6 +158,16 @@ def _waiting(client: ClientConfig, max_message: int) -> int:
     """
     waiting = max(client.queue, max_message + _KIB) * (_OUTCOMES + _SINGLE_FRAMES)
     return waiting + client.queue * _SINGLE_FRAMES * (client.connections > 1)
+
+
+def _mailbox(client: ClientConfig) -> int:
+    """Return the bytes of messages that one connection holds, within its window."""
+    return client.queue + _HELD_MESSAGES * _HELD
+
+
+def _cluster(cluster: ClusterConfig, clients: int) -> int:
+    """Return the bytes of what is kept about all other hosts, and of frames to and from them."""
+    return int(cluster.hosts * (_PER_HOST * cluster.unanswered + clients * _ANNOUNCED) * _ALLOCATOR)
 
 
 def _most_costly(config: Config) -> Iterator[ClientConfig]:

@@ -1,8 +1,8 @@
 """The model of a configuration: the form of the file, every default, and the resulting
 values.
 
-The pydantic models define the file's form. The JSON Schema and the tables of
-docs/configuration.md follow them. Checks that need several entries, another file or a
+The pydantic models define the file's form. The JSON Schema (``json_schema``) and the
+tables of docs/configuration.md follow them. Checks that need several entries, another file or a
 key's bytes are in ``validator``, ``builder`` and ``key_files``. Nothing here opens a
 file. No error of these models repeats a value from a place where a key may stand.
 """
@@ -14,45 +14,58 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.json_schema import JsonSchemaValue
 
 from brokerd.config import units
 from brokerd.config.fields import (
+    Admin,
+    Advertised,
+    AnySize,
     ByteRate,
     Duration,
     Fingerprints,
     Group,
+    Host,
     HostName,
     KeyBytes,
+    MailboxWhenFull,
     Mode,
     Moment,
     Name,
     NamePattern,
+    NatsServer,
     NonEmpty,
+    Percent,
     PublishPattern,
     Rate,
     Several,
     Size,
     SocketName,
     Subject,
+    SubjectPrefix,
     SubscribePattern,
     Timeout,
     TlsVersion,
     UserId,
     Where,
+    false_as_none,
 )
 from brokerd.config.values import (
     ClientConfig,
+    ClusterConfig,
     Key,
     ListenConfig,
     LogFormat,
     LogLevel,
+    MailboxConfig,
     MonitorConfig,
     RateConfig,
     Requirement,
     Rule,
     Source,
+    StoreConfig,
+    TapScope,
     WhenConnected,
     WhenFull,
 )
@@ -62,6 +75,8 @@ __all__ = [
     "KEY_ITEM_FIELDS",
     "ClientConfig",
     "ClientEntry",
+    "ClusterConfig",
+    "ClusterEntry",
     "Config",
     "File",
     "IncludedFile",
@@ -74,6 +89,8 @@ __all__ = [
     "LogAreas",
     "LogFormat",
     "LogLevel",
+    "MailboxConfig",
+    "MailboxEntry",
     "MonitorConfig",
     "MonitorEntry",
     "RateConfig",
@@ -81,10 +98,11 @@ __all__ = [
     "Requirement",
     "Rule",
     "Source",
+    "StoreConfig",
+    "StoreEntry",
     "TlsEntry",
     "WhenConnected",
     "WhenFull",
-    "json_schema",
 ]
 
 #: The fields that give a client's key; a client has at most one of them.
@@ -106,8 +124,25 @@ class _Entry(BaseModel):
         frozen=True,
         strict=True,
         hide_input_in_errors=True,
-        use_attribute_docstrings=True,
+        # A start needs few of the models. The docstrings are read by json_schema:
+        # pydantic would parse this file once for each class.
+        defer_build=True,
     )
+
+
+def _with_short_form(core_schema: Any, handler: Any, *short: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of a mapping that may also be written in a short form."""
+    schema = handler.resolve_ref_schema(handler(core_schema))
+    long = {
+        key: schema[key]
+        for key in ("type", "properties", "required", "additionalProperties")
+        if key in schema
+    }
+    return {
+        "title": schema["title"],
+        "description": schema["description"],
+        "anyOf": [*short, long],
+    }
 
 
 class _AddressEntry(_Entry):
@@ -123,15 +158,7 @@ class _AddressEntry(_Entry):
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
         """Return the schema of both forms."""
         schema = handler.resolve_ref_schema(handler(core_schema))
-        short = schema["properties"]["address"]["anyOf"]
-        long = {
-            key: schema[key] for key in ("type", "properties", "required", "additionalProperties")
-        }
-        return {
-            "title": schema["title"],
-            "description": schema["description"],
-            "anyOf": [*short, long],
-        }
+        return _with_short_form(core_schema, handler, *schema["properties"]["address"]["anyOf"])
 
 
 class TlsEntry(_Entry):
@@ -213,6 +240,64 @@ class CertificateEntry(_Entry):
     """The certificate's SHA-256 in hexadecimal digits, or a list of those that are accepted."""
 
 
+class MailboxEntry(_Entry):
+    """A mailbox: true for the defaults, or a mapping with its options."""
+
+    size: Size = _written("1GiB", units.size)
+    """Most bytes of messages in it, with 128 bytes for each deduplication key."""
+    messages: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1_000_000
+    """Most messages in it."""
+    ttl: Timeout | None = None
+    """The longest time that a message is kept; without it, no limit."""
+    subscribe: Several[SubscribePattern] = ()
+    """Topic patterns whose events are stored, within the client's own rule ``subscribe``."""
+    window: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Most messages that a connection holds, unless it asks for another number."""
+    attempts: Annotated[int, Field(ge=1, le=65_535)] = 10
+    """Failed attempts after which a message becomes a dead letter."""
+    when_full: MailboxWhenFull = WhenFull.REFUSE
+    """Treatment of messages to a full mailbox: refuse, or wait up to limits.wait_timeout."""
+    dead: Percent = _written("20%", units.percent)
+    """The share of size and messages that dead letters may use."""
+    max_message: Size = _written("1MiB", units.size)
+    """The longest message that is stored, in bytes, without the broker's header."""
+    ack_timeout: Timeout | None = None
+    """A message held for longer is returned, and a warning logged; without it, no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Return the long form of ``true``."""
+        return {} if value is True else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
+        """Return the schema of both forms."""
+        return _with_short_form(core_schema, handler, {"type": "boolean"})
+
+
+class StoreEntry(_Entry):
+    """Where mailboxes are kept: the path of a directory alone, or a mapping with its options."""
+
+    path: NonEmpty | None = None
+    """The directory, relative to this file; by default $STATE_DIRECTORY, which systemd sets."""
+    min_free: AnySize = _written("256MiB", units.size)
+    """Bytes of the disk that stay free: messages that need them are refused."""
+    dedup: Duration = _written("1h", units.duration)
+    """The time for which a message's deduplication key is remembered."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        """Return the long form of an entry that is only a path."""
+        return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:
+        """Return the schema of both forms."""
+        return _with_short_form(core_schema, handler, {"type": "string", "minLength": 1})
+
+
 class ClientEntry(_Entry):
     """One identity: its keys, rules and quotas."""
 
@@ -242,6 +327,10 @@ class ClientEntry(_Entry):
     """Most connections that may share the name at once."""
     send_to: Several[NamePattern] = ("*",)
     """Recipients that the client may send to: names, or shell-style patterns."""
+    open_from: Several[NamePattern] = ("*",)
+    """Clients that may open a channel to the client, of those that may send to it."""
+    channels: Annotated[int, Field(ge=0, le=1_000_000)] = 64
+    """Most open channels of the client, to and from it, with those that it has asked for."""
     publish: Several[PublishPattern] = (">",)
     """Topic patterns that the client may publish on."""
     subscribe: Several[SubscribePattern] = (">", "$broker.>")
@@ -258,7 +347,7 @@ class ClientEntry(_Entry):
     """Treatment of messages to a full queue: wait, refuse, drop_oldest or disconnect."""
     when_connected: Annotated[WhenConnected, Field(strict=False)] = WhenConnected.REFUSE
     """Treatment of a connection more than allowed: refuse it, or replace the oldest."""
-    rate: RateEntry = RateEntry()
+    rate: RateEntry = RateEntry.model_construct()
     """Most messages and bytes that the client may send per second."""
     allow_md5: bool = False
     """Whether the client may use HMAC-MD5, the only digest Python 3.11 and older know."""
@@ -268,8 +357,16 @@ class ClientEntry(_Entry):
     """The certificate that the client must show over TLS, in addition to its key."""
     channel_binding: Annotated[Requirement, Field(strict=False)] = Requirement.OPTIONAL
     """Whether the client must use TLS and bind its key to the channel: required or optional."""
-    admin: bool = False
-    """Whether the client may watch and control the broker, as an administrator."""
+    tap: Annotated[TapScope, Field(strict=False)] = TapScope.HEADERS
+    """What brokerctl tap shows of its messages: headers, or payload too."""
+    expected: bool = False
+    """Whether the client is meant to be online always: a metric tells, and an alert watches it."""
+    admin: Admin = False
+    """Whether the client is an administrator; payload: it also sees payloads in mailboxes."""
+    mailbox: Annotated[MailboxEntry | None, BeforeValidator(false_as_none)] = None
+    """A mailbox on disk for messages to the client: true, or a mapping with its options."""
+    home: Host | None = None
+    """In a cluster, the host that keeps the client's mailbox."""
 
 
 class Limits(_Entry):
@@ -287,12 +384,20 @@ class Limits(_Entry):
     """Keys tried for a client that does not give its name."""
     keepalive: Duration = _written("30s", units.duration)
     """Disconnect a TCP client that answers nothing for this long; 0 leaves it to the system."""
+    channels: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    """Most channels of all clients at once."""
+    open_timeout: Timeout = _written("10s", units.duration)
+    """The time that the recipient of a channel has to accept it."""
     wait_timeout: Duration = _written("30s", units.duration)
     """The longest time that a sender is held by a full queue (when_full: wait)."""
     drain_timeout: Duration = _written("8s", units.duration)
     """The time to deliver what is queued when the broker stops."""
+    return_grace: Duration = _written("0s", units.duration)
+    """After a restart, hold messages for clients that were online before, for so long; 0: don't."""
     expiry_warning: Duration = _written("14d", units.duration)
     """A client's last key is warned of this long before it expires; 0: only when it has."""
+    remote_timeout: Timeout = _written("5s", units.duration)
+    """In a cluster, the time in which another host has to answer; then its clients are offline."""
 
 
 class LogAreas(_Entry):
@@ -302,6 +407,8 @@ class LogAreas(_Entry):
     """Start, reload, stop."""
     client: Annotated[LogLevel, Field(strict=False)] | None = None
     """Clients that connect, are refused, are slow or leave."""
+    channel: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Channels that are opened, refused or closed."""
     message: Annotated[LogLevel, Field(strict=False)] | None = None
     """Messages that are refused or dropped."""
     admin: Annotated[LogLevel, Field(strict=False)] | None = None
@@ -312,6 +419,10 @@ class LogAreas(_Entry):
     """Keys that expire."""
     log: Annotated[LogLevel, Field(strict=False)] | None = None
     """The log itself."""
+    mailbox: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Mailboxes and their store."""
+    cluster: Annotated[LogLevel, Field(strict=False)] | None = None
+    """Other hosts, and NATS."""
     monitor: Annotated[LogLevel, Field(strict=False)] | None = None
     """The pages over HTTP."""
 
@@ -323,7 +434,7 @@ class Log(_Entry):
     """The least important event that is still logged: debug, info, warning or error."""
     format: Annotated[LogFormat, Field(strict=False)] = LogFormat.AUTO
     """auto is console on a terminal, the journal's own form under systemd and JSON elsewhere."""
-    areas: LogAreas = LogAreas()
+    areas: LogAreas = LogAreas.model_construct()
     """Levels of their own for some areas, such as {client: debug}."""
     audit: NonEmpty | None = None
     """File for connections, refusals, administrators' commands and changes: JSON lines."""
@@ -333,11 +444,55 @@ class MonitorEntry(_AddressEntry):
     """The monitor's HTTP address, alone or in a mapping with its options."""
 
     address: Where
-    """HOST:PORT, [HOST, PORT], @ABSTRACT, or a Unix path; no password: keep it local."""
+    """HOST:PORT, [HOST, PORT], @ABSTRACT, or a Unix path."""
     per_client: bool = False
     """Whether each client has metrics of its own, some eight for each name."""
     hosts: Several[HostName] = ()
     """Accepted Host names without port; IP addresses, localhost and ``address`` need no entry."""
+    page: bool = True
+    """Whether / is a page for browsers; where other machines reach it, it needs a password."""
+    password_file: NonEmpty | None = None
+    """A file with the password of all pages but /livez and /readyz, relative to this file."""
+
+
+class NatsTlsEntry(_Entry):
+    """TLS to the NATS servers: whom to trust, and what to show."""
+
+    ca: NonEmpty | None = None
+    """A file with the CA certificates to trust, in PEM; without it, the system's."""
+    certificate: NonEmpty | None = None
+    """A file with the certificate to show, in PEM, followed by those that lead to its CA."""
+    key: NonEmpty | None = None
+    """A file with the certificate's private key in PEM, which only its owner can read."""
+
+
+class ClusterEntry(_Entry):
+    """Brokers on several hosts that share one name space, connected by NATS."""
+
+    host: Host
+    """This broker's name in the cluster, unique there: 1 to 8 small letters or digits."""
+    nats: Annotated[Several[NatsServer], Field(min_length=1)]
+    """The servers of one NATS cluster: nats://HOST:PORT, or tls://HOST:PORT for TLS."""
+    credentials: NonEmpty | None = None
+    """A NATS credentials file, which only its owner can read."""
+    user: NonEmpty | None = None
+    """A NATS user, with password_file."""
+    password_file: NonEmpty | None = None
+    """A file with the password of ``user``, which only its owner can read."""
+    nkey_file: NonEmpty | None = None
+    """A file with the seed of an nkey, which only its owner can read."""
+    tls: NatsTlsEntry | None = None
+    """TLS to all servers, with a CA or a certificate of its own."""
+    prefix: SubjectPrefix = _written("brokerd", str)
+    """The begin of all NATS subjects; several clusters can share a NATS."""
+    unanswered: Size = _written("8MiB", units.size)
+    """Most bytes in flight to each other host."""
+    hosts: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Most other hosts; further ones are ignored."""
+    advertise: Several[Advertised] = ()
+    """Where clients of other hosts can connect to this broker: tls://HOST:PORT or HOST:PORT."""
+    plain: bool = False
+    """Confirms that NATS without TLS beyond this machine is intended."""
 
 
 class IncludedFile(_Entry):
@@ -360,12 +515,16 @@ class File(IncludedFile):
 
     model_config = ConfigDict(title="brokerd configuration")
 
-    limits: Limits = Limits()
+    limits: Limits = Limits.model_construct()
     """Resource limits of the broker."""
-    log: Log = Log()
+    log: Log = Log.model_construct()
     """Level, form and files of the log."""
     monitor: MonitorEntry | None = None
-    """HTTP address of the monitor: /livez, /readyz and /metrics; without it there is none."""
+    """HTTP address of the monitor: /, /livez, /readyz and /metrics; without it there is none."""
+    store: StoreEntry | None = None
+    """The directory of the mailboxes on disk; by default $STATE_DIRECTORY."""
+    cluster: ClusterEntry | None = None
+    """Other hosts, whose clients share one name space with those of this broker, over NATS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,9 +533,13 @@ class Config:
 
     Attributes:
         clients: By name, read-only.
+        store: Where mailboxes are kept; None without mailboxes.
+        cluster: The broker's place among other hosts; None for a broker of its own.
         path: The main file.
         files: Every file read, the main file first.
         warnings: About keys, and about users who can replace the files, a line each.
+        private: The files that no other user may replace, each with the place that names it.
+        unmatched: The entries of ``include`` that match no file, a line each.
     """
 
     path: str
@@ -385,30 +548,12 @@ class Config:
     limits: Limits = field(default_factory=Limits)
     log: Log = field(default_factory=Log)
     monitor: MonitorConfig | None = None
+    store: StoreConfig | None = None
+    cluster: ClusterConfig | None = None
     files: tuple[str, ...] = field(default=(), compare=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    private: Mapping[str, str] = field(default_factory=dict, compare=False)
+    unmatched: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", MappingProxyType(dict(self.clients)))
-
-
-class _Schema(GenerateJsonSchema):
-    """Draft 2020-12, without null for an absent key: a key in the file has a value."""
-
-    def nullable_schema(self, schema: Any) -> JsonSchemaValue:
-        return self.generate_inner(schema["schema"])
-
-    def default_schema(self, schema: Any) -> JsonSchemaValue:
-        json_schema = super().default_schema(schema)
-        # A section has no default of its own: each of its keys shows its default.
-        if json_schema.get("default") is None or isinstance(json_schema["default"], dict):
-            del json_schema["default"]
-        return json_schema
-
-    def generate(self, schema: Any, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
-        return {"$schema": self.schema_dialect, **super().generate(schema, mode)}
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file, as in config/brokerd.schema.json."""
-    return File.model_json_schema(schema_generator=_Schema)

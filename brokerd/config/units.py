@@ -14,10 +14,12 @@ from typing import Final
 __all__ = [
     "BYTE_RATE_PATTERN",
     "DURATION_PATTERN",
+    "PERCENT_PATTERN",
     "RATE_PATTERN",
     "SIZE_PATTERN",
     "byte_rate",
     "duration",
+    "percent",
     "rate",
     "size",
 ]
@@ -29,6 +31,8 @@ DURATION_PATTERN: Final = rf"^{_NUMBER} ?(ms|s|m|h|d)?$"
 SIZE_PATTERN: Final = rf"^{_NUMBER} ?(B|[kKMGT]B|[KMGT]iB)?$"
 RATE_PATTERN: Final = rf"^{_NUMBER} ?(/(s|m|h))?$"
 BYTE_RATE_PATTERN: Final = rf"^{_NUMBER} ?(B|[kKMGT]B|[KMGT]iB)?(/(s|m|h))?$"
+
+PERCENT_PATTERN: Final = rf"^{_NUMBER} ?%$"
 
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES: Final = {
@@ -74,6 +78,16 @@ def size(value: object) -> int:
     if per or factor is None:
         raise ValueError(f"{_shown(value)} is not a valid size ({remedy})")
     return _whole_bytes(number, factor, value, remedy)
+
+
+def percent(value: object) -> float:
+    """Return a share from 0 to 1, from a text such as ``20%``."""
+    remedy = "give a share from 0% to 100%, such as 20%"
+    match = re.fullmatch(PERCENT_PATTERN, value) if isinstance(value, str) else None
+    share = float(str(value).rstrip(" %")) / 100 if match is not None else 2.0
+    if share > 1:
+        raise ValueError(f"{_shown(value)} is not a valid share ({remedy})")
+    return share
 
 
 def rate(value: object) -> float:

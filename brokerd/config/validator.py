@@ -8,35 +8,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from operator import attrgetter
 from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
 from brokerd.config import key_files
+from brokerd.config.address_check import same
 from brokerd.config.builder import Findings
 from brokerd.config.certificates import load_tls
+from brokerd.config.cluster import load_cluster
 from brokerd.config.file_reader import Unreadable
+from brokerd.config.marked_values import Map, Seq
 from brokerd.config.messages import complaint, did_you_mean, unknown_key
 from brokerd.config.model import (
     KEY_FIELDS,
     KEY_ITEM_FIELDS,
     ClientConfig,
     ClientEntry,
+    ClusterEntry,
     File,
     IncludedFile,
     Key,
     KeyEntry,
+    Limits,
     ListenConfig,
     ListenEntry,
+    Log,
+    MailboxConfig,
+    MailboxEntry,
     MonitorConfig,
     MonitorEntry,
     RateConfig,
     Rule,
     Source,
+    StoreConfig,
+    StoreEntry,
 )
+from brokerd.config.paths import joined, shortened
 from brokerd.config.problems import Path, Place, Problem
+from brokerd.config.topic_rules import covers
 from brokerd.config.values import CertificateConfig, TlsConfig
-from brokerd.config.yaml_reader import Document, Map, Seq
+from brokerd.config.yaml_reader import Document
 from brokerd_client.address import Address
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire import envelope
@@ -45,15 +59,28 @@ __all__ = ["Entries"]
 
 #: Limits the path of a Unix socket, in bytes, without its final NUL (sys/un.h).
 _MAX_SOCKET_PATH: Final = 107
+#: Fewest bytes of the monitor's password.
+_SHORTEST_PASSWORD: Final = 8
 _WILDCARDS: Final = frozenset("*?[")
 #: The kind of key that each field of a client gives.
 _KINDS: Final = {"key": "key", "key_file": "file", "key_env": "env", "key_credential": "credential"}
+#: Limits the forms of entries that are remembered, per configuration.
+_FORMS: Final = 1000
 #: Requests in flight per connection of a pool, unless configured.
 _POOL_IN_FLIGHT: Final = 32
+#: The sections of the main file that are one entry each. The model of the whole file is
+#: built only where it is needed.
+_SECTIONS: Final[Mapping[str, type[BaseModel]]] = {"limits": Limits, "log": Log}
 _UNLIMITED: Final = RateConfig(None, None)
+#: Returns the fields of a ClientConfig that are not the client's own, in their order.
+_SETTINGS: Final = attrgetter(*[field.name for field in fields(ClientConfig)][3:])
+#: Fields of a client whose places matter: errors and rules name them.
+_PLACED: Final = frozenset(
+    {"send_to", "open_from", "publish", "subscribe", "mailbox", "certificate"}
+)
 _DEFAULT_RULES: Final = {
     field: tuple(Rule(pattern) for pattern in ClientEntry.model_fields[field].default)
-    for field in ("send_to", "publish", "subscribe")
+    for field in ("send_to", "open_from", "publish", "subscribe")
 }
 
 
@@ -109,15 +136,11 @@ class Entries:
             elif key not in self._model.model_fields:
                 fault = f"belongs in the main file only (move it to {self._findings.file})"
                 self._problem((key,), fault, at_key=True)
-            elif key in ("limits", "log"):
-                section, _ = self._validated((), File, {key: value})
+            elif key in _SECTIONS:
+                section, _ = self._validated((key,), _SECTIONS[key], value)
                 if section is not None:
-                    setattr(self._findings, key, self._with_paths(getattr(section, key)))
-        listen, clients, include = (
-            root.get("listen", []),
-            root.get("clients", {}),
-            root.get("include", []),
-        )
+                    setattr(self._findings, key, self._with_paths(section))
+        listen, clients = root.get("listen", []), root.get("clients", {})
         if "listen" in root:
             self._findings.listens = True
         if not isinstance(listen, list) or not listen:
@@ -127,11 +150,20 @@ class Entries:
                 self._listener(("listen", number), entry)
         if "monitor" in root and "monitor" in self._model.model_fields:
             self._monitor(root["monitor"])
+        if root.get("store") is not None and "store" in self._model.model_fields:
+            self._store(root["store"])
+        if root.get("cluster") is not None and "cluster" in self._model.model_fields:
+            self._cluster(root["cluster"])
         if not isinstance(clients, dict):
             self._validated_section("clients", root)
         else:
             for name, entry in clients.items():
                 self._client(name, entry, clients)
+        if "include" in root:
+            self._include(root["include"])
+
+    def _include(self, include: object) -> None:
+        """Validate the section, and note its entries that are valid."""
         section, bad = self._validated((), self._model, {"include": include})
         if isinstance(include, list):
             for number, pattern in enumerate(include):
@@ -143,8 +175,7 @@ class Entries:
         audit = getattr(section, "audit", None)
         if audit is None:
             return section
-        path = os.path.join(self._base, os.path.expanduser(audit))  # noqa: PTH111, PTH118 - as written
-        return section.model_copy(update={"audit": path})
+        return section.model_copy(update={"audit": joined(self._base, audit)})
 
     def _validated_section(self, key: str, root: dict[str, Any]) -> None:
         """Report a section that is not a list, or not a mapping, as the model does."""
@@ -204,10 +235,7 @@ class Entries:
                 "means no TLS, but tls is given (keep one of them)",
                 at_key=True,
             )
-        self._note_private(
-            os.path.join(self._base, os.path.expanduser(entry.tls.key)),  # noqa: PTH111, PTH118
-            (*path, "tls", "key"),
-        )
+        self._note_private(joined(self._base, entry.tls.key), (*path, "tls", "key"))
         return load_tls(
             entry.tls,
             self._base,
@@ -227,8 +255,64 @@ class Entries:
             )
             return
         address, place = self._address(where, valid.address)
-        self._findings.monitor = MonitorConfig(
-            address, valid.per_client, Source(place.file, place.line), tuple(valid.hosts)
+        password = self._monitor_password(valid)
+        monitor = MonitorConfig(
+            address,
+            valid.per_client,
+            Source(place.file, place.line),
+            tuple(valid.hosts),
+            valid.page,
+            password,
+        )
+        if valid.page and valid.password_file is None and not monitor.is_local:
+            self._problem(
+                where,
+                "other machines can reach the monitor's page (give it monitor.password_file, a"
+                " local address such as 127.0.0.1:6060, or page: false)",
+            )
+        self._findings.monitor = monitor
+
+    def _monitor_password(self, entry: MonitorEntry) -> bytes | None:
+        """Return the password in the monitor's file, or None without one."""
+        if entry.password_file is None:
+            return None
+        path = joined(self._base, entry.password_file)
+        where: Path = ("monitor", "password_file")
+        self._note_private(path, where)
+        try:
+            password = key_files.read_key_file(path, self._findings.environ)
+        except Unreadable as error:
+            self._problem(where, str(error))
+            return None
+        if len(password) < _SHORTEST_PASSWORD:
+            fault = (
+                f"the password has fewer than {_SHORTEST_PASSWORD} bytes (make one: brokerd key)"
+            )
+            self._problem(where, fault)
+        return password
+
+    def _store(self, entry: object) -> None:
+        valid: StoreEntry | None = self._validated_place(("store",), StoreEntry, entry)
+        if valid is not None:
+            path = "" if valid.path is None else joined(self._base, valid.path)
+            self._findings.store = StoreConfig(path, valid.min_free, valid.dedup)
+
+    def _cluster(self, entry: object) -> None:
+        self._findings.clusters = True
+        valid: ClusterEntry | None = self._validated_place(("cluster",), ClusterEntry, entry)
+        if valid is None:
+            return
+        for field in ("credentials", "password_file", "nkey_file"):
+            file = getattr(valid, field)
+            if file is not None:
+                self._note_private(joined(self._base, file), ("cluster", field))
+        place, _ = self._document.place(("cluster",), at_key=True)
+        self._findings.cluster = load_cluster(
+            valid,
+            Source(place.file, place.line),
+            self._base,
+            self._findings.environ,
+            lambda path, fault: self._problem(("cluster", *path), fault, at_key=not path),
         )
 
     def _address(self, path: Path, address: Address) -> tuple[Address, Place]:
@@ -237,7 +321,10 @@ class Entries:
         A relative path is joined to this file's directory.
         """
         if address.is_file:
-            address = type(address)("AF_UNIX", path=os.path.join(self._base, address.path))  # noqa: PTH118 - as written
+            address = type(address)(
+                "AF_UNIX",
+                path=shortened(os.path.join(self._base, address.path)),  # noqa: PTH118 - as written
+            )
             size = len(os.fsencode(address.path))
             if size > _MAX_SOCKET_PATH or "\0" in address.path:
                 fault = (
@@ -251,6 +338,12 @@ class Entries:
             first = place
         if first is not place:
             self._problem(path, f"{address} is given twice, first at {first} (keep one of them)")
+        else:
+            for other, place_of_other in self._findings.ports.get(address.port, ()):
+                if same(address, other):
+                    fault = f"{address} is {other}, given at {place_of_other} (keep one of them)"
+                    self._problem(path, fault)
+            self._findings.ports.setdefault(address.port, []).append((address, place))
         return address, place
 
     def _validated_place(self, path: Path, model: type[BaseModel], entry: object) -> Any:
@@ -283,35 +376,105 @@ class Entries:
                 f"client {name!r} is given twice, first at {place} (keep one of them)",
                 at_key=True,
             )
-        entry: ClientEntry | None
-        entry, bad = self._validated(path, ClientEntry, raw)
+        line = clients.marks[name][0] + 1 if isinstance(clients, Map) else 0
+        source = Source(self._document.file, line)
+        field, form = _form_of(raw)
+        settings = findings.settings.get(form)
+        if settings is not None:
+            key = self._key(name, (*path, field), _KINDS[field], raw[field])  # type: ignore[index]
+            # Keywords would double the time.
+            findings.clients[name] = ClientConfig(
+                name, () if key is None else (key,), source, *settings
+            )
+            return
+        entry, bad = self._validated_client(path, raw, form)
         if not isinstance(raw, dict):
             return
         self._recipients(path, raw, bad)
         keys = self._client_keys(name, path, raw, entry, bad)
         if entry is None:
             return
-        line = clients.marks[name][0].line + 1 if isinstance(clients, Map) else 0
-        findings.clients[name] = ClientConfig(
-            name=name,
-            keys=keys,
-            connections=entry.connections,
-            send_to=self._rules("send_to", raw, entry.send_to),
-            publish=self._rules("publish", raw, entry.publish),
-            subscribe=self._rules("subscribe", raw, entry.subscribe),
-            queue=entry.queue,
-            subscriptions=entry.subscriptions,
-            requests=entry.requests,
-            when_full=entry.when_full,
-            when_connected=entry.when_connected,
-            rate=RateConfig(entry.rate.messages, entry.rate.bytes) if "rate" in raw else _UNLIMITED,
-            allow_md5=entry.allow_md5,
-            peer_uid=entry.peer_uid,
-            admin=entry.admin,
-            source=Source(self._document.file, line),
-            certificate=self._certificate(path, entry),
-            binding=entry.channel_binding,
-            in_flight=entry.in_flight or (_POOL_IN_FLIGHT if entry.connections > 1 else None),
+        client = ClientConfig(name, keys, source, **self._settings(name, path, raw, entry))
+        if field and form in findings.forms and not _PLACED.intersection(raw):
+            findings.settings[form] = _SETTINGS(client)
+        findings.clients[name] = client
+
+    def _validated_client(
+        self, path: Path, raw: object, form: str
+    ) -> tuple[ClientEntry | None, set[Path]]:
+        """Return the same as ``_validated``, for entries of one form without validation."""
+        known = self._findings.forms.get(form)
+        if known is not None:
+            return known, set()
+        entry, bad = self._validated(path, ClientEntry, raw)
+        if entry is not None and form and len(self._findings.forms) < _FORMS:
+            self._findings.forms[form] = entry
+        return entry, bad
+
+    def _settings(
+        self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry
+    ) -> dict[str, Any]:
+        """Return the fields of a ClientConfig that are not the client's own."""
+        return {
+            "connections": entry.connections,
+            "send_to": self._rules("send_to", raw, entry.send_to),
+            "publish": self._rules("publish", raw, entry.publish),
+            "subscribe": self._rules("subscribe", raw, entry.subscribe),
+            "queue": entry.queue,
+            "subscriptions": entry.subscriptions,
+            "requests": entry.requests,
+            "when_full": entry.when_full,
+            "when_connected": entry.when_connected,
+            "rate": RateConfig(entry.rate.messages, entry.rate.bytes)
+            if "rate" in raw
+            else _UNLIMITED,
+            "allow_md5": entry.allow_md5,
+            "peer_uid": entry.peer_uid,
+            "admin": bool(entry.admin),
+            "admin_payload": entry.admin == "payload",
+            "mailbox": self._mailbox(name, path, raw, entry),
+            "home": entry.home or "",
+            # The builder knows where the mailbox is.
+            "home_subscribe": (),
+            "certificate": self._certificate(path, entry),
+            "binding": entry.channel_binding,
+            "tap": entry.tap,
+            "expected": entry.expected,
+            "open_from": self._rules("open_from", raw, entry.open_from),
+            "channels": entry.channels,
+            "in_flight": entry.in_flight or (_POOL_IN_FLIGHT if entry.connections > 1 else None),
+        }
+
+    def _mailbox(
+        self, name: str, path: Path, raw: dict[str, Any], entry: ClientEntry
+    ) -> MailboxConfig | None:
+        """Return a client's mailbox; report patterns that its rules do not allow."""
+        valid = entry.mailbox
+        if not isinstance(valid, MailboxEntry):
+            return None
+        here = (*path, "mailbox")
+        self._findings.mailboxes[name] = self._document, here
+        listed = raw["mailbox"] if isinstance(raw["mailbox"], dict) else {}
+        for number, pattern in enumerate(valid.subscribe):
+            fault = ""
+            if pattern.startswith("$"):
+                fault = "events of the broker are not stored (take it out)"
+            elif not any(covers(rule, pattern) for rule in entry.subscribe):
+                rules = ", ".join(entry.subscribe) or "nothing"
+                fault = f"{pattern} is outside the client's rule subscribe ({rules})"
+            if fault:
+                self._problem((*here, "subscribe", number), fault)
+        return MailboxConfig(
+            size=valid.size,
+            messages=valid.messages,
+            ttl=valid.ttl,
+            subscribe=self._rules("subscribe", listed, valid.subscribe) if valid.subscribe else (),
+            window=valid.window,
+            attempts=valid.attempts,
+            when_full=valid.when_full,
+            dead=valid.dead,
+            max_message=valid.max_message,
+            ack_timeout=valid.ack_timeout,
         )
 
     def _certificate(self, path: Path, entry: ClientEntry) -> CertificateConfig | None:
@@ -327,18 +490,21 @@ class Entries:
         return CertificateConfig(demanded.subject or (), demanded.fingerprint or ())
 
     def _recipients(self, path: Path, raw: dict[str, Any], bad: set[Path]) -> None:
-        """Record the names in send_to; they are checked when all files are read."""
-        listed = raw.get("send_to")
-        if not isinstance(listed, list) or id(listed) in self._findings.rules:
-            return
-        for number, name in enumerate(listed):
-            if (
-                ("send_to", number) not in bad
-                and isinstance(name, str)
-                and not _WILDCARDS & set(name)
-            ):
-                where = (*path, "send_to", number)
-                self._findings.recipients.append((name, self._document, where))
+        """Record the names in send_to and open_from; they are checked when all files are
+        read.
+        """
+        for field in ("send_to", "open_from"):
+            listed = raw.get(field)
+            if not isinstance(listed, list) or id(listed) in self._findings.rules:
+                continue
+            for number, name in enumerate(listed):
+                if (
+                    (field, number) not in bad
+                    and isinstance(name, str)
+                    and not _WILDCARDS & set(name)
+                ):
+                    where = (*path, field, number)
+                    self._findings.recipients.append((name, self._document, where))
 
     def _rules(
         self, field: str, raw: dict[str, Any], patterns: tuple[str, ...]
@@ -350,7 +516,7 @@ class Entries:
         if parsed is not None:
             return parsed[1]
         lines = (
-            [mark.line + 1 for mark in listed.marks]
+            [line + 1 for line, _ in listed.marks]
             if isinstance(listed, Seq)
             else [0] * len(patterns)
         )
@@ -441,7 +607,7 @@ class Entries:
             else:
                 assert isinstance(value, str)
                 if kind == "file":
-                    file = os.path.join(self._base, os.path.expanduser(value))  # noqa: PTH111, PTH118 - as written
+                    file = joined(self._base, value)
                     source = f"key_file {file}"
                     key = key_files.read_key_file(file, environ, value)
                     self._note_private(file, path)
@@ -478,15 +644,35 @@ class Entries:
 
     def _inline_key(self, path: Path, value: str | bytes) -> bytes:
         key = value.encode() if isinstance(value, str) else value
-        if self._status is not None and self._document.file not in self._findings.exposed:
-            # Reported once per file: one chmod corrects all of its keys.
-            file = self._document.file
+        file = self._document.file
+        if self._status is not None and file not in self._findings.holding_keys:
+            # Once per file: one chmod corrects all of its keys.
+            self._findings.holding_keys.add(file)
             exposure = key_files.exposed(
                 file, self._status, key_files.forbidden(file, self._findings.environ)
             )
             if exposure:
-                self._findings.exposed.add(self._document.file)
                 self._problem(path, f"this file holds a key, and {exposure}")
         if not key:
             raise Unreadable("is empty (give at least one byte; brokerd key makes a good one)")
         return key
+
+
+def _form_of(raw: object) -> tuple[str, str]:
+    """Return (the field with the key, the form) of a client's entry, or "" for each.
+
+    Entries of one form differ only in the text of their key.
+    """
+    if not isinstance(raw, Map) or "keys" in raw:
+        return "", ""
+    found = ""
+    others: dict[str, Any] = {}
+    for field, value in raw.items():
+        if field not in _KINDS or type(value) is not str or not value:
+            others[field] = value
+        elif found:
+            return "", ""
+        else:
+            found = field
+    # Of what YAML reads, equal representations are equal values.
+    return found, f"{found} {others!r}"

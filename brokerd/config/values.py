@@ -25,15 +25,20 @@ if TYPE_CHECKING:
 __all__ = [
     "CertificateConfig",
     "ClientConfig",
+    "ClusterConfig",
     "Key",
     "ListenConfig",
     "LogFormat",
     "LogLevel",
+    "MailboxConfig",
     "MonitorConfig",
+    "NatsTlsConfig",
     "RateConfig",
     "Requirement",
     "Rule",
     "Source",
+    "StoreConfig",
+    "TapScope",
     "TlsConfig",
     "WhenConnected",
     "WhenFull",
@@ -53,6 +58,15 @@ class WhenFull(StrEnum):
     """The oldest waiting messages make room."""
     DISCONNECT = "disconnect"
     """The recipient is disconnected."""
+
+
+class TapScope(StrEnum):
+    """The parts of a client's messages that `brokerctl tap` may show."""
+
+    HEADERS = "headers"
+    """Names, topics, sizes and outcomes."""
+    PAYLOAD = "payload"
+    """The payload too."""
 
 
 class WhenConnected(StrEnum):
@@ -226,12 +240,16 @@ class MonitorConfig:
     Attributes:
         per_client: Whether there are metrics for each client.
         hosts: Accepted host names, besides that of the address.
+        page: Whether there is a page for browsers.
+        password: Demanded by all pages but the health checks; None for no password.
     """
 
     address: Address
     per_client: bool
     source: Source = field(compare=False)
     hosts: tuple[str, ...] = ()
+    page: bool = True
+    password: bytes | None = field(default=None, repr=False)
 
     @property
     def answered_hosts(self) -> frozenset[str]:
@@ -261,6 +279,109 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """The directory of the mailboxes on disk.
+
+    Attributes:
+        path: The directory.
+        min_free: Bytes of the disk that mailboxes leave free.
+        dedup: Seconds for which a deduplication key is remembered.
+    """
+
+    path: str
+    min_free: int
+    dedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class NatsTlsConfig:
+    """TLS towards NATS, with its files read.
+
+    Attributes:
+        context: A client's; it holds the private key, and never shows it.
+        content: A digest of the files and settings, for comparison.
+    """
+
+    context: ssl.SSLContext = field(repr=False, compare=False)
+    content: str
+
+    def __str__(self) -> str:
+        return self.content[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """This host's place in a cluster, and the NATS servers that connect it.
+
+    Attributes:
+        host: The name of this host in the cluster.
+        nats: The addresses of the servers, nats://HOST:PORT, or tls://HOST:PORT for TLS.
+        prefix: The first tokens of all subjects.
+        unanswered: Bytes in flight per remote host.
+        advertise: Where clients of other hosts can connect to this one.
+        credentials: The text of a credentials file of NATS, or None.
+        user, password: Or a user's name and password.
+        nkey: Or the seed of an nkey.
+        tls: The settings of TLS; None for those of the system.
+        plain: Whether TLS is absent on purpose.
+        hosts: Limits the other hosts.
+        digest: Of the section ``clients``; equal where the sections mean the same.
+    """
+
+    host: str
+    nats: tuple[str, ...]
+    source: Source = field(compare=False)
+    prefix: str = "brokerd"
+    unanswered: int = 8 * 1024 * 1024
+    advertise: tuple[str, ...] = ()
+    credentials: bytes | None = field(default=None, repr=False)
+    user: str = ""
+    password: bytes | None = field(default=None, repr=False)
+    nkey: bytes | None = field(default=None, repr=False)
+    tls: NatsTlsConfig | None = None
+    plain: bool = False
+    hosts: int = 64
+    digest: str = field(default="", compare=False)
+
+    @property
+    def login(self) -> str:
+        """How the broker authenticates itself at NATS, without a secret."""
+        if self.user:
+            return f"user {self.user}"
+        if self.credentials is not None:
+            return "a credentials file"
+        return "none" if self.nkey is None else "an nkey"
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxConfig:
+    """The mailbox of one client.
+
+    Attributes:
+        size, messages: Limit the bytes and messages in it, with dead letters.
+        ttl: Seconds after which a message expires; None without a limit.
+        subscribe: Topic patterns whose events are stored.
+        window: Messages that a connection holds at most, if it names no number.
+        attempts: Failed attempts after which a message becomes a dead letter.
+        when_full: WAIT or REFUSE.
+        dead: The share of ``size`` and ``messages`` that dead letters may use, 0 to 1.
+        max_message: Payload bytes.
+        ack_timeout: Seconds after which a held message is returned; None without.
+    """
+
+    size: int
+    messages: int
+    ttl: float | None
+    subscribe: tuple[Rule, ...]
+    window: int
+    attempts: int
+    when_full: WhenFull
+    dead: float
+    max_message: int
+    ack_timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ClientConfig:
     """One client.
 
@@ -271,13 +392,23 @@ class ClientConfig:
         subscriptions, requests: Limits how many the broker stores per connection.
         in_flight: Limits the requests delivered to one connection without an outcome,
             None without a limit.
+        channels: Limits the open channels at either end, and those that the client has
+            asked for.
+        mailbox: Its mailbox, or None. In a cluster it is None at other hosts than ``home``.
+        home: The host of its mailbox in a cluster; "" without mailbox or without cluster.
+        home_subscribe: The topics whose events its mailbox stores at another host.
+        admin_payload: Whether it sees the payloads of others' messages, as an
+            administrator.
         peer_uid: The users allowed as the peer of a Unix socket, None for all.
         certificate: The certificate required over TLS, None if none is required.
         binding: Whether the client must use TLS and bind its key to the channel.
+        expected: Whether the client is meant to be online always.
+        tap: What administrators may see of messages from and to the client.
     """
 
     name: str
     keys: tuple[Key, ...]
+    source: Source = field(compare=False)
     connections: int
     send_to: tuple[Rule, ...]
     publish: tuple[Rule, ...]
@@ -291,7 +422,14 @@ class ClientConfig:
     allow_md5: bool
     peer_uid: tuple[int, ...] | None
     admin: bool
-    source: Source = field(compare=False)
     certificate: CertificateConfig | None = None
     binding: Requirement = Requirement.OPTIONAL
     in_flight: int | None = None
+    tap: TapScope = TapScope.HEADERS
+    expected: bool = False
+    open_from: tuple[Rule, ...] = (Rule("*"),)
+    channels: int = 64
+    mailbox: MailboxConfig | None = None
+    admin_payload: bool = False
+    home: str = ""
+    home_subscribe: tuple[Rule, ...] = ()

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import yaml
-from yaml.constructor import SafeConstructor
 from yaml.events import (
     AliasEvent,
     DocumentStartEvent,
@@ -28,64 +27,35 @@ from yaml.events import (
     SequenceEndEvent,
     StreamEndEvent,
 )
-from yaml.nodes import ScalarNode
 from yaml.reader import Reader
 
+from brokerd.config.marked_values import Map, Seq
 from brokerd.config.problems import Path, Place, Problem, format_path
+from brokerd.config.scalars import OTHER_THAN_TEXT, InvalidScalar, tagged, unquoted
 
 __all__ = ["Document", "Map", "Seq", "read"]
 
 #: Limits the nesting, in levels. A configuration has five.
 _DEEPEST: Final = 20
-#: Limits an integer, in bits. No setting needs more, and Python refuses to print it.
-_LONGEST_INT_BITS: Final = 1024
 #: Limits the values that aliases repeat, per text: a fixed number, plus a number for
 #: each value written.
 _REPEATED: Final = 1_000_000
 _REPEATED_EACH: Final = 20
 
+#: Characters searched in one call: a millisecond's work.
+_SEARCHED: Final = 256 * 1024
+
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_RESOLVERS: Final = yaml.SafeLoader.yaml_implicit_resolvers
 _TAG: Final = "tag:yaml.org,2002:"
-_TEXT: Final = _TAG + "str"
 #: Represents a merge key, <<. It differs from the same text by object identity.
 _MERGE: Final = "".join("<<")
-_CONSTRUCTOR: Final = SafeConstructor()
-_CONSTRUCT: Final = {
-    _TAG + "null": lambda _: None,
-    _TAG + "bool": _CONSTRUCTOR.construct_yaml_bool,
-    _TAG + "int": _CONSTRUCTOR.construct_yaml_int,
-    _TAG + "float": _CONSTRUCTOR.construct_yaml_float,
-    _TAG + "timestamp": _CONSTRUCTOR.construct_yaml_timestamp,
-    _TAG + "binary": _CONSTRUCTOR.construct_yaml_binary,
-}
 
 
-class Mark(Protocol):
+class _Mark(Protocol):
     """A place in the text as PyYAML counts, with line and column from 0."""
 
     line: int
     column: int
-
-
-class Map(dict[str, Any]):
-    """A mapping; marks: for each key, the start of the key and of its value."""
-
-    __slots__ = ("marks",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marks: dict[str, tuple[Mark, Mark]] = {}
-
-
-class Seq(list[Any]):
-    """A list; marks: the start of each item."""
-
-    __slots__ = ("marks",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.marks: list[Mark] = []
 
 
 @dataclass(slots=True)
@@ -115,25 +85,24 @@ class Document:
         value: object = self.root
         place = Place(self.file, 1, 1) if isinstance(value, (Map, Seq)) else Place(self.file, 0, 0)
         for depth, step in enumerate(path):
-            mark: Mark
             if isinstance(value, Map) and isinstance(step, str) and step in value.marks:
-                key_mark, value_mark = value.marks[step]
+                marks = value.marks[step]
                 value = value[step]
                 wants_key = (
                     value is None
                     or isinstance(value, (Map, Seq))
                     or (at_key and depth == len(path) - 1)
                 )
-                mark = key_mark if wants_key else value_mark
+                line, column = marks[:2] if wants_key else marks[2:]
             elif isinstance(value, Seq) and isinstance(step, int) and step < len(value.marks):
-                mark, value = value.marks[step], value[step]
+                (line, column), value = value.marks[step], value[step]
             elif isinstance(value, (dict, list)):
                 # The step is missing, or a program made the value, so that it has no
                 # marks.
                 break
             else:
                 return place, format_path(path[:depth])
-            place = _place(self.file, mark)
+            place = _place(self.file, line, column)
         return place, format_path(path)
 
 
@@ -146,7 +115,7 @@ def read(text: str, file: str) -> Document:
     Nothing is raised: all faults are in the document's problems.
     """
     document = Document(file)
-    bad = Reader.NON_PRINTABLE.search(text)
+    bad = _unprintable(text)
     if bad is not None:
         line = text.count("\n", 0, bad.start())
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
@@ -172,6 +141,18 @@ def read(text: str, file: str) -> Document:
     finally:
         composer.dispose()
     return document
+
+
+def _unprintable(text: str) -> re.Match[str] | None:
+    """Return the first character that YAML can't hold, or None.
+
+    The text is searched in pieces: a long search keeps all other threads waiting.
+    """
+    for start in range(0, len(text), _SEARCHED):
+        bad = Reader.NON_PRINTABLE.search(text, start, start + _SEARCHED)
+        if bad is not None:
+            return bad
+    return None
 
 
 class _Stop(Exception):
@@ -200,9 +181,11 @@ class _Composer:
     def dispose(self) -> None:
         self._loader.dispose()
 
-    def report(self, mark: Mark | None, fault: str) -> None:
+    def report(self, mark: _Mark | None, fault: str) -> None:
         place = (
-            Place(self._document.file, 1, 1) if mark is None else _place(self._document.file, mark)
+            Place(self._document.file, 1, 1)
+            if mark is None
+            else _place(self._document.file, mark.line, mark.column)
         )
         self._document.problems.append(Problem(place, format_path(self._path), fault))
 
@@ -222,13 +205,20 @@ class _Composer:
     def _value(self, event: Any, depth: int) -> object:
         self._written += 1
         kind = type(event)
-        if kind is AliasEvent:
-            return self._alias(event)
         if kind is ScalarEvent:
+            if (
+                event.tag is None
+                and event.anchor is None
+                and event.value[:1] not in OTHER_THAN_TEXT
+            ):
+                # Most scalars are text as it stands.
+                return event.value
             value = self._scalar(event)
             if event.anchor is not None:
                 self._anchors[event.anchor] = value, 1
             return value
+        if kind is AliasEvent:
+            return self._alias(event)
         if depth >= _DEEPEST:
             self._stop(
                 event, f"is nested more than {_DEEPEST} deep (a configuration has five levels)"
@@ -282,7 +272,7 @@ class _Composer:
             if value is None:
                 self.report(event.start_mark, "is empty (give a value, or take the item out)")
             items.append(value)
-            items.marks.append(event.start_mark)
+            items.marks.append((event.start_mark.line, event.start_mark.column))
             event = self._next()
         path.pop()
         return items
@@ -297,10 +287,21 @@ class _Composer:
         path.append("")
         key_event = self._next()
         while type(key_event) is not MappingEndEvent:
-            key = self._key(key_event, depth)
+            if (
+                type(key_event) is ScalarEvent
+                and key_event.tag is None
+                and key_event.anchor is None
+                and key_event.value[:1] not in OTHER_THAN_TEXT
+            ):
+                # As _key does, for most keys: two calls for each of them would take a
+                # twentieth of the time for a large file.
+                key: str | None = key_event.value
+                self._written += 1
+            else:
+                key = self._key(key_event, depth)
             path[-1] = key if key is not None else "?"
             if key is not None and key in marks:
-                first = _place(self._document.file, marks[key][0])
+                first = _place(self._document.file, *marks[key][:2])
                 self.report(
                     key_event.start_mark, f"is given twice, first at {first} (keep one of them)"
                 )
@@ -320,7 +321,8 @@ class _Composer:
                         key_event.start_mark, "is empty (give a value, or take the key out)"
                     )
                 entries[key] = value
-                marks[key] = key_event.start_mark, value_event.start_mark
+                at, value_at = key_event.start_mark, value_event.start_mark
+                marks[key] = at.line, at.column, value_at.line, value_at.column
             key_event = self._next()
         path.pop()
         for other in merged:
@@ -334,9 +336,9 @@ class _Composer:
         """Return the key, _MERGE for a merge, or None after reporting an invalid key."""
         if (
             type(event) is ScalarEvent
+            and event.value == "<<"
             and event.tag is None
             and event.implicit[0]
-            and event.value == "<<"
         ):
             return _MERGE
         key = self._value(event, depth + 1)
@@ -369,64 +371,25 @@ class _Composer:
             )
 
     def _scalar(self, event: Any) -> object:
-        tag, text = event.tag, event.value
-        if tag is None or tag == "!":
-            if not event.implicit[0]:
-                return text
-            tag = _resolve(text)
-        if tag == _TEXT:
-            return text
-        construct = _CONSTRUCT.get(tag)
-        if construct is None:
-            self.report(
-                event.start_mark,
-                "a tag without meaning here (text that begins with '!' needs quotes)",
-            )
-            return _BROKEN
+        tag = event.tag
         try:
-            value = construct(ScalarNode(tag, text, event.start_mark))
-            if type(value) is int and value.bit_length() > _LONGEST_INT_BITS:
-                raise ValueError
-        # The constructors raise these for "0x_", a 13th month, "!!bool perhaps" and
-        # "!!timestamp soon".
-        except (
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            OverflowError,
-            TypeError,
-            yaml.YAMLError,
-        ):
-            kind = tag.removeprefix(_TAG)
-            self.report(
-                event.start_mark,
-                f"YAML reads this as type {kind}, and it is not valid (put text in quotes)",
-            )
-            return _BROKEN
-        return value
+            if tag is None or tag == "!":
+                return unquoted(event.value) if event.implicit[0] else event.value
+            return tagged(tag, event.value)
+        except InvalidScalar as error:
+            self.report(event.start_mark, str(error))
+        return _BROKEN
 
 
-def _resolve(text: str) -> str:
-    """Return the tag of an unquoted scalar, by the rules of yaml.SafeLoader."""
-    for tag, pattern in _RESOLVERS.get(text[:1], ()):
-        if pattern.match(text):
-            # In YAML 1.1, 1:30 is 90, and "=" and "<<" are special. People mean text by
-            # all three.
-            to_base_60 = ":" in text and tag in (_TAG + "int", _TAG + "float")
-            return _TEXT if to_base_60 or tag not in _CONSTRUCT else str(tag)
-    return _TEXT
+def _place(file: str, line: int, column: int) -> Place:
+    return Place(file, line + 1, column + 1)
 
 
-def _place(file: str, mark: Mark) -> Place:
-    return Place(file, mark.line + 1, mark.column + 1)
-
-
-def _at_end(text: str, mark: Mark | None) -> bool:
+def _at_end(text: str, mark: _Mark | None) -> bool:
     return mark is not None and mark.line >= text.rstrip().count("\n") + 1
 
 
-def _syntax(error: yaml.MarkedYAMLError, text: str, mark: Mark | None) -> str:
+def _syntax(error: yaml.MarkedYAMLError, text: str, mark: _Mark | None) -> str:
     """Return the YAML fault; it repeats nothing of the text but single characters."""
     if mark is not None:
         lines = text.split("\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from brokerd.config import diff as plan
@@ -191,5 +193,16 @@ def test_diff_plan_as_fields_holds_only_plain_values() -> None:
         "limits": [],
         "log": [],
         "monitor": [],
+        "store": [],
+        "cluster": [],
+        "orphaned": [],
         "restart": [],
     }
+
+
+def test_diff_of_key_files_and_empty_patterns_needs_no_restart() -> None:
+    """They describe the files of a configuration, and are no settings."""
+    before = config("clients: {a: {key: k}}\n")
+    after = replace(before, private={"keys/b": "b.yaml:1"}, unmatched=("b.yaml:2: d/*.yaml",))
+
+    assert compare(before, after).restart == ()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ VALID = (
 )
 
 _LINE = re.compile(r"f:[1-9][0-9]*:[1-9][0-9]*: [^\n]+: [^\n]+ \([^\n]+\)")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run the tests where ``include: ["*"]`` finds no files."""
+    with chdir(tmp_path_factory.mktemp("empty")):
+        yield
 
 
 def judge(text: str | bytes) -> None:
@@ -198,7 +207,7 @@ def test_config_random_value_tree_loads_or_gives_config_error(tree: object) -> N
     judge(text)
 
 
-@pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
+@pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml", "examples/channels.yaml"])
 def test_config_file_truncated_loads_or_gives_config_error(name: str) -> None:
     """A file that ends too early is judged like any other file. Every seventh byte is
     tried.

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from brokerd.config import load as load_module
+from brokerd.config import yaml_reader
 from brokerd.config.load import ConfigError, build_config, load, load_text
+from brokerd.config.marked_values import Map
 from brokerd.config.model import LogFormat, LogLevel, Rule, Source, WhenConnected, WhenFull
 from brokerd.config.problems import one_line
+from brokerd.config.yaml_reader import Document
 from brokerd_client.address import Address
 
 
@@ -202,8 +206,8 @@ GOOD = "listen: [/run/b.sock]\n"
         ("clients: {}\n", "f:1:1: listen: is missing (give at least one address, such as /run/brokerd/brokerd.sock)"),
         # Unknown keys, and the monitor.
         (GOOD + "client: {}\n", "f:2:1: client: unknown key 'client' (did you mean 'clients'?)"),
-        (GOOD + "zzz: 1\n", ("f:2:1: zzz: unknown key 'zzz' (known here: clients, include, limits, listen, log, "
-         "monitor)")),
+        (GOOD + "zzz: 1\n", ("f:2:1: zzz: unknown key 'zzz' (known here: clients, cluster, include, limits, listen, log, "
+         "monitor, store)")),
         (GOOD + "monitor: 6060\n", ("f:2:10: monitor: 6060 is a port without a host (give HOST:6060, "
          "such as localhost:6060)")),
         (GOOD + "monitor: {address: 'h:1', per_clent: 1}\n", ("f:2:27: monitor.per_clent: unknown key 'per_clent' "
@@ -262,8 +266,8 @@ GOOD = "listen: [/run/b.sock]\n"
          "number (give a whole number)")),
         (GOOD + "clients: {a: {key: k, connections: 0}}\n", ("f:2:36: clients.a.connections: is too small "
          "(give 1 or more)")),
-        (GOOD + "clients: {a: {key: k, admin: 1}}\n", ("f:2:30: clients.a.admin: is a number, not true or false "
-         "(give true or false)")),
+        (GOOD + "clients: {a: {key: k, admin: 1}}\n", ("f:2:30: clients.a.admin: is neither true nor false "
+         "(give true, false or payload)")),
         (GOOD + "clients: {a: {key: k, when_full: wiat}}\n", ("f:2:34: clients.a.when_full: is not one of wait, refuse, "
          "drop_oldest, disconnect (did you mean 'wait'?)")),
         (GOOD + "clients: {a: {key: k, send_to: b}}\n", ("f:2:32: clients.a.send_to: is text, not a list "
@@ -366,6 +370,53 @@ def test_config_anchor_rules_keep_their_place() -> None:
 
     assert str(clients["b"].send_to[0].source) == "f:3"
     assert clients["a"].send_to is clients["b"].send_to
+
+
+def test_config_entries_of_one_form_keep_their_own_values() -> None:
+    """Entries that differ only in their key share their settings, not key and place."""
+    config = load_text(
+        "listen: ['@x']\n"
+        "clients:\n"
+        "  a: {key: a-key, connections: 2}\n"
+        "  b: {key: b-key, connections: 2}\n"
+        "  c: {connections: 2, key: c-key}\n"
+        "  d: {key: d-key, send_to: [a]}\n"
+        "  e: {key: e-key, send_to: [a]}\n",
+        "f",
+    )
+
+    clients = config.clients.values()
+    assert [client.keys[0].value for client in clients] == [
+        *(b"a-key", b"b-key", b"c-key", b"d-key", b"e-key")
+    ]
+    assert [client.connections for client in clients] == [2, 2, 2, 1, 1]
+    assert [client.source.line for client in clients] == [3, 4, 5, 6, 7]
+    assert [str(client.send_to[0].source) for client in clients] == [*["None"] * 3, "f:6", "f:7"]
+
+
+def test_config_entry_like_a_valid_one_is_refused() -> None:
+    """True and 1.0 equal 1 in Python, and are no whole numbers in a file."""
+    lines = lines_of(
+        "listen: ['@x']\n"
+        "clients:\n"
+        "  a: {key: a, connections: 1}\n"
+        "  b: {key: b, connections: true}\n"
+        "  c: {key: c, connections: 1.0}\n"
+        "  d: {key: 4, connections: 1}\n"
+        "  e: {key: '', connections: 1}\n"
+        "  f: {connections: 1}\n"
+    )
+
+    assert lines == [
+        "f:4:28: clients.b.connections: is true or false, not a whole number (give a whole number)",
+        "f:5:28: clients.c.connections: is a number, not a whole number (give a whole number)",
+        "f:6:12: clients.d.key: is not text (put the key in quotes)",
+        "f:7:12: clients.e.key: is empty (give at least one byte; brokerd key makes a good one)",
+        (
+            "f:8:3: clients.f: has no way to authenticate"
+            " (give one of key, key_file, key_env, key_credential and keys, or peer_uid)"
+        ),
+    ]
 
 
 def test_config_send_to_pattern_without_match_is_accepted() -> None:
@@ -840,3 +891,35 @@ def test_listener_socket_name_is_kept_unique_and_valid(tmp_path: Path) -> None:
     ]
     (line,) = lines_of('listen: [{address: "127.0.0.1:1", name: "a:b"}]\nclients: {a: {key: k}}\n')
     assert "is not a valid socket name (give FileDescriptorName= of the .socket unit" in line
+
+
+def test_load_frees_what_was_read_entry_by_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed all at once, a hundred thousand entries would keep other threads waiting."""
+    documents: list[Document] = []
+
+    def noting(text: str, file: str) -> Document:
+        documents.append(yaml_reader.read(text, file))
+        return documents[-1]
+
+    monkeypatch.setattr(load_module, "read", noting)
+    (tmp_path / "more.yaml").write_text("clients: {c: {key: c}}")
+    (tmp_path / "list.yaml").write_text("[]")
+    main = tmp_path / "main.yaml"
+    main.write_text("listen: ['@x']\ninclude: [more.yaml]\nclients: {a: {key: a}, b: {key: b}}")
+    for file in tmp_path.iterdir():
+        file.chmod(0o600)
+
+    assert [*load(main).clients] == ["a", "b", "c"]
+    with pytest.raises(ConfigError):
+        load(tmp_path / "list.yaml")
+
+    *freed, bad = (document.root for document in documents)
+    for root in freed:
+        assert isinstance(root, Map)
+        clients = root["clients"]
+        assert isinstance(clients, Map)
+        assert not clients
+        assert not clients.marks
+    assert bad == []

@@ -71,7 +71,7 @@ def test_monitor_address_not_local_is_warned_of(address: str, local: bool) -> No
     """``brokerd check`` names the risk and the remedy, once. A local address gives no
     warning.
     """
-    config = load_text(f"{LISTEN}monitor: {address}\n", "b.yaml")
+    config = load_text(f"{LISTEN}monitor: {{address: {address}, page: false}}\n", "b.yaml")
 
     warnings = lint_warnings(config, datetime.now(UTC))
 
@@ -88,24 +88,30 @@ def test_monitor_address_not_local_is_warned_of(address: str, local: bool) -> No
     ("before", "after", "changes", "opened", "closed"),
     [
         ("", "", [], [], []),
-        ("", "monitor: h:1\n", ["address: none -> h:1"], ["h:1"], []),
-        ("monitor: h:1\n", "", ["address: h:1 -> none"], [], ["h:1"]),
-        ("monitor: h:1\n", "monitor: h:2\n", ["address: h:1 -> h:2"], ["h:2"], ["h:1"]),
+        ("", "monitor: localhost:1\n", ["address: none -> localhost:1"], ["localhost:1"], []),
+        ("monitor: localhost:1\n", "", ["address: localhost:1 -> none"], [], ["localhost:1"]),
         (
-            "monitor: h:1\n",
-            "monitor: {address: h:1, per_client: true}\n",
+            "monitor: localhost:1\n",
+            "monitor: localhost:2\n",
+            ["address: localhost:1 -> localhost:2"],
+            ["localhost:2"],
+            ["localhost:1"],
+        ),
+        (
+            "monitor: localhost:1\n",
+            "monitor: {address: localhost:1, per_client: true}\n",
             ["per_client: false -> true"],
             [],
             [],
         ),
         (
-            "monitor: h:1\n",
-            "monitor: {address: h:1, hosts: [b.example]}\n",
+            "monitor: localhost:1\n",
+            "monitor: {address: localhost:1, hosts: [b.example]}\n",
             ["hosts: [] -> [b.example]"],
             [],
             [],
         ),
-        ("monitor: h:1\n", "# moved\nmonitor: {address: h:1}\n", [], [], []),
+        ("monitor: localhost:1\n", "# moved\nmonitor: {address: localhost:1}\n", [], [], []),
     ],
 )
 def test_monitor_address_changed_is_opened_and_closed_by_reload(
@@ -126,6 +132,8 @@ def test_monitor_answered_hosts_are_configured_hosts_and_address() -> None:
     """The names are in small letters and without the last dot, as a Host header is
     compared.
     """
-    monitor = load_text(LISTEN + "monitor: {address: H:1, hosts: [B.Example., c_d]}\n").monitor
+    monitor = load_text(
+        LISTEN + "monitor: {address: H:1, page: false, hosts: [B.Example., c_d]}\n"
+    ).monitor
     assert monitor is not None
     assert monitor.answered_hosts == {"h", "b.example", "c_d"}

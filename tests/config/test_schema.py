@@ -16,12 +16,15 @@ import yaml
 from pydantic import BaseModel
 
 from brokerd.config import model
+from brokerd.config.json_schema import described, json_schema
 from brokerd.config.load import ConfigError, build_config, load, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
 PAGE = ROOT / "docs" / "configuration.md"
 
+#: The examples of a cluster's hosts, which have the same clients.
+CLUSTER = [f"examples/cluster-{host}.yaml" for host in "abc"]
 #: Model, and the path of its keys in the page's headings.
 SECTIONS: list[tuple[type[BaseModel], str]] = [
     (model.File, ""),
@@ -31,6 +34,10 @@ SECTIONS: list[tuple[type[BaseModel], str]] = [
     (model.CertificateEntry, "certificate"),
     (model.KeyEntry, "keys"),
     (model.RateEntry, "rate"),
+    (model.MailboxEntry, "mailbox"),
+    (model.StoreEntry, "store"),
+    (model.ClusterEntry, "cluster"),
+    (model.NatsTlsEntry, "tlscluster"),
     (model.Limits, "limits"),
     (model.Log, "log"),
     (model.LogAreas, "areas"),
@@ -65,11 +72,20 @@ def uncommented(text: str) -> str:
 def test_schema_committed_file_equals_generated_schema() -> None:
     """config/brokerd.schema.json is what ``brokerd schema`` prints."""
     assert (CONFIG / "brokerd.schema.json").read_text(encoding="utf-8") == json.dumps(
-        model.json_schema(), indent=2
+        json_schema(), indent=2
     ) + "\n"
 
 
-@pytest.mark.parametrize("name", ["brokerd.yaml", "clients.d/example.yaml", "examples/team.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "brokerd.yaml",
+        "clients.d/example.yaml",
+        "examples/team.yaml",
+        "examples/channels.yaml",
+        *CLUSTER,
+    ],
+)
 def test_schema_shipped_config_files_are_valid(name: str, validator: Any) -> None:
     """Each shipped file satisfies the schema, and names the schema where an editor
     looks for it.
@@ -84,7 +100,9 @@ def test_schema_shipped_config_files_are_valid(name: str, validator: Any) -> Non
     assert (file.parent / named[1]).resolve() == CONFIG / "brokerd.schema.json"
 
 
-@pytest.mark.parametrize("name", ["brokerd.yaml", "examples/team.yaml"])
+@pytest.mark.parametrize(
+    "name", ["brokerd.yaml", "examples/team.yaml", "examples/channels.yaml", *CLUSTER]
+)
 def test_config_shipped_files_load_once_keys_exist(name: str, tmp_path: Path) -> None:
     """Each shipped file is accepted once the keys exist that its errors ask for."""
     shutil.copytree(CONFIG, tmp_path / "config")
@@ -120,7 +138,7 @@ def test_config_shipped_commented_examples_are_valid(tmp_path: Path) -> None:
     (tmp_path / "clients.d").mkdir()
 
     with pytest.raises(ConfigError) as refused:
-        load_text(text, str(tmp_path / "b.yaml"))
+        load_text(text, str(tmp_path / "b.yaml"), {"STATE_DIRECTORY": str(tmp_path)})
 
     assert [problem.path for problem in refused.value.problems] == ["clients.worker.key"]
     assert "(keep one of key_file, key, key_env, key_credential)" in str(refused.value)
@@ -201,6 +219,15 @@ VALID = [
         "listen": ["./b", {"address": "0.0.0.0:6000", "plain": True}],
         "clients": {"a": {"key": "k", "certificate": CERT}},
     },
+    {
+        "listen": ["./b"],
+        "cluster": {
+            "host": "a1",
+            "nats": ["nats://127.0.0.1", "tls://[::1]:4223"],
+            "prefix": "x.y-z",
+            "advertise": ["tls://h:1", "[::1]:6000"],
+        },
+    },
 ]
 INVALID = [
     {"listen": [5]},
@@ -232,6 +259,12 @@ INVALID = [
     {"listen": ["unix:/run/b.sock"]},
     {"listen": ["127.0.0.1", "./b"]},
     {"listen": ["./b"], "monitor": "localhost"},
+    {"listen": ["./b"], "cluster": {"host": "a"}},
+    {"listen": ["./b"], "cluster": {"host": "A", "nats": ["nats://localhost"]}},
+    {"listen": ["./b"], "cluster": {"host": "all", "nats": ["nats://localhost"]}},
+    {"listen": ["./b"], "cluster": {"host": "a", "nats": ["localhost:4222"]}},
+    {"listen": ["./b"], "cluster": {"host": "a", "nats": ["nats://u@localhost"]}},
+    {"listen": ["./b"], "cluster": {"host": "a", "nats": ["nats://localhost"], "prefix": "a.>"}},
 ]
 
 
@@ -255,7 +288,7 @@ def test_schema_tree_refused_by_loader_is_invalid(tree: dict[str, Any], validato
 def test_schema_every_key_has_description() -> None:
     """Every key has a description of one line for the editor to show."""
     for section, _ in SECTIONS:
-        for name, field in section.model_fields.items():
+        for name, field in described(section).model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
             assert "\n" not in field.description
 
@@ -320,7 +353,7 @@ def test_docs_page_yaml_examples_load(tmp_path: Path) -> None:
     write_tls_files(tmp_path)
     for block in blocks:
         tree = yaml.safe_load(block) or {}
-        for name in re.findall(r"(?:key_file|file): ([\w./-]+)", block):
+        for name in re.findall(r"(?:key_file|file|credentials): ([\w./-]+)", block):
             path = tmp_path / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"{name}\n")

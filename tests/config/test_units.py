@@ -23,6 +23,7 @@ from brokerd.config import units
         (5, 5),
         (0.25, 0.25),
         ("30", 30),
+        ("5 s", 5),
     ],
 )
 def test_units_duration_gives_seconds(written: object, seconds: float) -> None:
