@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from brokerd.core.exchange import Client
+from brokerd.core.mailboxes.mailbox import Mailbox
 from brokerd.core.session import Session
 from brokerd.monitor.sources import Sources
 from brokerd.net.connection.connection import Connection
@@ -24,6 +25,8 @@ __all__ = ["Counts", "Departed", "Reading", "Share", "take"]
 
 #: Connections that are read per turn of the event loop, some 300 microseconds' work.
 _SLICE: Final = 256
+#: Mailboxes counted in one turn: a millisecond's work.
+_MAILBOXES: Final = 1000
 
 
 class Counts(NamedTuple):
@@ -88,6 +91,8 @@ class Reading:
         clients: The names with metrics of their own, empty unless asked for.
         departed: The counters of their closed connections.
         shares: For clients with connections, open and closed connections together.
+        stored: Messages in all mailboxes, by state.
+        stored_bytes: Bytes of these.
     """
 
     counts: Counts
@@ -104,6 +109,13 @@ class Reading:
     held: int = 0
     incoming_requests: int = 0
     waiting_requests: int = 0
+    stored: Counter[str] = field(default_factory=Counter)
+    stored_bytes: int = 0
+
+    def add_mailbox(self, mailbox: Mailbox) -> None:
+        """Add the counts of one mailbox."""
+        self.stored.update(mailbox.counts())
+        self.stored_bytes += mailbox.size
 
     def share(self, name: str) -> Share:
         """Return the share of one of ``clients``."""
@@ -174,6 +186,10 @@ async def take(sources: Sources, departed: Departed | None) -> Reading:
         for connection in part:
             reading.add(connection.session)
         await asyncio.sleep(0)
+    for number, mailbox in enumerate(list(broker.mailboxes.boxes.values()), 1):
+        reading.add_mailbox(mailbox)
+        if number % _MAILBOXES == 0:
+            await asyncio.sleep(0)
     return reading
 
 

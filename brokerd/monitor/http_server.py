@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -29,9 +30,12 @@ from brokerd.log.logger import in_words
 from brokerd.monitor import formats as exposition
 from brokerd.monitor import metrics
 from brokerd.monitor.collect import Departed, take
+from brokerd.monitor.history import History
 from brokerd.monitor.hosts import fits
 from brokerd.monitor.key_expiry import ends_of_keys, expiry_of
+from brokerd.monitor.live import MOST_STREAMS, Live
 from brokerd.monitor.loop_lag import Lag
+from brokerd.monitor.password import is_right
 from brokerd.monitor.pending_requests import Pending
 from brokerd.monitor.sources import Sources
 from brokerd.net.handshake.penalties import origin_of
@@ -70,7 +74,24 @@ _HEADERS: Final = {
     "Server": "brokerd",
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
+    # No other page may show this one, run a script in it, or read from it.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
 }
+#: The files of the page for browsers.
+_WEB: Final = Path(__file__).parent / "web"
+_FILES: Final = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+#: Pages that need no password: probes have none.
+_OPEN: Final = frozenset({"/livez", "/readyz"})
 
 _Page = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -96,6 +117,9 @@ class MonitorServer:
             "/readyz": self._readyz,
             "/metrics": self._metrics,
         }
+        self._password: bytes | None = None
+        self._history: History | None = None
+        self._live: Live | None = None
         self._lag = Lag(self._loop)
         self._process = ProcessCollector(registry=None)
         self._departed: Departed | None = None
@@ -125,7 +149,9 @@ class MonitorServer:
 
     def apply(self, config: MonitorConfig) -> None:
         """Apply settings. The sockets are moved by :meth:`move`."""
-        if not config.is_local:
+        self._password = config.password
+        self._switch_page(config.page)
+        if not config.is_local and config.password is None:
             self._sources.log.warning(
                 "monitor.exposed",
                 address=str(config.address),
@@ -138,6 +164,23 @@ class MonitorServer:
         elif self._departed is None:
             self._departed = Departed()
 
+    def _switch_page(self, on: bool) -> None:
+        """Turn the page for browsers on or off."""
+        if on and self._history is None:
+            self._history = History(self._sources, self._lag)
+            self._live = Live(self._sources, self._history)
+            self._pages |= dict.fromkeys(_FILES, self._file) | {"/live": self._stream}
+        elif not on and self._history is not None:
+            self._stop_page()
+            for page in (*_FILES, "/live"):
+                del self._pages[page]
+
+    def _stop_page(self) -> None:
+        if self._history is not None and self._live is not None:
+            self._history.close()
+            self._live.close()
+        self._history = self._live = None
+
     def close(self) -> None:
         """Stop listening and close every connection."""
         self._sources.log.info(
@@ -146,6 +189,7 @@ class MonitorServer:
         self._stop_listening()
         self._pending.close()
         self._http_server.close()
+        self._stop_page()
         self._lag.close()
         if self._second is not None:
             self._second.cancel()
@@ -229,8 +273,11 @@ class MonitorServer:
             page = self._pages.get(request.path)
             if not self._may_answer(request):
                 response: web.StreamResponse = _text(_MISDIRECTED, 421)
+            elif not self._is_trusted(request):
+                response = _text("give the password of monitor.password_file\n", 401)
+                response.headers["WWW-Authenticate"] = 'Basic realm="brokerd", charset="UTF-8"'
             elif page is None:
-                response = _text(f"there are {', '.join(self._pages)}\n", 404)
+                response = _text(f"there are {self._listed_pages()}\n", 404)
             elif request.method not in ("GET", "HEAD"):
                 response = _text("GET and HEAD only\n", 405)
                 response.headers["Allow"] = "GET, HEAD"
@@ -265,13 +312,51 @@ class MonitorServer:
         )
         return fits([*request.headers.getall("Host", ()), outgoing_requests], self._hosts)
 
+    def _is_trusted(self, request: web.BaseRequest) -> bool:
+        """Return whether the request has the password, or needs none."""
+        return (
+            self._password is None
+            or request.path in _OPEN
+            or is_right(request.headers.get("Authorization", ""), self._password)
+        )
+
+    def _listed_pages(self) -> str:
+        parts = [page for page in self._pages if page == "/" or page not in (*_FILES, "/live")]
+        return ", ".join(sorted(parts))
+
+    async def _file(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer with a file of the page for browsers."""
+        name, content_type = _FILES[request.path]
+        body = await run_in_thread((_WEB / name).read_bytes)
+        response = web.Response(body=body, headers=_HEADERS)
+        response.content_type, response.charset = content_type, "utf-8"
+        return response
+
+    async def _stream(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Send the page's events until the browser leaves."""
+        live = self._live
+        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+            return _text("only the monitor's own page may ask for this\n", 403)
+        if live is None or live.streams >= MOST_STREAMS:
+            return _text(f"{MOST_STREAMS} pages are open already: close one\n", 503)
+        response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/event-stream"})
+        response.force_close()
+        if request.method == "GET":
+            self._http_server.let_last(request.protocol)
+            await live.serve(request, response)
+        return response
+
     async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer; an answer shows that the event loop turns."""
         return _text("live\n")
 
     async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
         reason = self._sources.not_ready()
-        return _text(f"not ready: {reason}\n", 503) if reason else _text("ready\n")
+        if reason:
+            return _text(f"not ready: {reason}\n", 503)
+        # This host's own clients are served without the others.
+        failure = self._sources.cluster_failure()
+        return _text(f"ready\nno other host can be reached: {failure}\n" if failure else "ready\n")
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         encoder, content_type = exposition.chosen(request.headers.get("Accept", ""))
@@ -345,6 +430,7 @@ class _HttpServer(web.Server):
         self._open_connections: dict[
             web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]
         ] = {}
+        self._streams: dict[web.RequestHandler, asyncio.Transport] = {}
         #: Bytes already read from each connection, by its descriptor.
         self.heads: dict[int, bytes] = {}
 
@@ -359,10 +445,18 @@ class _HttpServer(web.Server):
         sock = transport.get_extra_info("socket")
         handler.data_received(self.heads.pop(sock.fileno(), b""))
 
+    def let_last(self, handler: web.RequestHandler) -> None:
+        """Allow a stream to last, and not count among the connections that are answered."""
+        connection = self._open_connections.pop(handler, None)
+        if connection is not None:
+            connection[1].cancel()
+            self._streams[handler] = connection[0]
+
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
         super().connection_lost(handler, exc)
+        self._streams.pop(handler, None)
         connection = self._open_connections.pop(handler, None)
         if connection is not None:
             connection[1].cancel()
@@ -371,6 +465,8 @@ class _HttpServer(web.Server):
         """Close every connection."""
         for transport, timer in self._open_connections.values():
             timer.cancel()
+            transport.abort()
+        for transport in self._streams.values():
             transport.abort()
 
 

@@ -9,6 +9,7 @@ it means and when to worry.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, TypeAlias, TypeVar
@@ -21,6 +22,10 @@ from prometheus_client.core import (
     Metric,
 )
 
+from brokerd.core.channels import Channels
+from brokerd.core.cluster.remote_traffic import RemoteTraffic
+from brokerd.core.mailboxes.inspection import STATES
+from brokerd.core.mailboxes.mailboxes import Mailboxes
 from brokerd.monitor.collect import Reading, Share
 from brokerd.monitor.key_expiry import Expiry
 from brokerd.monitor.loop_lag import BOUNDS, Lag
@@ -97,6 +102,7 @@ def of_the_broker(
         _gauge("clients_online", "Clients with at least one connection.", reading.online),
         _gauge("connections", "Connections.", reading.connections),
         _gauge("connections_limit", "limits.connections.", config.limits.connections),
+        *_channel_metrics(broker.channels, config.limits.channels),
         _gauge("subscriptions", "Subscriptions to topics.", len(broker.topics)),
         _gauge("queued_bytes", "Bytes that wait for clients.", reading.queued_bytes),
         _gauge(
@@ -122,9 +128,17 @@ def of_the_broker(
             "Requests that wait until a recipient may receive one more (in_flight).",
             reading.waiting_requests,
         ),
+        *_mailbox_metrics(broker.mailboxes, reading),
+        *_cluster_metrics(broker.traffic, asyncio.get_running_loop().time()),
         *_handshake_metrics(sources),
         *_about_reloads(sources),
         _lag(lag),
+        _counter(
+            "log_lines_lost",
+            "Lines of the log or the audit that could not be written.",
+            sources.lost_lines(),
+        ),
+        _expected(sources),
         _gauge(
             "clients_expired",
             "Clients that can't connect because their last key has expired.",
@@ -136,6 +150,103 @@ def of_the_broker(
             expiry.next,
         ),
     ]
+
+
+def _channel_metrics(channels: Channels, limit: int) -> Iterator[Metric]:
+    yield _gauge("channels", "Open channels.", len(channels.open))
+    yield _gauge("channels_limit", "limits.channels.", limit)
+    yield _gauge(
+        "pending_channels", "Channels that their recipient has not accepted.", channels.pending
+    )
+    yield _counter("opened_channels", "Channels that were opened.", channels.opened)
+    yield _counter(
+        "relayed_bytes", "Bytes of channels, in both directions.", channels.all_relayed()
+    )
+
+
+def _mailbox_metrics(mailboxes: Mailboxes, reading: Reading) -> Iterator[Metric]:
+    messages = GaugeMetricFamily(
+        "brokerd_mailbox_messages", "Messages in all mailboxes, by state.", labels=["state"]
+    )
+    for state in STATES:
+        messages.add_metric([state], reading.stored[state])
+    yield messages
+    yield _gauge("mailbox_bytes", "Bytes of the messages in all mailboxes.", reading.stored_bytes)
+    yield _gauge(
+        "mailbox_store_failed",
+        "1 after an I/O error of the store: nothing is stored until a restart.",
+        bool(mailboxes.commits.failure),
+    )
+    for name, words, value in (
+        ("stored", "Messages accepted for mailboxes.", mailboxes.commits.accepted),
+        ("delivered", "Deliveries from mailboxes.", mailboxes.feeding.delivered),
+        ("acknowledged", "Stored messages that were done.", mailboxes.acknowledging.acknowledged),
+        ("failed_attempts", "Attempts that failed.", mailboxes.acknowledging.failed),
+        ("dead_letters", "Messages that became dead letters.", mailboxes.acknowledging.dead),
+        ("expired", "Stored messages whose ttl was over.", mailboxes.feeding.expired),
+    ):
+        yield _counter(f"mailbox_{name}", words, value)
+
+
+def _cluster_metrics(traffic: RemoteTraffic | None, now: float) -> Iterator[Metric]:
+    """Yield the families about other hosts; without a cluster they have no samples."""
+    yield _maybe_gauge(
+        "nats_connected",
+        "1 while this host of a cluster is connected to NATS.",
+        None if traffic is None else float(traffic.cluster.is_connected),
+    )
+    hosts = [] if traffic is None else traffic.cluster.hosts(now)
+    for make, name, words, value in _PER_HOST:
+        family = make(f"brokerd_host_{name}", words, labels=["host"])
+        for host in hosts:
+            measured = value(host)
+            if measured is not None:
+                family.add_metric([host["host"]], measured)
+        yield family
+
+
+_PER_HOST: Final[
+    tuple[
+        tuple[
+            type[CounterMetricFamily | GaugeMetricFamily],
+            str,
+            str,
+            Callable[[Mapping[str, Any]], float | None],
+        ],
+        ...,
+    ]
+] = (
+    (
+        GaugeMetricFamily,
+        "up",
+        "1 while another host of the cluster is heard.",
+        lambda host: float(host["state"] == "up"),
+    ),
+    (
+        GaugeMetricFamily,
+        "round_trip_seconds",
+        "How long the host takes to answer.",
+        lambda host: None if host["round_trip_ms"] is None else host["round_trip_ms"] / 1000,
+    ),
+    (
+        GaugeMetricFamily,
+        "in_flight_bytes",
+        "Bytes sent to the host that it has not answered.",
+        lambda host: host["in_flight"],
+    ),
+    (
+        CounterMetricFamily,
+        "in_doubt",
+        "Messages to the host whose outcome stayed unknown.",
+        lambda host: host["in_doubt"],
+    ),
+    (
+        CounterMetricFamily,
+        "refused",
+        "Messages to the host that were refused.",
+        lambda host: host["refused"],
+    ),
+)
 
 
 def _handshake_metrics(sources: Sources) -> Iterator[Metric]:
@@ -267,6 +378,19 @@ def _labelled_counter(
     family = CounterMetricFamily(f"brokerd_{name}", words, labels=[label])
     for value in values:
         family.add_metric([str(value)], counted.get(value, 0))
+    return family
+
+
+def _expected(sources: Sources) -> Metric:
+    """Return a gauge with a series for each client that must be online."""
+    family = GaugeMetricFamily(
+        "brokerd_expected_client_online",
+        "1 while a client with expected: true has a connection, else 0.",
+        labels=["client"],
+    )
+    for client in sources.broker.exchange.clients.values():
+        if client.config.expected:
+            family.add_metric([client.name], float(client.online))
     return family
 
 

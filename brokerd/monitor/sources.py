@@ -49,6 +49,8 @@ class Sources:
     config: returns the configuration in use.
     server: returns the server, once the daemon has started.
     not_ready: returns the reason why no new client should be sent here, or "".
+    cluster_failure: returns why no other host can be reached, or "".
+    lost_lines: returns the number of log lines that could not be written.
     key_expiries: returns, by client, the time from which its keys can no longer
         authenticate it. Only clients whose keys have an end are included.
     """
@@ -59,4 +61,6 @@ class Sources:
     config: Callable[[], Config]
     server: Callable[[], Server]
     not_ready: Callable[[], str]
+    cluster_failure: Callable[[], str]
     key_expiries: Callable[[], dict[str, datetime]]
+    lost_lines: Callable[[], int]

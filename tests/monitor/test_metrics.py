@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from support.channels import asked, channel, listening
 from support.raw_client import (
     ERROR,
     MESSAGE,
@@ -62,6 +63,25 @@ def test_metrics_count_messages_and_bytes() -> None:
     assert values["brokerd_connections"] == 2
     assert values["brokerd_clients_online"] == 2
     assert values["brokerd_clients"] == 3
+
+
+def test_metrics_count_channels_and_their_bytes() -> None:
+    """Open ones, those that wait, and the bytes of ended ones too."""
+    with watched() as broker, listening(broker, "bob") as bob:
+        with channel(broker, "alice", "bob", bob) as (one, other):
+            one.write(b"12345")
+            other.read(5)
+            with asked(broker, "alice", "bob"):
+                bob.recv()
+                values = samples(broker)
+        broker.log.wait("channel.closed")
+        after = samples(broker)
+
+    assert values["brokerd_channels"] == values["brokerd_pending_channels"] == 1
+    assert values["brokerd_channels_limit"] == 1000
+    assert after["brokerd_channels"] == 0
+    assert after["brokerd_opened_channels_total"] == 1
+    assert after["brokerd_relayed_bytes_total"] == 5
 
 
 def test_metrics_count_refusals_by_code_including_zero() -> None:
@@ -118,7 +138,7 @@ def test_metrics_show_queued_bytes_and_held_senders() -> None:
             try:
                 packet = packet[alice.sock.send(packet) :] or packed(MESSAGE, "bob", bytes(100_000))
             except BlockingIOError:
-                held = broker.call(lambda: broker.daemon.broker.held)
+                held = broker.call(lambda: bool(broker.daemon.broker.held.deadlines))
         values = samples(broker)
 
     assert values["brokerd_held_senders"] == 1
@@ -331,3 +351,18 @@ def test_metrics_event_loop_lag_is_recorded() -> None:
         after = late_runs(broker)
 
     assert after > before
+
+
+def test_metrics_expected_client_has_series_while_online_and_offline() -> None:
+    """Only clients with expected: true are named; 1 is online."""
+    with watched({"alice": {"expected": True}, "bob": {}}) as broker:
+
+        def series() -> dict[str, float]:
+            samples = families(broker)["brokerd_expected_client_online"].samples
+            return {sample.labels["client"]: sample.value for sample in samples}
+
+        assert series() == {"alice": 0.0}
+        with broker.login("alice") as alice, broker.login("bob") as bob:
+            alice.ping()
+            bob.ping()
+            assert series() == {"alice": 1.0}

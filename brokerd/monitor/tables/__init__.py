@@ -1,0 +1,1 @@
+"""The tables of the monitor's page, and the details of one row."""
