@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -11,6 +13,8 @@ import click
 
 import brokerd_client
 from brokerd import __version__
+from brokerd.config.admin_user import local_admin
+from brokerd.config.text_files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
 from brokerd.ctl.status import Failure, Status, failure_of, is_turned_away
 from brokerd.ctl.tls import context_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
@@ -22,6 +26,8 @@ DEFAULT_TIMEOUT_S: Final = 10.0
 #: Limits the received messages that wait to be printed, in bytes per client. A single
 #: message or answer may be four times as long.
 _INBOX: Final = 64 * 2**20
+
+_IDENTITY: Final = ("BROKERD_NAME", "BROKERD_KEY_FILE")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -54,6 +60,7 @@ class Access:
         self, *, timeout: float = DEFAULT_TIMEOUT_S, reconnect: bool = False
     ) -> brokerd_client.Client:
         """Return a connected client. Raises Failure if no broker can be reached."""
+        self._become_local_admin()
         # The command itself says why it ends, and `top` shows whether it is connected.
         logging.getLogger("brokerd_client.connection").setLevel(logging.ERROR)
         try:
@@ -76,6 +83,20 @@ class Access:
             raise
         except OSError as error:
             raise Failure(Status.UNREACHABLE, f"no broker can be reached: {error}") from error
+
+    def _become_local_admin(self) -> None:
+        """Without name and key, take those of this user in the broker's configuration."""
+        given = (self.name, self.key_file, *map(os.environ.get, _IDENTITY))
+        if any(given) or sys.platform == "win32":
+            return
+        file = os.environ.get("BROKERD_CONFIG") or DEFAULT_CONFIG
+        if os.environ.get(VARIABLE) and not os.environ.get("BROKERD_CONFIG"):
+            file = IN_ENVIRON
+        admin = local_admin(file, os.environ, os.geteuid())
+        if admin is not None:
+            self.name = admin.name
+            if not (self.address or os.environ.get("BROKERD_ADDRESS")):
+                self.address = admin.socket
 
 
 def _store(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -135,10 +156,28 @@ class _Group(click.Group):
     cls=_Group, help=_HELP, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, prog_name="brokerctl")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as the commands' own --json.")
 @connecting
 @click.pass_context
-def brokerctl(context: click.Context) -> None:
+def brokerctl(context: click.Context, as_json: bool) -> None:
     context.ensure_object(Access)
+    if as_json:
+        _give_json(context)
+
+
+def _give_json(context: click.Context) -> None:
+    """Turn on --json of the command that follows; one that prints nothing ignores it."""
+    name = context.invoked_subcommand or ""
+    if name == "completion":
+        raise Failure(Status.USAGE, f"{name} prints no JSON: omit --json")
+    context.default_map = {name: _with_json(brokerctl.commands[name])}
+
+
+def _with_json(command: click.Command) -> dict[str, Any]:
+    """Return the defaults that turn on --json of a command, or of those in a group."""
+    if isinstance(command, click.Group):
+        return {name: _with_json(each) for name, each in command.commands.items()}
+    return {"as_json": True}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
+from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import message_object, note, print_json, print_message, print_payload
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c, failure_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
@@ -101,7 +102,7 @@ def _encode(payload: bytes, codec: str) -> Any:
 
 
 @click.command()
-@click.argument("to")
+@click.argument("to", shell_complete=complete_name)
 @_payload_options
 @click.option("--lines", is_flag=True, help="Send each line of the input as one message.")
 @click.option("--receipt", is_flag=True, help="Print a line when the broker has accepted it.")
@@ -164,7 +165,7 @@ def _send_many(
 
 
 @click.command()
-@click.argument("to")
+@click.argument("to", shell_complete=complete_name)
 @_payload_options
 @_timeout_option(30.0)
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as a JSON object.")
@@ -214,6 +215,8 @@ def listen(
     request is answered with the text of --reply, or with an error without one.
     """
     with ended_by_ctrl_c(count is None), access.connect(reconnect=reconnect) as client:
+        if not reconnect:
+            _check_mailbox(client)
         note(f"listening as {client.address}; Ctrl-C ends it")
         for message in _arriving(client.recv, count, timeout):
             if message.kind is Kind.REQUEST:
@@ -224,6 +227,18 @@ def listen(
                         "this client does not answer requests: it was started without --reply"
                     )
             print_message(message, as_json=as_json, raw=raw)
+
+
+def _check_mailbox(client: brokerd_client.Client) -> None:
+    """Raise Failure if the client's mailbox is at another host."""
+    told = client.whoami()
+    home = told["limits"].get("home")
+    if home is not None:
+        raise Failure(
+            Status.REFUSED,
+            f"the mailbox of {client.name} is at host {home}, and this is host {told['host']}:"
+            f" connect to host {home}, or give --reconnect to be led there",
+        )
 
 
 @click.command()

@@ -1,6 +1,6 @@
 """Commands that ask the broker itself, and completion.
 
-The commands are clients, ping, stats, can, disconnect, reload, upgrade, drain and
+The commands are clients, ping, stats, channels, can, disconnect, reload, upgrade, drain and
 log-level. Each is an operation of ``$broker`` (docs/protocol.md, "Operations"). All but
 clients and ping require ``admin: true``.
 """
@@ -17,6 +17,7 @@ from click.shell_completion import get_completion_class
 import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, brokerctl, connecting
 from brokerd.ctl.keys import show_keys
+from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import as_bytes, console, note, print_json, print_table, print_values, since
 from brokerd.ctl.plan import judge, plan_lines
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
@@ -125,6 +126,33 @@ def stats(access: Access, as_json: bool, timeout: float) -> None:
         print_values(dict(_readable(answer)))
 
 
+@click.command()
+@_as_json
+@_timeout
+@connecting
+@click.pass_obj
+def channels(access: Access, as_json: bool, timeout: float) -> None:
+    """List the open channels: their clients, since when, and the bytes each way."""
+    with access.connect(timeout=timeout) as client:
+        answer = client.control("channels", timeout=timeout)["channels"]
+    if as_json:
+        print_json(answer)
+        return
+    size = as_bytes if console.is_terminal else str
+    rows = [
+        (
+            each["caller"],
+            each["recipient"],
+            since(each["since"]),
+            size(each["bytes_to_recipient"]),
+            size(each["bytes_to_caller"]),
+            size(each["waiting_bytes"]),
+        )
+        for each in answer
+    ]
+    print_table(("caller", "recipient", "since", "sent", "received", "waiting"), rows)
+
+
 def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return each counter with its name, in a readable unit."""
     rows = []
@@ -147,9 +175,9 @@ def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 @click.command()
-@click.argument("sender")
-@click.argument("verb", type=click.Choice(["send", "publish", "subscribe"]))
-@click.argument("target")
+@click.argument("sender", shell_complete=complete_name)
+@click.argument("verb", type=click.Choice(["send", "open", "publish", "subscribe"]))
+@click.argument("target", shell_complete=complete_name)
 @_as_json
 @_timeout
 @connecting
@@ -157,8 +185,8 @@ def _readable(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 def can(access: Access, sender: str, verb: str, target: str, as_json: bool, timeout: float) -> None:
     """Show whether a client may do something, and the rule that decides it.
 
-    As in `can alice send bob`, `can alice publish jobs.new`, `can alice subscribe
-    'jobs.>'`. The exit status is 1 if it may not.
+    As in `can alice send bob`, `can alice open bob`, `can alice publish jobs.new`, `can
+    alice subscribe 'jobs.>'`. The exit status is 1 if it may not.
     """
     with access.connect(timeout=timeout) as client:
         answer = client.control("can", timeout=timeout, sender=sender, verb=verb, target=target)
@@ -172,14 +200,14 @@ def can(access: Access, sender: str, verb: str, target: str, as_json: bool, time
 
 
 @click.command()
-@click.argument("whom", metavar="NAME|ADDRESS")
+@click.argument("whom", metavar="NAME|ADDRESS", shell_complete=complete_name)
 @_as_json
 @_timeout
 @connecting
 @click.pass_obj
 def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None:
-    """End all connections of a client, or the one connection whose address is
-    NAME/INSTANCE.
+    """End all connections and channels of a client, or the one connection whose address
+    is NAME/INSTANCE.
     """
     with access.connect(timeout=timeout) as client:
         answer = client.control("disconnect", timeout=timeout, address=whom)
@@ -188,6 +216,8 @@ def disconnect(access: Access, whom: str, as_json: bool, timeout: float) -> None
     else:
         for address in answer["disconnected"]:
             click.echo(f"disconnected {address}")
+        if answer["channels"]:
+            click.echo(f"closed channels: {answer['channels']}")
 
 
 @click.command()
@@ -258,13 +288,24 @@ def upgrade(access: Access, as_json: bool, timeout: float) -> None:
 @connecting
 @click.pass_obj
 def drain(access: Access, as_json: bool, timeout: float) -> None:
-    """Stop the broker gracefully: accept nothing new, deliver what waits, and exit."""
+    """Stop the broker gracefully: accept nothing new, deliver what waits, and exit.
+
+    A service manager that listens for the broker starts it again at the next
+    connection; then the command says so.
+    """
     with access.connect(timeout=timeout) as client:
         answer = client.control("drain", timeout=timeout)
     if as_json:
         print_json(answer)
     else:
         click.echo("draining")
+        if answer.get("activated"):
+            addresses = ", ".join(answer["activated"])
+            click.echo(
+                f"the service manager still listens at {addresses}, and starts the broker again"
+                " at the next connection (to keep it stopped:"
+                " systemctl stop brokerd.socket brokerd.service)"
+            )
 
 
 @click.command("log-level")
@@ -331,6 +372,7 @@ COMMANDS: Final = (
     clients,
     ping,
     stats,
+    channels,
     can,
     disconnect,
     reload,

@@ -44,8 +44,10 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for address, changes in plan.get("altered", {}).items():
         yield from (f"~ listener {address}: {change}" for change in changes)
     yield from (f"- listener {address}" for address in plan.get("closed", ()))
-    for section in ("limits", "log", "monitor"):
+    for section in ("limits", "log", "monitor", "store", "cluster"):
         yield from (f"~ {section}.{change}" for change in plan.get(section, ()))
+    for name in plan.get("orphaned", ()):
+        yield f"! orphaned: the mailbox of {name} stays in the store, until it is purged"
     yield from (f"! needs a restart: {setting}" for setting in plan.get("restart", ()))
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import click
 
@@ -27,7 +27,15 @@ from brokerd_client.errors import (
     TimedOut,
 )
 
-__all__ = ["Failure", "Status", "ended_by_ctrl_c", "failure_of", "is_turned_away"]
+#: What the library's errors say of its arguments, and of which options that is true here.
+OPTIONS: Final = (
+    ("give key, key_file or", "give --key-file or"),
+    ("the address is an argument, or BROKERD_ADDRESS", "give --address, or BROKERD_ADDRESS"),
+    ("omit ssl, or give", "give"),
+    ("leave out tls:// or ssl=False", "leave out tls://"),
+)
+
+__all__ = ["OPTIONS", "Failure", "Status", "ended_by_ctrl_c", "failure_of", "is_turned_away"]
 
 
 class Status(IntEnum):
@@ -55,6 +63,8 @@ class Failure(click.ClickException):
     """The failure of a command, with its exit status."""
 
     def __init__(self, status: Status, message: str) -> None:
+        for argument, option in OPTIONS:
+            message = message.replace(argument, option)
         super().__init__(message)
         self.exit_code = int(status)  # type: ignore[misc]  # click calls it a class's, and reads it from the instance
 

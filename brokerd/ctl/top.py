@@ -42,11 +42,19 @@ class Row:
     held: bool
     errors: int
     rates: Mapping[str, float]
+    holds: int = 0
+    held_by: str = ""
+    mailbox_held: int = 0
+    mailbox_window: int = 0
 
     @property
     def state(self) -> str:
-        """The problem of the connection, if it has one."""
-        return "slow" if self.slow else "held" if self.held else ""
+        """The problem of the connection and its cause, if it has one."""
+        if self.slow:
+            return "slow: does not read" + (f", holds {self.holds}" if self.holds else "")
+        if self.held and self.held_by == self.address:
+            return "held: does not read answers"
+        return f"held by {self.held_by or 'a full queue'}" if self.held else ""
 
     def as_object(self) -> dict[str, Any]:
         """Return the row as `--json` shows it."""
@@ -58,6 +66,10 @@ class Row:
             "slow": self.slow,
             "held": self.held,
             "errors": self.errors,
+            "holds": self.holds,
+            "held_by": self.held_by or None,
+            "mailbox_held": self.mailbox_held,
+            "mailbox_window": self.mailbox_window,
             **{f"{counter}_per_second": round(rate, 3) for counter, rate in self.rates.items()},
         }
 
@@ -108,6 +120,12 @@ class Rates:
                     connection["held"],
                     connection["errors"],
                     rates,
+                    # An older broker does not tell these.
+                    connection.get("holds", 0),
+                    connection.get("held_by") or "",
+                    # Only of a connection that has opened its mailbox.
+                    connection.get("mailbox_held", 0),
+                    connection.get("mailbox_window", 0),
                 )
             )
         self._seen = seen
@@ -131,8 +149,10 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
     """Watch every connection: its rates, the bytes that wait for it, and its state.
 
     States:
-        slow: The client reads less than is sent to it.
-        held: The client is not read from, because it sends to a slow client.
+        slow: The client reads less than is sent to it, and holds that many senders.
+        held: The client is not read from, because it sends to the slow client named.
+
+    The column mailbox has the stored messages that a connection holds, and its window.
 
     On a terminal, a key changes the order: w waiting, i in, o out, b bytes, e errors,
     n name; q quits.
@@ -143,6 +163,8 @@ def top(access: Access, order: str, interval: float, count: int | None, as_json:
         if as_json or not console.is_terminal:
             # The first answer has no previous one to compare with.
             next(looks)
+            if not as_json:
+                click.echo("\t".join(_COLUMNS))
             time.sleep(interval)
             for number, (stats, rows) in enumerate(looks, start=1):
                 rows.sort(key=SORT_ORDERS[order][1])
@@ -245,8 +267,9 @@ _COLUMNS: Final = (
     "bytes out/s",
     "waiting",
     "of",
+    "mailbox",
     "errors",
-    "",
+    "state",
 )
 
 
@@ -260,6 +283,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         as_bytes(row.rates["bytes_out"]),
         as_bytes(row.waiting_bytes),
         as_bytes(row.queue),
+        f"{row.mailbox_held} of {row.mailbox_window}" if row.mailbox_window else "",
         str(row.errors),
         row.state,
     )
@@ -275,7 +299,8 @@ _LEAST: Final = (
     "errors",
     "out/s",
     "in/s",
-    "",
+    "mailbox",
+    "state",
     "waiting",
 )
 _SORTED_BY: Final = {
@@ -324,7 +349,7 @@ def _table(rows: Sequence[Row], order: str, width: int) -> Table:
         needed["address"], width - sum(needed[column] + _GAP for column in columns[1:])
     )
     for column in columns:
-        kind: Any = "left" if column in ("address", "from", "") else "right"
+        kind: Any = "left" if column in ("address", "from", "state") else "right"
         table.add_column(column, justify=kind, no_wrap=True, width=needed[column])
     for row, texts in zip(rows, cells, strict=True):
         style = "bold red" if row.slow else "yellow" if row.held else ""
@@ -337,11 +362,18 @@ def _heading(stats: Mapping[str, Any]) -> Text:
         f"brokerd {stats['version']}, {stats['online']} of {stats['clients']} clients online, "
         f"{stats['connections']} connections, {as_bytes(stats['waiting_bytes'])} waiting"
         + (f", {waiting} requests waiting" if (waiting := stats.get("requests_waiting")) else "")
+        + _in_mailboxes(stats.get("mailboxes") or {})
         + (", draining" if stats["draining"] else ""),
         style="bold",
         no_wrap=True,
         overflow="ellipsis",
     )
+
+
+def _in_mailboxes(counts: Mapping[str, int]) -> str:
+    """Return how many messages are in all mailboxes, by state."""
+    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return f", mailboxes: {words}" if words else ""
 
 
 def _screen(stats: Mapping[str, Any], rows: Sequence[Row], order: str) -> Group:

@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from click.testing import CliRunner, Result
 
 from brokerd.ctl.command import brokerctl
 from brokerd.ctl.status import Status
+from brokerd.ctl.tap import _print_missed
+from brokerd.ctl.why import _state_lines
+from brokerd_client.errors import Offline
 
 TIMEOUT_S = 30
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
@@ -127,6 +132,29 @@ def test_ctl_can_of_unknown_client_is_refused(ctl: Any) -> None:
 
     assert result.exit_code == Status.REFUSED
     assert "no_such_client" in result.output
+
+
+def test_ctl_channels_lists_and_disconnect_closes_them(ctl: Any) -> None:
+    """Who with whom, and the bytes each way; `can` knows the verb open."""
+    ctl.broker.add("ops", admin=True)
+    alice, bob = ctl.broker.connect("alice"), ctl.broker.connect("bob")
+    with bob.listen() as listener, ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(listener.accept)
+        one, other = alice.open("bob"), accepting.result(TIMEOUT_S)
+        one.send_bytes(b"12345678")
+        other.recv_bytes()
+
+        plain, as_json = ctl("ops", "channels"), ctl("ops", "channels", "--json")
+        allowed = ctl("ops", "can", "alice", "open", "bob")
+        closed = ctl("ops", "disconnect", "alice")
+
+        assert plain.stdout.split("\t")[:2] == ["alice", "bob"]
+        assert plain.stdout.rstrip().split("\t")[3:] == ["12", "0", "0"]
+        assert json.loads(as_json.stdout)[0]["bytes_to_recipient"] == 12
+        assert allowed.exit_code == Status.DONE
+        assert "closed channels: 1" in closed.stdout
+        with pytest.raises((EOFError, OSError)):
+            other.recv_bytes()
 
 
 def test_ctl_disconnect_closes_connection(ctl: Any) -> None:
@@ -266,3 +294,117 @@ def test_ctl_reload_upgrade_and_drain_reach_daemon(begin: Begin, socket_dir: Pat
     assert "nonsense" in not_upgraded.output
     assert (drained.exit_code, drained.output) == (Status.DONE, "draining\n")
     assert daemon.wait(TIMEOUT_S) == 0
+
+
+def test_ctl_why_shows_refusal_with_rule_and_place(ctl: Any) -> None:
+    """The state of the client comes first, then its incidents; --from and --id filter."""
+    ctl.broker.add("bob")
+    ctl.broker.add("ops", admin=True)
+    alice = ctl.broker.connect("alice")
+    with pytest.raises(Offline):
+        alice.send_confirmed("bob", b"x")
+    with pytest.raises(Offline):
+        alice.send_confirmed("bob", b"x")
+
+    plain = ctl("ops", "why", "bob")
+    as_json = json.loads(ctl("ops", "why", "bob", "--from", "alice", "--json").stdout)
+    other = ctl("ops", "why", "bob", "--from", "ops")
+
+    state, line = plain.stdout.splitlines()
+    assert state.startswith("bob is offline since ")
+    assert line.split("\t")[1:6] == ["message.refused", "alice", "bob", "offline", "2"]
+    assert as_json["incidents"][0]["ids"]
+    assert other.stdout.splitlines()[1].startswith("no refusals")
+    message_id = str(as_json["incidents"][0]["ids"][0])
+    assert "offline" in ctl("ops", "why", "bob", "--id", message_id).stdout
+
+
+def test_ctl_why_about_itself_needs_no_admin(ctl: Any) -> None:
+    """A client may ask about itself, and about no other client."""
+    ctl.broker.add("bob")
+
+    own, other = ctl("carol", "why"), ctl("carol", "why", "bob")
+
+    assert (own.exit_code, other.exit_code) == (Status.DONE, Status.REFUSED)
+    assert own.stdout.startswith("carol is online since ")
+    assert "denied" in other.stderr
+
+
+def test_ctl_why_shows_connections_that_do_not_flow() -> None:
+    """A slow and a held connection have a line each."""
+    connection = {"address": "bob", "slow": True, "waiting_bytes": 2048, "queue": 4096}
+    lines = list(
+        _state_lines(
+            {
+                "name": "bob",
+                "online": True,
+                "since": 0,
+                "connections": [
+                    {**connection, "holds": 3, "held_by": None},
+                    {"address": "alice", "slow": False, "held_by": "bob"},
+                ],
+            }
+        )
+    )
+
+    assert lines[1:] == [
+        "bob does not read: 2.0 KiB of 4.0 KiB wait, and 3 senders are held",
+        "alice is held, because bob does not read",
+    ]
+
+
+def test_ctl_tap_prints_copies_until_count(ctl: Any, begin: Begin) -> None:
+    """Each copy is a line with sender, recipient, kind, size and outcome."""
+    ctl.broker.add("ops", admin=True)
+    alice = ctl.broker.connect("alice")
+    process = begin(ctl.start("ops", "tap", "alice", "--count", "3"))
+
+    while process.poll() is None:
+        alice.send("alice", b"hello", codec="raw")
+        alice.recv(timeout=TIMEOUT_S)
+
+    lines = process.stdout.read().decode().splitlines()
+    assert process.returncode == Status.DONE
+    assert [line.split("\t")[1:] for line in lines] == [
+        ["alice", "alice", "message", "5", "accepted"]
+    ] * 3
+
+
+def test_ctl_tap_with_json_prints_objects(ctl: Any, begin: Begin) -> None:
+    """Without permission of the configuration, --payload shows none; Ctrl-C ends it."""
+    ctl.broker.add("ops", admin=True)
+    alice = ctl.broker.connect("alice")
+    process = begin(ctl.start("ops", "tap", "jobs.*", "--json", "--payload"))
+    stop = threading.Event()
+
+    def publish() -> None:
+        while not stop.wait(0.01):
+            alice.publish("jobs.new", b"secret")
+
+    sender = threading.Thread(target=publish, daemon=True)
+    sender.start()
+    assert process.stdout is not None
+    copy = json.loads(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=TIMEOUT_S)[0]
+    stop.set()
+    sender.join(TIMEOUT_S)
+
+    assert (copy["topic"], copy["kind"], copy["recipient"]) == ("jobs.new", "event", None)
+    assert b"secret" not in rest
+    assert "payload" not in copy
+    assert process.returncode == Status.DONE
+
+
+@pytest.mark.parametrize(
+    ("as_json", "line"),
+    [(True, '{"dropped": 3, "unseen": 4}'), (False, "so far 3 copies were dropped, and 4")],
+)
+def test_ctl_tap_tells_what_it_missed(
+    capsys: pytest.CaptureFixture[str], as_json: bool, line: str
+) -> None:
+    """Scripts get an object, and people a line on standard error."""
+    _print_missed(3, 4, as_json=as_json)
+
+    captured = capsys.readouterr()
+    assert line in (captured.out if as_json else captured.err)

@@ -83,7 +83,24 @@ def test_ctl_top_state_of_slow_and_held_connection_is_slow() -> None:
         for slow, held in ((False, False), (False, True), (True, False), (True, True))
     ]
 
-    assert states == ["", "held", "slow", "slow"]
+    slow = "slow: does not read"
+    assert states == ["", "held by a full queue", slow, slow]
+
+
+@pytest.mark.parametrize(
+    ("fields", "state"),
+    [
+        ({"slow": True, "holds": 3}, "slow: does not read, holds 3"),
+        ({"held": True, "held_by": "bob"}, "held by bob"),
+        ({"held": True, "held_by": "carol"}, "held: does not read answers"),
+    ],
+)
+def test_ctl_top_state_names_cause(fields: dict[str, Any], state: str) -> None:
+    """A slow client holds senders; a held one is held by another, or by itself."""
+    (shown,) = Rates().rows([connection("carol", **fields)], now=1.0)
+
+    assert shown.state == state
+    assert shown.as_object()["holds"] == fields.get("holds", 0)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +148,19 @@ def test_ctl_top_with_json_prints_object_per_interval(ctl: Any) -> None:
 
 
 def test_ctl_top_in_pipe_prints_once(ctl: Any) -> None:
-    """Without a terminal there is nothing to keep up to date: it prints one line per
-    connection, and ends.
+    """Without a terminal there is nothing to keep up to date: it prints a header and
+    one line per connection, and ends.
     """
     ctl.broker.add("ops", admin=True)
 
     result = ctl("ops", "top", "--interval", "0.1")
 
     assert result.exit_code == Status.DONE
-    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == ["ops"]
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [
+        "address",
+        "ops",
+    ]
+    assert result.stdout.splitlines()[0].endswith("\tstate")
 
 
 class Terminal:
@@ -285,8 +306,9 @@ NEEDED = {
     "bytes out/s": 11,
     "waiting": 10,
     "of": 9,
+    "mailbox": 14,
     "errors": 6,
-    "": 4,
+    "state": 4,
 }
 
 
@@ -303,7 +325,7 @@ def test_ctl_top_columns_without_room_are_omitted(width: int, order: str) -> Non
     assert len(columns) == 1 or others + 12 <= width
     if width >= 40:
         # Rates in bytes are the widest, and there are two of them.
-        assert "" in columns or (width, order) == (40, "bytes")
+        assert "state" in columns or (width, order) == (40, "bytes")
         sorted_by = {"in": "in/s", "out": "out/s", "bytes": "bytes out/s", "name": "address"}.get(
             order, order
         )
