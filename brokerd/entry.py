@@ -20,6 +20,11 @@ def brokerd() -> None:
     hold_signals()
     open_standard_descriptors()
     prefer_bundled_library()
+    from brokerd.cli import startup
+
+    config = startup.named_config(sys.argv[1:], os.environ)
+    if config is not None:
+        sys.exit(startup.run(config))
     from brokerd.cli.main import main
 
     main(prog_name="brokerd")

@@ -13,16 +13,16 @@ With pytest, import the fixture (or name this module in ``pytest_plugins``)::
 
 Without pytest, :func:`running` is a context manager that gives the same object. Nothing
 is mocked: the broker runs in a thread with an event loop of its own, and clients
-connect to it as usual.
+connect to it as usual. ``running(config="brokerd.yaml")`` runs a broker with the rules
+and quotas of a file. docs/testing.md describes all of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +30,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from brokerd.config.load import build_config
+from brokerd.config.isolation import Isolation
+from brokerd.config.load import load_isolated
 from brokerd.config.model import Config
+from brokerd.config.problems import ConfigError
 from brokerd.daemon.daemon import Daemon
 from brokerd.daemon.process import loop_factory
 from brokerd.log.logger import quiet_log
@@ -53,35 +55,51 @@ class RunningBroker:
     Attributes:
         address: Where the broker listens, in the form of ``brokerd_client.connect``. It
             stays the same across kill and start.
+        addresses: All addresses, in the order of the ``listen`` entries.
+        monitor_address: Where the monitor answers over HTTP; "" without a monitor.
 
     Args:
         clients: The section ``clients`` of a configuration file. A client without a key
-            gets a random one.
-        limits: The section ``limits``.
+            gets a random one. With ``config``, these clients are added to those of the
+            file, or replace them.
+        config: A configuration of your own: the path of a file, its text, or its values
+            as a mapping. Its addresses become free ones of this machine. A client keeps
+            its ``key``, and the key in a ``key_file`` that exists. Every other client
+            gets a random key; ``peer_uid`` is left out.
+        limits: The section ``limits``. With ``config``, they replace single limits.
         tls: The part ``tls`` of a ``listen`` entry. The broker then listens on 127.0.0.1
-            with TLS, and clients connect with ``ssl=``.
+            with TLS, and clients connect with ``ssl=``. With ``config``, it replaces the
+            ``tls`` of each entry that has one.
         log: The logger; by default nothing is logged.
+
+    Raises:
+        ConfigError: The configuration is not valid.
     """
 
     def __init__(
         self,
         clients: Mapping[str, Mapping[str, Any]] | None = None,
         *,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         limits: Mapping[str, Any] | None = None,
         tls: Mapping[str, Any] | None = None,
         log: FilteringBoundLogger | None = None,
     ) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="brokerd-"))
-        self._entries: dict[str, Mapping[str, Any]] = {}
-        self._limits = dict(limits or {})
+        self._source = config
+        self._isolation = Isolation(self._dir, tls=tls, limits=limits)
         self._log = log or quiet_log()
         self._opened: list[Client] = []
         self._daemon: Daemon | None = None
-        self._tls = tls
-        on_tcp = tls is not None or sys.platform == "win32"
-        self.address: str = "127.0.0.1:0" if on_tcp else str(self._dir / "sock")
         for name, entry in (clients or {}).items():
             self._enter(name, entry)
+        try:
+            self.addresses = [str(entry.address) for entry in self._config().listen]
+        except ConfigError:
+            self._dir.rmdir()
+            raise
+        self.address = self.addresses[0]
+        self.monitor_address = ""
         self._loop = loop_factory()()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="brokerd.testing", daemon=True
@@ -96,7 +114,11 @@ class RunningBroker:
         Args:
             name: The client's name.
             entry: The options under its name in a configuration file. Without a key, a
-                present key stays, and a new client gets a random one.
+                present key stays, and a new client gets a random one. The options of an
+                earlier entry do not stay.
+
+        Raises:
+            ConfigError: An option is not valid.
         """
         self._enter(name, entry)
         if self._daemon is not None:
@@ -108,25 +130,56 @@ class RunningBroker:
 
         Args:
             name: The client's name. An unknown name is added as a client.
+
+        Raises:
+            ValueError: The broker has a configuration of your own, without this client.
         """
-        if name not in self._entries:
+        config = self._present_config()
+        if name not in config.clients:
+            if self._source is not None:
+                raise ValueError(
+                    f"the configuration has no client {name!r}: give one of"
+                    f" {', '.join(sorted(config.clients))}, or call add({name!r})"
+                )
             self.add(name)
-        key = self._entries[name]["key"]
-        return key.encode() if isinstance(key, str) else bytes(key)
+            config = self._present_config()
+        return config.clients[name].keys[0].value
+
+    def environ(self, name: str) -> dict[str, str]:
+        """Return the environment variables with which a program connects as a client.
+
+        They are BROKERD_ADDRESS, BROKERD_NAME and BROKERD_KEY_FILE, which
+        ``brokerd_client.connect()`` and ``brokerctl`` read.
+
+        Args:
+            name: The client's name, as for :meth:`key`.
+        """
+        file = self._dir / f"{name}.key"
+        key = self.key(name)
+        file.touch(mode=0o600)
+        # One newline is cut when the file is read.
+        file.write_bytes(key + b"\n")
+        return {
+            "BROKERD_ADDRESS": self.address,
+            "BROKERD_NAME": name,
+            "BROKERD_KEY_FILE": str(file),
+        }
 
     def connect(self, name: str, **options: Any) -> Client:
         """Return a connected client of the library; :meth:`close` closes it too.
 
         Args:
-            name: The client's name. An unknown name is added as a client.
-            options: The options of ``brokerd_client.connect``.
+            name: The client's name, as for :meth:`key`.
+            options: The options of ``brokerd_client.connect``; by default the first
+                address, and the client's key.
 
         Raises:
             OSError: The client can't connect, as for ``brokerd_client.connect``.
         """
         import brokerd_client
 
-        client = brokerd_client.connect(self.address, name=name, key=self.key(name), **options)
+        given = {"address": self.address, "key": self.key(name), **options}
+        client = brokerd_client.connect(name=name, **given)
         self._opened.append(client)
         return client
 
@@ -134,15 +187,17 @@ class RunningBroker:
         """Return a connected asyncio client; the caller closes it.
 
         Args:
-            name: The client's name. An unknown name is added as a client.
-            options: The options of ``brokerd_client.aio.connect``.
+            name: The client's name, as for :meth:`key`.
+            options: The options of ``brokerd_client.aio.connect``, as for
+                :meth:`connect`.
 
         Raises:
             OSError: The client can't connect, as for ``brokerd_client.aio.connect``.
         """
         from brokerd_client import aio
 
-        return await aio.connect(self.address, name=name, key=self.key(name), **options)
+        given = {"address": self.address, "key": self.key(name), **options}
+        return await aio.connect(name=name, **given)
 
     # Start and end of the broker
 
@@ -151,15 +206,18 @@ class RunningBroker:
         address.
 
         Raises:
-            ConfigError: The configuration is not valid.
             ListenError: The broker can't listen at the address.
         """
         assert self._daemon is None, "it runs already"
         daemon = self._on_loop(self._make_daemon())
         self._daemon = daemon
-        self.address = str(daemon.addresses[0])
-        # From here on, every configuration contains the port that the system has
+        self.addresses = [str(address) for address in daemon.addresses]
+        self.address = self.addresses[0]
+        self.monitor_address = next(map(str, daemon.monitor_addresses), "")
+        # From here on, every configuration contains the ports that the system has
         # chosen.
+        self._isolation.addresses = self.addresses
+        self._isolation.monitor = self.monitor_address
         daemon.config = self._config()
 
     def stop(self) -> None:
@@ -213,15 +271,15 @@ class RunningBroker:
 
     def _enter(self, name: str, entry: Mapping[str, Any]) -> None:
         has_key = {"key", "key_file", "key_env", "key_credential", "keys"} & entry.keys()
-        present_key = self._entries.get(name, {}).get("key")
-        key = {} if has_key else {"key": present_key or secrets.token_bytes(32)}
-        self._entries[name] = {**entry, **key}
+        present = self._isolation.clients.get(name, {}).get("key")
+        key = {} if has_key else {"key": present or self._isolation.key(name)}
+        self._isolation.clients[name] = {**entry, **key}
 
     def _config(self) -> Config:
-        listen: dict[str, Any] = {"address": self.address.removeprefix("tls://")}
-        if self._tls is not None:
-            listen["tls"] = dict(self._tls)
-        return build_config(listen, self._entries, limits=self._limits or None)
+        return load_isolated({} if self._source is None else self._source, self._isolation)
+
+    def _present_config(self) -> Config:
+        return self._config() if self._daemon is None else self._daemon.config
 
     async def _make_daemon(self) -> Daemon:
         daemon = Daemon(self._config(), self._log)
@@ -252,6 +310,7 @@ class RunningBroker:
 def running(
     clients: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     limits: Mapping[str, Any] | None = None,
     tls: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningBroker]:
@@ -259,13 +318,14 @@ def running(
 
     Args:
         clients: As for :class:`RunningBroker`.
+        config: As for :class:`RunningBroker`.
         limits: As for :class:`RunningBroker`.
         tls: As for :class:`RunningBroker`.
 
     Yields:
         The running broker. It is closed at the end of the with statement.
     """
-    with RunningBroker(clients, limits=limits, tls=tls) as running_broker:
+    with RunningBroker(clients, config=config, limits=limits, tls=tls) as running_broker:
         yield running_broker
 
 

@@ -44,7 +44,11 @@ class AdminCommands:
         daemon = self._daemon
         asker = order.source.client.name
         if order.op == "drain":
-            daemon.broker.replies.reply(order.source, order.id, {"draining": True})
+            reply: dict[str, Any] = {"draining": True}
+            if daemon.assigned:
+                # The service manager listens on, and starts a new broker.
+                reply["activated"] = sorted(str(entry.address) for entry in daemon.assigned)
+            daemon.broker.replies.reply(order.source, order.id, reply)
             daemon.stop_soon(f"request of {asker}")
         elif order.op == "log_level":
             self._answer_log_level(order)
@@ -93,19 +97,21 @@ class AdminCommands:
         more: dict[str, Any],
     ) -> None:
         daemon = self._daemon
-        pieces = []
+        pieces = [f'{{"{name}": ['.encode()]
+        separator = ""
         try:
             async with self._one_long:
                 while chunk := list(itertools.islice(entries, _ENTRIES)):
-                    pieces.append(json.dumps(chunk)[1:-1])
+                    pieces.append(f"{separator}{json.dumps(chunk)[1:-1]}".encode())
+                    separator = ", "
                     await asyncio.sleep(0)
         finally:
             self._long -= 1
         more_fields = "".join(
             f", {json.dumps(key)}: {json.dumps(value)}" for key, value in more.items()
         )
-        payload = f'{{"{name}": [{", ".join(pieces)}]{more_fields}}}'.encode()
-        daemon.broker.replies.reply_json(order.source, order.id, payload)
+        pieces.append(f"]{more_fields}}}".encode())
+        daemon.broker.replies.reply_json(order.source, order.id, *pieces)
         daemon.server.settle()
 
     def _answer_log_level(self, order: AdminCommand) -> None:
@@ -134,9 +140,6 @@ class AdminCommands:
         outcome = await daemon.reloading.run(reason, dry_run=dry_run)
         # Before bytes are written: a client that this reload disconnects must still get
         # its answer.
-        daemon.broker.replies.reply(
-            order.source,
-            order.id,
-            outcome.as_reply(daemon.config.path, dry_run=dry_run),
-        )
+        pieces = outcome.as_reply(daemon.config.path, dry_run=dry_run)
+        daemon.broker.replies.reply_json(order.source, order.id, *pieces)
         daemon.server.settle()

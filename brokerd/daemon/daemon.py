@@ -23,13 +23,25 @@ from brokerd.config.diff import merge
 from brokerd.config.key_validity import ending
 from brokerd.config.model import Config
 from brokerd.config.values import ListenConfig
-from brokerd.core import routing
+from brokerd.core import WHY_SOURCES, routing
 from brokerd.core.broker import AdminCommand, Broker, CoreLimits
 from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.daemon.admin import AdminCommands
+from brokerd.daemon.cluster_host import ClusterHost, MembershipError
 from brokerd.daemon.key_expiry import KeyExpiryMonitor, uses_of
-from brokerd.daemon.reload import Prepared, ReloadOutcome, blockers, compare_running, plan_fields
+from brokerd.daemon.mailbox_store import MailboxStore, StoreError
+from brokerd.daemon.online_names import OnlineNames
+from brokerd.daemon.reload import (
+    Cause,
+    Prepared,
+    ReloadOutcome,
+    blockers,
+    compare_running,
+    json_pieces,
+    logged,
+    plan_fields,
+)
 from brokerd.daemon.reloader import Reloading
 from brokerd.daemon.startup_warnings import warn_of_keys, warn_of_plain, warn_of_surroundings
 from brokerd.daemon.systemd import Supervisor
@@ -57,6 +69,11 @@ LOOK_S: Final = 10.0
 #: Subscriptions checked against new rules in one turn of the event loop while a reload
 #: waits: some milliseconds' work.
 _REVIEWED: Final = 64
+#: Unauthorized connections that a reload begins to close in one turn of the event loop:
+#: half a millisecond's work.
+_DISCONNECTED: Final = 256
+#: Most names of orphaned mailboxes in a log event.
+_SHOWN: Final = 20
 
 
 class Stopped(Exception):
@@ -99,6 +116,8 @@ class Daemon:
             routing=routing.NAME,
             now_wall=time.time(),
         )
+        self.store = MailboxStore(self.broker, self.log, self._settle)
+        self.cluster_host = ClusterHost(self.broker, self.log, self._settle)
         self.reloads = ReloadCounts(self.broker.status.started_at)
         self._server: Server | None = None
         self._monitor = Switch(
@@ -109,7 +128,9 @@ class Daemon:
                 config=lambda: self.config,
                 server=lambda: self.server,
                 not_ready=lambda: self.not_ready,
+                cluster_failure=lambda: self.cluster_host.failure,
                 key_expiries=self.key_expiries,
+                lost_lines=lambda: 0 if self._own_log is None else self._own_log.lost,
             )
         )
         self._stopping: asyncio.Task[None] | None = None
@@ -120,6 +141,7 @@ class Daemon:
         self._background: set[asyncio.Task[object]] = set()
         self.stopped = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
+        self._online_names = OnlineNames(self, os.environ)
         #: Addresses where clients can no longer connect, and for which the log already
         #: says so.
         self._lost: set[Address] = set()
@@ -183,24 +205,32 @@ class Daemon:
         """The reason why no new client should be sent here, or ""."""
         if self._stopping is not None or self.broker.status.draining:
             return "the broker is draining"
+        if self.store.failure:
+            return f"the store of the mailboxes has failed: {self.store.failure}"
         return "" if self.addresses else "the broker is starting"
 
     async def start(self, old_process: UpgradeTarget | None = None) -> None:
         """Listen at every configured address.
 
-        Raises ListenError or Stopped; the daemon then listens at no address.
+        Raises ListenError, StoreError, MembershipError or Stopped; the daemon then listens
+        at no address.
         old_process: a serving process that this one replaces.
         """
         began = time.perf_counter()
         config = self.config
-        keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
+        with garbage.undisturbed():
+            keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
         if config.monitor is not None:
             await run_in_thread(lambda: preload(config.monitor))
+        await self.cluster_host.prepare(config)
         # In a thread: a name service or a file system may not answer, and a signal must
         # still end the start.
         self._assigned = assigned = await run_in_thread(
             lambda: self._activated.assign(config.listen)
         )
+        if old_process is None:
+            # An upgrade disconnects no client.
+            await self._online_names.read()
         offered = () if old_process is None else old_process.offered
         former = [] if old_process is None else old_process.monitored
         stays = config.monitor is not None and any(
@@ -211,11 +241,26 @@ class Daemon:
         opened, monitored = await run_in_thread(
             lambda: _open(entries, monitor, assigned), discard=_close_all
         )
-        if self.stopping:
+        try:
+            if not self.stopping and (old_process is None or not old_process.has_store):
+                await self.store.open(config.store)
+        except StoreError:
             _close_all((opened, monitored))
-            raise Stopped
+            raise
         self._server = Server(self.broker, keyring, config.limits, self.log, wall=time.time)
         self._server.on_admin_command = AdminCommands(self).execute
+        self.cluster_host.attach(config, self._server)
+        try:
+            if not self.stopping and old_process is None:
+                await self.cluster_host.join()
+            if self.stopping:
+                raise Stopped
+        except (MembershipError, Stopped):
+            self._server = None
+            self.cluster_host.kill()
+            self.store.kill()
+            _close_all((opened, monitored))
+            raise
         # These take milliseconds per ten thousand clients. After an upgrade's pause has
         # begun, nothing may.
         expiring, users_unseen = ending(config.clients.values()), unseen(config.clients)
@@ -229,7 +274,16 @@ class Daemon:
                 for listening in (*opened, *monitored):
                     listening.close()
                 raise
+            if old_process.boot_id:
+                self.cluster_host.boot_id = old_process.boot_id
+                self.cluster_host.reconfigure(config)
+            self.in_background(self.cluster_host.join_again())
             self.reloads.results.update(old_process.reloads)
+            if old_process.store is not None:
+                facts, sock = old_process.store
+                self.store.take_over(facts, sock, config.store)
+                self.in_background(self.store.renew_if_older(facts))
+                self._settle()
         if stays:
             monitored = former
         else:
@@ -253,6 +307,8 @@ class Daemon:
             ready_ms=round((time.perf_counter() - began) * 1000, 1),
             **upgrade_fields,
         )
+        if WHY_SOURCES:
+            self.log.warning("daemon.slow_routing", reason=WHY_SOURCES)
         self._warn({entry.address for entry in config.listen}, users_unseen)
         self._key_expiry_monitor.watch(config, expiring)
         if old_process is None:
@@ -262,6 +318,7 @@ class Daemon:
             # announced it.
             old_process.when_gone(lambda: self.supervisor.ready(self._status))
         self._looking = asyncio.get_running_loop().create_task(self._look_after_files())
+        self._online_names.begin()
         self.reloading.begin()
 
     def _status(self) -> str:
@@ -324,7 +381,11 @@ class Daemon:
         Raises ListenError or AuditError; nothing has changed then.
         """
         self.take_over(
-            self.opened(compare_running(self.config, config, self._activated, self._assigned)),
+            self.opened(
+                compare_running(
+                    self.config, config, self._activated, self._assigned, self.server.keyring
+                )
+            ),
             reason,
         )
         self._settle()
@@ -369,7 +430,12 @@ class Daemon:
             leaving += batch
             await asyncio.sleep(0)
         plan = plan_fields(prepared.plan, leaving)
-        return ReloadOutcome(plan, problems, "listen" if problems else "", prepared.warnings)
+        plan_json: list[bytes] = []
+        for piece in json_pieces(plan):
+            plan_json.append(piece)
+            await asyncio.sleep(0)
+        cause: Cause = "listen" if problems else ""
+        return ReloadOutcome(plan, problems, cause, prepared.warnings, plan_json)
 
     def take_over(self, prepared: Prepared, reason: str) -> ReloadOutcome:
         """Take over the configuration at once; see ``taking_over``."""
@@ -395,15 +461,23 @@ class Daemon:
         except ListenError:
             prepared.discard()
             raise
+        former = self.config.clients
         config = self.config = merge(self.config, prepared.config)
         self._assigned = prepared.assigned
         if self._own_log is not None:
             self._own_log.take_over(config.log, prepared.audit)
         changed_names = (*plan.added, *plan.changed)
-        yield from self.broker.reconfiguring(
-            config.clients, _core_limits(config), time.time(), changed_names
-        )
+        for _ in self.broker.reconfiguring(
+            config.clients, _core_limits(config), time.time(), changed_names, plan.removed
+        ):
+            # The new objects replace about as many old ones, so the collector does not
+            # notice how many they are. If it ran, it would walk all of them.
+            garbage.set_apart()
+            yield
+        # The group of clients before this was one turn's work.
+        yield
         server.reconfigure(prepared.keyring, config.limits)
+        self.cluster_host.reconfigure(config)
         if self.stopping:
             _close_all((opened, monitored))
         else:
@@ -416,8 +490,6 @@ class Daemon:
             leaving += batch
             yield
         self.reloads.accept(time.time())
-        # The new objects replaced about as many old ones, so the collector has not run:
-        # exclude all of them from collections.
         garbage.set_apart()
         fields = plan_fields(plan, leaving)
         yield
@@ -425,20 +497,43 @@ class Daemon:
             "daemon.reloaded",
             reason=reason,
             listeners=[str(address) for address in self.addresses],
-            **fields,
+            **logged(fields),
         )
+        if plan.orphaned:
+            self.log.warning(
+                "mailbox.orphaned",
+                names=list(plan.orphaned[:_SHOWN]),
+                count=len(plan.orphaned),
+                reason="their messages stay in the store until they are purged (brokerctl mailbox)",
+            )
         yield
         self._warn(
             {entry.address for entry in (*plan.opened, *(altered for altered, _ in plan.altered))},
-            unseen(self.config.clients),
+            prepared.users_unseen,
         )
         if self._key_expiry_monitor is not None and not self.stopping:
             self._key_expiry_monitor.watch(config, prepared.ending)
-        # Last: an administrator that must be disconnected gets its answer before
-        # connections close.
-        for session, fault in leaving:
+        # Encoded here, so that nothing has to be done between the answer and the rest.
+        plan_json: list[bytes] = []
+        for piece in json_pieces(fields):
+            plan_json.append(piece)
+            yield
+        last: list[tuple[Session, str]] = []
+        while leaving:
+            # Taken out, so that the ended sessions are not freed all at once.
+            batch = leaving[-_DISCONNECTED:]
+            del leaving[-_DISCONNECTED:]
+            for session, fault in batch:
+                if former[session.client.name].admin:
+                    last.append((session, fault))
+                else:
+                    self.broker.replies.close(session, fault, code=ErrorCode.KEY_REMOVED)
+            yield
+        # An administrator that must be disconnected gets its answer before its connection
+        # closes.
+        for session, fault in last:
             self.broker.replies.close(session, fault, code=ErrorCode.KEY_REMOVED)
-        return ReloadOutcome(fields, warnings=prepared.warnings)
+        return ReloadOutcome(fields, warnings=prepared.warnings, plan_json=plan_json)
 
     async def _look_after_files(self) -> None:
         while True:
@@ -522,6 +617,7 @@ class Daemon:
             self._stop_looking()
             if self._key_expiry_monitor is not None:
                 self._key_expiry_monitor.close()
+            await self._online_names.write_last()
             if self._server is not None:
                 drained = await self._server.drain(self.config.limits.drain_timeout)
                 self.log.info(
@@ -529,6 +625,8 @@ class Daemon:
                     **drained._asdict(),
                     messages=self.broker.status.totals["messages_in"],
                 )
+            await self.cluster_host.leave()
+            await self.store.close()
         finally:
             self._monitor.off()
             self.supervisor.close()
@@ -553,9 +651,7 @@ class Daemon:
 
         The `$broker` operation ``keys`` answers with these entries.
         """
-        return uses_of(
-            self.config, self.server.keyring, self.server.credentials(), datetime.now(UTC)
-        )
+        return uses_of(self.config, self.server.keyring, self.server.credentials, datetime.now(UTC))
 
     def key_expiries(self) -> dict[str, datetime]:
         """Return, by client, the time from which its keys can no longer authenticate
@@ -568,10 +664,13 @@ class Daemon:
     def kill(self) -> None:
         """Close everything at once."""
         self._stop_looking()
+        self._online_names.close()
         if self._key_expiry_monitor is not None:
             self._key_expiry_monitor.close()
         if self._server is not None:
             self._server.cut_off()
+        self.cluster_host.kill()
+        self.store.kill()
         self._monitor.off()
         self.supervisor.close()
         self.stopped.set()
@@ -604,18 +703,12 @@ class Daemon:
 
 def _why_python() -> dict[str, str]:
     """Return a field with the reason why the slower routing loop runs, where it does."""
-    if routing.NAME != "python":
-        return {}
-    forced = os.environ.get("BROKERD_PURE") == "1"
-    return {
-        "because": "BROKERD_PURE=1"
-        if forced
-        else "brokerd was installed without a working C compiler"
-    }
+    return {"because": WHY_SOURCES} if WHY_SOURCES else {}
 
 
 def _core_limits(config: Config) -> CoreLimits:
-    return CoreLimits(config.limits.max_message, config.limits.wait_timeout)
+    limits = config.limits
+    return CoreLimits(limits.max_message, limits.wait_timeout, limits.channels, limits.open_timeout)
 
 
 def _close_all(groups: Iterable[Iterable[Listening]]) -> None:

@@ -46,7 +46,7 @@ class KeyExpiryMonitor:
         log: Where warnings go.
         now: Returns the time of day with its zone.
         call_later: Calls a function after a delay in seconds, as an event loop's does.
-        credentials: Returns the key that each connection used.
+        credentials: Returns the key that each connection of a client used.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class KeyExpiryMonitor:
         log: FilteringBoundLogger,
         now: Callable[[], datetime],
         call_later: Callable[[float, Callable[[], None]], Timer],
-        credentials: Callable[[], Iterable[Credential]],
+        credentials: Callable[[str], Iterable[Credential]],
     ) -> None:
         self.log = log
         self._call_later = call_later
@@ -67,8 +67,6 @@ class KeyExpiryMonitor:
         self._seen_at: datetime | None = None
         self._timer: Timer | None = None
         self._lines = 0
-        #: How many connections use each key, counted when first needed during a check.
-        self._using: Counter[tuple[str, bytes]] | None = None
 
     def watch(self, config: Config, clients: list[ClientConfig] | None = None) -> None:
         """Check another configuration from now on, and log the first warnings at once.
@@ -106,7 +104,6 @@ class KeyExpiryMonitor:
         now = self._now()
         before, self._seen_at = self._seen_at, now
         self._lines = 0
-        self._using = None
         self._look_on(0, before, now, now + _LOOK_AGAIN)
 
     def _look_on(
@@ -158,17 +155,15 @@ class KeyExpiryMonitor:
             self.log.warning(event, **more, **self._fields(client, key))
 
     def _fields(self, client: ClientConfig, key: Key) -> dict[str, Any]:
-        if self._using is None:
-            self._using = Counter(
-                (credential.client.name, credential.key.value) for credential in self._credentials()
-            )
         assert key.not_after is not None, "a key without an end does not expire"
         return {
             "name": client.name,
             "key": key.key_id,
             "source": key.source,
             "not_after": key.not_after.isoformat(),
-            "connections": self._using[client.name, key.value],
+            "connections": sum(
+                credential.key.value == key.value for credential in self._credentials(client.name)
+            ),
         }
 
 
@@ -182,7 +177,10 @@ def _last(client: ClientConfig, now: datetime) -> Key | None:
 
 
 def uses_of(
-    config: Config, keyring: Keyring, credentials: Iterable[Credential], now: datetime
+    config: Config,
+    keyring: Keyring,
+    credentials: Callable[[str], Iterable[Credential]],
+    now: datetime,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each client its keys: id, source, window, state, last use and
     connections.
@@ -190,10 +188,12 @@ def uses_of(
     Never the key itself. Times are seconds since the epoch for uses, and text for
     windows. A client authenticated by its operating-system user has one entry without
     an id.
+
+    credentials: returns the key that each connection of a client used.
     """
-    using = Counter((credential.client.name, credential.key.value) for credential in credentials)
-    return (
-        {
+    for client in config.clients.values():
+        using = Counter(credential.key.value for credential in credentials(client.name))
+        yield {
             "name": client.name,
             "keys": [
                 {
@@ -203,13 +203,11 @@ def uses_of(
                     "not_after": _text(credential.key.not_after),
                     "state": str(state_of(credential.key, now)),
                     "last_used": keyring.last_used(credential),
-                    "connections": using[client.name, credential.key.value],
+                    "connections": using[credential.key.value],
                 }
                 for credential in keyring.named(client.name)
             ],
         }
-        for client in config.clients.values()
-    )
 
 
 def _text(moment: datetime | None) -> str | None:

@@ -20,8 +20,11 @@ from brokerd.config.model import Config
 from brokerd.config.problems import EX_CONFIG
 from brokerd.daemon import garbage
 from brokerd.daemon.daemon import Daemon, Stopped
+from brokerd.daemon.mailbox_store import StoreError
+from brokerd.daemon.memory import keep_freed
 from brokerd.daemon.systemd import Supervisor
 from brokerd.log.logger import AuditError, in_words
+from brokerd.net.cluster.membership import MembershipError
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import ActivatedSockets, SocketActivationError
 from brokerd.upgrade.channel import UpgradeChannelError
@@ -34,6 +37,9 @@ EX_FAILED: Final = 1
 #: Seconds from a second signal to the forced end of a process whose event loop does not
 #: react to it.
 _INSISTENCE_S: Final = 2.0
+#: Seconds after which a busy thread, such as one that reads a configuration, lets the
+#: event loop's thread run. The interpreter's own 5 ms would be a part of each answer.
+_SWITCH_S: Final = 0.0005
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -60,16 +66,20 @@ def run(config_path: Path) -> int:
     if old_process is not None:
         return _replace(old_process, config_path)
     supervisor = Supervisor.from_environ()
-    try:
-        config = load(config_path)
-        activated = ActivatedSockets.take(os.environ, os.getpid())
-    except (ConfigError, SocketActivationError) as error:
-        supervisor.failed(str(error).partition("\n")[0])
-        print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
-        return EX_CONFIG
-    _allow_many_descriptors()
-    with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_serve(config, supervisor, activated))
+    with garbage.tended():
+        try:
+            with garbage.undisturbed():
+                config = load(config_path)
+            activated = ActivatedSockets.take(os.environ, os.getpid())
+        except (ConfigError, SocketActivationError) as error:
+            supervisor.failed(str(error).partition("\n")[0])
+            print(error, file=sys.stderr)  # noqa: T201 - one line for each mistake, for people
+            return EX_CONFIG
+        _allow_many_descriptors()
+        keep_freed()
+        sys.setswitchinterval(_SWITCH_S)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_serve(config, supervisor, activated))
 
 
 def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
@@ -77,14 +87,18 @@ def _replace(old_process: UpgradeTarget, config_path: Path) -> int:
     status.
     """
     _allow_many_descriptors()
+    keep_freed()
+    sys.setswitchinterval(_SWITCH_S)
     try:
         old_process.meet()
-        config = load(config_path)
-        with garbage.tended(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(
-                _serve(config, Supervisor.from_environ(), old_process.activated, old_process)
-            )
-    except (ConfigError, ListenError, AuditError, UpgradeChannelError) as error:
+        with garbage.tended():
+            with garbage.undisturbed():
+                config = load(config_path)
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                return runner.run(
+                    _serve(config, Supervisor.from_environ(), old_process.activated, old_process)
+                )
+    except (ConfigError, ListenError, StoreError, AuditError, UpgradeChannelError) as error:
         old_process.fail(str(error))
         return EX_CONFIG if isinstance(error, (ConfigError, SocketActivationError)) else EX_FAILED
     except Exception as error:
@@ -114,7 +128,8 @@ async def _serve(
     old_process: UpgradeTarget | None = None,
 ) -> int:
     try:
-        daemon = Daemon(config, supervisor=supervisor, activated=activated)
+        with garbage.undisturbed():
+            daemon = Daemon(config, supervisor=supervisor, activated=activated)
     except AuditError as error:
         if old_process is not None:
             raise
@@ -166,7 +181,7 @@ async def _until_stopped(
         try:
             if not await _started(daemon, old_process):
                 return status
-        except ListenError as error:
+        except (ListenError, StoreError, MembershipError) as error:
             if old_process is not None:
                 raise
             daemon.log.error("daemon.failed", reason=str(error))

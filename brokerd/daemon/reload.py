@@ -6,13 +6,15 @@ log and the client that asked for the reload get a ReloadOutcome.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from brokerd import __version__
 from brokerd.config.diff import Plan, compare, overlaps
@@ -25,6 +27,7 @@ from brokerd.core.session import Session
 from brokerd.daemon import garbage
 from brokerd.monitor.toggle import preload
 from brokerd.net.handshake.keyring import Keyring
+from brokerd.net.handshake.peer_uid import unseen
 from brokerd.net.listen.listener import Listening, Resolved, look_up, precheck
 from brokerd.net.listen.socket_activation import ActivatedSocket, ActivatedSockets
 
@@ -34,13 +37,20 @@ __all__ = [
     "ReloadOutcome",
     "blockers",
     "compare_running",
+    "json_pieces",
+    "logged",
     "plan_fields",
     "prepare",
 ]
 
-#: Why a reload is refused: a mistake in the files, an address, the audit file, or the
-#: broker is about to stop or to be replaced.
-Cause: TypeAlias = Literal["", "config", "listen", "audit", "draining", "upgrade"]
+#: Most entries of each list of a plan in a log event.
+_LOGGED: Final = 1000
+#: Entries of a plan that are encoded in one turn: a millisecond's work.
+_ENCODED: Final = 512
+
+#: Why a reload is refused: a mistake in the files, an address, the audit file, the store
+#: of the mailboxes, or the broker is about to stop or to be replaced.
+Cause: TypeAlias = Literal["", "config", "listen", "audit", "store", "draining", "upgrade"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,9 @@ class Prepared:
     """Another configuration, ready to be taken over.
 
     Attributes:
+        keyring: The new keys, with the uses of the running keyring up to now.
         ending: The clients that have a key with an end.
+        users_unseen: The clients with users that this process can't see.
         assigned: The service manager's sockets for its entries.
         blocked: Why it can't be taken over, a line each.
         resolved: The addresses of new host names.
@@ -61,6 +73,7 @@ class Prepared:
     plan: Plan
     keyring: Keyring
     ending: list[ClientConfig]
+    users_unseen: dict[str, list[int]]
     assigned: dict[ListenConfig, list[ActivatedSocket]]
     blocked: tuple[str, ...] = ()
     resolved: Resolved = field(default_factory=dict)
@@ -86,30 +99,38 @@ class ReloadOutcome:
         problems: A line each; an empty list means success.
         cause: The kind of the problems.
         warnings: A line each.
+        plan_json: The plan in pieces, as ``json_pieces`` yields them; empty if it was not
+            encoded yet.
     """
 
     plan: dict[str, Any] | None
     problems: list[str] = field(default_factory=list)
     cause: Cause = ""
     warnings: tuple[str, ...] = ()
+    plan_json: list[bytes] = field(default_factory=list)
 
-    def as_reply(self, config: str, *, dry_run: bool) -> dict[str, Any]:
-        """Return the reply to the operation ``reload``. config: the main file."""
-        return {
+    def as_reply(self, config: str, *, dry_run: bool) -> list[bytes]:
+        """Return the reply to the operation ``reload``, as pieces of its JSON.
+
+        config: the main file.
+        """
+        facts = {
             "reloaded": not self.problems and not dry_run,
             "dry_run": dry_run,
             "problems": self.problems,
             "cause": self.cause,
-            "plan": self.plan,
             "warnings": list(self.warnings),
             "config": str(Path(config).absolute()),
         }
+        plan = self.plan_json or [json.dumps(self.plan).encode()]
+        return [json.dumps(facts)[:-1].encode(), b', "plan": ', *plan, b"}"]
 
 
 def prepare(
     running: Config,
     activated: ActivatedSockets,
     assigned: dict[ListenConfig, list[ActivatedSocket]],
+    keyring: Keyring,
 ) -> Prepared:
     """Return the configuration in the files, ready to be taken over.
 
@@ -118,19 +139,21 @@ def prepare(
     Args:
         activated: The service manager's sockets.
         assigned: Which of them each entry of the running configuration uses.
+        keyring: The keys of the running configuration.
 
     Raises ConfigError and ListenError.
     """
     with garbage.undisturbed():
-        return _prepared(running, activated, assigned)
+        return _prepared(running, activated, assigned, keyring)
 
 
 def _prepared(
     running: Config,
     activated: ActivatedSockets,
     assigned: dict[ListenConfig, list[ActivatedSocket]],
+    keyring: Keyring,
 ) -> Prepared:
-    prepared = compare_running(running, load(Path(running.path)), activated, assigned)
+    prepared = compare_running(running, load(Path(running.path)), activated, assigned, keyring)
     plan = prepared.plan
     preload(prepared.config.monitor)
     new = (
@@ -150,19 +173,23 @@ def compare_running(
     config: Config,
     activated: ActivatedSockets,
     assigned: dict[ListenConfig, list[ActivatedSocket]],
+    keyring: Keyring,
 ) -> Prepared:
     """Return a loaded configuration, ready to be taken over. Raises ListenError."""
     plan = compare(running, config)
     new_sockets = activated.assign(config.listen)
     new = (*(entry for entry in plan.opened if entry not in new_sockets), *plan.monitor_opened)
+    new_keyring = Keyring(config.clients.values(), config.limits.identify_by_key)
+    new_keyring.adopt_uses(keyring)
     blocked = overlaps(new, (*plan.closed, *plan.monitor_closed))
     return Prepared(
         config,
         plan,
-        Keyring(config.clients.values(), config.limits.identify_by_key),
+        new_keyring,
         ending(config.clients.values()),
+        unseen(config.clients),
         new_sockets,
-        (*blocked, *_swaps(plan, assigned, new_sockets)),
+        (*plan.refused, *blocked, *_swaps(plan, assigned, new_sockets)),
     )
 
 
@@ -219,3 +246,38 @@ def plan_fields(plan: Plan, leaving: Iterable[tuple[Session, str]]) -> dict[str,
             for session, reason in sorted(leaving, key=lambda pair: pair[0].address)
         ],
     }
+
+
+def json_pieces(fields: dict[str, Any]) -> Iterator[bytes]:
+    """Yield the JSON of a plan's fields in pieces, each of which takes little time."""
+    if sum(map(len, fields.values())) <= _ENCODED:
+        yield json.dumps(fields).encode()
+        return
+    before = "{"
+    for name, value in fields.items():
+        is_mapping = isinstance(value, dict)
+        yield f"{before}{json.dumps(name)}: {'{' if is_mapping else '['}".encode()
+        entries = iter(value.items() if is_mapping else value)
+        before = ""
+        while chunk := list(islice(entries, _ENCODED)):
+            yield f"{before}{json.dumps(dict(chunk) if is_mapping else chunk)[1:-1]}".encode()
+            before = ", "
+        yield b"}" if is_mapping else b"]"
+        before = ", "
+    yield b"}"
+
+
+def logged(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan's fields for a log event, without the ends of very long lists.
+
+    A line with a hundred thousand names takes long to write, and no log accepts it.
+    """
+    return {name: _shortened(value) for name, value in fields.items()}
+
+
+def _shortened(value: Any) -> Any:
+    more = [f"and {len(value) - _LOGGED} more"] if len(value) > _LOGGED else []
+    if isinstance(value, dict):
+        shown = {name: list(changes) for name, changes in islice(value.items(), _LOGGED)}
+        return {**shown, **{name: [] for name in more}}
+    return [*value[:_LOGGED], *more]

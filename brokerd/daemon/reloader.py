@@ -12,7 +12,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
+from brokerd.config.diff import merge
 from brokerd.config.problems import ConfigError
+from brokerd.daemon.mailbox_store import StoreError
 from brokerd.daemon.reload import Cause, Prepared, ReloadOutcome, plan_fields, prepare
 from brokerd.daemon.threads import run_in_thread
 from brokerd.log.logger import AuditError
@@ -90,14 +92,20 @@ class Reloading:
         """Read, compare and take over, or only check; return the outcome."""
         daemon = self._daemon
         running, activated, assigned = daemon.config, daemon.activated, daemon.assigned
+        keyring = daemon.server.keyring
         cause: Cause
         prepared: Prepared | None = None
         # One of the two configurations is freed after this call, and its entries must
         # not be freed all at once.
-        entries: list[object] = list(running.clients.values())
+        entries: list[object] = [*running.clients.values(), *keyring.credentials()]
         try:
-            ready = prepared = await run_in_thread(lambda: prepare(running, activated, assigned))
+            ready = prepared = await run_in_thread(
+                lambda: prepare(running, activated, assigned, keyring)
+            )
             entries += ready.config.clients.values()
+            entries += ready.keyring.credentials()
+            # Last, because the outcome shows them.
+            entries[:0] = ready.plan.changed.values()
             problems = []
             if dry_run:
                 problems = await run_in_thread(lambda: daemon.foreseen(ready))
@@ -106,6 +114,8 @@ class Reloading:
                     lambda: daemon.opened(ready), discard=Prepared.discard
                 )
             await daemon.wait_for_revocations()
+            if daemon.serves and not dry_run and not problems:
+                await daemon.store.open(merge(running, ready.config).store)
             if daemon.serves:
                 if dry_run:
                     return await daemon.preview(prepared, problems)
@@ -121,6 +131,9 @@ class Reloading:
             cause, problems = "listen", str(error).splitlines()
         except AuditError as error:
             cause, problems = "audit", [str(error)]
+        except StoreError as error:
+            ready.discard()
+            cause, problems = "store", [str(error)]
         finally:
             asyncio.get_running_loop().call_soon(_let_go, entries)
         return ReloadOutcome(
@@ -136,6 +149,7 @@ class Reloading:
             except StopIteration as end:
                 outcome: ReloadOutcome = end.value
                 return outcome
+            self._daemon.server.settle()
             await asyncio.sleep(0)
 
     @contextlib.asynccontextmanager

@@ -81,15 +81,15 @@ class Supervisor:
 
         status: returns a line for people; called every few seconds.
         """
-        if self._stopping:
+        if self._stopping or not self._address:
             return
         self._status = status
         self._reported = status()
         self.notify(READY=1, STATUS=self._reported)
-        if not self._address:
-            return
         self._every(_STATUS_EVERY, "status", self._tell_status)
         if self._watchdog_s is not None:
+            # After an upgrade, the manager still counts from the old process's last message.
+            self._tell_alive()
             self._every(self._watchdog_s / 2, "watchdog", self._tell_alive)
 
     def reloading(self) -> None:
@@ -102,7 +102,8 @@ class Supervisor:
 
         problem: why the old configuration stays, or "" after a successful reload.
         """
-        if not self._stopping:
+        # To count all messages takes milliseconds with very many connections.
+        if self._address and not self._stopping:
             # Shown in the manager's status until the counts next change; the log keeps
             # it.
             self._reported = (

@@ -20,7 +20,7 @@ are sent:
     old copy      queued frames and subscriptions, in blocks as in brokerd.core.precopy;
                   idle connections with their descriptors, and the counters of copied
                   ones, as in brokerd.net.handover; clients, as in brokerd.core.snapshot;
-                  sent any number of times
+                  incidents; sent any number of times
     old copied    asks whether all copies have been processed
     new copied    confirms it
     old state     format, frozen_at, asked_by; reloads: how many reloads ended in which
@@ -64,8 +64,8 @@ __all__ = [
 ]
 
 #: The format of the state that this version writes, and the formats that it can read.
-FORMAT: Final = 4
-READS: Final = (2, 3, 4)
+FORMAT: Final = 7
+READS: Final = (2, 3, 4, 5, 6, 7)
 
 #: Environment variables of the new process: the descriptors of its end of the channel,
 #: and of the pipe to the PID holder. The second name is the one that versions before the

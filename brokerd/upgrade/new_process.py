@@ -15,7 +15,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from brokerd import __version__
 from brokerd.config.values import ListenConfig
@@ -55,6 +55,9 @@ class UpgradeTarget:
     activated: the sockets that the old process has from the service manager.
     monitored: the sockets of the old process's monitor.
     reloads: the old process's counters of reloads, once they have been taken over.
+    boot_id: of this broker in its cluster; "" from a process of an earlier version.
+    has_store: whether the old process has a store of mailboxes.
+    store: the facts and the socket of its store process, once they have been taken over.
     pid_holder: the pipe to the PID holder; None where there is no PID holder.
     """
 
@@ -67,6 +70,9 @@ class UpgradeTarget:
         self.activated = ActivatedSockets()
         self.monitored: list[Listening] = []
         self.reloads: Counter[str] = Counter()
+        self.has_store = False
+        self.boot_id = ""
+        self.store: tuple[dict[str, Any], socket.socket] | None = None
 
     @classmethod
     def from_environ(cls) -> Self | None:
@@ -102,6 +108,7 @@ class UpgradeTarget:
             inherited(Address(*configured), next(sockets), Address(*address))
             for configured, address in offer.get("monitor", ())
         ]
+        self.has_store = bool(offer.get("store"))
         self.offered = {Address(*parts) for parts in offer["listening"]}
 
     def fail(self, reason: str) -> None:
@@ -153,8 +160,12 @@ class UpgradeTarget:
                 )
             if facts["format"] < _SINCE_CHANGES:
                 snapshot.adapt(facts["core"], ahead.copies)
+            descriptors = list(state.descriptors)
+            self.boot_id = str(facts.get("boot_id", ""))
+            if facts.get("store") is not None:
+                self.store = facts["store"], socket.socket(fileno=descriptors.pop())
             restored = RestoredState(
-                server, facts, Pieces(state.body), state.descriptors, listen, opened, ahead
+                server, facts, Pieces(state.body), descriptors, listen, opened, ahead
             )
             reloads = facts.get("reloads", {})
             check_counts(reloads, "reloads")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -242,6 +242,8 @@ class UpgradeSource:
             self._daemon.log.error("daemon.bug", error=in_words(error), trace=trace)
         gc.unfreeze()
         if self._daemon.serves:
+            self._daemon.store.resume()
+            self._daemon.in_background(self._daemon.cluster_host.join_again())
             self._daemon.server.accept_bound()
         if self._new_process is not None:
             try:
@@ -282,6 +284,7 @@ class UpgradeSource:
                 handover.describe(listening.config.address) for listening in daemon.server.listening
             ],
             "handed": [[entry.name, handover.describe(entry.address)] for entry in activated],
+            "store": daemon.store.is_open,
             "monitor": [
                 [handover.describe(listening.config.address), handover.describe(listening.address)]
                 for listening in monitored
@@ -328,6 +331,10 @@ class UpgradeSource:
         await handover.let_go_of_bound(daemon.server, reason)
         await self._copy(new_process, passing)
         await daemon.wait_until_settled()
+        # The other hosts wait for the new process from here on.
+        await daemon.cluster_host.hold()
+        # Last: senders to mailboxes wait from here on.
+        await daemon.store.quiet()
         if daemon.stopping:
             raise _Failed("the broker is stopping")
         # The last log line of this process comes before the first of the new process.
@@ -349,7 +356,9 @@ class UpgradeSource:
         """
         channel, loop = new_process.channel, asyncio.get_running_loop()
 
-        def send(facts: dict[str, Any], pieces: list[bytes]) -> Callable[[], None]:
+        def send(
+            facts: dict[str, Any], pieces: Sequence[bytes | bytearray | memoryview]
+        ) -> Callable[[], None]:
             return lambda: channel.send("copy", facts, pieces, within_s=_HANDOVER_S)
 
         def hand(facts: dict[str, Any], descriptors: list[int]) -> Callable[[], None]:
@@ -392,11 +401,18 @@ class UpgradeSource:
         """
         server, channel = self._daemon.server, new_process.channel
         frozen_at = time.monotonic()
+        self._daemon.cluster_host.settle_ends()
         asker = order.source if order is not None and order.source.open else None
         captured, descriptors = handover.capture(server, passing, asker)
         asked_by = None if order is None or asker is None else [captured.position, order.id]
         facts = {"format": FORMAT, "frozen_at": frozen_at, "asked_by": asked_by, **captured.facts}
         facts["reloads"] = dict(self._daemon.reloads.results)
+        facts["boot_id"] = self._daemon.cluster_host.boot_id
+        facts["store"] = None
+        store = self._daemon.store.for_new_process()
+        if store is not None:
+            facts["store"], sock = store
+            descriptors.append(sock.fileno())
         deadline = frozen_at + _HANDOVER_S + sum(map(len, captured.pieces)) / _BYTES_A_SECOND
         with noted.ending_fails():
             channel.send(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import pytest
 from support.running_daemon import Recorder
 
 from brokerd.config.load import load
-from brokerd.daemon import daemon, reloader
+from brokerd.daemon import daemon, garbage, reloader
+from brokerd.daemon.reload import compare_running
 from brokerd.daemon.reloader import Reloading
+from brokerd.net.handshake.keyring import Keyring
 
 
 def test_reload_ended_by_bug_is_reported_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +36,7 @@ def test_reload_ended_by_bug_is_reported_as_failed(monkeypatch: pytest.MonkeyPat
         activated=None,
         assigned={},
         serves=True,
+        server=SimpleNamespace(keyring=Keyring([])),
         supervisor=supervisor,
         log=Recorder().logger,
         reopen_log=lambda: None,
@@ -89,3 +93,41 @@ def test_reload_requested_during_start_runs_after_start(
         each.event for each in log.events if each.event in ("daemon.started", "daemon.reloaded")
     ]
     assert order == ["daemon.started", "daemon.reloaded"]
+
+
+def test_reload_of_many_clients_leaves_few_objects_to_collect(tmp_path: Path) -> None:
+    """No turn of a reload leaves more young objects than those of some clients, which the
+    collector would walk all at once.
+    """
+    path = tmp_path / "brokerd.yaml"
+
+    def write(queue: str) -> None:
+        path.touch(0o600)
+        path.write_text(
+            f"listen: [{tmp_path}/s]\nclients:\n"
+            + "".join(
+                f"  c{number}: {{key: 'key{number:061}', queue: {queue}}}\n"
+                for number in range(2000)
+            )
+        )
+
+    async def most_young() -> int:
+        async with daemon.Daemon(load(path)) as subject:
+            write("2MiB")
+            with garbage.undisturbed():
+                prepared = compare_running(
+                    subject.config,
+                    load(path),
+                    subject.activated,
+                    subject.assigned,
+                    subject.server.keyring,
+                )
+            assert len(prepared.plan.changed) == 2000
+            return max(
+                sum(len(gc.get_objects(generation=number)) for number in range(2))
+                for _ in subject.taking_over(prepared, "the test")
+            )
+
+    write("1MiB")
+    with garbage.tended():
+        assert asyncio.run(most_young()) < 4000

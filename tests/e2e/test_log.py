@@ -70,7 +70,7 @@ def test_log_full_pipe_blocks_no_client(socket_dir: Path) -> None:
         began = monotonic()
         broker.signal()
         assert broker.exit_status() == 0
-        assert monotonic() - began < 5
+        assert monotonic() - began < 20
     os.close(reading)
 
 

@@ -61,7 +61,7 @@ def test_drain_with_idle_clients_ends_at_once(socket_dir: Path) -> None:
         began = monotonic()
         broker.signal()
         assert broker.exit_status() == 0
-        assert monotonic() - began < 10
+        assert monotonic() - began < 30
         assert alice.is_closed("shutting_down")
 
 
@@ -104,7 +104,7 @@ def test_drain_second_signal_ends_broker_at_once(socket_dir: Path, second: int) 
         began = monotonic()
         broker.signal(second)
         assert broker.exit_status() == 1
-        assert monotonic() - began < 10
+        assert monotonic() - began < 30
         assert not broker.socket.exists()
         assert broker.events("daemon.killed")
 
@@ -136,7 +136,7 @@ def test_drain_timeout_cuts_off_client_that_does_not_read(socket_dir: Path) -> N
         began = monotonic()
         broker.signal()
         assert broker.exit_status() == 0
-        assert monotonic() - began < 0.3 + 5
+        assert monotonic() - began < 0.3 + 20
         stopped = broker.events("daemon.stopped")[0]
         assert (stopped["cut_off"], stopped["lost"]) == (1, 0)
         assert alice.recv().code == "offline"
@@ -190,7 +190,11 @@ def test_log_is_one_json_object_per_line(socket_dir: Path) -> None:
         broker.wait("client.disconnected")
         broker.signal()
         assert broker.exit_status() == 0
-        events = [json.loads(line) for line in broker.lines]
+        lines = [json.loads(line) for line in broker.lines]
+        # The malformed frame is refused, and may be counted before or after its client is
+        # disconnected.
+        events = [line for line in lines if line["event"] != "message.refusals"]
+        assert len(lines) == len(events) + 1
         assert [event["event"] for event in events] == [
             "daemon.started",
             "client.connected",

@@ -74,7 +74,7 @@ def test_reload_hanging_blocks_neither_messages_nor_stop(socket_dir: Path) -> No
         began = monotonic()
         broker.signal(signal.SIGTERM)
         assert broker.exit_status() == 0
-        assert monotonic() - began < 10
+        assert monotonic() - began < 30
         os.close(writer)
         assert not broker.events("daemon.reloaded")
         assert "Traceback" not in "".join(broker.lines)

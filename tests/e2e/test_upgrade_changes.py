@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from support.raw_client import (
 from support.service_manager import Manager
 from support.upgradable_process import Upgradable, is_running
 
+from brokerd.daemon.online_names import file_of
 from brokerd_client.address import Address
 
 pytestmark = pytest.mark.skipif(
@@ -72,6 +74,67 @@ def test_upgrade_during_handshake_continues_from_each_step(socket_dir: Path) -> 
         for raw in pending:
             raw.ping()
             raw.close()
+
+
+def test_upgrade_goes_on_with_incidents_taps_and_return_grace(
+    socket_dir: Path, tmp_path: Path
+) -> None:
+    """Bob was online before a restart, and comes back after the upgrade."""
+    environ = {"STATE_DIRECTORY": str(tmp_path)}
+    names = file_of(str(socket_dir / "brokerd.yaml"), environ)
+    names.write_text('{"online": ["bob"]}')
+    with (
+        Upgradable(socket_dir, CLIENTS, environ=environ, limits={"return_grace": "600s"}) as broker,
+        broker.login("ops") as ops,
+        broker.login("crowd") as crowd,
+        broker.login("alice") as alice,
+    ):
+        crowd.send(MESSAGE, "ops", b"x", message_id=4)
+        crowd.send(MESSAGE, "$nobody", b"x", message_id=5)
+        assert crowd.recv().code == "no_such_client"
+        assert ops.recv().body == b"x"
+        alice.send(MESSAGE, "bob", b"hello", message_id=6)
+        assert ops.ask("tap", pattern="alice").json["copied"] == 0
+
+        assert broker.upgrade(ops)["upgraded"]
+
+        with broker.login("bob") as bob:
+            assert bob.recv().body == b"hello"
+        copies = json.loads(ops.recv().body.removeprefix(b"\x0b$broker.tap"))["copies"]
+        assert [(copy["recipient"], copy["id"]) for copy in copies] == [("bob", 6)]
+        incidents = ops.ask("why", name="crowd").json["incidents"]
+        assert [(each["code"], each["ids"]) for each in incidents] == [("no_such_client", [5])]
+
+
+def test_upgrade_undecided_connection_is_decided_by_new_process(socket_dir: Path) -> None:
+    """It has sent a part of its first frame; the rest decides it after the upgrade."""
+    # In both processes no silence decides.
+    patience = """
+from brokerd.net.handshake import undecided
+undecided.SILENCE_S.update(dict.fromkeys(undecided.SILENCE_S, 1000.0))
+"""
+    clients = {**CLIENTS, "alice": {"when_connected": "replace"}}
+    with (
+        Upgradable(socket_dir, clients, first=patience, log={"level": "debug"}) as broker,
+        broker.login("ops") as ops,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+    ):
+        broker.before_new_process(patience)
+        with (
+            login(broker.address, key_of("alice")) as replacing,
+            login(broker.address, key_of("bob")) as refused,
+        ):
+            whole = packed(MESSAGE, "bob", b"hello")
+            replacing.write(whole[:3])
+            broker.wait("client.undecided", 2)
+            assert broker.upgrade(ops)["upgraded"]
+            assert "bob" in bob.ask("whoami").json["name"]
+            replacing.write(whole[3:])
+            assert bob.recv().body == b"hello"
+            assert alice.is_closed("replaced")
+            refused.write(whole)
+            assert refused.is_closed("name_taken")
 
 
 @pytest.mark.slow

@@ -159,6 +159,22 @@ def test_watchdog_is_fed_every_half_of_its_period(
     assert periods[:4] == [1.5] * 4
 
 
+def test_watchdog_is_fed_as_soon_as_process_serves(socket_dir: Path) -> None:
+    """After an upgrade, the manager still counts from the last message of the old
+    process.
+    """
+
+    async def serve(manager: Manager) -> None:
+        supervisor = Supervisor(manager.address, 3600.0)
+        supervisor.ready(str)
+        supervisor.close()
+
+    with Manager(socket_dir / "notify") as manager:
+        asyncio.run(serve(manager))
+        assert manager.next()["READY"] == "1"
+        assert manager.next() == {"WATCHDOG": "1"}
+
+
 def test_watchdog_with_blocked_event_loop_is_not_fed(socket_dir: Path) -> None:
     """The event loop feeds the watchdog: a process whose loop is blocked does not count
     as alive.

@@ -7,12 +7,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from support.keys import key_of
+from support.raw_client import Raw, login
 from support.running_daemon import Recorder
 
 import brokerd_client
 from brokerd.config.load import load
 from brokerd.daemon import Daemon
 from brokerd.daemon.process import loop_factory
+from brokerd_client.address import Address
 from brokerd_client.errors import Disconnected
 
 
@@ -49,6 +52,19 @@ class ReloadableDaemon:
 
     def stop_soon(self) -> None:
         self.call(lambda: self.daemon.stop_soon("test"))
+
+    @property
+    def address(self) -> Address:
+        """The first address that it listens at."""
+        return self.daemon.addresses[0]
+
+    def raw(self) -> Raw:
+        """Return a connection that has sent nothing yet."""
+        return Raw(self.address)
+
+    def login(self, name: str) -> Raw:
+        """Return a connection of that client, whose key is ``NAME's key``."""
+        return login(self.address, key_of(name), name.encode())
 
     def connect(self, name: str, key: str, at: str = "sock") -> Any:
         return brokerd_client.connect(str(self.home / at), name=name, key=key, reconnect=False)

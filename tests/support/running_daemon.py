@@ -109,7 +109,9 @@ class RunningDaemon:
 def configuration(
     listen: Any, clients: Mapping[str, Any] | str = "alice bob carol", **more: Any
 ) -> Config:
-    """Return a configuration; every client without a key gets ``NAME's key``."""
+    """Return a configuration; every client without a key gets ``NAME's key``, and every
+    handshake a minute if nothing else is said: a busy machine may need it.
+    """
     entries: Mapping[str, Any] = (
         dict.fromkeys(clients.split()) if isinstance(clients, str) else clients
     )
@@ -119,7 +121,8 @@ def configuration(
         if not given.keys() & {"key", "keys", "key_file", "peer_uid"}:
             given["key"] = key_of(name)
         whole[name] = given
-    return build_config(listen, whole, **more)
+    limits = {"handshake_timeout": "60s", **(more.pop("limits", None) or {})}
+    return build_config(listen, whole, limits=limits, **more)
 
 
 @contextmanager

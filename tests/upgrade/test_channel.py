@@ -50,8 +50,8 @@ def test_upgrade_channel_facts_bytes_and_descriptors_arrive(
     files = [os.memfd_create(f"{number}") for number in range(600)]
     future = receiving(ends[1])
     try:
-        ends[0].send("state", {"a": [1, None, "ü"]}, pieces, files, within_s=10)
-        message = future.result(10)
+        ends[0].send("state", {"a": [1, None, "ü"]}, pieces, files, within_s=30)
+        message = future.result(30)
         assert (message.say, message.facts) == ("state", {"a": [1, None, "ü"]})
         assert message.body == b"".join(pieces)
         assert [os.fstat(each).st_ino for each in message.descriptors] == [
@@ -79,8 +79,8 @@ def test_upgrade_channel_descriptors_over_limit_are_sent_again(
         return send_fds(*given)
 
     monkeypatch.setattr(socket, "send_fds", reluctant)
-    ends[0].send("state", {}, (), [ends[0].fileno()], within_s=10)
-    (descriptor,) = ends[1].receive(within_s=10).descriptors
+    ends[0].send("state", {}, (), [ends[0].fileno()], within_s=30)
+    (descriptor,) = ends[1].receive(within_s=30).descriptors
     os.close(descriptor)
 
 
@@ -89,37 +89,37 @@ def test_upgrade_channel_descriptor_not_sendable_raises(
 ) -> None:
     """Any other error of the system ends the upgrade."""
     with pytest.raises(UpgradeChannelError, match="Bad file descriptor"):
-        ends[0].send("state", {}, (), [987_654], within_s=10)
+        ends[0].send("state", {}, (), [987_654], within_s=30)
 
 
 def test_upgrade_channel_messages_keep_their_order(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
     """One message follows the other, and their parts do not mix."""
-    ends[0].send("hello", {"n": 1}, [b"abc"], within_s=5)
-    ends[0].send("ready", within_s=5)
-    assert ends[1].expect("hello", within_s=5).body == b"abc"
-    assert ends[1].expect("ready", within_s=5).facts == {}
+    ends[0].send("hello", {"n": 1}, [b"abc"], within_s=30)
+    ends[0].send("ready", within_s=30)
+    assert ends[1].expect("hello", within_s=30).body == b"abc"
+    assert ends[1].expect("ready", within_s=30).facts == {}
 
 
 def test_upgrade_channel_failure_of_peer_raises_its_reason(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
     """The other process says why it failed."""
-    ends[0].send("failed", {"reason": "because"}, within_s=5)
+    ends[0].send("failed", {"reason": "because"}, within_s=30)
     with pytest.raises(UpgradeChannelError, match=r"^because$"):
-        ends[1].expect("hello", within_s=5)
+        ends[1].expect("hello", within_s=30)
 
 
 def test_upgrade_channel_unexpected_message_raises(
     ends: tuple[UpgradeChannel, UpgradeChannel],
 ) -> None:
     """It is not taken for the expected message."""
-    ends[0].send("commit", within_s=5)
+    ends[0].send("commit", within_s=30)
     with pytest.raises(
         UpgradeChannelError, match="the other process sent 'commit' where 'ready' was expected"
     ):
-        ends[1].expect("ready", within_s=5)
+        ends[1].expect("ready", within_s=30)
 
 
 def test_upgrade_channel_silent_peer_times_out(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
@@ -136,9 +136,9 @@ def test_upgrade_channel_closed_by_peer_raises(ends: tuple[UpgradeChannel, Upgra
     """Both while receiving and while sending."""
     ends[0].close()
     with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
-        ends[1].receive(within_s=5)
+        ends[1].receive(within_s=30)
     with pytest.raises(UpgradeChannelError, match="the other process ended before it read 'hello'"):
-        ends[1].send("hello", within_s=5)
+        ends[1].send("hello", within_s=30)
 
 
 def test_upgrade_channel_wake_ends_receive(ends: tuple[UpgradeChannel, UpgradeChannel]) -> None:
@@ -146,7 +146,7 @@ def test_upgrade_channel_wake_ends_receive(ends: tuple[UpgradeChannel, UpgradeCh
     future = receiving(ends[1], 30)
     ends[1].wake()
     with pytest.raises(UpgradeChannelError):
-        future.result(10)
+        future.result(30)
     ends[1].wake()
     ends[1].close()
     ends[1].wake()
@@ -175,7 +175,7 @@ def test_upgrade_channel_malformed_message_is_refused(
     sock.sendall(data)
     sock.shutdown(socket.SHUT_WR)
     with pytest.raises(UpgradeChannelError):
-        ends[1].receive(within_s=5)
+        ends[1].receive(within_s=30)
 
 
 def test_upgrade_channel_missing_descriptors_raise(
@@ -188,7 +188,7 @@ def test_upgrade_channel_missing_descriptors_raise(
     text = b'{"say": "state", "bytes": 0, "descriptors": 2}'
     sock.sendall(b"bkUP" + len(text).to_bytes(4) + text + b"D")
     with pytest.raises(UpgradeChannelError):
-        ends[1].receive(within_s=5)
+        ends[1].receive(within_s=30)
 
 
 def send_pipe_beside(sender: UpgradeChannel, text: bytes) -> int:
@@ -212,7 +212,7 @@ def test_upgrade_channel_incomplete_message_closes_descriptors(
     try:
         ends[0].close()
         with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
-            ends[1].receive(within_s=5)
+            ends[1].receive(within_s=30)
         assert os.read(read_end, 1) == b""
     finally:
         os.close(read_end)
@@ -227,7 +227,7 @@ def test_upgrade_channel_unexpected_message_closes_descriptors(
         with pytest.raises(
             UpgradeChannelError, match="the other process sent 'state' where 'ready' was expected"
         ):
-            ends[1].expect("ready", within_s=5)
+            ends[1].expect("ready", within_s=30)
         assert os.read(read_end, 1) == b""
     finally:
         os.close(read_end)
@@ -246,7 +246,7 @@ def test_upgrade_channel_huge_announced_length_allocates_nothing(
     tracemalloc.start()
     try:
         with pytest.raises(UpgradeChannelError, match="the other process closed the connection"):
-            ends[1].receive(within_s=5)
+            ends[1].receive(within_s=30)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -262,4 +262,4 @@ def test_upgrade_channel_message_cut_at_each_byte_raises() -> None:
             first.sendall(whole[:end])
             first.close()
             with pytest.raises(UpgradeChannelError):
-                UpgradeChannel(second).receive(within_s=5)
+                UpgradeChannel(second).receive(within_s=30)
