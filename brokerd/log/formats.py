@@ -13,7 +13,9 @@ the event as text or, for the journal, as bytes. Source of the journal's form: s
 from __future__ import annotations
 
 import json
-from typing import Final, TypeAlias
+from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii as _in_quotes
+from typing import Any, Final, TypeAlias
 
 from structlog.dev import ConsoleRenderer, plain_traceback
 from structlog.processors import JSONRenderer
@@ -26,7 +28,7 @@ from brokerd.log.processors import (
     to_journal_fields,
 )
 
-__all__ = ["JOURNAL", "JSON", "PREFIXED", "Format", "console", "encode"]
+__all__ = ["JOURNAL", "JSON", "PREFIXED", "Format", "console", "render"]
 
 #: The processors after the header fields have been added.
 Format: TypeAlias = tuple[Processor, ...]
@@ -56,7 +58,12 @@ _encoder: Final = json.JSONEncoder(default=repr)
 
 
 def _dumps(event_dict: EventDict, **_: object) -> str:
-    return _encoder.encode(event_dict)
+    # Most fields are text. To encode these alone takes half the time.
+    fields = [
+        f"{_in_quotes(key)}: {_in_quotes(value) if type(value) is str else _encoder.encode(value)}"
+        for key, value in event_dict.items()
+    ]
+    return f"{{{', '.join(fields)}}}"
 
 
 #: One JSON object, in ASCII.
@@ -71,8 +78,12 @@ def console(*, colors: bool) -> Format:
     return (escape_control_characters, renderer)
 
 
-def encode(rendered: str | bytes) -> bytes:
-    """Return a rendered event as bytes for a sink: text becomes a line."""
+def render(form: Format, event: Mapping[str, Any]) -> bytes:
+    """Return the bytes for a sink of an event that has its header fields."""
+    rendered: Any = event
+    for processor in form:
+        rendered = processor(None, event["level"], rendered)
     if isinstance(rendered, bytes):
         return rendered
-    return rendered.encode("utf-8", "backslashreplace") + b"\n"
+    line: str = rendered
+    return line.encode("utf-8", "backslashreplace") + b"\n"

@@ -7,14 +7,22 @@ whatever the levels. docs/operations.md says of each event what it means and wha
 The events:
 
     daemon.started  daemon.stopping  daemon.stopped  daemon.failed daemon.reloaded
-    daemon.reload_refused  daemon.killed  daemon.bug daemon.upgrading
-    daemon.handing_over  daemon.upgraded  daemon.upgrade_failed client.connected
+    daemon.reload_refused  daemon.state_unwritten daemon.killed  daemon.bug daemon.upgrading
+    daemon.handing_over  daemon.upgraded  daemon.upgrade_failed daemon.slow_routing client.connected
     client.disconnected  client.refused  client.slow  client.recovered  client.held
-    client.unsubscribed  message.refused  message.dropped  admin.asked client.left
+    client.unsubscribed  message.refused  message.refusals message.dropped
+    message.unreported  admin.asked client.left client.undecided channel.opened
+    channel.closed channel.refused channel.withdrawn
     client.users_unseen listener.paused  listener.plain  listener.not_handed_over
     listener.unchanged listener.lost  listener.restored key.expiring  key.expired
     key.odd log.level_changed  log.lost  log.audit_failed monitor.listening
-    monitor.exposed  monitor.closed  monitor.bug
+    monitor.exposed  monitor.closed  monitor.bug mailbox.changed  mailbox.dead
+    mailbox.dead_full  mailbox.expired  mailbox.shown  mailbox.ack_timeout
+    mailbox.store_failed
+    mailbox.store_slow  mailbox.orphaned cluster.joined  cluster.host_found
+    cluster.host_lost  cluster.refused_to_join  cluster.too_many_hosts
+    cluster.malformed cluster.nats_lost  cluster.nats_found  cluster.nats_error
+    cluster.small_max_payload
 
 Events that clients can cause at will have a second form, with ``_more`` at its end. It
 counts the occurrences within a second.
@@ -23,6 +31,7 @@ counts the occurrences within a second.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import time
@@ -34,7 +43,7 @@ from structlog.typing import FilteringBoundLogger, Processor, WrappedLogger
 
 from brokerd.config.model import Log as Settings
 from brokerd.config.values import LogFormat
-from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, encode
+from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, render
 from brokerd.log.levels import AreaLevels, make_area_bound_logger
 from brokerd.log.processors import AuditBranch, add_header, may_be_audited
 from brokerd.log.sinks import Descriptor, Journal, Sink, Target, of_stream, open_for_append
@@ -56,14 +65,14 @@ class AuditError(Exception):
 
 
 class SinkLogger:
-    """The logger that structlog wraps: it passes each rendered event to a sink."""
+    """The logger that structlog wraps: it passes each event to a sink."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
 
-    def msg(self, rendered: str | bytes) -> None:
-        """Queue a rendered event; never blocks."""
-        self.sink.put(encode(rendered))
+    def msg(self, /, **event: Any) -> None:
+        """Queue an event; never blocks."""
+        self.sink.put(event)
 
     debug = info = warning = error = critical = msg
 
@@ -98,28 +107,31 @@ class DaemonLog:
         self._stream = stream or sys.stderr
         self._journal = journal
         self._levels = AreaLevels(self._settings)
-        self._format, target = _place(self._settings.format, self._stream, journal)
-        self._output = SinkLogger(_sink(target, self._format))
-        self._audit: tuple[SinkLogger, Descriptor] | None = None
+        self._output = SinkLogger(_place(self._settings.format, self._stream, journal))
+        self._audit: tuple[Sink, Descriptor] | None = None
         self.processors: list[Processor] = []
+        #: Lines that sinks could not write that are no longer in use.
+        self._lost_before = 0
         self._begin_audit(None if self._settings.audit is None else _opened(self._settings.audit))
         self._set_processors()
         self.logger = _logger(self._output, self.processors, make_area_bound_logger(self._admit))
         atexit.register(self.close)
 
     def _set_processors(self) -> None:
-        if self._audit is None:
-            self.processors[:] = [add_header, *self._format]
-        else:
-            (render,) = JSON
-            branch = AuditBranch(self._levels.admit, render, self._audit[0].msg)
-            self.processors[:] = [add_header, branch, *self._format]
+        self.processors[:] = [add_header]
+        if self._audit is not None:
+            self.processors.append(AuditBranch(self._levels.admit, self._audit[0].put))
 
     def _admit(self, method_name: str, event: str) -> bool:
         """Return whether the processors see an event."""
         return self._levels.admit(method_name, event) or (
             self._audit is not None and may_be_audited(event)
         )
+
+    @property
+    def lost(self) -> int:
+        """The number of lines that could not be written, of the log and the audit."""
+        return self._lost_before + sum(sink.lost for sink in self._sinks())
 
     # Levels
 
@@ -206,12 +218,13 @@ class DaemonLog:
         self._levels.configure(settings)
         before = None
         if settings.format != self._settings.format:
-            self._format, target = _place(settings.format, self._stream, self._journal)
-            before, self._output.sink = self._output.sink, _sink(target, self._format)
+            before = self._output.sink
+            self._output.sink = _place(settings.format, self._stream, self._journal)
         self._set_processors()
         if before is not None:
             # Lines that wait in the old sink are written first, if that is quick.
             before.close(0.1)
+            self._lost_before += before.lost
         self._settings = settings
 
     def _begin_audit(self, descriptor: int | None) -> None:
@@ -219,16 +232,17 @@ class DaemonLog:
         if descriptor is None:
             self._audit = None
             if before is not None:
-                before[0].sink.close(0.1)
+                before[0].close(0.1)
+                self._lost_before += before[0].lost
         elif before is None:
             target = Descriptor(descriptor, owned=True)
-            self._audit = (SinkLogger(_sink(target, JSON)), target)
+            self._audit = (_sink(target, JSON), target)
         else:
             self._replace_audit(before, descriptor)
 
-    def _replace_audit(self, audit: tuple[SinkLogger, Descriptor], descriptor: int) -> None:
-        output, target = audit
-        output.sink.call(lambda: target.replace(descriptor))
+    def _replace_audit(self, audit: tuple[Sink, Descriptor], descriptor: int) -> None:
+        sink, target = audit
+        sink.call(lambda: target.replace(descriptor))
 
     # Closing
 
@@ -258,7 +272,7 @@ class DaemonLog:
 
     def _sinks(self) -> list[Sink]:
         main = self._output.sink
-        return [main] if self._audit is None else [main, self._audit[0].sink]
+        return [main] if self._audit is None else [main, self._audit[0]]
 
 
 def _logger(
@@ -278,27 +292,21 @@ def _logger(
 
 
 def _sink(target: Target, form: Format) -> Sink:
-    """Return the sink of a target; it reports lost lines in the same format."""
-    logger = _logger(
-        structlog.ReturnLogger(),
-        [add_header, *form],
-        structlog.make_filtering_bound_logger("debug"),
-    )
-    return Sink(target, lambda count: encode(logger.warning("log.lost", count=count)))
+    return Sink(target, functools.partial(render, form))
 
 
-def _place(chosen: LogFormat, stream: TextIO, journal: str) -> tuple[Format, Target]:
-    """Return the format of each event, and the target of its line."""
+def _place(chosen: LogFormat, stream: TextIO, journal: str) -> Sink:
+    """Return the sink of all events, with their format."""
     if chosen is LogFormat.JSON:
-        return JSON, of_stream(stream)
+        return _sink(of_stream(stream), JSON)
     if chosen is LogFormat.CONSOLE or stream.isatty():
-        return console(colors=stream.isatty()), of_stream(stream)
+        return _sink(of_stream(stream), console(colors=stream.isatty()))
     if _is_journal(stream):
         try:
-            return JOURNAL, Journal(journal)
+            return _sink(Journal(journal), JOURNAL)
         except OSError:
-            return PREFIXED, of_stream(stream)
-    return JSON, of_stream(stream)
+            return _sink(of_stream(stream), PREFIXED)
+    return _sink(of_stream(stream), JSON)
 
 
 def _is_journal(stream: TextIO) -> bool:

@@ -1,9 +1,10 @@
 """Log sinks, each with a thread of its own, so that no full pipe or slow disk blocks
 the broker.
 
-Lines are written whole and in order. Lines that can't be written, or that find the
-queue full, are counted. When writing works again, a line with the count takes their
-place. No descriptor is made non-blocking: other processes may share it.
+The thread also makes the lines of the events, many at a time. Lines are written whole
+and in order. Lines that can't be written, or that find the queue full, are counted.
+When writing works again, a line with the count takes their place. No descriptor is made
+non-blocking: other processes may share it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final, Protocol, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol, TextIO, TypeAlias
+
+from brokerd.log.processors import add_header
 
 __all__ = [
     "MOST_BYTES",
@@ -38,13 +41,30 @@ _TRY_AGAIN: Final = 5.0
 #: Seconds between two attempts to write to a descriptor that another process made
 #: non-blocking.
 _POLL: Final = 0.02
+#: Seconds for which the thread gathers events after it has written: to wake it for each
+#: event would cost more than the event.
+_GATHER_S: Final = 0.05
+#: Most events that wait until the thread makes their lines, and most that it takes at
+#: once. While more wait, ``put`` makes the line, whose length is then known.
+_BATCH: Final = 256
+#: Bytes that a write to a pipe takes whole, so that lines of several processes do not
+#: mix (pipe(7), PIPE_BUF).
+_WHOLE: Final = 4096
 
 
 class Target(Protocol):
-    """A destination of log lines; only a Sink's thread calls it."""
+    """A destination of log lines; only a Sink's thread calls it.
+
+    together: most bytes of several lines that one call of ``write`` gets; a longer line
+        comes alone.
+    """
+
+    together: int
 
     def write(self, line: bytes) -> None:
-        """Write one line, however long that takes. Raises OSError if it is lost."""
+        """Write a line or several, however long that takes. Raises OSError if all are
+        lost.
+        """
 
     def close(self) -> None:
         """Release its resources."""
@@ -56,15 +76,15 @@ class Descriptor:
     owned: the descriptor is closed with this object.
     """
 
+    together = _WHOLE
+
     def __init__(self, descriptor: int, *, owned: bool = False) -> None:
         self._descriptor = descriptor
         self._owned = owned
         self._unwritten = _missing_line_end(descriptor)
 
     def write(self, line: bytes) -> None:
-        """Write one line; the rest of a partly written line is written before the next
-        one.
-        """
+        """Write lines; the rest of a partly written line is written before the next one."""
         while self._unwritten:
             self._unwritten = self._unwritten[self._attempt(self._unwritten) :]
         unwritten = line
@@ -123,11 +143,13 @@ class Text:
     output.
     """
 
+    together = _WHOLE
+
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, line: bytes) -> None:
-        """Write one line."""
+        """Write lines."""
         try:
             self._stream.write(line.decode())
             self._stream.flush()
@@ -143,6 +165,8 @@ class Journal:
 
     Raises OSError where there is none.
     """
+
+    together = 0
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -178,29 +202,43 @@ class _Lost:
         self.count = 0
 
 
-class Sink:
-    """The queue of lines for one target, and the thread that writes them.
+_Item: TypeAlias = Mapping[str, Any] | bytes | _Lost | Callable[[], None]
 
-    lost_line: returns the line that reports the number of lost lines.
+
+class Sink:
+    """The queue of events for one target, and the thread that writes their lines.
+
+    render: returns the line of an event; it is called in the thread, too.
+    lost: the number of lines that could not be written.
     """
 
-    def __init__(self, target: Target, lost_line: Callable[[int], bytes]) -> None:
+    def __init__(self, target: Target, render: Callable[[Mapping[str, Any]], bytes]) -> None:
         self.target = target
-        self._lost_line = lost_line
-        self._queue: deque[bytes | _Lost | Callable[[], None]] = deque()
+        self._render = render
+        self._queue: deque[_Item] = deque()
+        #: Of the lines in the queue.
         self._bytes = 0
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._busy = False
+        #: Whether the thread waits for an item, and has to be woken.
+        self._idle = False
+        #: Whether ``flush`` waits for the lines.
+        self._hurries = False
         self._closed = False
         #: Lines that could not be written; only the thread uses this count.
         self._failed = 0
+        self.lost = 0
 
-    def put(self, line: bytes) -> None:
-        """Queue a line; never blocks."""
+    def put(self, event: Mapping[str, Any] | bytes) -> None:
+        """Queue an event, which is not changed any more, or its line; never blocks."""
         with self._change:
             if self._closed:
                 return
+            if len(self._queue) < _BATCH and not isinstance(event, bytes):
+                self._add(event)
+                return
+            line = event if isinstance(event, bytes) else self._render(event)
             last = self._queue[-1] if self._queue else None
             lines = len(self._queue) - isinstance(last, _Lost)
             if lines < MOST_LINES and self._bytes + len(line) <= MOST_BYTES:
@@ -211,27 +249,34 @@ class Sink:
                     last = _Lost()
                     self._add(last)
                 last.count += 1
+                self.lost += 1
 
     def call(self, function: Callable[[], None]) -> None:
         """Call a function between the lines queued before it and those after."""
         with self._change:
             self._add(function)
 
-    def _add(self, item: bytes | _Lost | Callable[[], None]) -> None:
+    def _add(self, item: _Item) -> None:
         self._queue.append(item)
         if self._thread is None:
             # A daemon thread: pending log lines must not keep a process alive; see
             # flush.
             self._thread = threading.Thread(target=self._run, name="brokerd log", daemon=True)
             self._thread.start()
-        self._change.notify_all()
+        if self._idle or len(self._queue) == _BATCH:
+            self._idle = False
+            self._change.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every line is written; return False if that takes longer than the
         time.
         """
         with self._change:
-            return self._change.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            self._hurries = True
+            self._change.notify_all()
+            done = self._change.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            self._hurries = False
+            return done
 
     def close(self, timeout_s: float) -> bool:
         """Write the waiting lines and close; discard those that take longer than the
@@ -255,33 +300,78 @@ class Sink:
             with self._change:
                 self._busy = False
                 self._change.notify_all()
-                self._change.wait_for(
-                    lambda: self._queue or self._closed, _TRY_AGAIN if self._failed else None
-                )
+                self._wait()
                 if self._closed:
                     break
-                item = self._queue.popleft() if self._queue else b""
                 self._busy = True
-                if isinstance(item, bytes):
-                    self._bytes -= len(item)
-            if isinstance(item, _Lost):
-                self._failed += item.count
-                item = b""
-            if callable(item):
-                item()
-            else:
-                self._write(item)
+                items = self._take()
+            self._carry_out(items)
         self.target.close()
 
-    def _write(self, line: bytes) -> None:
+    def _wait(self) -> None:
+        """Wait for an item, or until lost lines are to be reported."""
+        if not self._queue:
+            self._change.wait_for(
+                lambda: self._hurries or self._closed or len(self._queue) >= _BATCH, _GATHER_S
+            )
+        self._idle = True
+        self._change.wait_for(
+            lambda: self._queue or self._closed, _TRY_AGAIN if self._failed else None
+        )
+        self._idle = False
+
+    def _take(self) -> list[_Item]:
+        """Return the next items of the queue."""
+        items = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
+        self._bytes -= sum(len(item) for item in items if isinstance(item, bytes))
+        return items
+
+    def _carry_out(self, items: list[_Item]) -> None:
+        """Write the lines, as many as possible together, and do what stands between
+        them.
+        """
+        lines: list[bytes] = []
+        for item in items:
+            line = b"" if isinstance(item, _Lost) or callable(item) else self._line(item)
+            if lines and (not line or sum(map(len, lines)) + len(line) > self.target.together):
+                self._write(lines)
+                lines = []
+            if isinstance(item, _Lost):
+                self._failed += item.count
+            elif callable(item):
+                item()
+            elif line:
+                lines.append(line)
+            else:
+                self._count_lost(1)
+        self._write(lines)
+
+    def _line(self, item: Mapping[str, Any] | bytes) -> bytes:
+        """Return the line of an event, or nothing if it can't be made."""
+        try:
+            return item if isinstance(item, bytes) else self._render(item)
+        except Exception:  # noqa: BLE001 - the lines of other events are still written
+            return b""
+
+    def _count_lost(self, lines: int) -> None:
+        self._failed += lines
+        with self._change:
+            self.lost += lines
+
+    def _lost_line(self) -> bytes:
+        event = add_header(None, "warning", {"event": "log.lost", "count": self._failed})
+        return self._render(event)
+
+    def _write(self, lines: list[bytes]) -> None:
+        data = b"".join(lines)
         try:
             if self._failed:
-                self.target.write(self._lost_line(self._failed))
+                self.target.write(self._lost_line())
                 self._failed = 0
-            if line:
-                self.target.write(line)
+            if data:
+                self.target.write(data)
         except OSError:
-            self._failed += bool(line)
+            self._count_lost(len(lines))
 
 
 def of_stream(stream: TextIO) -> Target:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, encode
+from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, render
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
 HOSTILE = [
@@ -43,11 +43,8 @@ def entry(**fields: Any) -> Mapping[str, Any]:
 
 
 def rendered(form: Format, event: Mapping[str, Any]) -> bytes:
-    """Return the bytes that a format makes of an event, as structlog calls it."""
-    result: Any = dict(event)
-    for processor in form:
-        result = processor(None, event["level"], result)
-    return encode(result)
+    """Return the bytes that a format makes of an event."""
+    return render(form, event)
 
 
 def is_harmless(text: str, colors: bool = False) -> bool:
@@ -81,6 +78,13 @@ def test_log_line_with_hostile_text_is_one_printable_line(form: str, text: str, 
 def test_log_json_is_read_back_unchanged(text: str) -> None:
     """A program reads back exactly what was logged."""
     assert json.loads(rendered(JSON, entry(to=text))) == {**entry(to=text)}
+
+
+def test_log_json_of_other_values_is_as_json_writes_them() -> None:
+    """Numbers, lists and mappings are JSON too, whatever the keys."""
+    event = entry(**{"count": 3, "of": None, "seconds": 0.5, "is_late": True, 'a "key"': "ä"})
+    event = {**event, "reasons": {"full": 2}, "names": ["a", "b"]}
+    assert rendered(JSON, event) == json.dumps(event).encode() + b"\n"
 
 
 def test_log_console_with_colours_escapes_control_sequences() -> None:

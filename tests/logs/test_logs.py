@@ -333,7 +333,7 @@ def called_events() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, (ast.Attribute, ast.Name)):
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-                if name in ("debug", "info", "warning", "error", "note", "_say"):
+                if name in ("debug", "info", "warning", "error", "note", "_say", "add_header"):
                     leaves = [leaf for each in node.args for leaf in _either(each)]
                     texts = [each.value for each in leaves if isinstance(each, ast.Constant)]
                     names |= {
@@ -346,8 +346,12 @@ def called_events() -> set[str]:
 
 
 def _either(node: ast.expr) -> list[ast.expr]:
-    """Return both sides of a choice, or else the expression itself."""
-    return [*_either(node.body), *_either(node.orelse)] if isinstance(node, ast.IfExp) else [node]
+    """Return both sides of a choice, the values of a mapping, or else the expression
+    itself.
+    """
+    if isinstance(node, ast.IfExp):
+        return [*_either(node.body), *_either(node.orelse)]
+    return node.values if isinstance(node, ast.Dict) else [node]
 
 
 def test_docs_list_every_log_event_and_no_other() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from brokerd.config.model import Log
 from brokerd.config.values import LogLevel
 from brokerd.daemon import Daemon
 from brokerd.log.logger import DaemonLog, quiet_log
+from brokerd.log.processors import add_header
 from brokerd_client import aio
 from brokerd_client.errors import AuthenticationError
 
@@ -143,3 +145,16 @@ def test_log_event_below_level_reaches_no_processor(tmp_path: Path) -> None:
     log.close(TIMEOUT_S)
 
     assert seen == ["client.slow", "client.connected"]
+
+
+def test_header_timestamp_is_the_time_to_the_microsecond(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each second has its own text, and a fraction keeps its leading zeros."""
+    seen = []
+    for nanoseconds in (999_999_999, 1_000_000_999, 1_000_042_000):
+        monkeypatch.setattr(time, "time_ns", lambda nanoseconds=nanoseconds: nanoseconds)
+        seen.append(add_header(None, "info", {"event": "daemon.started"})["timestamp"])
+    assert seen == [
+        "1970-01-01T00:00:00.999999Z",
+        "1970-01-01T00:00:01.000000Z",
+        "1970-01-01T00:00:01.000042Z",
+    ]
