@@ -44,12 +44,13 @@ class Added:
     key: Path
 
 
-def add_client(name: str, main: Path) -> Added:
+def add_client(name: str, main: Path, *, admin: bool = False) -> Added:
     """Create a client of this name, with a new key, and return its files.
 
     Args:
         name: A valid client name.
         main: The configuration's main file.
+        admin: Whether the client is an administrator.
 
     Raises NotAdded, or ConfigError if the configuration has mistakes, before or after.
     In both cases nothing was changed.
@@ -60,7 +61,7 @@ def add_client(name: str, main: Path) -> Added:
     text = (
         f"clients:\n  {quoted}:\n    key_file:"
         f" {yaml.safe_dump(f'../keys/{name}').splitlines()[0]}\n"
-    )
+    ) + ("    admin: true\n" if admin else "")
     with ExitStack() as undo:
         try:
             if main.is_file():

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,6 +52,8 @@ print(sender, payload.decode(), sep="\\n")
 
 #: Limits each step of the demo, in seconds; then the demo has failed.
 _TIMEOUT_S: Final = 20.0
+#: The message in the channel: longer than any queue of the demo.
+_LARGE: Final = bytes(range(256)) * 2**15
 _COLOURS: Final = {"alice": "cyan", "bob": "green", "carol": "magenta", "broker": "yellow"}
 #: The first Python whose standard library supports more than HMAC-MD5.
 _MODERN: Final = (3, 12)
@@ -166,6 +169,7 @@ class _Demo:
         with self._connect("alice") as alice, self._connect("bob") as bob:
             self._message(alice, bob)
             self._request(alice, bob)
+            self._channel(alice, bob)
             self._refusal(alice)
             self._stock_python(bob)
         return self._arrived
@@ -196,6 +200,23 @@ class _Demo:
             (reply.sender, reply.payload) == ("bob", {"product": 42}), "bob's answer is not 42"
         )
         self._arrive("alice", f"receives from bob: {reply.payload['product']}")
+
+    def _channel(self, alice: brokerd_client.Client, bob: brokerd_client.Client) -> None:
+        self._say("alice", "opens a channel to bob, and sends 8 MiB as one message")
+        with bob.listen() as listener, ThreadPoolExecutor(1) as other:
+            sent = other.submit(self._send_large, alice)
+            with listener.accept(_TIMEOUT_S) as connection:
+                body = connection.recv_bytes()
+                self._expect(
+                    (connection.peer, body) == ("alice", _LARGE), "the channel's bytes differ"
+                )
+            sent.result(_TIMEOUT_S)
+        self._arrive("bob", f"receives from {listener.last_accepted}: {len(body) >> 20} MiB")
+
+    @staticmethod
+    def _send_large(alice: brokerd_client.Client) -> None:
+        with alice.open("bob", timeout=_TIMEOUT_S) as connection:
+            connection.send_bytes(_LARGE)
 
     def _refusal(self, alice: brokerd_client.Client) -> None:
         self._say("alice", "sends a message to dave, and there is no such client")

@@ -11,16 +11,16 @@ load an event loop.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
 from brokerd import __version__
 from brokerd._held_signals import release_signals
+from brokerd.cli.startup import run
 from brokerd.config.problems import EX_CONFIG
 from brokerd.config.text_files import DEFAULT_CONFIG, IN_ENVIRON, VARIABLE
 
@@ -64,7 +64,14 @@ class _Commands(click.Group):
     type=click.Path(path_type=Path),
     help="The configuration file.",
 )
-@click.version_option(__version__, prog_name="brokerd")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, asked: _show_version(context) if asked else None,
+    help="Show the version and the routing loop, and exit.",
+)
 @click.pass_context
 def main(context: click.Context, config: Path) -> None:
     """Run the broker in the foreground; with a COMMAND, do that instead."""
@@ -73,7 +80,16 @@ def main(context: click.Context, config: Path) -> None:
         release_signals()
     context.obj = _chosen(context, config)
     if context.invoked_subcommand is None:
-        context.exit(_run(context.obj))
+        context.exit(run(context.obj))
+
+
+def _show_version(context: click.Context) -> None:
+    """Print the version, which routing loop runs, and why if it is the slow one."""
+    from brokerd.core import WHY_SOURCES
+
+    click.echo(f"brokerd, version {__version__}")
+    click.echo(f"routing=python: {WHY_SOURCES}" if WHY_SOURCES else "routing=compiled")
+    context.exit()
 
 
 def _chosen(context: click.Context, config: Path) -> Path:
@@ -91,42 +107,6 @@ def _chosen(context: click.Context, config: Path) -> Path:
         )
         context.exit(EX_CONFIG)
     return Path(IN_ENVIRON)
-
-
-def _run(config: Path) -> int:
-    """Run the broker until it is stopped, and return the exit status."""
-    if os.getpid() == 1:
-        # In the first process of a container, the system drops a signal without a
-        # handler. A stop during the start would then need a forced kill. Once the event
-        # loop runs, the daemon handles the signal itself.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _import_structlog_without_rich()
-    from brokerd.config.problems import ConfigError
-    from brokerd.daemon import process
-
-    try:
-        return process.run(config)
-    except ConfigError as error:
-        click.echo(str(error), err=True)
-        return EX_CONFIG
-
-
-def _import_structlog_without_rich() -> None:
-    """Import structlog without rich.
-
-    structlog imports rich, whatever the renderer, for a form of traceback that is never
-    printed here. That takes a sixth of the time until the daemon accepts connections.
-    It also takes 5 MiB of memory for as long as the daemon runs.
-    """
-    modules = cast("dict[str, object]", sys.modules)
-    if "rich" not in modules:
-        # A module that is None in sys.modules can't be imported (importlib, "The module
-        # cache").
-        modules["rich"] = None
-        try:
-            import structlog  # noqa: F401 - it is there when brokerd.log.logger asks for it
-        finally:
-            del modules["rich"]
 
 
 @main.command()
@@ -167,7 +147,7 @@ def check(
     if against_running:
         # The broker's answer includes the warnings.
         context.exit(_check_against_running(config, as_json))
-    for warning in lint_warnings(config, datetime.now(UTC)):
+    for warning in (*lint_warnings(config, datetime.now(UTC)), *_about_surroundings(config)):
         click.echo(f"warning: {warning}", err=True)
     clients, listeners = len(config.clients), len(config.listen)
     click.echo(
@@ -178,6 +158,8 @@ def check(
     )
     for where in _places(config):
         click.echo(one_line(f"  {where}"))
+    for pattern in config.unmatched:
+        click.echo(f"  {pattern}")
     if memory:
         from brokerd.config.memory_bound import memory_bound
 
@@ -185,6 +167,30 @@ def check(
         for part, size in bound.parts().items():
             click.echo(f"{part:>18} {size / 2**20:12,.0f} MiB")
         click.echo(f"{'at most':>18} {bound.total / 2**20:12,.0f} MiB")
+
+
+def _about_surroundings(config: Config) -> Iterator[str]:
+    """Yield a warning for each thing on this machine that the broker could not use."""
+    from brokerd.config.address_check import obstacle, overlapping
+    from brokerd.config.problems import one_line
+    from brokerd.config.service_user import is_for_service, unreadable_warnings
+
+    yield from map(one_line, unreadable_warnings(config))
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    privileged = is_root and not is_for_service(config)
+    places = [(entry.address, entry.source) for entry in config.listen]
+    if config.monitor is not None:
+        places.append((config.monitor.address, config.monitor.source))
+    for number, (address, source) in enumerate(places):
+        wrong = obstacle(address, privileged=privileged)
+        if wrong:
+            yield one_line(f"{source}: can't listen at {address}: {wrong}")
+        for other, source_of_other in places[:number]:
+            if overlapping(address, other):
+                yield one_line(
+                    f"{source}: can't listen at {address} and at {other}, given at"
+                    f" {source_of_other}: one includes the other (keep one of them)"
+                )
 
 
 def _places(config: Config) -> Iterator[str]:
@@ -287,28 +293,44 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
 @main.command()
 @click.argument("name", required=False)
 @click.option("--add", is_flag=True, help="Write the key to a file and make NAME a client with it.")
+@click.option("--admin", is_flag=True, help="With --add: make NAME an administrator.")
+@click.option("--remove", is_flag=True, help="Remove a client that --add has made, with its key.")
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With --add: the configuration file.",
+    help="With --add and --remove: the configuration file.",
 )
 @click.pass_context
-def key(context: click.Context, name: str | None, add: bool, config: Path | None) -> None:
+def key(
+    context: click.Context,
+    name: str | None,
+    add: bool,
+    admin: bool,
+    remove: bool,
+    config: Path | None,
+) -> None:
     """Print a new key; with a client's NAME, also the YAML to paste.
 
     With --add, the key is not printed. It is written to keys/NAME beside the
     configuration, readable by its owner only. clients.d/NAME.yaml makes NAME a client
-    with this key. Both files are written, or none; no file is overwritten.
+    with this key. Both files are written, or none; no file is overwritten. --remove
+    removes both again. The running broker learns of either at its next reload.
     """
     from brokerd.config.key_files import new_key
 
     if name is not None:
         _check_name(name)
-    if add:
+    if add and remove:
+        raise click.UsageError("give --add or --remove")
+    if admin and not add:
+        raise click.UsageError("--admin is for --add NAME")
+    if add or remove:
         if name is None:
-            raise click.UsageError("--add needs the NAME of the new client")
-        context.exit(_add_client(name, context.obj if config is None else config))
+            which = "--add needs the NAME of the new" if add else "--remove needs the NAME of the"
+            raise click.UsageError(f"{which} client")
+        file = context.obj if config is None else config
+        context.exit(_add_client(name, file, admin=admin) if add else _remove_client(name, file))
     key = new_key()
     click.echo(key)
     if name is not None:
@@ -320,13 +342,16 @@ def key(context: click.Context, name: str | None, add: bool, config: Path | None
         )
 
 
-def _add_client(name: str, config: Path) -> int:
+def _add_client(name: str, config: Path, *, admin: bool) -> int:
     """Create a new client's files, print the next steps, and return the exit status."""
     from brokerd.cli.add_client import NotAdded, add_client
+    from brokerd.cli.client_commands import command_of, reload_command
+    from brokerd.config.load import load
     from brokerd.config.problems import ConfigError
 
     try:
-        added = add_client(name, config)
+        added = add_client(name, config, admin=admin)
+        loaded = load(config)
     except ConfigError as error:
         click.echo(str(error), err=True)
         return EX_CONFIG
@@ -335,11 +360,89 @@ def _add_client(name: str, config: Path) -> int:
         return 1
     click.echo(
         f"added client {name}: {added.entry}, with its key in {added.key}\n"
-        "Next: brokerctl reload\n"
+        f"Next: {reload_command(loaded, name, os.environ)}\n"
         "Then: give the key to the client; it connects with its name and the key:\n"
-        f"  BROKERD_NAME={name} BROKERD_KEY_FILE={added.key} brokerctl ping"
+        f"  {command_of(loaded, name, added.key, 'ping')}"
     )
     return 0
+
+
+def _remove_client(name: str, config: Path) -> int:
+    """Remove a client's files, print the next step, and return the exit status."""
+    from brokerd.cli.client_commands import reload_command
+    from brokerd.cli.remove_client import NotRemoved, remove_client
+    from brokerd.config.load import load
+    from brokerd.config.problems import ConfigError
+
+    try:
+        removed = remove_client(name, config)
+        loaded = load(config)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        return EX_CONFIG
+    except NotRemoved as error:
+        click.echo(f"brokerd: {error}", err=True)
+        return 1
+    click.echo(
+        f"removed client {name}: {', '.join(map(str, removed.files))}\n"
+        f"Next, to disconnect it: {reload_command(loaded, name, os.environ)}"
+    )
+    return 0
+
+
+@main.group()
+def store() -> None:
+    """Check or copy the database of the mailboxes."""
+
+
+_DIRECTORY = click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The directory of the database, by default the configuration's.",
+)
+
+
+@store.command("check")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@_DIRECTORY
+@click.pass_context
+def store_check(context: click.Context, file: Path | None, directory: Path | None) -> None:
+    """Check the database of a stopped broker, or a backup; change nothing.
+
+    Each problem is a line on standard error, and the exit status is then 1. FILE is a
+    backup. For a running broker, make a backup, which is checked too.
+    """
+    from brokerd.cli.store_commands import check_at
+
+    context.exit(check_at(file or directory or _store_directory(context)))
+
+
+@store.command("backup")
+@click.argument("file", type=click.Path(path_type=Path))
+@_DIRECTORY
+@click.pass_context
+def store_backup(context: click.Context, file: Path, directory: Path | None) -> None:
+    """Copy the database to FILE, while the broker runs; check the copy.
+
+    To restore it: stop the broker, remove mailboxes.db-wal and mailboxes.state from its
+    directory, put the copy there as mailboxes.db, and start the broker.
+    """
+    from brokerd.cli.store_commands import back_up_to
+
+    context.exit(back_up_to(directory or _store_directory(context), file))
+
+
+def _store_directory(context: click.Context) -> Path:
+    """Return the directory of the configuration's store, or exit."""
+    from brokerd.cli.store_commands import directory_of
+    from brokerd.config.problems import ConfigError
+
+    try:
+        return directory_of(context.obj)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        context.exit(EX_CONFIG)
 
 
 @main.command()
@@ -347,7 +450,7 @@ def schema() -> None:
     """Print the JSON Schema of the configuration, for editors and other programs."""
     import json
 
-    from brokerd.config.model import json_schema
+    from brokerd.config.json_schema import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 

@@ -53,6 +53,17 @@ def test_add_client_writes_entry_and_key_file(tmp_path: Path, name: str) -> None
         assert not added.entry.stat().st_mode & 0o022
 
 
+def test_add_client_as_admin_makes_administrator(tmp_path: Path) -> None:
+    """Another client is none."""
+    file = main_file(tmp_path)
+
+    add_client("a", file, admin=True)
+    add_client("b", file)
+
+    clients = load(file).clients
+    assert (clients["a"].admin, clients["b"].admin) == (True, False)
+
+
 def test_add_client_generates_own_key_for_each_client(tmp_path: Path) -> None:
     """Existing directories are used."""
     file = main_file(tmp_path)

@@ -47,7 +47,8 @@ def test_demo_shows_messages_and_leaves_no_file(socket_dir: Path) -> None:
     assert "alice receives from bob: 42" in lines
     assert 'bob receives from carol: "hello from a stock Python"' in lines
     assert 'carol receives from bob: "welcome"' in lines
-    assert lines[-1].startswith("5 messages arrived")
+    assert "bob receives from alice: 8 MiB" in lines
+    assert lines[-1].startswith("6 messages arrived")
     assert list(socket_dir.iterdir()) == []
 
 

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from brokerd import __version__
 from brokerd.cli.main import main
 from brokerd.config.load import load
+from brokerd.core.compiled import why_sources
 from brokerd.daemon import process
 
 GOOD = "listen: [b.sock]\nclients:\n  alice: {key: a}\n  bob: {key: b}\n"
@@ -86,6 +87,30 @@ def test_check_lists_every_kind_of_address(tmp_path: Path, monkeypatch: pytest.M
         ]
 
 
+def test_check_names_include_pattern_without_files(tmp_path: Path) -> None:
+    """That is no mistake, and stands with the addresses, not with the warnings."""
+    (tmp_path / "clients.d").mkdir()
+    file = write(tmp_path / "b.yaml", GOOD + "include: ['clients.d/*.yml']\n")
+
+    result = brokerd("check", file)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    expected = f"  {file}:5:11: no file matches clients.d/*.yml"
+    assert result.stdout.splitlines()[-1] == expected
+
+
+def test_check_warns_of_address_where_broker_can_not_listen(tmp_path: Path) -> None:
+    """The warning has the place of the address, and the exit status is 0."""
+    (tmp_path / "b.sock").touch()
+    file = write(tmp_path / "b.yaml", GOOD)
+
+    result = brokerd("check", file)
+
+    assert result.exit_code == 0
+    warning = f"warning: {file}:1: can't listen at {tmp_path / 'b.sock'}: a file that is not"
+    assert result.stderr.startswith(warning)
+
+
 def test_check_ambiguous_address_is_refused(tmp_path: Path) -> None:
     """A port alone, a host alone and a path behind a scheme do not become socket files.
     Each error says what is missing.
@@ -129,7 +154,7 @@ def test_package_runs_like_command(tmp_path: Path) -> None:
     )
     assert (version.returncode, version.stdout, version.stderr) == (
         0,
-        f"brokerd, version {__version__}\n",
+        brokerd("--version").stdout,
         "",
     )
     check = subprocess.run(
@@ -204,6 +229,24 @@ def test_check_with_memory_prints_limits_and_their_sum(tmp_path: Path) -> None:
     assert big["queues"] - small["queues"] == big["at most"] - small["at most"] >= 100
     # Each number is rounded separately.
     assert abs(sum(small.values()) - 2 * small["at most"]) <= len(small)
+
+
+def test_check_with_memory_counts_every_channel(tmp_path: Path) -> None:
+    """Each holds a buffer in each direction. A channel counts for two clients, and all of
+    them for `limits.channels`.
+    """
+
+    def size(each: int, all_: int) -> int:
+        file = tmp_path / f"{each}-{all_}.yaml"
+        file.touch(mode=0o600)
+        clients = f"{{a: {{key: k, channels: {each}}}, b: {{key: l, channels: {each}}}}}"
+        file.write_text(f"listen: [./s]\nclients: {clients}\nlimits: {{channels: {all_}}}\n")
+        output = brokerd("check", "--memory", file).output
+        [line] = [line for line in output.splitlines() if line.split()[0] == "channels"]
+        return int(line.split()[-2].replace(",", ""))
+
+    assert size(0, 1000) == 0
+    assert size(200, 1000) == size(1000, 200) >= 200 * 2 * 256 // 1024
 
 
 def test_check_opens_no_socket_and_writes_nothing(
@@ -349,12 +392,35 @@ def test_schema_prints_valid_json_schema() -> None:
     schema = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["properties"]) == {"listen", "clients", "include", "limits", "log", "monitor"}
+    assert set(schema["properties"]) == {
+        "listen",
+        "clients",
+        "include",
+        "limits",
+        "log",
+        "monitor",
+        "store",
+        "cluster",
+    }
 
 
 def test_version_option_prints_version() -> None:
-    """--version prints the version."""
-    assert brokerd("--version").stdout == f"brokerd, version {__version__}\n"
+    """--version prints the version, and which routing loop runs."""
+    version, routing = brokerd("--version").stdout.splitlines()
+
+    assert version == f"brokerd, version {__version__}"
+    assert routing.partition(":")[0] in ("routing=compiled", "routing=python")
+
+
+def test_version_option_with_slow_loop_gives_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--version says why the loop in Python runs: what was missing has a package."""
+    monkeypatch.delenv("BROKERD_PURE", raising=False)
+    monkeypatch.setattr("brokerd.core.WHY_SOURCES", why_sources("/nowhere"))
+
+    routing = brokerd("--version").stdout.splitlines()[1]
+
+    assert routing.startswith("routing=python: ")
+    assert "apt install gcc python3-dev" in routing
 
 
 def test_check_and_key_import_no_event_loop() -> None:
