@@ -1,6 +1,7 @@
 """Writes the part of the blocking face that is the same in both faces.
 
-``client.py`` and ``subscriptions.py`` are written by hand for asyncio, in ``aio/``.
+``client.py``, ``listener.py``, ``rpc.py``, ``subscriptions.py`` and ``traced.py`` are
+written by hand for asyncio, in ``aio/``.
 This program makes those of ``blocking/`` from them: it removes ``async`` and ``await``,
 and makes the replacements below. With ``--check`` it writes nothing and returns 1 if a
 file is not up to date.
@@ -19,7 +20,7 @@ LIBRARY = ROOT / "client" / "brokerd_client"
 HEAD = """
 # Written by .ci/blocking_face.py from aio/{name}: change that file, and run `make faces`.
 """
-#: Patterns that hold for both files, and their replacements.
+#: Patterns that hold for all files, and their replacements.
 PATTERNS = (
     (r"async def ", "def "),
     (r"async (with|for) ", r"\1 "),
@@ -28,7 +29,7 @@ PATTERNS = (
     (r"brokerd_client\.aio\b", "brokerd_client.blocking"),
     (r"# ruff: noqa: ASYNC109.*\n", ""),
     (r"from brokerd_client\.\w+\.opening import Opening\n", ""),
-    (r'"Opening", ', ""),
+    (r'\s*"Opening",', ""),
     (r"\bOpening\[(\w+)\]", r"\1"),
     (
         r"return Opening\(\s*lambda: self\._open\(([^\n]*), timeout\),\s*\"\w+\"\s*\)\n",
@@ -44,6 +45,8 @@ PATTERNS = (
 """,
     ),
     (r"return Opening\(\s*lambda: (.*?),\s*\"\w+\"\s*\)\n(?=\n)", r"return \1\n"),
+    (r"\bAwaitable\[(\w+)\]", r"\1"),
+    (r"import Awaitable, Callable", "import Callable"),
     (r"An async iterator", "An iterator"),
     (r"an async iterator", "an iterator"),
     (r"an asyncio client", "a blocking client"),
@@ -89,24 +92,61 @@ loop that has transports: asyncio's own and uvloop.
         "async iterator of Presence, to be opened.": "iterator of Presence.",
         "        # An event loop's own clock may stand still within one turn.\n": "",
         "end every task of the client": "end every thread of the client",
+        "    from brokerd_client.aio.streams import Stream\n": (
+            "    from brokerd_client.connection.stream import Connection\n"
+        ),
+        "async def open_stream(": "def open(",
+        "-> Stream:": "-> Connection:",
+        "The channel: a pair of asyncio's stream reader and writer.": (
+            "The channel: a connection, as of the direct API."
+        ),
+        "Listen for channels, once the result is awaited, entered or iterated over.": (
+            "Listen for channels."
+        ),
+        "The listener, to be opened: an": "The listener: an",
         "Connect to a broker, once the result is awaited or entered.": (
             "Connect to a broker and return the client."
         ),
         "    Write ``async with connect(...) as client``.\n\n": "",
-        """    ssl: SSLContext | bool | None = None,
-) ->""": """    ssl: SSLContext | bool | None = None,
-    threads: int = DEFAULT_THREADS,
-) ->""",
-        """            certificates. An address tls://HOST:PORT does the same as True.
-""": """            certificates. An address tls://HOST:PORT does the same as True.
-        threads: Threads for request handlers, beside those in which a handler waits for
-            the broker.
-""",
+        "delivers no more of them. The default is 256.": (
+            "delivers no more of them, beside those whose handler waits for the broker.\n"
+            "            The default is 4."
+        ),
         "The client, to be opened; authenticated and introduced once it is open.": (
             "The client, authenticated and introduced."
         ),
-        "        ssl=ssl,\n": "        ssl=ssl,\n        threads=threads,\n",
-        "    DEFAULT_INBOX,\n": "    DEFAULT_INBOX,\n    DEFAULT_THREADS,\n",
+    },
+    "listener.py": {
+        "    from brokerd_client.aio.streams import Stream\n": (
+            "    from brokerd_client.connection.stream import Connection\n"
+        ),
+        "accept(self, timeout: float | None = None) -> Stream:": (
+            "accept(self, timeout: float | None = None) -> Connection:"
+        ),
+        "timeout: float | None = 10.0) -> Stream:": "timeout: float | None = 10.0) -> Connection:",
+        """    async def __anext__(self) -> Stream:  # type: ignore[override]
+        try:
+            return await self.accept()
+        except Closed:
+            raise StopAsyncIteration from None
+""": """    def __iter__(self) -> Iterator[Connection]:  # type: ignore[override]
+        with contextlib.suppress(Closed):
+            while True:
+                yield self.accept()
+""",
+        "import time\n": "import time\nfrom collections.abc import Iterator\n",
+    },
+    "traced.py": {
+        "Subscribe to topics, once the result is awaited, entered or iterated over.": (
+            "Subscribe to topics."
+        ),
+    },
+    "rpc.py": {
+        "            result = method(*args, **kwargs)\n"
+        "            return await result if inspect.isawaitable(result) else result\n": (
+            "            return method(*args, **kwargs)\n"
+        ),
+        "import inspect\n": "",
     },
     "subscriptions.py": {
         """    def __aiter__(self) -> Self:
@@ -132,7 +172,7 @@ loop that has transports: asyncio's own and uvloop.
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check both files; return the exit status."""
+    """Write or check the files; return the exit status."""
     stale = []
     for name in TEXTS:
         path = LIBRARY / "blocking" / name

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
         address,
         aio,
         blocking,
+        channel_offer,
         codec,
         connection,
         connection_event,
+        json_codec,
+        managers,
         message,
         presence,
         protocol,
@@ -29,31 +32,50 @@ if TYPE_CHECKING:
         topics,
         wire,
     )
-    from brokerd_client.blocking import Client, Message, PresenceWatch, Subscription, connect
+    from brokerd_client._common.rpc import current_request
+    from brokerd_client.blocking import (
+        Client,
+        Listener,
+        Message,
+        PresenceWatch,
+        Proxy,
+        Subscription,
+        connect,
+    )
+    from brokerd_client.channel_offer import ChannelOffer
     from brokerd_client.connection_event import ConnectionEvent
+    from brokerd_client.json_codec import JsonCodec
     from brokerd_client.message import Receipt
     from brokerd_client.presence import ClientInfo, Presence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelOffer",
     "Client",
     "ClientInfo",
     "ConnectionEvent",
+    "JsonCodec",
+    "Listener",
     "Message",
     "Presence",
     "PresenceWatch",
+    "Proxy",
     "Receipt",
     "Subscription",
     "__version__",
     "address",
     "aio",
     "blocking",
+    "channel_offer",
     "codec",
     "connect",
     "connection",
     "connection_event",
+    "current_request",
     "errors",
+    "json_codec",
+    "managers",
     "message",
     "presence",
     "protocol",
@@ -69,9 +91,12 @@ _MODULES = (
     "address",
     "aio",
     "blocking",
+    "channel_offer",
     "codec",
     "connection",
     "connection_event",
+    "json_codec",
+    "managers",
     "message",
     "presence",
     "protocol",
@@ -82,15 +107,20 @@ _MODULES = (
 )
 #: The module of each name that is imported at its first use.
 _HOMES = {
+    "ChannelOffer": "channel_offer",
     "Client": "blocking",
     "ClientInfo": "presence",
     "ConnectionEvent": "connection_event",
+    "JsonCodec": "json_codec",
+    "Listener": "blocking",
     "Message": "blocking",
     "Presence": "presence",
     "PresenceWatch": "blocking",
+    "Proxy": "blocking",
     "Receipt": "message",
     "Subscription": "blocking",
     "connect": "blocking",
+    "current_request": "_common.rpc",
 }
 
 

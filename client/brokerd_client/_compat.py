@@ -46,7 +46,7 @@ else:
 
 
 def slotted(cls: type[C]) -> type[C]:
-    """Return a frozen dataclass with its fields in slots.
+    """Return a dataclass with its fields in slots.
 
     It replaces ``dataclass(slots=True)``, which Python 3.10 has.
     """

@@ -23,6 +23,7 @@ from brokerd_client._compat import slotted
 from brokerd_client.errors import AddressError
 
 __all__ = [
+    "BROKER_SCHEME",
     "Address",
     "Family",
     "SockAddr",
@@ -32,7 +33,7 @@ __all__ = [
     "validate_family",
 ]
 
-Family = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"]
+Family = Literal["AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE", "AF_BROKER"]
 #: The argument of ``socket.bind`` and ``socket.connect``; a pipe's name for AF_PIPE.
 SockAddr = Union[tuple[str, int], str]
 
@@ -46,6 +47,8 @@ _LONGEST_PORT: Final = 5
 _QUAD: Final = re.compile(r"[0-9]+(\.[0-9]+){3}")
 _FORMS: Final = r"HOST:PORT, [IPV6]:PORT, a path, @ABSTRACT or \\.\pipe\NAME"
 _TLS: Final = "tls://"
+#: The begin of the address of a client of a broker, in the direct API.
+BROKER_SCHEME: Final = "broker://"
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -245,11 +248,11 @@ def _can_be_looked_up(host: str) -> bool:
 def infer_family(address: object) -> Family:
     """Return the family of an address of ``multiprocessing.connection``, by its form.
 
-    A pair whose host holds a colon is AF_INET6, which the standard library does not
-    infer.
+    A pair whose host holds a colon is AF_INET6, and broker://NAME is AF_BROKER, which the
+    standard library does not infer.
 
     Args:
-        address: A (host, port) pair, a path, or the name of a pipe.
+        address: A (host, port) pair, a path, the name of a pipe, or broker://NAME.
 
     Returns:
         The family's name.
@@ -266,6 +269,8 @@ def infer_family(address: object) -> Family:
         )
     if isinstance(address, str) and address.startswith("\\\\"):
         return "AF_PIPE"
+    if isinstance(address, str) and address.startswith(BROKER_SCHEME):
+        return "AF_BROKER"
     if isinstance(address, str) or (isinstance(address, bytes) and address[:1] == b"\0"):
         return "AF_UNIX"
     raise AddressError(
@@ -283,9 +288,10 @@ def validate_family(family: str) -> None:
     Raises:
         AddressError: The family is not known, or not available here.
     """
-    if family not in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE"):
+    if family not in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_PIPE", "AF_BROKER"):
         raise AddressError(
-            f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE"
+            f"family {family} is not recognized: one of AF_INET, AF_INET6, AF_UNIX, AF_PIPE,"
+            " AF_BROKER"
         )
     if family == "AF_PIPE" and sys.platform != "win32":
         raise AddressError(

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from brokerd_client.errors import PayloadError, UndecodablePayload
 from brokerd_client.wire.layout import JSON_CODEC, RAW_CODEC, CodecId
 
-__all__ = ["FIRST_USER_CODEC", "decode", "encode"]
+if TYPE_CHECKING:
+    from brokerd_client.json_codec import JsonCodec
+
+__all__ = ["FIRST_USER_CODEC", "Encoded", "decode", "encode"]
 
 #: Codecs 128 to 255 are for users: their payloads are bytes on both sides.
 FIRST_USER_CODEC: Final = 128
@@ -38,7 +41,24 @@ _to_json: Final = json.JSONEncoder(
 ).encode
 
 
-def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]:
+class Encoded:
+    """A payload that is encoded already: ``encode`` returns its parts.
+
+    Args:
+        codec: The codec's number.
+        body: The bytes to send.
+    """
+
+    __slots__ = ("body", "codec")
+
+    def __init__(self, codec: int, body: bytes) -> None:
+        self.codec = codec
+        self.body = body
+
+
+def encode(
+    payload: object, codec: str | int | None = None, types: JsonCodec | None = None
+) -> tuple[int, bytes]:
     """Encode a payload.
 
     Args:
@@ -47,6 +67,7 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
             bytes unchanged. With None, the payload's type selects raw (bytes-like) or
             JSON (str, dict, list, int, float, bool, None). JSON is then refused where it
             would change the payload: keys that are not text, and tuples.
+        types: The client's own JSON, used where ``codec`` is None.
 
     Returns:
         The codec's number, and the bytes to send.
@@ -60,6 +81,8 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
             return RAW_CODEC, payload
         if isinstance(payload, (bytes, bytearray, memoryview)):
             return RAW_CODEC, bytes(payload)
+        if types is not None and not isinstance(payload, Encoded):
+            return JSON_CODEC, types.encode(payload)
         if isinstance(payload, _JSON_TYPES):
             body = _json(payload)
             if isinstance(payload, (dict, list)) and (change := _change(payload)):
@@ -68,9 +91,11 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
                     " (codec='msgpack' and codec='pickle' change less)"
                 )
             return JSON_CODEC, body
+        if isinstance(payload, Encoded):
+            return payload.codec, payload.body
         raise PayloadError(
-            f"a {type(payload).__name__} is neither bytes nor JSON: convert it, or give"
-            " codec='pickle' (the recipient has to allow that)"
+            f"a value of type {type(payload).__name__} is neither bytes nor JSON: convert it,"
+            " or give codec='pickle' (the recipient has to allow that)"
         )
     number = _number(codec)
     if number == CodecId.JSON:
@@ -84,13 +109,16 @@ def encode(payload: object, codec: str | int | None = None) -> tuple[int, bytes]
     return number, bytes(payload)
 
 
-def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
+def decode(
+    codec: int, body: bytes, *, allow_pickle: bool = False, types: JsonCodec | None = None
+) -> Any:
     """Decode the body of a message.
 
     Args:
         codec: The number of the codec.
         body: The bytes of the payload.
         allow_pickle: Whether a pickle may be decoded, which runs its sender's code.
+        types: The client's own JSON, if it has one.
 
     Returns:
         The payload. For raw and users' codecs, it is ``body`` itself.
@@ -101,6 +129,8 @@ def decode(codec: int, body: bytes, *, allow_pickle: bool = False) -> Any:
     """
     if codec == CodecId.RAW or codec >= FIRST_USER_CODEC:
         return body
+    if codec == CodecId.JSON and types is not None:
+        return types.decode(body)
     if codec == CodecId.JSON:
         try:
             return json.loads(body)

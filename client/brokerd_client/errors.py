@@ -27,10 +27,16 @@
     ├── Refused                      the broker or the other client refused: one class per code
     │   ├── NoSuchClient  Offline  Abandoned  Denied  Full  TooLarge  Expired
     │   ├── Cancelled  RateLimited  Malformed  Unsupported  ShuttingDown
-    │   ├── NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
+    │   ├── StoreFailed  NameTaken  Replaced  KeyRemoved  DisconnectedByOperator
+    │   ├── Elsewhere                another host of the cluster has the client, or its mailbox
+    │   ├── StoreInDoubt             (OutcomeUnknown) ... it does not know what became of it
     │   └── RequestFailed            the other client answered a request with an error of its own
+    │       ├── CallFailed           ... the method called raised an exception
+    │       ├── NoSuchMethod         ... its service has no such method
+    │       └── WrongArguments       (TypeError) ... the method does not take these arguments
+    ├── OutcomeUnknown               the message may have been delivered or stored, or not
     ├── Disconnected                 (ConnectionError) the connection to the broker is gone
-    │   └── InDoubt                  ... and the outcome of this send is not known
+    │   └── InDoubt                  (OutcomeUnknown) ... before the outcome of this send was known
     ├── Closed                       (OSError) used after close()
     ├── TimedOut                     (TimeoutError) the caller's timeout ran out
     └── BufferTooShort               (multiprocessing.BufferTooShort) args[0] is the whole message
@@ -52,11 +58,13 @@ __all__ = [
     "BadLength",
     "BrokerdError",
     "BufferTooShort",
+    "CallFailed",
     "Cancelled",
     "Closed",
     "Denied",
     "Disconnected",
     "DisconnectedByOperator",
+    "Elsewhere",
     "Expired",
     "ExtensionTooDeep",
     "FrameError",
@@ -72,7 +80,9 @@ __all__ = [
     "MalformedEnvelope",
     "NameTaken",
     "NoSuchClient",
+    "NoSuchMethod",
     "Offline",
+    "OutcomeUnknown",
     "PayloadError",
     "ProtocolError",
     "RateLimited",
@@ -81,12 +91,15 @@ __all__ = [
     "Replaced",
     "RequestFailed",
     "ShuttingDown",
+    "StoreFailed",
+    "StoreInDoubt",
     "TimedOut",
     "TlsError",
     "TooLarge",
     "UndecodablePayload",
     "Unsupported",
     "WouldDeadlock",
+    "WrongArguments",
     "WrongLoop",
     "WrongProcess",
     "WrongUse",
@@ -95,6 +108,10 @@ __all__ = [
 
 class BrokerdError(Exception):
     """The base class of all exceptions that the library raises."""
+
+    #: The key of the post() that raised this error. Another post() of the same message
+    #: with this ``dedup_key`` continues it. "" for the errors of other calls.
+    dedup_key = ""
 
     #: Whether the peer closed the connection during the handshake without a reason.
     #: A retry may then succeed.
@@ -142,6 +159,13 @@ class WrongProcess(LocalError, RuntimeError):
 class WouldDeadlock(LocalError, RuntimeError):
     """A signal handler made a waiting call, but had interrupted a call of the same
     client.
+    """
+
+
+class OutcomeUnknown(BrokerdError):
+    """The message may have been delivered or stored, or not: InDoubt and StoreInDoubt.
+
+    A message with a ``dedup_key`` can be sent again without being stored twice.
     """
 
 
@@ -231,16 +255,28 @@ class Refused(BrokerdError):
         code: The error code on the wire, such as ``offline``.
         name: The recipient that the error concerns, or "".
         message_id: The id of the refused message, or 0 if the broker could not read it.
+        seq: The number of the message in the mailbox ``name``, if it was stored and this
+            became of it later; else 0.
+        names: The mailboxes that did not store the event, if there are several.
     """
 
     code = "refused"
 
     def __init__(
-        self, message: str, *, name: str = "", message_id: int = 0, code: str | None = None
+        self,
+        message: str,
+        *,
+        name: str = "",
+        message_id: int = 0,
+        code: str | None = None,
+        seq: int = 0,
+        names: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message)
         self.name = name
         self.message_id = message_id
+        self.seq = seq
+        self.names = names
         if code is not None:
             self.code = code
 
@@ -270,7 +306,10 @@ class Denied(Refused):
 
 
 class Full(Refused):
-    """The recipient's queue has no room."""
+    """The recipient's queue or mailbox has no room, or the disk of the mailboxes.
+
+    An event for several mailboxes is stored in those that are not among ``names``.
+    """
 
     code = "full"
 
@@ -317,6 +356,40 @@ class ShuttingDown(Refused):
     code = "shutting_down"
 
 
+class StoreInDoubt(Refused, OutcomeUnknown):
+    """The broker does not know whether the message was stored or delivered.
+
+    Its store, or the host of the recipient, was lost while the message was under way.
+    To a mailbox, send it again with the same ``dedup_key``; without a key it may be
+    stored twice. A live message, or a request, may have been delivered or not. A host
+    that was frozen may still deliver it, but never twice.
+    """
+
+    code = "in_doubt"
+
+
+class StoreFailed(Refused):
+    """The disk of the broker's mailboxes has failed; nothing is stored until a restart."""
+
+    code = "store_failed"
+
+
+class Elsewhere(Refused):
+    """Another host of the cluster has the other client, or the mailbox.
+
+    The library connects to that host by itself. It raises this if it can't: no address
+    is known, or the client uses TLS and that host advertises no tls:// address.
+
+    Attributes:
+        host: The name of that host.
+        addresses: Where clients can connect to it.
+    """
+
+    code = "elsewhere"
+    host = ""
+    addresses: tuple[str, ...] = ()
+
+
 class NameTaken(Refused):
     """The client already has all the connections that it may have; the broker closes
     this one.
@@ -349,6 +422,34 @@ class RequestFailed(Refused):
     code = "failed"
 
 
+class CallFailed(RequestFailed):
+    """The method that a proxy called raised an exception, of a type not known here."""
+
+    code = "raised"
+
+    @property
+    def type_name(self) -> str:
+        """The name of the exception's type."""
+        return str(self).partition(": ")[0]
+
+    @property
+    def text(self) -> str:
+        """The text of the exception."""
+        return str(self).partition(": ")[2]
+
+
+class NoSuchMethod(RequestFailed):
+    """The other client's service has no method of that name; nothing was called."""
+
+    code = "no_such_method"
+
+
+class WrongArguments(RequestFailed, TypeError):
+    """The method does not take these arguments; it was not called."""
+
+    code = "wrong_arguments"
+
+
 class Disconnected(BrokerdError, ConnectionError):
     """The connection to the broker is lost, or was never made.
 
@@ -362,7 +463,7 @@ class Disconnected(BrokerdError, ConnectionError):
         self.message_id = message_id
 
 
-class InDoubt(Disconnected):
+class InDoubt(Disconnected, OutcomeUnknown):
     """The connection was lost before the outcome of this send was known.
 
     The message may or may not have been delivered; the library never repeats it.
@@ -399,15 +500,28 @@ _BY_CODE: dict[str, type[Refused]] = {
         Malformed,
         Unsupported,
         ShuttingDown,
+        StoreInDoubt,
+        StoreFailed,
         NameTaken,
         Replaced,
         KeyRemoved,
         DisconnectedByOperator,
+        Elsewhere,
     )
 }
 
 
-def refusal(code: str, message: str, *, name: str = "", message_id: int = 0) -> Refused:
+def refusal(
+    code: str,
+    message: str,
+    *,
+    name: str = "",
+    message_id: int = 0,
+    seq: int = 0,
+    names: tuple[str, ...] = (),
+    host: str = "",
+    addresses: tuple[str, ...] = (),
+) -> Refused:
     """Return the exception for an error code; for an unknown code it is RequestFailed.
 
     Args:
@@ -415,11 +529,20 @@ def refusal(code: str, message: str, *, name: str = "", message_id: int = 0) -> 
         message: The text of the error.
         name: The recipient that the error concerns, or "".
         message_id: The id of the refused message, or 0.
+        seq: The number of the stored message in its mailbox, or 0.
+        names: The mailboxes that the error concerns, if there are several.
+        host: The host where the client or mailbox is, for the code ``elsewhere``.
+        addresses: Where clients can connect to that host.
 
     Returns:
         The exception, which is not raised.
     """
     cls = _BY_CODE.get(code)
     if cls is None:
-        return RequestFailed(message, name=name, message_id=message_id, code=code)
-    return cls(message, name=name, message_id=message_id)
+        return RequestFailed(
+            message, name=name, message_id=message_id, code=code, seq=seq, names=names
+        )
+    error = cls(message, name=name, message_id=message_id, seq=seq, names=names)
+    if isinstance(error, Elsewhere):
+        error.host, error.addresses = host, addresses
+    return error

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from brokerd_client import codec as codecs
 from brokerd_client._compat import slotted
 from brokerd_client.errors import AlreadyAnswered, UndecodablePayload, WrongUse
-from brokerd_client.wire.envelope import MAX_TTL, CodecId, Kind, is_ttl
-from brokerd_client.wire.layout import REQUEST_KIND
+from brokerd_client.wire.envelope import (
+    MAX_DELAY,
+    MAX_KEY_SIZE,
+    MAX_TTL,
+    CodecId,
+    Kind,
+    is_delay,
+    is_key,
+    is_ttl,
+    ttl_extension,
+)
+from brokerd_client.wire.layout import RAW_CODEC, REQUEST_KIND
+
+if TYPE_CHECKING:
+    from brokerd_client.json_codec import JsonCodec
 
 __all__ = [
     "VALUE_COST",
+    "Delivery",
     "Message",
     "Owner",
     "Receipt",
     "extension_cost",
+    "with_options",
     "with_time_limit",
-    "with_ttl",
 ]
 
 #: Approximate memory of each value in an extension, in bytes.
@@ -38,9 +52,14 @@ class Owner(Protocol):
         """Names whose pickled payloads may be decoded."""
         ...
 
+    @property
+    def json_codec(self) -> JsonCodec | None:
+        """The JSON of connect(codec=...), or None."""
+        ...
+
 
 @slotted
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Receipt:
     """The broker's confirmation that it has taken responsibility for a message.
 
@@ -51,6 +70,34 @@ class Receipt:
 
     id: int
     to: str
+
+    def __init__(self, id: int, to: str) -> None:  # noqa: A002 - the name of the attribute
+        _set_id(self, id)
+        _set_to(self, to)
+
+
+# The way around the frozen class that takes half of the time of object.__setattr__.
+_set_id: Final = vars(Receipt)["id"].__set__
+_set_to: Final = vars(Receipt)["to"].__set__
+
+
+class Delivery:
+    """The delivery of a stored message to a connection, which must acknowledge it.
+
+    Attributes:
+        seq: The number of the message in the mailbox.
+        attempt: Which attempt to process it this is.
+        connection: The number of the connection, counted by the client.
+        settled: Whether it has been acknowledged.
+    """
+
+    __slots__ = ("attempt", "connection", "seq", "settled")
+
+    def __init__(self, seq: int, attempt: int, connection: int) -> None:
+        self.seq = seq
+        self.attempt = attempt
+        self.connection = connection
+        self.settled = False
 
 
 class Message:
@@ -71,6 +118,7 @@ class Message:
         "_answered",
         "_cancelled",
         "_deadline",
+        "_delivery",
         "_kind",
         "_owner",
         "_payload",
@@ -83,12 +131,14 @@ class Message:
     )
 
     _payload: Any
-    #: Set when the message has been answered.
+    #: Of a request: whether it has been answered.
     _answered: bool
-    #: Set when its requester does not wait any more.
+    #: Of a request: whether its requester does not wait any more.
     _cancelled: bool
     #: Set when a request that has a ttl is received.
     _deadline: float
+    #: Set when a message from the mailbox is received.
+    _delivery: Delivery
 
     def __init__(
         self,
@@ -109,6 +159,8 @@ class Message:
         self._owner = owner
         self.topic = topic
         self.extension = extension
+        if kind == REQUEST_KIND:
+            self._answered = self._cancelled = False
 
     @property
     def kind(self) -> Kind:
@@ -124,6 +176,8 @@ class Message:
                 and ``allow_pickle_from`` does not name its sender. ``body`` can always
                 be read.
         """
+        if self.codec == RAW_CODEC:
+            return self.body
         try:
             return self._payload
         except AttributeError:
@@ -132,7 +186,9 @@ class Message:
             self.codec == CodecId.PICKLE
             and self.sender.partition("/")[0] in self._owner.allow_pickle_from
         )
-        payload = self._payload = codecs.decode(self.codec, self.body, allow_pickle=allow_pickle)
+        payload = self._payload = codecs.decode(
+            self.codec, self.body, allow_pickle=allow_pickle, types=self._owner.json_codec
+        )
         return payload
 
     def text(self) -> str:
@@ -156,7 +212,7 @@ class Message:
     @property
     def answered(self) -> bool:
         """Whether this client has answered the request."""
-        return hasattr(self, "_answered")
+        return self._kind == REQUEST_KIND and self._answered
 
     def mark_answered(self) -> None:
         """Record that the request's only answer was sent."""
@@ -169,7 +225,7 @@ class Message:
         It has cancelled the request, or the request's time is over. An answer is not
         sent then.
         """
-        return hasattr(self, "_cancelled")
+        return self._kind == REQUEST_KIND and self._cancelled
 
     def mark_cancelled(self) -> None:
         """Record that the requester does not wait any more."""
@@ -185,11 +241,48 @@ class Message:
         """
         return getattr(self, "_deadline", None)
 
+    def is_over(self, now: float) -> bool:
+        """Return whether the requester of this request does not wait any more."""
+        return self._cancelled or getattr(self, "_deadline", now + 1) <= now
+
     def set_deadline(self, now: float) -> None:
         """Record that the message was received at ``now``, for its deadline."""
         ttl = None if self.extension is None else self.extension.get("ttl")
-        if ttl is not None and is_ttl(ttl):
+        if ttl is not None and (ttl <= MAX_TTL if type(ttl) is float else is_ttl(ttl)):
             self._deadline = now + ttl
+
+    @property
+    def seq(self) -> int:
+        """The number of the message in the mailbox; 0 if it does not come from there."""
+        return self._delivery.seq if hasattr(self, "_delivery") else 0
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt to process a message from the mailbox this is, from 1; else 0."""
+        return self._delivery.attempt if hasattr(self, "_delivery") else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the message needs no acknowledgement, or has been acknowledged."""
+        return not hasattr(self, "_delivery") or self._delivery.settled
+
+    def unsettled_delivery(self) -> Delivery:
+        """Return the delivery that is to be acknowledged.
+
+        Raises WrongUse if the message is not from the mailbox, and AlreadyAnswered if it
+        was acknowledged before.
+        """
+        if not hasattr(self, "_delivery"):
+            raise WrongUse(
+                f"a {self.kind.name} of {self.sender} can't be acknowledged: only messages from"
+                " the mailbox are (message.seq is not 0)"
+            )
+        if self._delivery.settled:
+            raise AlreadyAnswered(
+                f"message {self.seq} of {self.sender} has been acknowledged: done, retry, failed"
+                " or dead, once"
+            )
+        return self._delivery
 
     def require_unanswered(self) -> None:
         """Raise AlreadyAnswered if the request was answered before.
@@ -201,7 +294,7 @@ class Message:
                 f"a {self.kind.name} of {self.sender} can't be answered: only a request gets an"
                 " answer; use send()"
             )
-        if self.answered:
+        if self._answered:
             raise AlreadyAnswered(
                 f"request {self.id} of {self.sender} has been answered: a request gets one answer"
             )
@@ -253,26 +346,54 @@ def with_time_limit(
     Raises:
         ValueError: The ttl is not a number from 0 to MAX_TTL.
     """
-    if ttl is None and "ttl" not in (extension or {}) and is_ttl(timeout) and timeout:
-        return {**(extension or {}), "ttl": timeout}, timeout
-    return with_ttl(extension, ttl), None
+    if (
+        ttl is None
+        and timeout is not None
+        and (type(timeout) is float or is_ttl(timeout))
+        and 0 < timeout <= MAX_TTL
+    ):
+        if not extension:
+            return ttl_extension(timeout), timeout
+        if "ttl" not in extension:
+            return {**extension, "ttl": timeout}, timeout
+    return with_options(extension, ttl), None
 
 
-def with_ttl(extension: Mapping[str, Any] | None, ttl: float | None) -> Mapping[str, Any] | None:
-    """Return the extension with a time to live added to it.
+def with_options(
+    extension: Mapping[str, Any] | None,
+    ttl: float | None,
+    dedup_key: str | None = None,
+    delay: float | None = None,
+) -> Mapping[str, Any] | None:
+    """Return the extension with the options of a message added to it.
 
     Args:
         extension: The sender's JSON object, or None.
         ttl: The time to live, in seconds, or None.
+        dedup_key: The key by which a mailbox knows the message again, or None.
+        delay: Seconds until a mailbox delivers the message, or None.
 
     Returns:
-        The extension; None if both are None.
+        The extension; None if all are None.
 
     Raises:
-        ValueError: The ttl is not a number from 0 to MAX_TTL.
+        ValueError: An option is not within its range.
     """
-    if ttl is None:
-        return extension
-    if not is_ttl(ttl) or ttl < 0:
-        raise ValueError(f"{ttl!r:.40} is not a valid ttl: give seconds, from 0 to {MAX_TTL}")
-    return {**(extension or {}), "ttl": ttl}
+    if ttl is not None:
+        if not is_ttl(ttl) or ttl < 0:
+            raise ValueError(f"{ttl!r:.40} is not a valid ttl: give seconds, from 0 to {MAX_TTL}")
+        extension = {**(extension or {}), "ttl": ttl}
+    if dedup_key is not None:
+        if not is_key(dedup_key):
+            raise ValueError(
+                f"{dedup_key!r:.80} is not a valid dedup_key: give a text of 1 to {MAX_KEY_SIZE}"
+                " bytes"
+            )
+        extension = {**(extension or {}), "key": dedup_key}
+    if delay is not None:
+        if not is_delay(delay):
+            raise ValueError(
+                f"{delay!r:.40} is not a valid delay: give seconds, from 0 to {MAX_DELAY}"
+            )
+        extension = {**(extension or {}), "delay": delay}
+    return extension

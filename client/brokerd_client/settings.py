@@ -8,31 +8,42 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Union
 
 from brokerd_client._common.paths import is_plainly_a_path
 from brokerd_client._compat import slotted
 from brokerd_client.address import Address, parse
-from brokerd_client.errors import AddressError, BrokerdError, Disconnected, InvalidKey, TlsError
-from brokerd_client.wire.envelope import check_name
+from brokerd_client.errors import (
+    AddressError,
+    BrokerdError,
+    Disconnected,
+    Elsewhere,
+    InvalidKey,
+    TlsError,
+)
+from brokerd_client.wire.envelope import MAX_WINDOW, check_name
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from brokerd_client._common.tracing import TracerProvider
+    from brokerd_client.json_codec import JsonCodec
+
 __all__ = [
     "DEFAULT_ADDRESS",
     "DEFAULT_INBOX",
-    "DEFAULT_THREADS",
     "DEFAULT_TIMEOUT_S",
     "ENDLESS_S",
     "AnyAddress",
     "Settings",
     "broken",
+    "channel_routes",
     "check_timeout",
     "no_connection",
     "resolve",
+    "same_kind",
     "unreachable",
 ]
 
@@ -43,9 +54,6 @@ DEFAULT_TIMEOUT_S: Final = 10.0
 #: socket.
 DEFAULT_INBOX: Final = 8 * 2**20
 
-#: Threads per blocking client for its request handler, without those in which a handler
-#: waits for the broker.
-DEFAULT_THREADS: Final = 4
 #: Seconds, some three years. Longer timeouts count as infinite: system calls can't take
 #: much more.
 ENDLESS_S: Final = 1e8
@@ -68,10 +76,15 @@ class Settings:
         allow_pickle_from: Names of clients whose pickles are decoded.
         inbox: Limit of the bytes of messages kept in this process.
         tls: The TLS context, or None without TLS.
-        threads: Threads for the request handler of a blocking client.
+        handlers: Requests that the client's handler works on at the same time, or None
+            for the default of the face.
         wait_s: Seconds to wait for a broker that is not up yet.
         give_up_s: Seconds without a connection after which the client no longer
             reconnects, or None.
+        json_codec: The JSON for payloads of more types, or None.
+        tracing: A tracer provider, True for the one that the program has set, or False.
+        window: Messages of the mailbox held without an acknowledgement, or None.
+        window_bytes: The same in bytes, or None.
     """
 
     addresses: tuple[Address, ...]
@@ -82,17 +95,22 @@ class Settings:
     allow_pickle_from: frozenset[str] = frozenset()
     inbox: int = DEFAULT_INBOX
     tls: SSLContext | None = field(default=None, repr=False)
-    threads: int = DEFAULT_THREADS
+    handlers: int | None = None
     without_key: bool = False
     wait_s: float = 0.0
     give_up_s: float | None = None
+    json_codec: JsonCodec | None = None
+    tracing: bool | TracerProvider = field(default=True, repr=False)
+    window: int | None = None
+    window_bytes: int | None = None
 
 
-def check_timeout(timeout: float | None) -> float | None:
+def check_timeout(timeout: float | None, what: str = "a timeout") -> float | None:
     """Return a caller's timeout in a form that system calls take.
 
     Args:
         timeout: Seconds. None, infinity, and ENDLESS_S and more are infinite.
+        what: The argument, for the error.
 
     Returns:
         The timeout in seconds, or None if it is infinite.
@@ -110,11 +128,11 @@ def check_timeout(timeout: float | None) -> float | None:
         seconds = ENDLESS_S if timeout > 0 else -1.0
     except TypeError:
         raise TypeError(
-            f"a timeout is a number of seconds or None, not {type(timeout).__name__}"
+            f"{what} is a number of seconds or None, not {type(timeout).__name__}"
         ) from None
     # "< 0" would accept nan, for which every comparison is false.
     if not seconds >= 0:
-        raise ValueError(f"a timeout is a number of seconds of at least 0, not {timeout}")
+        raise ValueError(f"{what} is a number of seconds of at least 0, not {timeout}")
     return None if seconds >= ENDLESS_S else seconds
 
 
@@ -129,9 +147,13 @@ def resolve(
     allow_pickle_from: Iterable[str],
     inbox: int,
     ssl: SSLContext | bool | None = None,
-    threads: int = DEFAULT_THREADS,
+    handlers: int | None = None,
     wait: float | None = 0.0,
     give_up_after: float | None = None,
+    codec: JsonCodec | None = None,
+    tracing: bool | TracerProvider = True,
+    window: int | None = None,
+    window_bytes: int | None = None,
 ) -> Settings:
     """Return the settings, with defaults for missing arguments.
 
@@ -147,10 +169,16 @@ def resolve(
         inbox: Limit of the bytes of messages kept in this process.
         ssl: A client's TLS context, or True for the default context. With None, the
             default context is used if the address begins with tls://.
-        threads: Threads for the request handler of a blocking client.
+        handlers: Requests that the client's handler works on at the same time; None for
+            the default of the face.
         wait: Seconds to wait for a broker that is not up yet; None for no limit.
         give_up_after: Seconds without a connection after which the client no longer
             reconnects; None to give up only after several rejections of the key.
+        codec: The JSON for payloads of more types.
+        tracing: A tracer provider, True for the one that the program has set, or False.
+        window: Messages of the mailbox held without an acknowledgement; None for the
+            mailbox's own limit.
+        window_bytes: The same in bytes.
 
     Returns:
         The settings.
@@ -166,12 +194,25 @@ def resolve(
         raise TypeError(
             "allow_pickle_from takes several names: give a list, even for a single name"
         )
+    if codec is not None and not (hasattr(codec, "decode") and hasattr(codec, "register")):
+        raise TypeError(
+            f"codec takes a JsonCodec, not {codec!r:.40}; give codec='msgpack' and the like to"
+            " each call"
+        )
     if inbox <= 0:
         raise ValueError(f"inbox is a number of bytes above 0, not {inbox}")
-    if threads < 1:
-        raise ValueError(f"threads is a number of threads of at least 1, not {threads}")
-    timeout_s, wait_s = check_timeout(timeout), check_timeout(wait)
-    give_up_s = check_timeout(give_up_after)
+    if handlers is not None and handlers < 1:
+        raise ValueError(f"handlers is a number of requests of at least 1, not {handlers}")
+    if window is not None and not 1 <= window <= MAX_WINDOW:
+        raise ValueError(f"window is a number of messages from 1 to {MAX_WINDOW}, not {window}")
+    if window_bytes is not None and window_bytes < 1:
+        raise ValueError(f"window_bytes is a number of bytes of at least 1, not {window_bytes}")
+    if not isinstance(tracing, bool) and not hasattr(tracing, "get_tracer"):
+        raise TypeError(
+            f"tracing takes a TracerProvider, True or False, not {type(tracing).__name__}"
+        )
+    timeout_s, wait_s = check_timeout(timeout), check_timeout(wait, "wait")
+    give_up_s = check_timeout(give_up_after, "give_up_after")
     if give_up_after is not None and give_up_s is None:
         give_up_s = ENDLESS_S
     name = name or os.environ.get("BROKERD_NAME") or ""
@@ -198,10 +239,14 @@ def resolve(
         frozenset(allow_pickle_from),
         inbox,
         tls,
-        threads,
+        handlers,
         without_key,
         ENDLESS_S if wait_s is None else wait_s,
         give_up_s,
+        codec,
+        tracing,
+        window,
+        window_bytes,
     )
 
 
@@ -269,6 +314,10 @@ def _key(key: bytes | str | None, key_file: str | os.PathLike[str] | None) -> by
         if not key_bytes:
             raise InvalidKey(
                 "an empty key authenticates no client; give a key of at least one byte"
+            )
+        if isinstance(key, str) and os.sep in key and os.path.isfile(key):  # noqa: PTH113
+            raise InvalidKey(
+                "key is the key itself, and the path of a file was given: give key_file=PATH"
             )
         return key_bytes
     path = key_file or os.environ.get("BROKERD_KEY_FILE")
@@ -342,3 +391,43 @@ def broken(error: OSError) -> BrokerdError:
         if isinstance(error, TlsError)
         else Disconnected(f"the connection broke: {error.strerror or error}")
     )
+
+
+def channel_routes(error: Elsewhere, settings: Settings) -> Iterator[tuple[Address, Settings]]:
+    """Yield where to open a channel to a client of another host, and how.
+
+    Args:
+        error: The broker's answer.
+        settings: The client's own settings.
+    """
+    yield from ((address, settings) for address in same_kind(error.addresses, settings))
+    if settings.tls is not None:
+        return
+    with_tls = [address for address in _parsed(error.addresses) if address.tls]
+    if with_tls:
+        # Imported here, because it takes long to load.
+        import ssl
+
+        trusting = replace(settings, tls=ssl.create_default_context())
+        yield from ((address, trusting) for address in with_tls)
+
+
+def same_kind(addresses: Iterable[str], settings: Settings) -> tuple[Address, ...]:
+    """Return the addresses that need what the client has: TLS, or none.
+
+    Args:
+        addresses: As another broker has told them; those that can't be used are left out.
+        settings: The client's own settings.
+    """
+    uses_tls = settings.tls is not None
+    return tuple(address for address in _parsed(addresses) if address.tls is uses_tls)
+
+
+def _parsed(addresses: Iterable[str]) -> Iterator[Address]:
+    for text in addresses:
+        try:
+            address = parse(text)
+        except AddressError:
+            continue
+        if address.family in ("AF_INET", "AF_INET6"):
+            yield address

@@ -116,7 +116,7 @@ class Wrapped:
         return call
 
     def _wrap(self, result: Any) -> Any:
-        kinds = (aio.Message, aio.Subscription, aio.PresenceWatch)
+        kinds = (aio.Message, aio.Proxy, aio.Subscription, aio.PresenceWatch)
         return Wrapped(self._face, result) if isinstance(result, kinds) else result
 
     def __enter__(self) -> Self:

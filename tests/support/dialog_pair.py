@@ -20,6 +20,7 @@ class Owner:
     """A client that accepts no pickles."""
 
     allow_pickle_from: frozenset[str] = frozenset()
+    json_codec = None
 
 
 OWNER = Owner()
@@ -29,6 +30,7 @@ def merge(into: Effects[Message], more: Effects[Message]) -> None:
     """Add the effects of one call to another's."""
     for field in (
         "messages",
+        "stored",
         "outcomes",
         "events",
         "ended",

@@ -86,6 +86,8 @@ class FakeBroker:
     Attributes:
         intercept: Called with (session, envelope) first; a true result means that it
             has handled the frame.
+        limits, features: What whoami tells of them.
+        on_left: Called with each session whose connection has ended.
     """
 
     def __init__(self, keys: dict[str, bytes]) -> None:
@@ -93,6 +95,9 @@ class FakeBroker:
         self.online: dict[str, Session] = {}
         self.seen: list[Envelope] = []
         self.intercept: Callable[[Session, Envelope], object] | None = None
+        self.limits: dict[str, object] = {}
+        self.features: list[str] = []
+        self.on_left: Callable[[Session], object] = lambda session: None
 
     def joined(self, session: Session) -> None:
         """Add a session that has authenticated."""
@@ -101,6 +106,7 @@ class FakeBroker:
 
     def left(self, session: Session) -> None:
         """Remove a session whose connection has ended."""
+        self.on_left(session)
         if self.online.get(session.name) is session:
             del self.online[session.name]
             self.emit("$broker.offline." + session.name)
@@ -161,7 +167,8 @@ class FakeBroker:
                 "address": session.name,
                 "version": "0",
                 "protocol": 1,
-                "limits": {},
+                "limits": self.limits,
+                "features": self.features,
             }
         elif operation["op"] == "clients":
             answer = {
@@ -180,7 +187,7 @@ class FakeBroker:
         elif operation["op"] == "unsubscribe":
             with contextlib.suppress(ValueError):
                 session.subscriptions.remove((operation["topic"], operation.get("group", "")))
-        elif operation["op"] not in ("ping", "goaway", "finished"):
+        elif operation["op"] not in ("ping", "goaway", "finished", "listen", "unlisten"):
             self.refuse(session, envelope, ErrorCode.UNSUPPORTED)
             return
         session.deliver(

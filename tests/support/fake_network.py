@@ -48,6 +48,7 @@ def client(name: str, **changes: Any) -> ClientConfig:
         "keys": (),
         "connections": 1,
         "send_to": ("*",),
+        "open_from": ("*",),
         "publish": (">",),
         "subscribe": (">", "$broker.>"),
         "queue": 1 << 20,
@@ -62,7 +63,7 @@ def client(name: str, **changes: Any) -> ClientConfig:
         "source": Source("test.yaml", 1),
     }
     values |= changes
-    for rules in ("send_to", "publish", "subscribe"):
+    for rules in ("send_to", "open_from", "publish", "subscribe"):
         values[rules] = tuple(
             Rule(rule) if isinstance(rule, str) else rule for rule in values[rules]
         )
@@ -239,6 +240,10 @@ class Peer:
         """Close the connection."""
         self.net.lost(self, why)
 
+    def is_gone(self) -> bool | None:
+        """Return whether the client has closed."""
+        return bool(self.gone)
+
     def have(self, data: bytes) -> None:
         """Start with a part of a frame that arrived earlier."""
         self._reader.feed(data)
@@ -269,10 +274,13 @@ class FakeNet:
         self.now = 1000.0
         self.feed = feed
         self.broker = Broker(configs, limits=limits, version="test", now_wall=self.now)
+        self.broker.mailboxes.clock.set(self.now, self.now)
         self.peers: list[Peer] = []
         #: Called with a peer whose connection is about to end.
         self.on_losing: Callable[[Peer], None] = lambda peer: None
         self._instances = 0
+        #: How the instances of connections end: the name of this host, in a cluster.
+        self.suffix = ""
         self._settling = False
         #: Peers whose frame is handled again after the others had their turn.
         self._yielded: list[Peer] = []
@@ -294,7 +302,7 @@ class FakeNet:
             self.lost(leaving.connection, "connection replaced by a new one")
         peer = Peer(self, name)
         self._instances += 1
-        instance = f"i{self._instances}"
+        instance = f"i{self._instances}{self.suffix}"
         peer.session = self.broker.attach(
             name, instance, peer="test", now_wall=self.now, connection=peer
         )
@@ -325,14 +333,23 @@ class FakeNet:
         # Something lies before and behind, as in a buffer that others use too.
         view = memoryview(b"\x01\x02" + data + b"\x03" * 20)
         position, end = 2, 2 + len(data)
+        taps = self.broker.taps
+        if taps.active:
+            taps.begin(peer.session, view, position, self.now)
         while True:
             position, verdict = self.feed(self.broker, peer.session, view, position, end, self.now)
+            if verdict is RoutingResult.CHANNEL and not peer.session.messages_in:
+                self.lost(peer, "the connection becomes a channel")
+            elif verdict is RoutingResult.CHANNEL:
+                continue
             if verdict is not RoutingResult.FLUSH:
                 break
             self.write_touched()
             if peer.gone or peer.session.closing:
                 verdict = RoutingResult.CLOSE
                 break
+        if taps.active:
+            taps.end(view, position)
         if not peer.gone:
             if verdict is RoutingResult.CLOSE:
                 peer.reading = False
@@ -351,6 +368,9 @@ class FakeNet:
             session.outbox.touched = False
             peer: Peer = session.connection
             if not session.open:
+                continue
+            if session.host:
+                session.connection.write()
                 continue
             if self.broker.status.changes is not None:
                 self.broker.status.changes.note(session)
@@ -379,6 +399,7 @@ class FakeNet:
         self.write(peer)
         if not peer.gone:
             self.broker.held.release_if_room(peer.session, self.now)
+            self.broker.mailboxes.on_writable(peer.session)
         self.settle()
 
     def settle(self) -> None:
@@ -387,6 +408,7 @@ class FakeNet:
             return
         self._settling = True
         broker = self.broker
+        broker.send_copies()
         while broker.touched or broker.held.released or broker.has_deferred_work or self._yielded:
             broker.run_deferred(3)
             self.write_touched()
@@ -396,10 +418,13 @@ class FakeNet:
                     peer.reading = True
                     self._route(peer)
             for session in broker.held.take_released():
-                if session.open and not session.closing:
+                if session.open and session.host:
+                    session.connection.resume()
+                elif session.open and not session.closing:
                     peer: Peer = session.connection
                     peer.reading = True
                     self._route(peer)
+            broker.send_copies()
         self._settling = False
 
     def lost(self, peer: Peer, why: str) -> None:
@@ -428,7 +453,7 @@ class FakeNet:
         if self._copies is None:
             entries = configs or [client.config for client in old.exchange.clients.values()]
             new = Broker(entries, limits=old.status.limits, version="test", now_wall=self.now)
-            self._copies = new, Copier(old, few=1), Copies(new)
+            self._copies = new, Copier(old, few=1, least=1), Copies(new)
             self._copies[1].watch([peer.session for peer in self.peers])
         new, copier, copies = self._copies
         for number in copier.take_left():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import random
 import signal
 import sys
@@ -34,6 +35,9 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
     NOT_TAKEN, of Python 3.14 and later, does not count: no handler covers it, and the
     interpreter looks for no signals there.
 
+    No garbage is collected meanwhile: an exception in the destructor of something else
+    would interrupt nothing.
+
     Return the name of that bytecode; "" if it was not reached. The last bytecode of the
     call is called "return to the caller".
     """
@@ -62,6 +66,8 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
         return trace
 
     before = sys.gettrace()
+    collects = gc.isenabled()
+    gc.disable()
     sys.settrace(trace)
     try:
         function()
@@ -69,6 +75,8 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
         return name
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
     return ""
 
 

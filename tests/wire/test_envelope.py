@@ -8,6 +8,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from brokerd_client.errors import ExtensionTooDeep, InvalidName, MalformedEnvelo
 from brokerd_client.wire.envelope import (
     BROKER,
     HEADER,
+    MAX_DELAY,
+    MAX_STORED_TTL,
+    MAX_TTL,
     CodecId,
     Envelope,
     ErrorCode,
@@ -29,12 +33,20 @@ from brokerd_client.wire.envelope import (
     check_topic,
     encode,
     error_payload,
+    extension_part,
     head,
     is_address,
+    is_delay,
+    is_key,
     is_name,
+    is_stored_ttl,
+    is_ttl,
+    lone_key,
+    lone_ttl,
     parse,
     split,
     split_address,
+    ttl_extension,
 )
 
 ID = 0x0102030405060708
@@ -67,6 +79,15 @@ EVENTS = st.builds(
     topic=NAMES.filter(bool),
     payload=st.binary(max_size=200),
     extension=st.none() | st.dictionaries(st.text(), JSON_VALUES, max_size=4),
+)
+
+
+DELIVERIES = st.builds(
+    lambda envelope, flags, seq, attempt: replace(envelope, flags=flags, seq=seq, attempt=attempt),
+    st.one_of(ENVELOPES.filter(lambda envelope: envelope.kind is Kind.MESSAGE), EVENTS),
+    flags=st.sampled_from([Flag.ACK, Flag.RECEIPT | Flag.ACK]),
+    seq=st.integers(0, 2**64 - 1),
+    attempt=st.integers(0, 2**16 - 1),
 )
 
 
@@ -118,6 +139,64 @@ def test_envelope_event_with_extension_is_encoded_as_documented() -> None:
     )
 
 
+def test_envelope_delivery_is_encoded_as_documented() -> None:
+    """The seq and the attempt of a delivery stand behind the name, or the topic."""
+    message = Envelope(
+        Kind.MESSAGE, ID, "bob", b"!", flags=Flag.ACK, extension={}, seq=258, attempt=3
+    )
+    event = Envelope(Kind.EVENT, 1, "a", b"!", flags=Flag.ACK, topic="t", seq=1, attempt=1)
+
+    assert (
+        encode(message)
+        == header(1, 6, 0, 3) + b"bob" + b"\0\0\0\0\0\0\1\2" + b"\0\3" + b"\0\2{}" + b"!"
+    )
+    assert (
+        encode(event)
+        == header(5, 4, 0, 1, 1) + b"a" + b"\1t" + b"\0\0\0\0\0\0\0\1" + b"\0\1" + b"!"
+    )
+    assert split(encode(event)) == (replace(event, payload=b""), 25)
+
+
+@pytest.mark.parametrize("kind", [Kind.REQUEST, Kind.REPLY, Kind.ERROR, Kind.RECEIPT, Kind.ACK])
+def test_envelope_of_other_kind_with_ack_has_no_seq(kind: Kind) -> None:
+    """Only a MESSAGE and an EVENT can be deliveries."""
+    body = encode(Envelope(kind, ID, "bob", b"x", flags=Flag.ACK, seq=1, attempt=1))
+
+    assert body == header(kind, 4, 0, 3) + b"bob" + b"x"
+    assert parse(body) == Envelope(kind, ID, "bob", b"x", flags=Flag.ACK)
+
+
+@pytest.mark.parametrize(("seq", "attempt"), [(-1, 1), (2**64, 1), (1, -1), (1, 2**16)])
+def test_envelope_with_seq_or_attempt_out_of_range_raises(seq: int, attempt: int) -> None:
+    with pytest.raises(PayloadError, match="a seq is an unsigned 64-bit number"):
+        encode(Envelope(Kind.MESSAGE, flags=Flag.ACK, seq=seq, attempt=attempt))
+
+
+@pytest.mark.parametrize("flags", [Flag.ACK, Flag.ACK | Flag.EXTENSION])
+@pytest.mark.parametrize("rest", [b"", b"x", b"\xff" * 9, b"\xff" * 30])
+def test_envelope_delivery_from_client_is_read_up_to_name(flags: int, rest: bytes) -> None:
+    """The broker refuses it, whatever follows the name or the topic."""
+    message = header(1, flags, 0, 3) + b"bob" + rest
+    event = header(5, flags) + b"\1t" + rest
+
+    assert split(message, from_client=True) == (
+        Envelope(Kind.MESSAGE, ID, "bob", flags=flags),
+        len(message),
+    )
+    assert split(event, from_client=True) == (
+        Envelope(Kind.EVENT, ID, flags=flags, topic="t"),
+        len(event),
+    )
+
+
+def test_envelope_ack_from_client_is_read() -> None:
+    body = encode(Envelope(Kind.ACK, ID, payload=b"{}", flags=Flag.ACK, extension={"a": 1}))
+
+    envelope, start = split(body, from_client=True)
+
+    assert (envelope.extension, body[start:]) == ({"a": 1}, b"{}")
+
+
 def test_envelope_numbers_and_codes_are_fixed() -> None:
     """Clients in other languages hold copies of these numbers and words."""
     assert {kind.name: kind.value for kind in Kind} == {
@@ -128,6 +207,8 @@ def test_envelope_numbers_and_codes_are_fixed() -> None:
         "EVENT": 5,
         "RECEIPT": 6,
         "ACK": 7,
+        "OPEN": 8,
+        "JOIN": 9,
     }
     assert {flag.name: flag.value for flag in Flag} == {"RECEIPT": 1, "EXTENSION": 2, "ACK": 4}
     assert {codec.name: codec.value for codec in CodecId} == {
@@ -149,6 +230,9 @@ def test_envelope_numbers_and_codes_are_fixed() -> None:
         "malformed",
         "unsupported",
         "shutting_down",
+        "in_doubt",
+        "store_failed",
+        "elsewhere",
         "name_taken",
         "replaced",
         "key_removed",
@@ -157,7 +241,7 @@ def test_envelope_numbers_and_codes_are_fixed() -> None:
     assert HEADER.size == 12
 
 
-@given(st.one_of(ENVELOPES, EVENTS))
+@given(st.one_of(ENVELOPES, EVENTS, DELIVERIES))
 def test_envelope_encoded_is_parsed_back(envelope: Envelope) -> None:
     """Every field survives. The EXTENSION bit is set if and only if there is an
     extension.
@@ -174,6 +258,8 @@ def test_envelope_encoded_is_parsed_back(envelope: Envelope) -> None:
         flags,
         envelope.topic,
         envelope.extension,
+        envelope.seq,
+        envelope.attempt,
     )
     assert len(parsed) == len(envelope.payload)
 
@@ -222,9 +308,9 @@ def test_envelope_shorter_than_header_is_malformed(size: int) -> None:
     assert caught.value.message_id == 0
 
 
-@pytest.mark.parametrize("kind", [0, 8, 9, 127, 128, 255])
+@pytest.mark.parametrize("kind", [0, 10, 11, 127, 128, 255])
 def test_envelope_unknown_kind_is_malformed(kind: int) -> None:
-    """There are seven kinds."""
+    """There are nine kinds."""
     with pytest.raises(MalformedEnvelope, match=f"kind {kind} is not known") as caught:
         parse(header(kind=kind))
 
@@ -274,6 +360,10 @@ def test_envelope_unknown_flag_is_malformed(bit: int, known: int) -> None:
             "the extension is not JSON",
         ),
         (header(kind=5, flags=2) + b"\x01a\x00\x05{}", "ends inside the extension"),
+        (header(flags=4), "ends inside the seq or the attempt"),
+        (header(flags=4, name_size=1) + b"a" + b"1" * 9, "ends inside the seq or the attempt"),
+        (header(kind=5, flags=6) + b"\x01a" + b"1" * 9, "ends inside the seq or the attempt"),
+        (header(flags=6) + b"1" * 10, "ends before the extension's length"),
     ],
 )
 def test_envelope_with_wrong_lengths_or_text_is_malformed(body: bytes, reason: str) -> None:
@@ -554,9 +644,134 @@ def test_extension_with_lone_surrogate_passes() -> None:
     assert parse(body).extension == {"é": "\ud800"}
 
 
+@pytest.mark.parametrize("ttl", [0, 1, 30, 30.0, 0.1, 0.1 + 0.2, 1e-7, 12345678.25, MAX_TTL])
+def test_extension_with_ttl_alone_is_written_and_read_as_any_json(ttl: float) -> None:
+    body = encode(Envelope(Kind.REQUEST, 1, "bob", b"x", extension={"ttl": ttl}))
+    written = body[HEADER.size + len("bob") + 2 : -1]
+    read = parse(body).extension
+
+    assert written == json.dumps({"ttl": ttl}, separators=(",", ":")).encode()
+    assert read is not None
+    assert (type(read["ttl"]), read) == (type(ttl), {"ttl": ttl})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"ttl":30.0}',
+        '{"ttl":0}',
+        '{"ttl":30.}',
+        '{"ttl":030}',
+        '{"ttl":-1}',
+        '{"ttl":1e3}',
+        '{"ttl":12345678901}',
+        '{"ttl": 30}',
+        '{"ttl":30,"a":1}',
+        '{"ttl":"30"}',
+        '{"ttl":30}\n',
+    ],
+)
+def test_lone_ttl_returns_what_json_has_or_none(text: str) -> None:
+    extension = lone_ttl(text.encode())
+
+    assert extension is None or extension == json.loads(text)
+
+
+@pytest.mark.parametrize("key", ["a", "0" * 64, "k-1.x y", "é", '"', "\\", "\n", "\x7f"])
+def test_extension_with_key_alone_is_written_and_read_as_any_json(key: str) -> None:
+    body = encode(Envelope(Kind.MESSAGE, 1, "bob", b"x", extension={"key": key}))
+
+    assert json.loads(body[HEADER.size + len("bob") + 2 : -1]) == {"key": key}
+    assert parse(body).extension == {"key": key}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"key":"a b"}',
+        '{"key":"~"}',
+        '{"key":""}',
+        '{"key": "a"}',
+        '{"key":"a","b":1}',
+        '{"key":"\\u0061"}',
+        '{"key":"a\\"}',
+        '{"key":"é"}',
+        '{"key":1}',
+        '{"key":"' + "k" * 65 + '"}',
+        '{"key":"a"}\n',
+    ],
+)
+def test_lone_key_returns_what_json_has_or_none(text: str) -> None:
+    extension = lone_key(text.encode())
+
+    assert extension is None or extension == json.loads(text)
+
+
 def test_extension_flag_without_extension_is_cleared() -> None:
     """A caller that sets the bit without an extension does not make a malformed frame."""
     assert parse(encode(Envelope(Kind.MESSAGE, flags=Flag.EXTENSION | Flag.ACK))).flags == Flag.ACK
+
+
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [
+        ("a", True),
+        ("k" * 64, True),
+        ("é" * 32, True),
+        (" \0\n", True),
+        ("", False),
+        ("k" * 65, False),
+        ("é" * 33, False),
+        ("\ud800", False),
+        (b"a", False),
+        (1, False),
+        (None, False),
+    ],
+)
+def test_key_of_1_to_64_bytes_of_text_is_valid(key: object, valid: bool) -> None:
+    assert is_key(key) is valid
+
+
+@pytest.mark.parametrize(
+    ("seconds", "as_delay", "as_stored_ttl", "as_ttl"),
+    [
+        (0, True, False, True),
+        (-1, False, False, True),
+        (0.001, True, True, True),
+        (MAX_DELAY, True, True, True),
+        (MAX_DELAY + 0.5, False, True, True),
+        (MAX_STORED_TTL, False, True, True),
+        (MAX_STORED_TTL + 1, False, False, True),
+        (MAX_TTL + 1, False, False, False),
+        (float("inf"), False, False, False),
+        (float("nan"), False, False, False),
+        (True, False, False, False),
+        ("1", False, False, False),
+        (None, False, False, False),
+    ],
+)
+def test_delay_and_ttl_within_their_ranges_are_valid(
+    seconds: object, as_delay: bool, as_stored_ttl: bool, as_ttl: bool
+) -> None:
+    """A delay takes 30 days at most, a ttl in a mailbox 3,650 days."""
+    assert (MAX_DELAY, MAX_STORED_TTL) == (2_592_000, 315_360_000)
+    assert (is_delay(seconds), is_stored_ttl(seconds), is_ttl(seconds)) == (
+        as_delay,
+        as_stored_ttl,
+        as_ttl,
+    )
+
+
+def test_error_payload_about_stored_message_holds_seq_and_names() -> None:
+    payload = error_payload(ErrorCode.FULL, "no room", "bob", seq=7, names=["bob", "carol"])
+
+    assert json.loads(payload) == {
+        "code": "full",
+        "message": "no room",
+        "name": "bob",
+        "seq": 7,
+        "names": ["bob", "carol"],
+    }
 
 
 def test_error_payload_holds_code_message_and_name() -> None:
@@ -711,3 +926,12 @@ def test_checks_with_any_text_raise_at_most_invalid_name(text: str) -> None:
             assert check(text) == text
         except InvalidName:
             continue
+
+
+@pytest.mark.parametrize("ttl", [30.0, 30, 0.1, 1e-9, 1.0, 1])
+def test_ttl_extension_is_written_as_any_other(ttl: float) -> None:
+    extension = ttl_extension(ttl)
+
+    assert extension == {"ttl": ttl}
+    assert extension_part(extension) == extension_part({"ttl": ttl})
+    assert extension_part({**extension, "a": 1}) == extension_part({"ttl": ttl, "a": 1})

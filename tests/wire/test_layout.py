@@ -24,7 +24,7 @@ def test_layout_parts_agree_with_whole() -> None:
 def test_layout_plain_numbers_equal_enums() -> None:
     """Each plain number is named after its member."""
     numbers = [name for name in layout.__all__ if name.endswith(("_KIND", "_FLAG", "_CODEC"))]
-    assert len(numbers) == 8
+    assert len(numbers) == 12
     for name in numbers:
         member, _, kind = name.rpartition("_")
         enum = {"KIND": layout.Kind, "FLAG": layout.Flag, "CODEC": layout.CodecId}[kind]

@@ -148,6 +148,22 @@ def test_protocol_page_frames_equal_library() -> None:
     assert example("frames") == [(side, frame(encode(envelope))) for side, envelope in envelopes]
 
 
+def test_protocol_page_mailbox_frames_equal_library() -> None:
+    """The library encodes and parses the delivery and the ACKs of the page."""
+    delivery = Envelope(Kind.MESSAGE, 7, "alice", b"hello", flags=Flag.ACK, seq=0x102, attempt=2)
+    envelopes = [
+        ("broker", delivery),
+        ("client", Envelope(Kind.ACK, 0x102, flags=Flag.RECEIPT)),
+        ("broker", Envelope(Kind.RECEIPT, 0x102, "$broker", flags=Flag.ACK)),
+        ("client", Envelope(Kind.ACK, 0x103, "", b'{"verb":"failed"}', CodecId.JSON)),
+    ]
+
+    frames = example("mailbox")
+
+    assert frames == [(side, frame(encode(envelope))) for side, envelope in envelopes]
+    assert parse(frames[0][1][4:]) == delivery
+
+
 def test_protocol_page_frames_are_parsed() -> None:
     """The library parses the page's bytes and finds what the page's remarks say."""
     reader = FrameReader()

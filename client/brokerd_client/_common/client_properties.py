@@ -21,7 +21,7 @@ class ClientProperties:
     @property
     def _broker_address(self) -> Address:
         """The address of the present connection, or of the next attempt."""
-        return self._addresses[self._dialog.turn]
+        return (*self._dialog.detour, *self._addresses)[self._dialog.turn]
 
     @property
     def name(self) -> str:

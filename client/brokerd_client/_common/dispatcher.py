@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
+from brokerd_client._common.rpc import call_failure, is_call
 from brokerd_client._common.warning_limiter import WarningLimiter
+from brokerd_client.channel_offer import ChannelOffer
 from brokerd_client.connection_event import ConnectionEvent
-from brokerd_client.errors import BrokerdError
+from brokerd_client.errors import BrokerdError, RequestFailed
 from brokerd_client.message import Message, extension_cost
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.inbox import OVERHEAD, Inbox
+from brokerd_client.protocol.mailbox import ack_body
 from brokerd_client.wire.layout import REQUEST_KIND
 
-__all__ = ["Dispatcher", "Job", "Sink", "WaitQueue", "log"]
+__all__ = ["Dispatcher", "FailureAnswer", "Job", "Sink", "WaitQueue", "failure_body", "log"]
 
 M = TypeVar("M", bound=Message)
 
 #: A callable and its argument.
 Job = tuple[Callable[[Any], object], Any]
+
+#: Returns the text and the code of the answer to a request whose handler has raised.
+FailureAnswer = Callable[[BaseException], tuple[str, str]]
 
 #: Memory of a waiting error in bytes, together with its job, but without its texts.
 _ERROR_COST: Final = 800
@@ -69,7 +75,10 @@ class Dispatcher(Generic[M]):
         inbox: Messages for recv.
         ordered: Jobs done one after the other.
         requests: Jobs done concurrently.
-        answering: Wraps a request handler so that its result is sent as the reply.
+        answering: Wraps a request handler so that its result is sent as the reply. Its
+            second argument makes the answer to an exception.
+        settling: Wraps a message handler so that messages from the mailbox are
+            acknowledged when it returns.
     """
 
     def __init__(
@@ -77,14 +86,18 @@ class Dispatcher(Generic[M]):
         inbox: WaitQueue,
         ordered: WaitQueue,
         requests: WaitQueue,
-        answering: Callable[[Callable[[M], object]], Callable[[M], object]],
+        answering: Callable[[Callable[[M], object], FailureAnswer], Callable[[M], object]],
+        settling: Callable[[Callable[[M], object]], Callable[[M], object]],
     ) -> None:
         self.inbox = inbox
         self.ordered = ordered
         self.requests = requests
         self._answering = answering
+        self._settling = settling
         self._on_message: Callable[[M], object] | None = None
+        self._on_stored: Callable[[M], object] | None = None
         self._on_request: Callable[[M], object] | None = None
+        self._on_call: Callable[[M], object] | None = None
         self._on_undelivered: Callable[[BrokerdError], object] | None = None
         self._on_connection: Callable[[ConnectionEvent], object] | None = None
         #: The last change of the connection, which a new handler gets first.
@@ -97,11 +110,17 @@ class Dispatcher(Generic[M]):
     def handle_messages(self, handler: Callable[[M], object]) -> None:
         """Pass messages to the handler, beginning with those that already wait."""
         self._on_message = handler
+        self._on_stored = self._settling(handler)
         self._dispatch_again()
 
     def handle_requests(self, handler: Callable[[M], object]) -> None:
         """Pass requests to the handler, beginning with those that already wait."""
-        self._on_request = self._answering(handler)
+        self._on_request = self._answering(handler, _handler_failure)
+        self._dispatch_again()
+
+    def handle_calls(self, handler: Callable[[M], object]) -> None:
+        """Pass calls of methods to the handler, beginning with those that already wait."""
+        self._on_call = self._answering(handler, call_failure)
         self._dispatch_again()
 
     def handle_undelivered(self, handler: Callable[[BrokerdError], object]) -> None:
@@ -119,35 +138,78 @@ class Dispatcher(Generic[M]):
     def _dispatch_again(self) -> None:
         inbox: Inbox[M] = self.inbox.inbox
         waiting_messages = inbox.take_all()
+        stored = [message for message in waiting_messages if message.seq]
+        if stored:
+            self.dispatch_stored(stored)
+            waiting_messages = [message for message in waiting_messages if not message.seq]
         if waiting_messages:
             self.dispatch_messages(waiting_messages, sum(map(_weight, waiting_messages)))
 
     def dispatch_messages(self, messages: list[M], size: int) -> None:
         """Dispatch messages and requests in their order; ``size`` bytes in all."""
-        answer_request, handle_message = self._on_request, self._on_message
-        if answer_request is None and handle_message is None:
-            self.inbox.put(messages, size)
-            return
+        for queue, items, share in self.by_queue(messages, size):
+            queue.put(items, share)
+
+    def by_queue(self, messages: list[M], size: int) -> list[tuple[Any, list[Any], int]]:
+        """Return the items for each wait queue, in order, and their share of the bytes."""
+        if self._on_request is None and self._on_message is None and self._on_call is None:
+            return [(self.inbox, messages, size)]
+        if self._on_call is None and len({message._kind for message in messages}) == 1:
+            # The usual case: all messages go to the first message's queue.
+            queue, item = self.place_of(messages[0])
+            if queue is self.inbox:
+                return [(queue, messages, size)]
+            handler = item[0]
+            return [(queue, [(handler, message) for message in messages], size)]
         share = size // len(messages)
-        request_jobs: list[Job] = []
-        message_jobs: list[Job] = []
-        waiting_messages: list[M] = []
+        by_queue: dict[WaitQueue, list[Any]] = {}
         for message in messages:
-            if message._kind == REQUEST_KIND:
-                if answer_request is not None:
-                    request_jobs.append((answer_request, message))
-                    continue
-            elif handle_message is not None:
-                message_jobs.append((handle_message, message))
-                continue
-            waiting_messages.append(message)
-        for queue, items in (
-            (self.requests, request_jobs),
-            (self.ordered, message_jobs),
-            (self.inbox, waiting_messages),
-        ):
-            if items:
-                queue.put(items, share * len(items))
+            queue, item = self.place_of(message)
+            by_queue.setdefault(queue, []).append(item)
+        return [(queue, items, share * len(items)) for queue, items in by_queue.items()]
+
+    def place_of(self, message: M) -> tuple[Any, Any]:
+        """Return the wait queue of a message or request, and its item there."""
+        if message._kind == REQUEST_KIND:
+            queue, handler = self.requests, self._on_request
+            if self._on_call is not None and is_call(message):
+                handler = self._on_call
+        else:
+            queue, handler = self.ordered, self._on_message
+        return (self.inbox, message) if handler is None else (queue, (handler, message))
+
+    def dispatch_stored(self, messages: list[M]) -> None:
+        """Dispatch messages and events from the mailbox, in their order."""
+        queue, items, size = self.for_stored(messages)
+        queue.put(items, size)
+
+    def for_stored(self, messages: list[M]) -> tuple[Any, list[Any], int]:
+        """Return the wait queue of messages from the mailbox, the items for it, and their
+        bytes.
+        """
+        size = sum(map(_weight, messages))
+        handle = self._on_stored
+        if handle is None:
+            return self.inbox, messages, size
+        return self.ordered, [(handle, message) for message in messages], size
+
+    def take_stored(self) -> list[M]:
+        """Take and return the messages from the mailbox that no handler has begun and no
+        caller has taken.
+        """
+        stored: list[M] = []
+        for queue, messages_of in ((self.ordered, _message_of), (self.inbox, _itself)):
+            items = queue.take_all()
+            others = []
+            for item in items:
+                message = messages_of(item)
+                if isinstance(message, Message) and message.seq:
+                    stored.append(cast("M", message))
+                else:
+                    others.append(item)
+            if others:
+                queue.put(others, sum(_weight(messages_of(item)) for item in others))
+        return stored
 
     def dispatch_events(self, events: Iterable[tuple[Sink, Any]]) -> None:
         """Dispatch events, all events of a subscription together."""
@@ -264,12 +326,31 @@ class Dispatcher(Generic[M]):
                 log().warning("%s", line)
 
 
+def failure_body(error: BaseException) -> bytes:
+    """Return the payload of the ACK of a message whose handler has raised."""
+    return ack_body("failed", None, f"{type(error).__name__}: {error}")
+
+
+def _message_of(job: Any) -> Any:
+    return job[1]
+
+
+def _itself(item: Any) -> Any:
+    return item
+
+
+def _handler_failure(error: BaseException) -> tuple[str, str]:
+    return f"the handler failed: {type(error).__name__}", RequestFailed.code
+
+
 def _weight(item: object) -> int:
     """Return the memory of a waiting message, error or presence change, in bytes."""
     if isinstance(item, Message):
         return (
             OVERHEAD + len(item) + (0 if item.extension is None else extension_cost(item.extension))
         )
+    if isinstance(item, ChannelOffer):
+        return OVERHEAD + len(item.payload)
     if isinstance(item, BrokerdError):
         return _ERROR_COST + sys.getsizeof(str(item)) + sys.getsizeof(getattr(item, "name", ""))
     return OVERHEAD

@@ -10,7 +10,7 @@ import os
 
 from brokerd_client.wire.handshake import NONCE_SIZE
 
-__all__ = ["first_id", "jitter", "nonce"]
+__all__ = ["dedup_key", "first_id", "jitter", "nonce"]
 
 
 def first_id() -> int:
@@ -26,3 +26,8 @@ def nonce() -> bytes:
 def jitter() -> float:
     """Return a number in [0, 1)."""
     return int.from_bytes(os.urandom(4), "big") / 2**32
+
+
+def dedup_key() -> str:
+    """Return a key that no other message has."""
+    return os.urandom(16).hex()

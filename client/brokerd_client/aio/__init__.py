@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from brokerd_client.aio.client import (
     Client,
+    Listener,
     Message,
     PresenceWatch,
+    Proxy,
     Subscription,
     connect,
 )
 from brokerd_client.aio.opening import Opening
+from brokerd_client.aio.streams import Stream
 
 __all__ = [
     "Client",
+    "Listener",
     "Message",
     "Opening",
     "PresenceWatch",
+    "Proxy",
+    "Stream",
     "Subscription",
     "connect",
 ]

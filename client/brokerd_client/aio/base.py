@@ -1,7 +1,8 @@
 """The connection of an asyncio client, the task that reconnects, and the waiting calls.
 
 A part of the asyncio face. It moves bytes, runs at the dialog's next deadline and wakes
-waiting tasks. All frames sent in one turn of the event loop leave with one system call.
+waiting tasks. All frames sent in one turn of the event loop leave with one system call;
+those of the tasks that one read wakes leave in batches.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 import inspect
 import os
 from asyncio import _get_running_loop as running_loop
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -20,27 +23,47 @@ from brokerd_client._common import forks
 from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
-from brokerd_client.aio.compat import cancelling, create_task, timeout_at, uncancel
-from brokerd_client.aio.handlers import ends_worker, request_job
+from brokerd_client._common.rpc import Service
+from brokerd_client.address import Address
+from brokerd_client.aio.channels import begin_channel
+from brokerd_client.aio.compat import WaitTimeout, cancelling, create_task, timeout_at, uncancel
+from brokerd_client.aio.handlers import RequestJob, ends_worker, stored_job
+from brokerd_client.aio.streams import Stream
 from brokerd_client.aio.subscriptions import BaseSubscription, Message
 from brokerd_client.aio.transport import Resolver, Transport, dial
 from brokerd_client.aio.waiters import WaitQueue
+from brokerd_client.aio.wakeups import Wakeups
+from brokerd_client.codec import encode
 from brokerd_client.errors import (
     AddressError,
     BrokerdError,
     Closed,
     Disconnected,
+    Elsewhere,
     TimedOut,
+    TlsError,
     WrongLoop,
     WrongProcess,
 )
-from brokerd_client.message import Receipt
+from brokerd_client.message import VALUE_COST, Receipt
 from brokerd_client.protocol.bulk import Bulk
 from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
+from brokerd_client.protocol.mailbox import ack_body
 from brokerd_client.protocol.pending import Deadline, within
 from brokerd_client.protocol.state import State
-from brokerd_client.settings import ENDLESS_S, Settings, broken, check_timeout, no_connection
+from brokerd_client.settings import (
+    ENDLESS_S,
+    Settings,
+    broken,
+    channel_routes,
+    check_timeout,
+    no_connection,
+    same_kind,
+)
+from brokerd_client.wire.envelope import check_address
+from brokerd_client.wire.first_frames import OPEN_ID, join_frame, open_frame
+from brokerd_client.wire.layout import REPLY_KIND, REQUEST_KIND
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,21 +73,29 @@ __all__ = ["BaseClient"]
 H = TypeVar("H")
 R = TypeVar("R")
 S = TypeVar("S", bound=BaseSubscription[Any])
+WorkerDone = Callable[[asyncio.Task[None]], object]
 
-#: Most requests that a client's handler works on at the same time.
-_REQUEST_TASKS: Final = 64
+#: Requests that a client's handler works on at the same time, unless ``handlers`` says
+#: otherwise.
+_DEFAULT_HANDLERS: Final = 256
+#: Kept in a name, because looking up an enum member takes long.
+_READY: Final = State.READY
 #: States in which the socket is read even if the inbox is full.
 _ALWAYS_READ: Final = (State.AUTHENTICATING, State.INTRODUCING, State.CLOSING)
 #: Seconds between two checks whether a connection that is not read has ended.
 _END_CHECK_S: Final = 0.5
 #: Seconds by which the dialog may be late with its own deadlines.
 _LATENESS_S: Final = 1.0
-#: Seconds after its deadline when a call ends, if the dialog has not ended it.
-_GRACE_S: Final = 0.05
+#: Seconds between two searches for calls that the dialog has not ended in time.
+_OVERDUE_CHECK_S: Final = 0.5
 #: States in which the client has no connection and the dialog knows it.
 _WITHOUT_CONNECTION: Final = (State.WAITING, State.GONE, State.CLOSED)
 #: Most bytes that are kept until the loop's next turn; more are written at once.
 _FLUSH_ABOVE: Final = 64 * 1024
+#: Frames of the tasks and jobs that a read wakes which are written at once, if more than
+#: so many tasks or jobs follow. The broker and the other clients then work on them
+#: meanwhile. If all frames were written at the end, one process at a time would work.
+_BATCH: Final = 32
 
 
 class BaseClient(ClientProperties):
@@ -76,10 +107,17 @@ class BaseClient(ClientProperties):
 
     def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
+        self.json_codec = settings.json_codec
+        self._service = Service(allow_async=True)
         self._settings = settings
         self._addresses = settings.addresses
+        self._handlers = settings.handlers or _DEFAULT_HANDLERS
         self._loop = asyncio.get_running_loop()
         self._thread_id = get_ident()
+        #: The thread that now runs tasks which a read has woken; 0 if none does. And
+        #: whether that is a single task.
+        self._waking_thread = 0
+        self._wakes_one = False
         self._dialog: Dialog[Message] = Dialog(
             settings.key,
             settings.name,
@@ -92,7 +130,12 @@ class BaseClient(ClientProperties):
             addresses=len(settings.addresses),
             give_up_s=settings.give_up_s,
             inbox=settings.inbox,
+            window=settings.window,
+            window_bytes=settings.window_bytes,
+            usable=lambda addresses: same_kind(addresses, settings),
         )
+        #: Its counts of bytes, which each send compares.
+        self._encoder = self._dialog.encoder
         self._resolver = Resolver()
         self._transport: Transport | None = None
         #: Every transport whose connection is not closed yet.
@@ -102,23 +145,42 @@ class BaseClient(ClientProperties):
         self._clear = False
         self._clear_waiters: list[asyncio.Future[None]] = []
         self._flushing = False
+        #: Frames queued since the last read, and whether the next frame is probably
+        #: alone between two reads, as the previous frame was.
+        self._frames = 0
+        self._alone = False
+        #: The callbacks of this turn and the next one, of asyncio's own loops.
+        self._scheduled: Sequence[object] = getattr(self._loop, "_ready", ())
+        #: The calls that have a deadline, by id.
+        self._calls: dict[int, tuple[asyncio.Future[Any], float]] = {}
+        #: Whether a timer searches for overdue calls.
+        self._checks_calls = False
         self._timer: asyncio.TimerHandle | None = None
         #: The time of the timer; uvloop's handles do not keep a time that has passed.
         self._timer_at = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._forked = False
         self._meter = InboxMeter(settings.inbox)
+        self._wakeups = Wakeups(self._loop)
         self._subscriptions: set[BaseSubscription[Any]] = set()
         self._inbox: WaitQueue[Message] = self._new_queue()
         self._ordered: WaitQueue[Job] = self._new_queue()
         self._requests: WaitQueue[Job] = self._new_queue()
         self._dispatcher: Dispatcher[Message] = Dispatcher(
-            self._inbox, self._ordered, self._requests, request_job
+            self._inbox, self._ordered, self._requests, RequestJob, stored_job
         )
-        self._workers: dict[WaitQueue[Job], set[asyncio.Task[None]]] = {
-            self._ordered: set(),
-            self._requests: set(),
+        #: Whether the program has begun to receive messages.
+        self._receives = False
+        #: The tasks that empty each queue, and what is called if one ends before that.
+        self._workers: dict[WaitQueue[Job], dict[asyncio.Task[None], WorkerDone]] = {
+            self._ordered: {},
+            self._requests: {},
         }
+        #: A task for each queue that has done all its jobs, and waits at the future for
+        #: more. It does them sooner than a new task.
+        self._idle_workers: dict[
+            WaitQueue[Job], tuple[asyncio.Task[None], WorkerDone, asyncio.Future[None]]
+        ] = {}
         #: The tasks of the request handlers that run; None after a cancelled request has
         #: stopped its handler.
         self._running: dict[Message, asyncio.Task[None] | None] = {}
@@ -128,8 +190,8 @@ class BaseClient(ClientProperties):
         self._checks_end = False
         #: Whether the task that reconnects has ended.
         self._connect_task_ended = False
-        self._ordered.on_put = lambda: self._start_workers(self._ordered, 1)
-        self._requests.on_put = lambda: self._start_workers(self._requests, _REQUEST_TASKS)
+        self._ordered.on_put = partial(self._start_workers, self._ordered, 1)
+        self._requests.on_put = partial(self._start_workers, self._requests, self._handlers)
         self._gone: asyncio.Future[None] = self._loop.create_future()
         forks.register(self)
         self._connect_task = create_task(self._loop, self._keep_connected(), "brokerd client")
@@ -138,8 +200,8 @@ class BaseClient(ClientProperties):
     def _after_fork(self) -> None:
         """Disable this copy in a forked child; see brokerd_client._common.forks."""
         self._forked = True
-        # Not the id of any thread, so that a send need not check _forked.
-        self._thread_id = 0
+        # Never set again, so that a send need not check _forked.
+        self._clear = False
         for transport in self._transports:
             sock = transport.asyncio_transport.get_extra_info("socket")
             if sock is not None:
@@ -169,15 +231,27 @@ class BaseClient(ClientProperties):
                 " asyncio.run_coroutine_threadsafe, or connect a blocking client"
             )
 
+    def _is_elsewhere(self) -> bool:
+        """Return whether the caller runs outside the client's event loop.
+
+        A task that a read has woken needs no look at the running loop. Up to Python 3.12
+        that costs a system call.
+        """
+        return get_ident() != self._waking_thread and running_loop() is not self._loop
+
     def _deadline(self, timeout: float | None) -> float | None:
         """Return the deadline for a timeout in seconds.
 
         Raises ValueError if it is not valid.
         """
-        if timeout is None:
-            return None
-        limit = check_timeout(timeout)
-        return None if limit is None else Deadline(self._loop.time() + limit, limit)
+        if type(timeout) is not float or not 0 <= timeout < ENDLESS_S:
+            timeout = check_timeout(timeout)
+            if timeout is None:
+                return None
+        # As in Deadline.after, without the call.
+        deadline = Deadline(self._loop.time() + timeout)
+        deadline.timeout_s = timeout
+        return deadline
 
     @property
     def _can_answer(self) -> bool:
@@ -240,20 +314,52 @@ class BaseClient(ClientProperties):
 
     def _write(self) -> None:
         """Schedule the writing of the dialog's frames: all frames of this turn at once."""
-        if self._dialog.untaken > _FLUSH_ABOVE:
+        encoder = self._encoder
+        waiting_bytes = encoder.queued - encoder.taken
+        if not waiting_bytes:
+            return
+        self._frames += 1
+        if waiting_bytes > _FLUSH_ABOVE:
             self._flush()
-        elif not self._flushing and self._dialog.untaken:
+        elif self._frames % _BATCH == 0 and self._many_follow():
+            self._write_queued()
+        elif not self._flushing:
             # In this order: a signal handler's exception in between costs a needless
             # flush. In the other order it would prevent all later flushes.
             self._loop.call_soon(self._flush)
             self._flushing = True
 
+    def _many_follow(self) -> bool:
+        """Return whether many tasks and jobs that the last read woke are still to run."""
+        return max(self._wakeups.left, len(self._requests.inbox.items)) > _BATCH
+
+    def _write_last(self) -> None:
+        """Write the frame of a task that now waits: at once, if it is alone.
+
+        The next turn of the loop would be too late for a task that does nothing but
+        exchange single frames. No other frame follows in this turn if no other callback
+        is scheduled. Without knowledge of the callbacks, as with uvloop, the loop itself
+        writes only at the end of the turn. The only task that a read wakes writes before
+        the read ends: the rest of its work costs the peer no time then.
+        """
+        if self._alone and not self._scheduled and (self._wakes_one or not self._flushing):
+            self._alone = False
+            self._frames += 1
+            self._write_queued()
+        else:
+            self._write()
+
     def _flush(self) -> None:
         # Cleared here, so that a callback that the loop lost to an interrupt is missed
         # only once.
         self._flushing = False
+        if self._encoder.queued != self._encoder.taken:
+            self._write_queued()
+
+    def _write_queued(self) -> None:
+        """Pass the queued frames to the event loop, which writes them at once."""
         transport = self._transport
-        if transport is None or not self._dialog.untaken:
+        if transport is None:
             return
         try:
             data = self._dialog.data_to_send()
@@ -274,20 +380,43 @@ class BaseClient(ClientProperties):
         """Write the queued frames; return the call's outcome, or raise it if it is an
         error.
         """
-        timer: asyncio.TimerHandle | None = None
         try:
-            self._write()
-            self._schedule()
+            self._write_last()
+            if deadline is not None:
+                self._calls[message_id] = call, deadline
+                if self._timer is None or deadline < self._timer_at or not self._checks_calls:
+                    self._start_timers(deadline)
             if self._meter.full:
                 self._update_reading()
-            if deadline is not None and not call.done():
-                # The dialog's own deadline expires first, unless it has lost the call.
-                timer = self._loop.call_at(deadline + _GRACE_S, _expire, call, message_id, deadline)
             return await call
-        finally:
-            if timer is not None:
-                timer.cancel()
+        except BaseException:
             self._abandon(call, message_id)
+            raise
+        finally:
+            if deadline is not None:
+                self._calls.pop(message_id, None)
+
+    def _start_timers(self, deadline: float) -> None:
+        """Start the timers that end calls which have no outcome at the deadline."""
+        if self._timer is None or deadline < self._timer_at:
+            self._schedule()
+        if not self._checks_calls:
+            self._check_calls()
+
+    def _check_calls(self) -> None:
+        """End the calls that the dialog should have ended, from now on at intervals.
+
+        The dialog's own deadlines expire first, unless it has lost a call.
+        """
+        self._checks_calls = False
+        if not self._calls or self._forked:
+            return
+        self._loop.call_later(_OVERDUE_CHECK_S, self._check_calls)
+        self._checks_calls = True
+        overdue = self._loop.time() - _OVERDUE_CHECK_S
+        for message_id, (call, deadline) in self._calls.items():
+            if deadline < overdue and not call.done():
+                call.set_exception(TimedOut(f"no answer to {message_id} {within(deadline)}"))
 
     def _abandon(self, call: asyncio.Future[Any], message_id: int) -> None:
         """Drop a call whose outcome is not awaited any more."""
@@ -303,7 +432,7 @@ class BaseClient(ClientProperties):
         self, to: str, number: int, body: bytes, extension: Mapping[str, Any] | None
     ) -> int | None:
         """Send a message if that needs no wait; return its id, or None."""
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+        if not self._clear or self._is_elsewhere():
             return None
         message_id = self._dialog.send(to, number, body, extension)
         self._write()
@@ -313,7 +442,7 @@ class BaseClient(ClientProperties):
         self, topic: str, number: int, body: bytes, extension: Mapping[str, Any] | None
     ) -> int | None:
         """Publish an event if that needs no wait; return its id, or None."""
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
+        if not self._clear or self._is_elsewhere():
             return None
         message_id = self._dialog.publish(topic, number, body, extension)
         self._write()
@@ -326,40 +455,88 @@ class BaseClient(ClientProperties):
         self._write()
         return result
 
-    async def _put_many(self, timeout: float | None, bulk: Bulk) -> list[int]:
+    async def _put_many(
+        self, timeout: float | None, bulk: Bulk, extension: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Queue messages once they can be written; return their ids."""
         check_timeout(timeout)
-        return await self._put(timeout, self._dialog.send_many, *bulk)
+        return await self._put(timeout, self._dialog.send_many, *bulk, extension)
 
-    async def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
+    def _ask(
+        self, timeout: float | None, put: Callable[..., int], *args: Any
+    ) -> Coroutine[Any, Any, Any]:
         """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
-        deadline = self._deadline(timeout)
-        if not self._clear or get_ident() != self._thread_id or not self._loop.is_running():
-            await self._wait_until_clear(timeout)
+        deadline = None if timeout is None else self._deadline(timeout)
+        if not self._clear or self._is_elsewhere():
+            return self._ask_later(timeout, deadline, put, *args)
+        call = self._loop.create_future()
+        return self._outcome(call, put(*args, call, deadline), deadline)
+
+    async def _ask_later(
+        self, timeout: float | None, deadline: float | None, put: Callable[..., int], *args: Any
+    ) -> Any:
+        """Do the same as ``_ask``, once the frame can be written."""
+        await self._wait_until_clear(timeout)
         call = self._loop.create_future()
         return await self._outcome(call, put(*args, call, deadline), deadline)
 
-    async def _ask_many(self, timeout: float | None, bulk: Bulk) -> list[Receipt | BrokerdError]:
+    async def _post(
+        self,
+        timeout: float | None,
+        to: str,
+        number: int,
+        body: bytes,
+        extension: Mapping[str, Any],
+    ) -> Any:
+        """Send a message until it is stored or refused; return its receipt."""
+        limit = check_timeout(timeout)
+        self._check()
+        call = self._loop.create_future()
+        now = self._loop.time()
+        message_id = self._dialog.post(to, number, body, extension, call, now)
+        if limit is None:
+            return await self._outcome(call, message_id, None)
+        # Not a deadline of the dialog's, which watches none while it is not connected.
+        timer = self._loop.call_at(now + limit, self._expire_post, call, message_id, limit)
+        try:
+            return await self._outcome(call, message_id, None)
+        finally:
+            timer.cancel()
+
+    @staticmethod
+    def _expire_post(call: asyncio.Future[Any], message_id: int, limit: float) -> None:
+        """End a post at the end of its time."""
+        if not call.done():
+            call.set_exception(TimedOut(f"{message_id} was not stored within {limit:g} s"))
+
+    async def _ask_many(
+        self, timeout: float | None, bulk: Bulk, extension: Mapping[str, Any] | None = None
+    ) -> list[Receipt | BrokerdError]:
         """Queue messages that ask for receipts; return the outcome of each."""
         to, codecs, bodies = bulk
         deadline = self._deadline(timeout)
         await self._wait_until_clear(timeout)
         calls: list[asyncio.Future[Any]] = [self._loop.create_future() for _ in to]
-        put = self._dialog.send_for_receipt
-        ids = [
-            put(recipient, number, body, None, call, deadline)
-            for recipient, number, body, call in zip(to, codecs, bodies, calls)
-        ]
+        ids = self._dialog.send_many_for_receipts(to, codecs, bodies, extension, calls, deadline)
         outcomes: list[Receipt | BrokerdError] = []
         try:
-            for call, message_id in zip(calls, ids):
+            self._write()
+            if deadline is not None:
+                self._calls.update(zip(ids, zip(calls, repeat(deadline))))
+                self._start_timers(deadline)
+            if self._meter.full:
+                self._update_reading()
+            for call in calls:
                 try:
-                    outcomes.append(await self._outcome(call, message_id, deadline))
+                    outcomes.append(await call)
                 except BrokerdError as error:
                     outcomes.append(error)
         finally:
             for call, message_id in zip(calls[len(outcomes) :], ids[len(outcomes) :]):
                 self._abandon(call, message_id)
+            if deadline is not None:
+                for message_id in ids:
+                    self._calls.pop(message_id, None)
         return outcomes
 
     async def _answer(self, request: message.Message, put: Callable[..., None], *args: Any) -> None:
@@ -373,10 +550,26 @@ class BaseClient(ClientProperties):
         self._write()
         request.mark_answered()
 
-    def _fail_at_once(self, request: Message, text: str) -> None:
+    def _reply_at_once(self, request: Message, payload: object) -> bool:
+        """Answer an open request, if that needs no wait; return whether that was so.
+
+        Raises PayloadError.
+        """
+        if not self._clear:
+            return False
+        number, body = encode(payload, None, self.json_codec)
+        self._dialog.reply(request.sender, request.id, number, body)
+        request.mark_answered()
+        if self._alone and not self._requests.inbox.items:
+            self._write_last()
+        else:
+            self._write()
+        return True
+
+    def _fail_at_once(self, request: Message, text: str, code: str) -> None:
         """Answer a request with an error, if that is possible without waiting."""
         if self._can_answer and not request.answered:
-            self._dialog.fail(request.sender, request.id, "failed", text)
+            self._dialog.fail(request.sender, request.id, code, text)
             self._write()
             request.mark_answered()
 
@@ -384,21 +577,45 @@ class BaseClient(ClientProperties):
         """Set a handler of the dispatcher with ``handle``; return the handler."""
         self._check()
         handle(handler)
-        if handle == self._dispatcher.handle_requests:
-            self._dialog.limit_in_flight(_REQUEST_TASKS)
+        if handle == self._dispatcher.handle_messages:
+            self._begin_receiving()
+        if handle in (self._dispatcher.handle_requests, self._dispatcher.handle_calls):
+            self._dialog.limit_in_flight(self._handlers)
             self._write()
         return handler
 
     # Receiving
 
-    def __aiter__(self) -> Self:
+    def _begin_receiving(self) -> None:
+        """Open the mailbox, if the client has one, when the program first receives."""
+        self._receives = True
+        self._dialog.open_mailbox()
+        self._write()
+
+    async def _settle(self, message: Message, body: bytes) -> None:
+        """Acknowledge a message from the mailbox."""
+        self._check()
+        self._dialog.settle(message.unsettled_delivery(), body)
+        self._write()
+
+    def _settle_at_once(self, message: Message, body: bytes) -> None:
+        """Acknowledge a message from the mailbox, unless the program has done so."""
+        if not message.settled:
+            self._dialog.settle(message._delivery, body)
+            self._write()
+
+    def __aiter__(self) -> AsyncIterator[Message]:
         """Yield messages, and requests if no request handler is set, until the client
         is closed.
+
+        A message from the mailbox is acknowledged when the loop asks for the next one.
         """
-        return self
+        return _Messages(self)
 
     async def __anext__(self) -> Message:
         self._check()
+        if not self._receives:
+            self._begin_receiving()
         try:
             return self._inbox.take_now()
         except IndexError:
@@ -461,6 +678,46 @@ class BaseClient(ClientProperties):
             uncancel(task)
         return stopped
 
+    # Channels
+
+    async def _open_channel(self, to: str, payload: bytes, timeout: float | None) -> Stream:
+        """Open a channel to a client, on a connection of its own."""
+        first = open_frame(check_address(to), OPEN_ID, payload)
+        deadline = self._deadline(timeout)
+        await self._wait_until_clear(timeout)
+        try:
+            return await self._begin_channel(first, OPEN_ID, deadline)
+        except Elsewhere as error:
+            elsewhere = error
+        reason: BrokerdError = elsewhere
+        for address, settings in channel_routes(elsewhere, self._settings):
+            try:
+                return await self._begin_channel(first, OPEN_ID, deadline, address, settings)
+            except (Disconnected, TlsError, Elsewhere) as error:
+                reason = error
+        raise elsewhere from (None if reason is elsewhere else reason)
+
+    async def _join_channel(self, token: int, timeout: float | None) -> Stream:
+        """Accept a channel, on a connection of its own."""
+        self._check()
+        return await self._begin_channel(join_frame(token), token, self._deadline(timeout))
+
+    async def _begin_channel(
+        self,
+        first: bytes,
+        message_id: int,
+        deadline: float | None,
+        address: Address | None = None,
+        settings: Settings | None = None,
+    ) -> Stream:
+        address = address or self._broker_address
+        began = begin_channel(settings or self._settings, address, self.name, first, message_id)
+        remaining = None if deadline is None else deadline - self._loop.time()
+        try:
+            return await asyncio.wait_for(began, remaining)
+        except WaitTimeout:
+            raise TimedOut(f"the broker at {address} made no channel {within(deadline)}") from None
+
     # Closing
 
     async def _drain(self, timeout: float | None) -> bool:
@@ -470,6 +727,7 @@ class BaseClient(ClientProperties):
         finished = False
         try:
             self._dialog.stop_requests()
+            self._dialog.narrow_mailbox()
             self._write()
             if self._dialog.state is State.READY:
                 with contextlib.suppress(BrokerdError):
@@ -497,8 +755,15 @@ class BaseClient(ClientProperties):
             await self._close()
         return finished
 
+    def _give_back_stored(self) -> None:
+        """Return the messages of the mailbox that no handler has begun."""
+        for stored in self._dispatcher.take_stored() if self._dialog.mailbox.is_open else ():
+            self._dialog.return_delivery(stored)
+            self._write()
+
     def _give_back_waiting(self) -> None:
-        """Return the requests that no handler has begun."""
+        """Return the requests and the messages of the mailbox that no handler has begun."""
+        self._give_back_stored()
         if self._dialog.may_answer and self._dialog.returns_requests:
             for request in self._dispatcher.take_requests():
                 if not self._dialog.needs_no_answer(request):
@@ -537,6 +802,7 @@ class BaseClient(ClientProperties):
             tasks = {
                 self._connect_task,
                 *(task for workers in self._workers.values() for task in workers),
+                *(task for task, _, _ in self._idle_workers.values()),
             } - {current_task}
             for task in tasks:
                 task.cancel()
@@ -556,6 +822,7 @@ class BaseClient(ClientProperties):
             # waits gets Closed.
             was_open = self._dialog.may_answer
             self._apply(self._dialog.close(self._loop.time()))
+            self._flush()
             self._note_state()
             for queue in (self._inbox, self._requests):
                 queue.inbox.clear()
@@ -582,14 +849,68 @@ class BaseClient(ClientProperties):
     def _on_data(self, transport: Transport, data: bytes) -> None:
         if transport is not self._transport or self._forked:
             return
-        before = self._dialog.state
-        effects = self._dialog.receive(data, self, self._loop.time())
-        self._apply(effects)
-        if effects.broken is None:
+        collects = self._wakeups.collect()
+        try:
+            self._receive(transport, data)
+        finally:
+            if collects:
+                # The frames of all tasks are written together, or in batches.
+                self._flushing = True
+                self._wakes_one = self._wakeups.is_one
+                try:
+                    self._waking_thread = get_ident()
+                    self._wakeups.run()
+                finally:
+                    self._waking_thread = 0
+                    self._wakes_one = False
+                self._flush()
+
+    def _receive(self, transport: Transport, data: bytes) -> None:
+        """Pass received bytes to the dialog, and deliver their effects."""
+        if self._frames:
+            self._alone = self._frames == 1
+            self._frames = 0
+        dialog, now = self._dialog, self._loop.time()
+        message = dialog.lone_message(data, self) if dialog.state is _READY else None
+        if message is None or not self._deliver(message, len(data), now):
+            before = dialog.state
+            effects = dialog.receive(data, self, now)
+            self._apply(effects)
+            if effects.broken is not None:
+                return
             self._flush()
-            if self._dialog.state is not before:
+            if dialog.state is not before:
                 self._note_state()
+            if dialog.posts.retry_at is not None or dialog.mailbox.retry_at is not None:
+                self._schedule()
+        if self._meter.full or self._meter.held > self._meter.limit or not transport.reading:
             self._update_reading()
+
+    def _deliver(self, message: Message, size: int, now: float) -> bool:
+        """Deliver a message that came alone, of ``size`` bytes; return whether it was
+        possible.
+        """
+        dialog = self._dialog
+        if message._kind == REPLY_KIND:
+            pending = dialog.answered_request(message)
+            if pending is None:
+                return False
+            del dialog.pending_calls[pending.id]
+            self._wakeups.settle(pending.waiter, message)
+            return True
+        queue, item = self._dispatcher.place_of(message)
+        if message._kind == REQUEST_KIND:
+            dialog.note_request(message, now)
+            size += 0 if message.extension is None else 2 * VALUE_COST
+            if queue in self._idle_workers and self._wakeups.collecting and item[0].is_plain:
+                # No other job waits, and the function itself needs no task.
+                self._flushing = self._wakes_one = True
+                rest = item[0](message)
+                if rest is None:
+                    return True
+                item = partial(_returned, rest), message
+        queue.put([item], size + OVERHEAD)
+        return True
 
     def _on_writable(self, transport: Transport) -> None:
         if transport is self._transport:
@@ -638,6 +959,9 @@ class BaseClient(ClientProperties):
                 doubtful = transport.unwritten
                 transport.abort()
             effects = self._dialog.lost(reason, self._loop.time(), jitter(), doubtful=doubtful)
+            if self._dialog.mailbox.is_open:
+                # They come again on the next connection.
+                self._dispatcher.take_stored()
             self._stop_timer()
             self._apply(effects)
         except Exception as error:  # noqa: BLE001 - a bug; the client must not look alive after it
@@ -668,9 +992,10 @@ class BaseClient(ClientProperties):
         )
         reason.__cause__ = error
         self._dialog.state, self._dialog.reason = State.GONE, reason
-        for pending in self._dialog.pending_calls.clear():
+        dialog = self._dialog
+        for pending in (*dialog.pending_calls.take_all(), *dialog.posts.take_all()):
             if pending.waiter is not None and not pending.waiter.done():
-                pending.waiter.set_exception(reason)
+                pending.waiter.set_exception(dialog.gone())
         self._note_state()
 
     def _apply(self, effects: Effects[Message]) -> None:
@@ -682,12 +1007,7 @@ class BaseClient(ClientProperties):
             if task is not None:
                 self._running[request] = None
                 task.cancel()
-        for call, value in effects.outcomes:
-            if not call.done():
-                if isinstance(value, BaseException):
-                    call.set_exception(value)
-                else:
-                    call.set_result(value)
+        self._wakeups.settle_all(effects.outcomes)
         if not self.closed or self._dialog.state is State.GONE:
             if effects.messages:
                 self._dispatcher.dispatch_messages(
@@ -695,12 +1015,21 @@ class BaseClient(ClientProperties):
                 )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
+            if effects.stored:
+                self._dispatcher.dispatch_stored(effects.stored)
+        if effects.has_reports or self._dialog.state is not State.READY:
+            self._report(effects)
+
+    def _report(self, effects: Effects[Message]) -> None:
+        """Deliver what the dialog reports seldom: changes and failures."""
         for subscription, reason in effects.ended:
             subscription.queue.end(reason)
             self._subscriptions.discard(subscription)
         for error in effects.undelivered:
             self._dispatcher.tell_undelivered(error, self._loop.time())
         self._dispatcher.tell_changes(effects.changes)
+        if self._dialog.state is State.DRAINING:
+            self._give_back_stored()
         self._dispatcher.report(effects, self._loop.time())
         deadline = self._dispatcher.warning_due
         if deadline is not None:
@@ -729,13 +1058,18 @@ class BaseClient(ClientProperties):
         """
         state = self._dialog.state
         self._clear = (
-            state is State.READY and self._transport is not None and not self._transport.paused
+            state is State.READY
+            and self._transport is not None
+            and not self._transport.paused
+            and not self._forked
         )
         if self.closed:
             is_gone = state is State.GONE
             for queue in self._queues():
                 queue.end(self._dialog.gone() if is_gone else Closed("the client is closed"))
             self._subscriptions.clear()
+            for _, _, more in self._idle_workers.values():
+                self._wakeups.settle(more, None)
         for waiter in self._clear_waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -749,7 +1083,7 @@ class BaseClient(ClientProperties):
         ]
 
     def _new_queue(self) -> WaitQueue[Any]:
-        return WaitQueue(self._meter, self._resume_reading)
+        return WaitQueue(self._meter, self._resume_reading, self._wakeups.settle)
 
     def _resume_reading(self) -> None:
         if self._meter.full:
@@ -829,45 +1163,89 @@ class BaseClient(ClientProperties):
             timer.cancel()
 
     def _start_workers(self, queue: WaitQueue[Job], max_tasks: int) -> None:
-        """Start tasks that do the queue's jobs, ``max_tasks`` of them at most."""
-        workers = self._workers[queue]
-        missing = min(max_tasks - len(workers), len(queue.inbox.items))
-        while missing > 0 and queue.inbox.items:
-            task = create_task(self._loop, self._work(queue), "brokerd handler")
-            if task.done():
-                # create_task itself has run the task (asyncio.eager_task_factory), and
-                # it is over: at least one job is done.
-                continue
-            workers.add(task)
-            task.add_done_callback(lambda done: self._on_worker_done(queue, done))
-            missing -= 1
+        """Start tasks that do the queue's jobs, ``max_tasks`` of them at most.
+
+        The first task is enough for handlers that do not wait. If it leaves jobs in its
+        first step, others follow.
+        """
+        workers, jobs = self._workers[queue], queue.inbox.items
+        waiting = len(jobs)
+        if not waiting or len(workers) >= max_tasks:
+            return
+        if queue in self._idle_workers:
+            task, on_done, more = self._idle_workers.pop(queue)
+            workers[task] = on_done
+            self._wakeups.settle(more, None)
+        else:
+            self._start_worker(queue)
+        # Fewer jobs wait if create_task itself has run the task
+        # (asyncio.eager_task_factory).
+        if len(jobs) > (len(jobs) == waiting) and len(workers) < max_tasks:
+            self._loop.call_soon(self._start_all_workers, queue, max_tasks)
+
+    def _start_all_workers(self, queue: WaitQueue[Job], max_tasks: int) -> None:
+        """Start a task for each of the queue's jobs."""
+        workers, jobs = self._workers[queue], queue.inbox.items
+        missing = 0 if self._ended else min(max_tasks - len(workers), len(jobs))
+        while missing > 0 and jobs:
+            missing -= self._start_worker(queue)
+
+    def _start_worker(self, queue: WaitQueue[Job]) -> bool:
+        """Start a task that does the queue's jobs; return whether it is not over yet."""
+        task = create_task(self._loop, self._work(queue), "brokerd handler")
+        if task.done():
+            # create_task itself has run the task, and at least one job is done.
+            return False
+
+        def on_done(done: asyncio.Task[None]) -> None:
+            self._on_worker_done(queue, done)
+
+        self._workers[queue][task] = on_done
+        task.add_done_callback(on_done)
+        return True
 
     async def _work(self, queue: WaitQueue[Job]) -> None:
-        task = asyncio.current_task()
+        """Do the queue's jobs. The first worker without a job waits for more, others end."""
+        task = asyncio.current_task(self._loop)
         assert task is not None
-        try:
-            while True:
-                function, item = queue.take_now()
+        inbox, workers = queue.inbox, self._workers[queue]
+        jobs = inbox.items
+        while True:
+            while jobs:
+                # As in WaitQueue.take_now, without the call.
+                function, item = jobs.popleft()
+                if len(jobs) <= inbox.mark:
+                    self._resume_reading()
                 try:
                     result = function(item)
-                    if inspect.isawaitable(result):
+                    if result is not None and inspect.isawaitable(result):
                         await result
                 except BaseException as error:
                     if ends_worker(error, task):
                         raise
                     log().exception("a handler failed")
                 del function, item
-        except IndexError:
             # At once, not when the task is done: items added in between must be able to
-            # start a new task.
-            self._workers[queue].discard(task)
+            # start a new task. A callback would cost another turn of the loop.
+            on_done = workers.pop(task, None)
+            if on_done is None or queue in self._idle_workers or self.closed:
+                if on_done is not None:
+                    task.remove_done_callback(on_done)
+                return
+            more = self._loop.create_future()
+            self._idle_workers[queue] = task, on_done, more
+            try:
+                await more
+            finally:
+                if queue in self._idle_workers and self._idle_workers[queue][0] is task:
+                    del self._idle_workers[queue]
 
     def _on_worker_done(self, queue: WaitQueue[Job], task: asyncio.Task[None]) -> None:
         """Start another worker for the jobs that a cancelled worker has left.
 
         None is started when all tasks are being cancelled.
         """
-        self._workers[queue].discard(task)
+        self._workers[queue].pop(task, None)
         if not task.cancelled():
             # An exit, which has left the loop already; this marks it as retrieved.
             task.exception()
@@ -927,6 +1305,47 @@ class BaseClient(ClientProperties):
             await dial_tls(address, context, self, self._resolver)
 
 
-def _expire(call: asyncio.Future[Any], message_id: int, deadline: float) -> None:
-    if not call.done():
-        call.set_exception(TimedOut(f"no answer to {message_id} {within(deadline)}"))
+def _returned(rest: Coroutine[Any, Any, None], request: Message) -> Coroutine[Any, Any, None]:
+    """Return the rest of a job, as a job for a worker."""
+    return rest
+
+
+class _Messages:
+    """A loop over the messages of a client, which acknowledges those from the mailbox."""
+
+    # Bound here, because each lookup takes some hundredths of a step.
+    __slots__ = ("_check", "_client", "_last", "_mailbox", "_queue")
+
+    def __init__(self, client: BaseClient) -> None:
+        self._client = client
+        self._check = client._check
+        self._queue = client._inbox
+        self._mailbox = client._dialog.mailbox
+        #: The last message, if it comes from the mailbox; the client before the first step.
+        self._last: Message | BaseClient | None = client
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        self._check()
+        if self._last is not None:
+            self._go_on(self._last)
+        try:
+            message = self._queue.take_now()
+        except IndexError:
+            try:
+                message = await self._queue.take(None)
+            except Closed:
+                raise StopAsyncIteration from None
+        if self._mailbox.is_open and message.seq:
+            self._last = message
+        return message
+
+    def _go_on(self, last: Message | BaseClient) -> None:
+        """Begin to receive, or acknowledge the last message."""
+        self._last = None
+        if isinstance(last, BaseClient):
+            last._begin_receiving()
+        else:
+            self._client._settle_at_once(last, ack_body("done"))

@@ -16,16 +16,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from brokerd_client import message
+from brokerd_client._common.random_numbers import dedup_key as new_dedup_key
+from brokerd_client._common.rpc import Interface
+from brokerd_client._common.tracing import Tracer, TracerProvider, tracer_for
 from brokerd_client.aio.base import BaseClient
+from brokerd_client.aio.listener import Listener
 from brokerd_client.aio.opening import Opening
+from brokerd_client.aio.rpc import Proxy, serve
 from brokerd_client.aio.subscriptions import Message, PresenceWatch, Subscription
+from brokerd_client.aio.traced import TracedCalls
 from brokerd_client.codec import encode
 from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import BrokerdError
-from brokerd_client.message import Receipt, with_time_limit, with_ttl
+from brokerd_client.message import Receipt, with_options, with_time_limit
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.settings import (
@@ -42,12 +48,25 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Client", "Message", "Opening", "PresenceWatch", "Subscription", "connect"]
+    from brokerd_client.aio.streams import Stream
+    from brokerd_client.json_codec import JsonCodec
+
+__all__ = [
+    "Client",
+    "Listener",
+    "Message",
+    "Opening",
+    "PresenceWatch",
+    "Proxy",
+    "Subscription",
+    "connect",
+]
 
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 ConnectionHandler = TypeVar("ConnectionHandler", bound=Callable[[ConnectionEvent], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
+T = TypeVar("T")
 
 
 class Client(BaseClient):
@@ -70,6 +89,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int:
@@ -83,6 +104,9 @@ class Client(BaseClient):
             payload: The object to send.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the message stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the message, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -96,9 +120,9 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        if ttl is not None:
-            extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         if timeout is not None:
             check_timeout(timeout)
         message_id = self._send_at_once(to, number, body, extension)
@@ -114,6 +138,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> Receipt:
@@ -124,6 +150,9 @@ class Client(BaseClient):
             payload: The object to send.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the message stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the message, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -139,10 +168,63 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         put = self._dialog.send_for_receipt
-        return cast("Receipt", await self._ask(timeout, put, to, number, body, extension))
+        receipt: Receipt = await self._ask(timeout, put, to, number, body, extension)
+        return receipt
+
+    async def post(
+        self,
+        to: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Store a message in the mailbox of a client, exactly once.
+
+        The message is sent again, with the same key, after every reconnect and when the
+        broker could not store it. So the call may take as long as the broker is down.
+        Messages of several calls are stored in the order in which the calls began.
+
+        Args:
+            to: The name of the client that has the mailbox.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds after which the mailbox no longer delivers the message.
+            dedup_key: The key of an earlier call that this one continues: the
+                ``dedup_key`` of its error. Without it the message gets a new key.
+            delay: Seconds until the mailbox delivers the message, at most 30 days.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call; None for no limit.
+
+        Returns:
+            The broker's confirmation that the message is on disk.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            Refused: The broker refused the message; it is not stored.
+            TimedOut: The message was not stored in time, as far as is known.
+            Closed: The client was closed before that.
+            InDoubt: The outcome is not known, and the broker no longer knows the key.
+            Disconnected: The client no longer reconnects; nothing was stored.
+        """
+        number, body = encode(payload, codec, self.json_codec)
+        if dedup_key is None:
+            dedup_key = new_dedup_key()
+        options = with_options(extension, ttl, dedup_key, delay) or {}
+        try:
+            return cast("Receipt", await self._post(timeout, to, number, body, options))
+        except BrokerdError as error:
+            error.dedup_key = dedup_key
+            raise
 
     async def send_many(
         self,
@@ -170,7 +252,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return await self._put_many(timeout, encode_many(messages, codec))
+        return await self._put_many(timeout, encode_many(messages, codec, self.json_codec))
 
     async def send_many_confirmed(
         self,
@@ -197,7 +279,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return await self._ask_many(timeout, encode_many(messages, codec))
+        return await self._ask_many(timeout, encode_many(messages, codec, self.json_codec))
 
     async def request(
         self,
@@ -232,10 +314,11 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
+        number, body = encode(payload, codec, self.json_codec)
         extension, limit_s = with_time_limit(extension, ttl, timeout)
         put = partial(self._dialog.request, limit_s=limit_s)
-        return cast("Message", await self._ask(timeout, put, to, number, body, extension))
+        answer: Message = await self._ask(timeout, put, to, number, body, extension)
+        return answer
 
     async def reply(
         self,
@@ -261,7 +344,7 @@ class Client(BaseClient):
             WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
+        number, body = encode(payload, codec, self.json_codec)
         put = self._dialog.reply
         await self._answer(message, put, message.sender, message.id, number, body, extension)
 
@@ -276,6 +359,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int:
@@ -288,6 +373,9 @@ class Client(BaseClient):
             payload: The object to publish.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the event stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the event, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -301,8 +389,9 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         if timeout is not None:
             check_timeout(timeout)
         message_id = self._publish_at_once(topic, number, body, extension)
@@ -318,6 +407,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> Receipt:
@@ -330,6 +421,9 @@ class Client(BaseClient):
             payload: The object to publish.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the event stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the event, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -345,10 +439,12 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         put = self._dialog.publish_for_receipt
-        return cast("Receipt", await self._ask(timeout, put, topic, number, body, extension))
+        receipt: Receipt = await self._ask(timeout, put, topic, number, body, extension)
+        return receipt
 
     # Receiving
 
@@ -367,6 +463,8 @@ class Client(BaseClient):
             Disconnected: The connection is lost, and the client will not reconnect.
         """
         self._check()
+        if not self._receives:
+            self._begin_receiving()
         return await self._inbox.take(None if timeout is None else check_timeout(timeout))
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
@@ -431,6 +529,109 @@ class Client(BaseClient):
         """
         return self._handle(self._dispatcher.handle_connection, handler)
 
+    # Calls of methods
+
+    @overload
+    def service(
+        self,
+        target: T,
+        /,
+        *,
+        methods: Iterable[str] | None = None,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T: ...
+
+    @overload
+    def service(
+        self, /, *, methods: Iterable[str] | None = None, raises: Iterable[type[Exception]] = ()
+    ) -> Callable[[T], T]: ...
+
+    def service(
+        self,
+        target: object = None,
+        /,
+        *,
+        methods: Iterable[str] | None = None,
+        raises: Iterable[type[Exception]] = (),
+    ) -> object:
+        """Serve methods to the proxies of other clients; can be used as a decorator.
+
+        The result of a method is the reply, and its exception the error. Other requests
+        go to the on_request handler, as before. Several services of one client add up.
+
+        Args:
+            target: An object, a class, which is instantiated, or a function.
+            methods: The names of the methods to serve. The default is those that the body
+                of the class defines, without names that begin with an underscore.
+            raises: Exceptions that are answers and not failures: they are not logged.
+
+        Returns:
+            The target.
+
+        Raises:
+            TypeError: There is nothing to serve.
+            ValueError: A name is not public, or is served already.
+        """
+        if target is None:
+            return partial(self.service, methods=methods, raises=raises)
+        self._check()
+        service = self._service.extended(target, methods, raises)
+        self._on_call(partial(serve, service))
+        self._service = service
+        return target
+
+    def _on_call(self, handler: Callable[[Message], object]) -> None:
+        self._handle(self._dispatcher.handle_calls, handler)
+
+    @overload
+    def proxy(
+        self,
+        to: str,
+        interface: Callable[..., T],
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T: ...
+
+    @overload
+    def proxy(
+        self,
+        to: str,
+        interface: None = None,
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> Proxy: ...
+
+    def proxy(
+        self,
+        to: str,
+        interface: Callable[..., T] | None = None,
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T | Proxy:
+        """Return a stand-in for the service of another client; nothing is sent.
+
+        A method called on it is called at the other client, as a request. It returns the
+        result, and raises the method's exception, or what :meth:`request` raises.
+
+        Args:
+            to: The address of the client that serves.
+            interface: A class or Protocol with the service's methods, for type checkers
+                and against misspelled names.
+            timeout: Seconds to wait for the result of a call; None for no limit.
+            raises: Exceptions of the service that are raised as what they are, beside
+                the built-in exceptions. Any other is raised as CallFailed.
+
+        Returns:
+            The proxy; for type checkers it is an object of the interface.
+
+        Raises:
+            InvalidName: ``to`` is not a valid address.
+        """
+        return cast("T", Proxy(self, to, Interface(interface, raises), timeout))
+
     # Topics, presence and the broker itself
 
     def subscribe(
@@ -484,6 +685,56 @@ class Client(BaseClient):
             Disconnected: The client is not connected; nothing was sent.
         """
         return Opening(lambda: self._open(PresenceWatch(self), timeout), "watch_presence")
+
+    # Channels
+
+    async def open_stream(
+        self, to: str, payload: bytes = b"", *, timeout: float | None = 30.0
+    ) -> Stream:
+        """Open a channel to a client that listens; it lasts longer than this client.
+
+        Args:
+            to: The address of the other client: NAME, or NAME/INSTANCE of a pool.
+            payload: Bytes that the other client sees before it accepts, at most 1 KiB.
+            timeout: Seconds to wait until the other client has accepted; None for no
+                limit.
+
+        Returns:
+            The channel: a pair of asyncio's stream reader and writer.
+
+        Raises:
+            Offline: The other client is not connected, or does not listen.
+            Denied: The rules allow no channel between the clients.
+            Expired: The other client did not accept in time.
+            Refused: The broker refused the channel for another reason.
+            RequestFailed: The other client refused the channel.
+            TimedOut: The channel was not made in time.
+            Disconnected: The broker can't be reached.
+            PayloadError: The payload is too long.
+            InvalidName: ``to`` is not a valid address.
+        """
+        return await self._open_channel(to, payload, timeout)
+
+    def listen(self, *, timeout: float | None = 30.0) -> Opening[Listener]:
+        """Listen for channels, once the result is awaited, entered or iterated over.
+
+        A client has one listener at a time. The client listens again after every
+        reconnect.
+
+        Args:
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            The listener, to be opened: an async iterator of channels.
+
+        Raises:
+            WrongUse: The client listens already.
+            Refused: The broker refused.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        return Opening(lambda: self._open(Listener(self), timeout), "listen")
 
     async def control(
         self, op: str, /, *, timeout: float | None = 30.0, **arguments: Any
@@ -581,6 +832,19 @@ class Client(BaseClient):
         await self.close()
 
 
+class TracedClient(TracedCalls, Client):
+    """A client that makes spans.
+
+    Args:
+        settings: The settings of the client.
+        tracer: Makes the spans.
+    """
+
+    def __init__(self, settings: Settings, tracer: Tracer) -> None:
+        self._tracer = tracer
+        super().__init__(settings)
+
+
 def connect(
     address: AnyAddress | None = None,
     name: str | None = None,
@@ -592,8 +856,13 @@ def connect(
     reconnect: bool = True,
     give_up_after: float | None = None,
     allow_pickle_from: Iterable[str] = (),
+    codec: JsonCodec | None = None,
     inbox: int = DEFAULT_INBOX,
+    window: int | None = None,
+    window_bytes: int | None = None,
     ssl: SSLContext | bool | None = None,
+    handlers: int | None = None,
+    tracing: bool | TracerProvider = True,
 ) -> Opening[Client]:
     """Connect to a broker, once the result is awaited or entered.
 
@@ -621,10 +890,19 @@ def connect(
             None the client reconnects without end, but gives up when the broker has
             rejected its key six times. With infinity it never gives up.
         allow_pickle_from: Names of the clients whose pickles may be read.
+        codec: The JSON of this client, for payloads of more types: see JsonCodec.
         inbox: Bytes of received messages kept in this process before the client stops
             reading the socket.
+        window: Messages of the mailbox that this client has received and not
+            acknowledged, at most 10,000. The default is the mailbox's own.
+        window_bytes: The same in bytes. The default is 1 MiB.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.
+        handlers: Requests that the request handler works on at the same time; the broker
+            delivers no more of them. The default is 256.
+        tracing: A tracer provider of OpenTelemetry, which gets spans of calls and
+            handlers. True takes the provider that the program has set, if any; False
+            takes none.
 
     Returns:
         The client, to be opened; authenticated and introduced once it is open.
@@ -649,15 +927,21 @@ def connect(
         reconnect=reconnect,
         give_up_after=give_up_after,
         allow_pickle_from=allow_pickle_from,
+        codec=codec,
         inbox=inbox,
+        window=window,
+        window_bytes=window_bytes,
         ssl=ssl,
+        handlers=handlers,
+        tracing=tracing,
     )
     return Opening(lambda: _connected(settings), "connect")
 
 
 async def _connected(settings: Settings) -> Client:
     """Return a new client when it is introduced; close it if that fails."""
-    client = Client(settings)
+    tracer = tracer_for(settings.tracing)
+    client = Client(settings) if tracer is None else TracedClient(settings, tracer)
     try:
         await client.wait_until_ready()
     except BaseException:

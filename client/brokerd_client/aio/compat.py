@@ -11,10 +11,13 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any
 
-__all__ = ["cancelling", "create_task", "timeout_at", "uncancel"]
+__all__ = ["WaitTimeout", "cancelling", "create_task", "timeout_at", "uncancel"]
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at
+
+    #: The error of asyncio.wait_for.
+    WaitTimeout = TimeoutError
 
     def create_task(
         loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None], name: str
@@ -31,6 +34,7 @@ if sys.version_info >= (3, 11):
         task.uncancel()
 
 else:
+    from asyncio.exceptions import TimeoutError as WaitTimeout
 
     class _Task(asyncio.Task[None]):
         """A task that counts how often its cancellation was requested."""

@@ -13,6 +13,7 @@ from brokerd_client import message
 from brokerd_client.aio.waiters import WaitQueue
 from brokerd_client.errors import Closed, WrongUse
 from brokerd_client.presence import Presence, Watch
+from brokerd_client.protocol.mailbox import ack_body
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 from brokerd_client.settings import check_timeout
 
@@ -63,6 +64,61 @@ class Message(message.Message):
             Closed: The client is closed.
         """
         await self._owner._fail(self, text, code)
+
+    async def done(self) -> None:
+        """Acknowledge this message from the mailbox: it is deleted there.
+
+        A handler's return, and the next step of a loop over the client, do the same. If
+        the connection is lost before, this does nothing: the message comes again.
+
+        Raises:
+            AlreadyAnswered: The message has been acknowledged before.
+            WrongUse: The message is not from the mailbox.
+        """
+        await self._owner._settle(self, ack_body("done"))
+
+    async def retry(self, delay: float = 0.0) -> None:
+        """Return this message to the mailbox, to be delivered again.
+
+        The attempt does not count. The next one follows after 0.1 s or a longer delay,
+        preferably at another member of the pool.
+
+        Args:
+            delay: Seconds until then, at most 30 days.
+
+        Raises:
+            ValueError: The delay is not valid.
+            AlreadyAnswered: The message has been acknowledged before.
+            WrongUse: The message is not from the mailbox.
+        """
+        await self._owner._settle(self, ack_body("back", delay))
+
+    async def failed(self, reason: str = "") -> None:
+        """Return this message to the mailbox after a failed attempt.
+
+        After as many attempts as the mailbox allows it becomes a dead letter. The broker
+        waits longer before each further attempt. An exception of a handler does the same.
+
+        Args:
+            reason: Why it failed, for the operator.
+
+        Raises:
+            AlreadyAnswered: The message has been acknowledged before.
+            WrongUse: The message is not from the mailbox.
+        """
+        await self._owner._settle(self, ack_body("failed", None, reason))
+
+    async def dead(self, reason: str = "") -> None:
+        """Make this message from the mailbox a dead letter: no other attempt follows.
+
+        Args:
+            reason: Why, for the operator who decides about it.
+
+        Raises:
+            AlreadyAnswered: The message has been acknowledged before.
+            WrongUse: The message is not from the mailbox.
+        """
+        await self._owner._settle(self, ack_body("dead", None, reason))
 
 
 class BaseSubscription(Generic[T]):

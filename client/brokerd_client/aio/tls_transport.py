@@ -19,7 +19,7 @@ from brokerd_client.tls.engine import Engine, explain
 if TYPE_CHECKING:
     from brokerd_client.aio.base import BaseClient
 
-__all__ = ["TlsTransport", "dial_tls"]
+__all__ = ["Encrypting", "TlsTransport", "dial_tls", "write_output"]
 
 
 class TlsTransport(Transport):
@@ -62,11 +62,11 @@ class TlsTransport(Transport):
                 engine.feed(data)
             if not engine.ready:
                 ready = engine.handshake()
-                _write_output(engine, raw)
+                write_output(engine, raw)
                 if not ready:
                     return
                 self._bindings = engine.bindings
-                self.asyncio_transport = _Encrypting(engine, raw)
+                self.asyncio_transport = Encrypting(engine, raw)
                 self._opened(None)
                 self._client._on_open(self)
             self._deliver()
@@ -90,7 +90,7 @@ class TlsTransport(Transport):
         self._error = error
         assert self._raw is not None
         # The peer may have to be sent a TLS alert.
-        _write_output(self._engine, self._raw)
+        write_output(self._engine, self._raw)
         if self._raw.get_write_buffer_size():
             # The peer is not reading: a close would wait for it.
             self._raw.abort()
@@ -105,12 +105,12 @@ class TlsTransport(Transport):
                 self.opened.set_exception(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """asyncio.Protocol: the connection is closed or lost."""
+        """asyncio.BufferedProtocol: the connection is closed or lost."""
         self._opened(error or explain(ssl.SSLEOFError(), listener=False))
         super().connection_lost(self._error or error)
 
 
-class _Encrypting(asyncio.Transport):
+class Encrypting(asyncio.Transport):
     """The part of an asyncio transport that a client uses, over TLS."""
 
     def __init__(self, engine: Engine, raw: asyncio.Transport) -> None:
@@ -125,6 +125,11 @@ class _Encrypting(asyncio.Transport):
     def is_closing(self) -> bool:
         """Return whether the transport below is closing or closed."""
         return self._raw.is_closing()
+
+    def close(self) -> None:
+        """Close the transport below when its bytes are written, TLS's closing alert too."""
+        self.write_eof()
+        self._raw.close()
 
     def abort(self) -> None:
         """Close the transport below at once."""
@@ -146,7 +151,7 @@ class _Encrypting(asyncio.Transport):
             # TLS or the peer has failed; the writer learns of it as of any lost
             # connection.
             self._raw.abort()
-        _write_output(self._engine, self._raw)
+        write_output(self._engine, self._raw)
 
     def can_write_eof(self) -> bool:
         """Return True: TLS can end its sending side."""
@@ -155,10 +160,11 @@ class _Encrypting(asyncio.Transport):
     def write_eof(self) -> None:
         """Send the closing alert of TLS and end the sending side."""
         self._engine.finish()
-        _write_output(self._engine, self._raw)
+        write_output(self._engine, self._raw)
 
 
-def _write_output(engine: Engine, raw: asyncio.Transport) -> None:
+def write_output(engine: Engine, raw: asyncio.Transport) -> None:
+    """Write the bytes that the engine has for the wire."""
     output = engine.output()
     if output:
         raw.write(output)

@@ -22,15 +22,30 @@ T = TypeVar("T")
 class WaitQueue(Generic[T]):
     """An inbox that tasks can wait at, or that worker tasks empty."""
 
-    __slots__ = ("__weakref__", "_resume_reading", "_waiters", "ended", "inbox", "on_put")
+    __slots__ = (
+        "__weakref__",
+        "_resume_reading",
+        "_settle",
+        "_waiters",
+        "ended",
+        "inbox",
+        "on_put",
+    )
 
-    def __init__(self, meter: InboxMeter, resume_reading: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        meter: InboxMeter,
+        resume_reading: Callable[[], None],
+        settle: Callable[[asyncio.Future[bool], bool], None],
+    ) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         #: The reason why no more items will arrive; None while they may.
         self.ended: BrokerdError | None = None
         #: Called after items were added, if worker tasks empty the queue.
         self.on_put: Callable[[], None] | None = None
         self._resume_reading = resume_reading
+        #: Gives a future its result: see Wakeups.
+        self._settle = settle
         #: The result is whether the task was woken, and not at the end of its time.
         self._waiters: deque[asyncio.Future[bool]] = deque()
 
@@ -39,7 +54,8 @@ class WaitQueue(Generic[T]):
         self.inbox.put(items, size)
         if self.on_put is not None:
             self.on_put()
-        self._wake(len(items))
+        if self._waiters:
+            self._wake(len(items))
 
     def take_all(self) -> list[T]:
         """Take and return all items."""
@@ -61,7 +77,7 @@ class WaitQueue(Generic[T]):
         while count and self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(True)
+                self._settle(waiter, True)
                 count -= 1
 
     def take_now(self) -> T:
@@ -95,12 +111,11 @@ class WaitQueue(Generic[T]):
                 in_time = await waiter
             except BaseException:
                 # The task was cancelled, or the coroutine is being closed.
-                if waiter.done() and not waiter.cancelled() and waiter.result():
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+                else:
                     # Woken at the same time: the item is for the next waiter.
                     self._wake(1)
-                else:
-                    with contextlib.suppress(ValueError):
-                        self._waiters.remove(waiter)
                 raise
             finally:
                 if timer is not None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from brokerd_client.blocking.client import (
     Client,
+    Listener,
     Message,
     PresenceWatch,
+    Proxy,
     Subscription,
     connect,
 )
 
 __all__ = [
     "Client",
+    "Listener",
     "Message",
     "PresenceWatch",
+    "Proxy",
     "Subscription",
     "connect",
 ]

@@ -4,9 +4,11 @@ A part of the blocking face. It moves bytes, sleeps until the dialog's next dead
 wakes waiting threads.
 
 The I/O thread reads, reconnects, and writes the bytes that a sender could not write.
-Senders write from their own thread, so that a send costs one system call. One lock
-guards the dialog. The I/O thread and the handler threads hold only a weak reference to
-the client. A client that is dropped unclosed therefore ends, with a ResourceWarning.
+Senders write from their own thread, so that a send costs one system call. A thread that
+waits for an answer or a message reads in place of the I/O thread: see ``leader``. One
+lock guards the dialog. The I/O thread and the handler threads hold only a weak
+reference to the client. A client that is dropped unclosed therefore ends, with a
+ResourceWarning.
 
 **Interrupted calls.** A signal handler or PyThreadState_SetAsyncExc can raise an
 exception between any two instructions of a thread. A thread that holds the lock
@@ -33,14 +35,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import FrameType
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from brokerd_client import message
 from brokerd_client._common import forks
 from brokerd_client._common.client_properties import ClientProperties
 from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
-from brokerd_client.blocking.handlers import HandlerThreads, RequestJob
+from brokerd_client._common.rpc import Service
+from brokerd_client.blocking.gate import Gate, raised_by_handler
+from brokerd_client.blocking.handlers import HandlerThreads, RequestJob, StoredJob
+from brokerd_client.blocking.leader import Leader
 from brokerd_client.blocking.subscriptions import BaseSubscription, Message
 from brokerd_client.blocking.transport import Transport
 from brokerd_client.blocking.waiters import (
@@ -48,10 +53,8 @@ from brokerd_client.blocking.waiters import (
     Call,
     Waiters,
     WaitQueue,
-    gate,
-    raised_by_handler,
-    wait_at,
 )
+from brokerd_client.codec import encode
 from brokerd_client.errors import (
     AddressError,
     BrokerdError,
@@ -63,14 +66,26 @@ from brokerd_client.errors import (
     WouldDeadlock,
     WrongProcess,
 )
-from brokerd_client.message import Receipt
+from brokerd_client.message import VALUE_COST, Delivery, Receipt
 from brokerd_client.protocol.bulk import Bulk
 from brokerd_client.protocol.dialog import LINGER_S, Dialog, Effects
 from brokerd_client.protocol.inbox import OVERHEAD, STRETCH, InboxMeter
+from brokerd_client.protocol.mailbox import ack_body
 from brokerd_client.protocol.pending import Deadline, within
 from brokerd_client.protocol.state import State
-from brokerd_client.settings import Settings, broken, check_timeout, no_connection
+from brokerd_client.settings import (
+    ENDLESS_S,
+    Settings,
+    broken,
+    check_timeout,
+    no_connection,
+    same_kind,
+)
 from brokerd_client.wire.envelope import check_address, check_topic
+from brokerd_client.wire.layout import REPLY_KIND, REQUEST_KIND
+
+if TYPE_CHECKING:
+    from brokerd_client.connection.stream import Connection
 
 __all__ = ["MOST_THREADS", "BaseClient"]
 
@@ -99,8 +114,13 @@ _HANDLER_GRACE_S: Final = 1.0
 _THREAD_GRACE_S: Final = 5.0
 #: Seconds that an interrupted start waits for the end of the I/O thread, at most.
 _STOP_S: Final = 5.0
-#: Most threads of a client's request handler, unless ``threads`` is larger.
+#: Threads for a client's request handler, unless ``handlers`` says otherwise. Threads in
+#: which a handler waits for the broker come on top.
+_DEFAULT_HANDLERS: Final = 4
+#: Most threads of a client's request handler, unless ``handlers`` is larger.
 MOST_THREADS: Final = 64
+#: Kept in a name, because looking up an enum member takes long.
+_READY: Final = State.READY
 #: States in which the connection carries frames.
 _LINKED: Final = (
     State.AUTHENTICATING,
@@ -125,6 +145,8 @@ class BaseClient(ClientProperties):
 
     def __init__(self, settings: Settings) -> None:
         self.allow_pickle_from = settings.allow_pickle_from
+        self.json_codec = settings.json_codec
+        self._service = Service(allow_async=False)
         self._settings = settings
         self._addresses = settings.addresses
         self._dialog: Dialog[Message] = Dialog(
@@ -139,6 +161,9 @@ class BaseClient(ClientProperties):
             addresses=len(settings.addresses),
             give_up_s=settings.give_up_s,
             inbox=settings.inbox,
+            window=settings.window,
+            window_bytes=settings.window_bytes,
+            usable=lambda addresses: same_kind(addresses, settings),
         )
         self._transport = _transport(settings)
         #: Reentrant: a thread can tell whether it holds the lock, and a signal handler
@@ -166,21 +191,36 @@ class BaseClient(ClientProperties):
         #: Whether the I/O thread no longer does chores.
         self._over = False
         self._meter = InboxMeter(settings.inbox)
+        self._leader = Leader(weakref.ref(self))
+        #: While a leader adds items to a wait queue: the queue, and the number of its
+        #: items before. A leader that was interrupted leaves it.
+        self._half_read: tuple[WaitQueue[Any], int] | None = None
         #: Weak references: a dropped subscription is not kept alive by being counted.
         self._queues: weakref.WeakSet[WaitQueue[Any]] = weakref.WeakSet()
-        self._inbox: WaitQueue[Message] = self._new_queue()
-        self._ordered: WaitQueue[Job] = self._new_queue()
-        self._requests: WaitQueue[Job] = self._new_queue()
+        self._inbox: WaitQueue[Message] = self._new_queue(self._leader)
+        self._ordered: WaitQueue[Job] = self._new_queue(self._leader)
+        self._requests: WaitQueue[Job] = self._new_queue(self._leader)
         for queue in (self._inbox, self._ordered, self._requests):
             self._queues.add(queue)
         self._dispatcher: Dispatcher[Message] = Dispatcher(
-            self._inbox, self._ordered, self._requests, RequestJob
+            self._inbox, self._ordered, self._requests, RequestJob, StoredJob
         )
-        count = settings.threads
+        #: Whether the program has begun to receive messages.
+        self._receives = False
+        #: ACKs that the I/O thread writes, and whether it was woken for them.
+        self._acks: deque[tuple[Delivery, bytes]] = deque()
+        self._acks_due = False
+        count = settings.handlers or _DEFAULT_HANDLERS
         self._for_requests = HandlerThreads(
-            self._requests, "brokerd requests", count, max(count, MOST_THREADS)
+            self._requests,
+            "brokerd requests",
+            count,
+            max(count, MOST_THREADS),
+            partial(_review_in_flight, weakref.ref(self)),
         )
         self._for_messages = HandlerThreads(self._ordered, "brokerd messages", 1, 1)
+        #: The id of the I/O thread, once it has begun.
+        self._thread_id: int | None = None
         self._thread = threading.Thread(
             target=_move_bytes,
             args=(weakref.ref(self), self._transport, (self._inbox, self._ordered, self._requests)),
@@ -257,7 +297,7 @@ class BaseClient(ClientProperties):
         collector. The interrupted call continues only after the present call has
         returned.
         """
-        if threading.get_ident() == self._thread.ident:
+        if threading.get_ident() == self._thread_id:
             return True
         if not self._lock._is_owned():
             return False
@@ -318,7 +358,12 @@ class BaseClient(ClientProperties):
         return False
 
     def _put(
-        self, timeout: float | None, put: Callable[..., T], *args: Any, answer: bool = False
+        self,
+        timeout: float | None,
+        put: Callable[..., T],
+        *args: Any,
+        answer: bool = False,
+        call: Call | None = None,
     ) -> T:
         """Queue frames with ``put`` once they can be written; write them; return its
         result.
@@ -329,24 +374,30 @@ class BaseClient(ClientProperties):
             *args: Its arguments.
             answer: Whether the frame is an answer. A connection that the broker closes
                 soon still accepts answers.
+            call: The call whose thread will wait for the outcome, as the leader if there
+                is none.
 
         Raises:
             WouldDeadlock: A signal handler calls this while it interrupts the client.
             BrokerdError: As _wait_until_clear and ``put`` do.
         """
-        limit = check_timeout(timeout)
-        self._check()
+        if self._forked:
+            self._check()
         deadline = None
         while True:
             try:
                 with self._lock:
                     if (self._clear and not self._chores) or (answer and self._takes_answers()):
                         self._clear = False
+                        if call is not None:
+                            self._calls.add(call)
+                            if not self._transport.kept:
+                                # Kept input can be taken after the frame is written.
+                                call.poll = self._leader.begin(call)
                         result = put(*args)
-                        self._clear = (
-                            self._write(awaited=True) and self._dialog.state is State.READY
-                        )
+                        self._clear = self._write(awaited=True) and self._dialog.state is _READY
                         return result
+                limit = check_timeout(timeout)
                 deadline = self._wait_until_clear(limit, deadline, answer=answer)
             except BaseException:
                 self._repair()
@@ -380,7 +431,7 @@ class BaseClient(ClientProperties):
         limit = self._settings.timeout_s if timeout is None else timeout
         if deadline is None:
             deadline = time.monotonic() + limit
-        own_gate = gate()
+        own_gate = Gate()
         try:
             while True:
                 self._changes.enter(own_gate)
@@ -408,23 +459,25 @@ class BaseClient(ClientProperties):
                     )
                 # An interrupted call may not have woken the I/O thread.
                 self._transport.wake()
-                if not wait_at(own_gate, remaining) and not self._changes.leave(own_gate):
+                if not own_gate.wait(
+                    None if remaining is None else deadline
+                ) and not self._changes.leave(own_gate):
                     # Another thread is opening the gate at this moment: it can't be
                     # reused.
-                    own_gate = gate()
+                    own_gate = Gate()
         finally:
             self._changes.leave(own_gate)
 
     def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until the condition holds; return whether it does in time (seconds)."""
         deadline = time.monotonic() + timeout
-        own_gate = gate()
+        own_gate = Gate()
         try:
             while True:
                 self._changes.enter(own_gate)
                 if condition():
                     return True
-                if not wait_at(own_gate, deadline - time.monotonic()):
+                if not own_gate.wait(deadline):
                     return condition()
         finally:
             self._changes.leave(own_gate)
@@ -435,15 +488,16 @@ class BaseClient(ClientProperties):
         try:
             if waiting and self._for_requests.short:
                 self._queue_chore(self._start_more_threads)
-            arrived = call.wait(deadline)
+            arrived = self._leader.wait(call, deadline, poll=call.poll)
         finally:
             if waiting:
                 self._for_requests.end_wait()
         if not arrived:
-            self._run_in_io_thread(lambda: self._dialog.abandon(message_id))
+            abandoned = self._run_in_io_thread(lambda: self._dialog.abandon(message_id))
             if not call.done:
                 self._calls.discard(call)
-                raise TimedOut(f"no answer to {message_id} {within(deadline)}")
+                sender = f" from {abandoned.to or abandoned.about}" if abandoned else ""
+                raise TimedOut(f"no answer{sender} to {message_id} {within(deadline)}")
         self._calls.discard(call)
         if isinstance(call.value, BaseException):
             raise call.value
@@ -453,11 +507,21 @@ class BaseClient(ClientProperties):
         """Start handler threads in place of those that wait; with the lock, in the I/O
         thread.
 
-        The limit in flight grows with them, and does not shrink: an operation per
-        nested request would cost more than a few requests that wait here.
+        The limit in flight grows with them at once. It shrinks later: see
+        HandlerThreads.
         """
+        self._for_requests.raised_at = time.monotonic()
         self._for_requests.start()
         self._dialog.raise_in_flight(self._for_requests.capacity)
+
+    def _lower_in_flight(self) -> None:
+        """Lower the limit in flight to what the threads can do; with the lock, in the I/O
+        thread.
+        """
+        threads = self._for_requests
+        if threads.capacity > threads.count:
+            threads.raised_at = time.monotonic()
+        self._dialog.limit_in_flight(threads.capacity)
 
     def _abandon(self, call: Call) -> None:
         """Drop a call that was interrupted while it waited for its outcome."""
@@ -581,33 +645,73 @@ class BaseClient(ClientProperties):
         self._queue_chore(lambda: self._put_as_chore(message_id, to, late_put))
         return message_id
 
-    def _put_many(self, timeout: float | None, bulk: Bulk) -> list[int]:
+    def _put_many(
+        self, timeout: float | None, bulk: Bulk, extension: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Queue messages once they can be written; return their ids."""
         check_timeout(timeout)
         if self._interrupting():
             put = self._dialog.send_as
-            return [self._put_late(put, *frame, None) for frame in zip(*bulk)]
-        return self._put(timeout, self._dialog.send_many, *bulk)
+            return [self._put_late(put, *frame, extension) for frame in zip(*bulk)]
+        return self._put(timeout, self._dialog.send_many, *bulk, extension)
 
     def _ask(self, timeout: float | None, put: Callable[..., int], *args: Any) -> Any:
         """Queue a frame with ``put(*args, call, deadline)`` and return its outcome."""
+        deadline = _deadline(timeout)
+        if self._forked:
+            self._check()
+        if self._lock._is_owned() or threading.get_ident() == self._thread_id:
+            self._refuse_to_wait()
+        call = Call()
+        try:
+            message_id = self._put(timeout, put, *args, call, deadline, call=call)
+            return self._outcome(call, message_id, deadline)
+        except BaseException:
+            self._leader.leave(call)
+            if call in self._calls:
+                self._abandon(call)
+            raise
+
+    def _post(
+        self,
+        timeout: float | None,
+        to: str,
+        number: int,
+        body: bytes,
+        extension: Mapping[str, Any],
+    ) -> Any:
+        """Send a message until it is stored or refused; return its receipt."""
         deadline = _deadline(timeout)
         self._check()
         self._refuse_to_wait()
         call = Call()
 
-        def put_frame() -> int:
+        def put() -> int:
             self._calls.add(call)
-            return put(*args, call, deadline)
+            return self._dialog.post(to, number, body, extension, call, time.monotonic())
 
         try:
-            return self._outcome(call, self._put(timeout, put_frame), deadline)
+            message_id = None
+            with self._lock:
+                if self._clear and not self._chores:
+                    self._clear = False
+                    call.poll = self._leader.begin(call)
+                    message_id = put()
+                    self._clear = self._write(awaited=True) and self._dialog.state is State.READY
+            if message_id is None:
+                message_id = self._run_in_io_thread(put)
+            return self._outcome(call, message_id, deadline)
         except BaseException:
-            if call in self._calls:
+            self._repair()
+            self._leader.leave(call)
+            if not call.done:
+                # Behind the chore that may still have to queue the message.
                 self._abandon(call)
             raise
 
-    def _ask_many(self, timeout: float | None, bulk: Bulk) -> list[Receipt | BrokerdError]:
+    def _ask_many(
+        self, timeout: float | None, bulk: Bulk, extension: Mapping[str, Any] | None = None
+    ) -> list[Receipt | BrokerdError]:
         """Queue messages that ask for receipts; return the outcome of each."""
         to, codecs, bodies = bulk
         deadline = _deadline(timeout)
@@ -618,7 +722,7 @@ class BaseClient(ClientProperties):
             self._calls.update(calls)
             put = self._dialog.send_for_receipt
             return [
-                put(recipient, number, body, None, call, deadline)
+                put(recipient, number, body, extension, call, deadline)
                 for recipient, number, body, call in zip(to, codecs, bodies, calls)
             ]
 
@@ -641,21 +745,48 @@ class BaseClient(ClientProperties):
 
         if self._drop_answer(request):
             return
-
-        def put_frame() -> None:
-            request.require_unanswered()
-            put(*args)
-            request.mark_answered()
-
         if self._interrupting():
-            request.require_unanswered()
-            self._queue_chore(lambda: self._put_as_chore(request.id, request.sender, put_frame))
+            put_answer = partial(self._put_answer, request, put, *args)
+            self._queue_chore(lambda: self._put_as_chore(request.id, request.sender, put_answer))
         else:
-            self._put(None, put_frame, answer=True)
+            self._put(None, self._put_answer, request, put, *args, answer=True)
+
+    def _reply(self, request: Message, payload: object) -> None:
+        """Answer a request in the thread of its handler."""
+        number, body = encode(payload, None, self.json_codec)
+        # The same as _put, _put_answer and _write, inlined to save the calls.
+        try:
+            with self._lock:
+                if self._clear and not self._chores:
+                    self._clear = False
+                    dialog, transport = self._dialog, self._transport
+                    request.require_unanswered()
+                    dialog.reply(request.sender, request.id, number, body)
+                    request.mark_answered()
+                    dialog.took(transport.write(dialog.peek()))
+                    if transport.backlog or self._chores:
+                        transport.wake()
+                    else:
+                        self._clear = True
+                    return
+        except BaseException:
+            self._repair()
+            raise
+        frame = (request.sender, request.id, number, body)
+        self._put(None, self._put_answer, request, self._dialog.reply, *frame, answer=True)
+
+    def _put_answer(self, request: message.Message, put: Callable[..., None], *args: Any) -> None:
+        """Queue the answer to a request with ``put``; with the lock."""
+        request.require_unanswered()
+        put(*args)
+        request.mark_answered()
 
     def _handle(self, handle: Callable[[H], None], handler: H) -> H:
         """Set a handler of the dispatcher with ``handle``; return the handler."""
-        for_requests = handle == self._dispatcher.handle_requests
+        for_requests = handle in (
+            self._dispatcher.handle_requests,
+            self._dispatcher.handle_calls,
+        )
         threads = self._for_requests if for_requests else self._for_messages
 
         def set_handler() -> None:
@@ -663,6 +794,8 @@ class BaseClient(ClientProperties):
             threads.start()
             if for_requests:
                 self._dialog.limit_in_flight(threads.capacity)
+            elif handle == self._dispatcher.handle_messages:
+                self._dialog.open_mailbox()
 
         self._check()
         self._run_in_io_thread(set_handler)
@@ -670,12 +803,75 @@ class BaseClient(ClientProperties):
 
     # Receiving; without the lock
 
+    def _begin_receiving(self) -> None:
+        """Open the mailbox, if the client has one, when the program first receives."""
+        self._receives = True
+        self._queue_chore(self._dialog.open_mailbox)
+
+    def _settle(self, message: Message, body: bytes) -> None:
+        """Acknowledge a message from the mailbox."""
+        self._check()
+        delivery = message.unsettled_delivery()
+        try:
+            with self._lock:
+                if not self._dialog.may_answer:
+                    # Its connection is lost.
+                    self._dialog.settle(delivery, body)
+                    return
+            if self._interrupting():
+                self._queue_chore(lambda: self._dialog.settle(delivery, body))
+            else:
+                self._put(None, self._put_ack, delivery, body, answer=True)
+        except (Disconnected, Closed):
+            # The broker delivers it again.
+            return
+        except BaseException:
+            self._repair()
+            raise
+
+    def _settle_at_once(self, message: Message, body: bytes, queue: WaitQueue[Any]) -> None:
+        """Acknowledge a message from the mailbox, unless the program has done so.
+
+        While more messages wait in the queue, the I/O thread writes the ACKs: one system
+        call for many of them.
+        """
+        if message.settled:
+            return
+        if not queue.inbox.items:
+            self._settle(message, body)
+            return
+        delivery = message.unsettled_delivery()
+        delivery.settled = True
+        self._acks.append((delivery, body))
+        if not self._acks_due:
+            try:
+                self._acks_due = True
+                self._transport.wake()
+            except BaseException:
+                self._acks_due = False
+                raise
+
+    def _put_ack(self, delivery: Delivery, body: bytes) -> None:
+        """Queue the frame of an ACK behind those that wait; with the lock."""
+        self._queue_acks()
+        self._dialog.settle(delivery, body)
+
+    def _queue_acks(self) -> None:
+        """Queue the frames of the ACKs that wait; with the lock."""
+        self._acks_due = False
+        while self._acks:
+            self._dialog.settle(*self._acks.popleft())
+
     def __iter__(self) -> Iterator[Message]:
         """Yield messages, and requests if no request handler is set, until the client
         is closed.
+
+        A message from the mailbox is acknowledged when the loop asks for the next one.
         """
         self._check()
-        queue, meter = self._inbox, self._meter
+        if not self._receives:
+            self._begin_receiving()
+        queue, meter, mailbox = self._inbox, self._meter, self._dialog.mailbox
         inbox = queue.inbox
         items = inbox.items
         with contextlib.suppress(Closed):
@@ -692,10 +888,15 @@ class BaseClient(ClientProperties):
                                 queue.give_back(item)
                                 raise
                         yield item
+                        if mailbox.is_open and item.seq:
+                            self._settle_at_once(item, ack_body("done"), queue)
                 except IndexError as error:
                     if raised_by_handler(error):
                         raise
-                    yield queue.take(None)
+                    item = queue.take(None)
+                    yield item
+                    if mailbox.is_open and item.seq:
+                        self._settle_at_once(item, ack_body("done"), queue)
 
     def _open(self, subscription: BaseSubscription[Any], timeout: float | None) -> None:
         """Begin a subscription or a watch, and wait for the broker's confirmation.
@@ -788,6 +989,30 @@ class BaseClient(ClientProperties):
         request.require_unanswered()
         return self._dialog.needs_no_answer(request)
 
+    # Channels; without the lock
+
+    def _open_channel(self, to: str, payload: bytes, timeout: float | None) -> Connection:
+        """Open a channel to a client, on a connection of its own."""
+        # Imported here, because the direct API takes long to load.
+        from brokerd_client.connection.channels import open_channel
+
+        check_address(to)
+        self._check()
+        deadline = _deadline(timeout)
+        self._wait_until_clear(check_timeout(timeout), None)
+        return open_channel(
+            self._settings, self._broker_address, self.name, to, payload, deadline
+        ).into_connection(None)
+
+    def _join_channel(self, token: int, timeout: float | None) -> Connection:
+        """Accept a channel, on a connection of its own."""
+        from brokerd_client.connection.channels import accept_channel
+
+        self._check()
+        return accept_channel(
+            self._settings, self._broker_address, self.name, token, _deadline(timeout)
+        ).into_connection(None)
+
     # Closing; without the lock
 
     def _drain(self, timeout: float | None) -> bool:
@@ -798,6 +1023,7 @@ class BaseClient(ClientProperties):
         finished = False
         try:
             self._run_in_io_thread(self._dialog.stop_requests)
+            self._run_in_io_thread(self._dialog.narrow_mailbox)
             if self._dialog.state is State.READY:
                 with contextlib.suppress(BrokerdError):
                     # Behind the answer to this, no further request comes.
@@ -812,10 +1038,18 @@ class BaseClient(ClientProperties):
             self._close()
         return finished
 
-    def _give_back_waiting(self) -> None:
-        """Return the requests that no handler has begun; with the lock, in the I/O
-        thread.
+    def _give_back_stored(self) -> None:
+        """Return the messages of the mailbox that no handler has begun; with the lock, in
+        the I/O thread.
         """
+        for stored in self._dispatcher.take_stored() if self._dialog.mailbox.is_open else ():
+            self._dialog.return_delivery(stored)
+
+    def _give_back_waiting(self) -> None:
+        """Return the requests and the messages of the mailbox that no handler has begun;
+        with the lock, in the I/O thread.
+        """
+        self._give_back_stored()
         if self._dialog.may_answer and self._dialog.returns_requests:
             for request in self._dispatcher.take_requests():
                 if not self._dialog.needs_no_answer(request):
@@ -868,7 +1102,10 @@ class BaseClient(ClientProperties):
         """Begin to close the client; with the lock, in the I/O thread or after its end."""
         was_open = self._dialog.state not in (State.CLOSING, State.CLOSED)
         self._clear = False
+        self._queue_acks()
         self._apply(self._dialog.close(time.monotonic()), time.monotonic())
+        if self._transport.open and not self._transport.connecting:
+            self._write()
         if self._dialog.state is State.CLOSING and was_open:
             self._transport.shut()
         for queue in list(self._queues):
@@ -876,6 +1113,133 @@ class BaseClient(ClientProperties):
                 queue.inbox.clear()
         self._dispatcher.drop_jobs()
         self._note_state()
+        # The broker's last frames are read even if a signal handler of the leader closes.
+        self._transport.return_input()
+
+    # The leader, a waiting thread; without the lock
+
+    def _begin_lead(self, gate: Gate) -> Any:
+        """Borrow the input for the thread at the gate; return what to poll, or None."""
+        with self._lock:
+            if self._dialog.state is not _READY or self._dropping or self._meter.full:
+                return None
+            gate.interrupt = self._transport.wake_borrower
+            return self._transport.borrow_input()
+
+    def _end_lead(self) -> None:
+        """Return the input to the I/O thread, with what was not handled."""
+        with self._lock:
+            self._transport.return_input()
+            if self._transport.unread:
+                self._transport.wake()
+
+    def _read_ahead(self, gate: Gate, queue: WaitQueue[Any] | None) -> bool:
+        """Read once as the leader; return whether to go on.
+
+        Args:
+            gate: The gate of the leader.
+            queue: The wait queue at which it waits, if any.
+        """
+        with self._lock:
+            transport = self._transport
+            if not transport.lent:
+                return False
+            if self._half_read is not None:
+                self._recover_reads()
+            if not transport.unread:
+                transport.read_ahead()
+                if not transport.unread:
+                    return True
+            # What this thread opens itself need not wake it.
+            gate.interrupt = None
+            answered = self._handle_unread(gate)
+            if answered is None:
+                self._leader.rest()
+            if answered is None or self._meter.held > self._meter.limit:
+                # The I/O thread handles the input, or decides whether there is room.
+                transport.return_input()
+                transport.wake()
+                return False
+            if not gate.lock.locked():
+                # It is open.
+                transport.leave_input()
+                return False
+            if answered and queue is not None:
+                # A thread that waits for messages leaves the place to those that wait
+                # for answers: they come again.
+                transport.return_input()
+                return False
+            gate.interrupt = transport.wake_borrower
+            return True
+
+    def _handle_unread(self, gate: Gate) -> int | None:
+        """Handle what the leader has read, unless that is up to the I/O thread.
+
+        An exception of a signal handler may strike at any instruction. Whatever follows,
+        ``unread`` then is handled once.
+
+        Returns:
+            The number of calls that got their outcomes; None if nothing was handled.
+        """
+        transport = self._transport
+        dialog = self._dialog
+        data = transport.first_unread() if transport.unread.before else transport.unread[0]
+        if not isinstance(data, bytes) or not data or dialog.state is not _READY:
+            return None
+        message = dialog.lone_message(data, self)
+        if message is not None:
+            if message._kind != REPLY_KIND:
+                self._put_lone(message, len(data), gate)
+                return 0
+            pending = dialog.answered_request(message)
+            if pending is not None:
+                pending.waiter.settle(message)
+                dialog.pending_calls.pop(pending.id)
+                transport.unread.clear()
+                return 1
+        if not dialog.looks_ahead:
+            return None
+        try:
+            effects = dialog.look_ahead(data, self)
+        except BrokerdError:
+            # The I/O thread gets the same error, and ends the connection.
+            return None
+        if effects is None:
+            return None
+        messages = effects.messages
+        shares: list[tuple[Any, list[Any], int]] = []
+        if messages:
+            size = effects.size + OVERHEAD * len(messages)
+            shares = self._dispatcher.by_queue(messages, size)
+        if effects.stored:
+            shares.append(self._dispatcher.for_stored(effects.stored))
+        if len(shares) > 1:
+            return None
+        begun = dialog.begun_ahead
+        if begun:
+            transport.split_unread(data, begun)
+        for pending, outcome in effects.outcomes:
+            pending.waiter.settle(outcome)
+        dialog.pass_over(effects, time.monotonic())
+        if shares:
+            self._put_unread(*shares[0], gate)
+        else:
+            transport.unread.clear()
+        return len(effects.outcomes)
+
+    def _put_lone(self, message: Message, size: int, gate: Gate) -> None:
+        """Deliver the message or request that the leader has read, of ``size`` bytes."""
+        queue, item = self._dispatcher.place_of(message)
+        if message._kind == REQUEST_KIND:
+            self._dialog.note_request(message, time.monotonic())
+            size += 0 if message.extension is None else 2 * VALUE_COST
+        self._put_unread(queue, [item], size + OVERHEAD, gate)
+
+    def _put_unread(self, queue: WaitQueue[Any], items: list[Any], size: int, gate: Gate) -> None:
+        """Put what the leader has read into a wait queue."""
+        self._half_read = (queue, queue.added)
+        queue.put_unread(items, size, gate)
+        self._half_read = None
 
     # With the lock
 
@@ -927,11 +1291,26 @@ class BaseClient(ClientProperties):
             self._write()
         return True
 
-    def _new_queue(self) -> WaitQueue[Any]:
-        """Return a new wait queue of this client."""
+    def _recover_reads(self) -> None:
+        """Repair what an interrupted leader has left unfinished."""
+        if self._half_read is None:
+            return
+        queue, count_before = self._half_read
+        if self._transport.unread:
+            queue.added = count_before
+        else:
+            queue.waiters.wake()
+        self._half_read = None
+
+    def _new_queue(self, leader: Leader | None = None) -> WaitQueue[Any]:
+        """Return a new wait queue of this client.
+
+        leader: The client's leader, if a thread that waits at the queue may read.
+        """
         # It gets no method of the client: wait queues are held by threads that must not
         # hold the client.
-        return WaitQueue(self._meter, self._transport, self._lock._is_owned)
+        interrupting = self._lock._is_owned if leader is None else leader.interrupting
+        return WaitQueue(self._meter, self._transport, leader, interrupting)
 
     def _end_queue(self, queue: WaitQueue[Any], reason: BrokerdError) -> None:
         """End the wait queue of a subscription or watch.
@@ -955,10 +1334,14 @@ class BaseClient(ClientProperties):
                 )
             if effects.events:
                 self._dispatcher.dispatch_events(effects.events)
+            if effects.stored:
+                self._dispatcher.dispatch_stored(effects.stored)
         for subscription, reason in effects.ended:
             self._end_queue(subscription.queue, reason)
         if effects.changes:
             self._dispatcher.tell_changes(effects.changes)
+            if self._dialog.state is State.DRAINING:
+                self._give_back_stored()
         if effects.undelivered or effects.unreadable or effects.warnings or effects.broken:
             earlier_deadline = self._dispatcher.warning_due
             for error in effects.undelivered:
@@ -989,6 +1372,9 @@ class BaseClient(ClientProperties):
         )
         doubtful = 0 if in_order else self._dialog.unwritten
         effects = self._dialog.lost(reason, now, jitter(), doubtful=doubtful, at_once=at_once)
+        if self._dialog.mailbox.is_open:
+            # They come again on the next connection.
+            self._dispatcher.take_stored()
         self._dial_at = self._dialog.retry_at
         self._dropping = True
         # Before the wait queues end, so that on_undelivered is called for a last loss
@@ -1024,7 +1410,10 @@ class BaseClient(ClientProperties):
         with self._lock:
             self._clear = False
             self._recover_writes(now)
+            self._recover_reads()
             self._close_lost()
+            if self._acks:
+                self._queue_acks()
             self._do_chores()
             self._apply(self._dialog.tick(now), now)
             self._close_lost()
@@ -1071,6 +1460,7 @@ class BaseClient(ClientProperties):
                 remaining = _END_CHECK_S if remaining is None else min(remaining, _END_CHECK_S)
             if self._chores or self._dropping:
                 remaining = 0.0
+            self._transport.schedule(reading=reading)
         return remaining, reading
 
     def _close_lost(self) -> None:
@@ -1105,6 +1495,7 @@ class BaseClient(ClientProperties):
                 # the client reconnects only after a delay.
                 self._end_connection(reason, now, at_once=not isinstance(error, Exception))
             self._transport.renew()
+            self._half_read = None
             self._dropping = False
             # Calls whose chore is still queued go on waiting.
             for call in self._calls - {call for _, call in list(self._chores)}:
@@ -1178,14 +1569,18 @@ class BaseClient(ClientProperties):
         except OSError as error:
             loss = error
         try:
-            if readable or loss is not None:
-                data = transport.read()
-            while data:
-                if not self._receive(data) or loss is None:
+            while readable or loss is not None:
+                # With the lock, because a leader may read, too.
+                with self._lock:
+                    self._recover_reads()
+                    data = transport.read()
+                    if not data:
+                        break
+                    goes_on = self._receive(data)
+                if not goes_on or loss is None:
                     return
                 # The connection is broken: only bytes that arrived already are left to
                 # read.
-                data = transport.read()
         except OSError as error:
             loss = loss or error
         if loss is not None:
@@ -1202,6 +1597,8 @@ class BaseClient(ClientProperties):
                 return False
             before = self._dialog.state
             effects = self._dialog.receive(data, self, now)
+            # For the leader, which can't change the dialog.
+            self._transport.unread.after = self._dialog.take_begun()
             self._apply(effects, now)
             if effects.broken is None:
                 self._write()
@@ -1264,7 +1661,19 @@ def _transport(settings: Settings) -> Transport:
 
 #: Modules and names of the methods that may hold a client's lock.
 _OWN_MODULES: Final = (__name__, "brokerd_client.blocking.client")
-_LOCKING: Final = ("_send_at_once", "_put", "_repair", "_wait_until_clear", "_do_chores", "_close")
+_LOCKING: Final = (
+    "_send_at_once",
+    "_put",
+    "_post",
+    "_settle",
+    "_repair",
+    "_wait_until_clear",
+    "_do_chores",
+    "_close",
+    "_begin_lead",
+    "_read_ahead",
+    "_end_lead",
+)
 
 _open_clients: weakref.WeakSet[BaseClient] = weakref.WeakSet()
 
@@ -1275,13 +1684,25 @@ def _close_all() -> None:
         client._close()
 
 
+def _review_in_flight(ref: weakref.ref[BaseClient]) -> None:
+    """Lower the client's limit in flight, if there are fewer handler threads now."""
+    if (client := ref()) is not None:
+        client._queue_chore(client._lower_in_flight)
+
+
 def _deadline(timeout: float | None) -> float | None:
     """Return the deadline for a timeout in seconds.
 
     Raises ValueError if it is not valid.
     """
-    limit = check_timeout(timeout)
-    return None if limit is None else Deadline(time.monotonic() + limit, limit)
+    if type(timeout) is not float or not 0 <= timeout < ENDLESS_S:
+        timeout = check_timeout(timeout)
+        if timeout is None:
+            return None
+    # As in Deadline.after, without the call.
+    deadline = Deadline(time.monotonic() + timeout)
+    deadline.timeout_s = timeout
+    return deadline
 
 
 def _move_bytes(
@@ -1343,6 +1764,7 @@ def _turn(ref: weakref.ref[BaseClient], transport: Transport) -> bool:
     """
     if (client := ref()) is None:
         return False
+    client._thread_id = threading.get_ident()
     try:
         plan = client._prepare()
     finally:

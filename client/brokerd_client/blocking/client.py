@@ -15,20 +15,25 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from brokerd_client import message
+from brokerd_client._common.random_numbers import dedup_key as new_dedup_key
+from brokerd_client._common.rpc import Interface
+from brokerd_client._common.tracing import Tracer, TracerProvider, tracer_for
 from brokerd_client.blocking.base import BaseClient
+from brokerd_client.blocking.listener import Listener
+from brokerd_client.blocking.rpc import Proxy, serve
 from brokerd_client.blocking.subscriptions import Message, PresenceWatch, Subscription
+from brokerd_client.blocking.traced import TracedCalls
 from brokerd_client.codec import encode
 from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import BrokerdError
-from brokerd_client.message import Receipt, with_time_limit, with_ttl
+from brokerd_client.message import Receipt, with_options, with_time_limit
 from brokerd_client.presence import ClientInfo, client_list
 from brokerd_client.protocol.bulk import encode_many
 from brokerd_client.settings import (
     DEFAULT_INBOX,
-    DEFAULT_THREADS,
     DEFAULT_TIMEOUT_S,
     AnyAddress,
     Settings,
@@ -41,12 +46,24 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["Client", "Message", "PresenceWatch", "Subscription", "connect"]
+    from brokerd_client.connection.stream import Connection
+    from brokerd_client.json_codec import JsonCodec
+
+__all__ = [
+    "Client",
+    "Listener",
+    "Message",
+    "PresenceWatch",
+    "Proxy",
+    "Subscription",
+    "connect",
+]
 
 RequestHandler = TypeVar("RequestHandler", bound=Callable[[Message], object])
 MessageHandler = TypeVar("MessageHandler", bound=Callable[[Message], object])
 ConnectionHandler = TypeVar("ConnectionHandler", bound=Callable[[ConnectionEvent], object])
 UndeliveredHandler = TypeVar("UndeliveredHandler", bound=Callable[[BrokerdError], object])
+T = TypeVar("T")
 
 
 class Client(BaseClient):
@@ -69,6 +86,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int:
@@ -82,6 +101,9 @@ class Client(BaseClient):
             payload: The object to send.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the message stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the message, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -95,9 +117,9 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        if ttl is not None:
-            extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         if timeout is not None:
             check_timeout(timeout)
         message_id = self._send_at_once(to, number, body, extension)
@@ -113,6 +135,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> Receipt:
@@ -123,6 +147,9 @@ class Client(BaseClient):
             payload: The object to send.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the message stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the message, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -138,10 +165,63 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         put = self._dialog.send_for_receipt
-        return cast("Receipt", self._ask(timeout, put, to, number, body, extension))
+        receipt: Receipt = self._ask(timeout, put, to, number, body, extension)
+        return receipt
+
+    def post(
+        self,
+        to: str,
+        payload: object,
+        *,
+        codec: str | int | None = None,
+        ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
+        extension: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Store a message in the mailbox of a client, exactly once.
+
+        The message is sent again, with the same key, after every reconnect and when the
+        broker could not store it. So the call may take as long as the broker is down.
+        Messages of several calls are stored in the order in which the calls began.
+
+        Args:
+            to: The name of the client that has the mailbox.
+            payload: The object to send.
+            codec: The codec of the payload, by name or number.
+            ttl: Seconds after which the mailbox no longer delivers the message.
+            dedup_key: The key of an earlier call that this one continues: the
+                ``dedup_key`` of its error. Without it the message gets a new key.
+            delay: Seconds until the mailbox delivers the message, at most 30 days.
+            extension: A JSON object that travels beside the payload.
+            timeout: Seconds for the whole call; None for no limit.
+
+        Returns:
+            The broker's confirmation that the message is on disk.
+
+        Raises:
+            PayloadError: The payload cannot be encoded.
+            InvalidName: ``to`` is not a valid address.
+            Refused: The broker refused the message; it is not stored.
+            TimedOut: The message was not stored in time, as far as is known.
+            Closed: The client was closed before that.
+            InDoubt: The outcome is not known, and the broker no longer knows the key.
+            Disconnected: The client no longer reconnects; nothing was stored.
+        """
+        number, body = encode(payload, codec, self.json_codec)
+        if dedup_key is None:
+            dedup_key = new_dedup_key()
+        options = with_options(extension, ttl, dedup_key, delay) or {}
+        try:
+            return cast("Receipt", self._post(timeout, to, number, body, options))
+        except BrokerdError as error:
+            error.dedup_key = dedup_key
+            raise
 
     def send_many(
         self,
@@ -169,7 +249,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return self._put_many(timeout, encode_many(messages, codec))
+        return self._put_many(timeout, encode_many(messages, codec, self.json_codec))
 
     def send_many_confirmed(
         self,
@@ -196,7 +276,7 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        return self._ask_many(timeout, encode_many(messages, codec))
+        return self._ask_many(timeout, encode_many(messages, codec, self.json_codec))
 
     def request(
         self,
@@ -231,10 +311,11 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
+        number, body = encode(payload, codec, self.json_codec)
         extension, limit_s = with_time_limit(extension, ttl, timeout)
         put = partial(self._dialog.request, limit_s=limit_s)
-        return cast("Message", self._ask(timeout, put, to, number, body, extension))
+        answer: Message = self._ask(timeout, put, to, number, body, extension)
+        return answer
 
     def reply(
         self,
@@ -260,7 +341,7 @@ class Client(BaseClient):
             WrongUse: The message is not a request.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
+        number, body = encode(payload, codec, self.json_codec)
         put = self._dialog.reply
         self._answer(message, put, message.sender, message.id, number, body, extension)
 
@@ -275,6 +356,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> int:
@@ -287,6 +370,9 @@ class Client(BaseClient):
             payload: The object to publish.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the event stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the event, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -300,8 +386,9 @@ class Client(BaseClient):
             TimedOut: The broker did not read in time.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         if timeout is not None:
             check_timeout(timeout)
         message_id = self._publish_at_once(topic, number, body, extension)
@@ -317,6 +404,8 @@ class Client(BaseClient):
         *,
         codec: str | int | None = None,
         ttl: float | None = None,
+        dedup_key: str | None = None,
+        delay: float | None = None,
         extension: Mapping[str, Any] | None = None,
         timeout: float | None = None,
     ) -> Receipt:
@@ -329,6 +418,9 @@ class Client(BaseClient):
             payload: The object to publish.
             codec: The codec of the payload, by name or number.
             ttl: Seconds that the event stays deliverable while it waits in a queue.
+            dedup_key: A key of 1 to 64 bytes. A mailbox stores messages of one sender
+                with the same key once.
+            delay: Seconds until a mailbox delivers the event, at most 30 days.
             extension: A JSON object that travels beside the payload.
             timeout: Seconds for the whole call. With None only the wait for a connection
                 is limited, by the timeout of connect().
@@ -344,10 +436,12 @@ class Client(BaseClient):
             InDoubt: The connection broke before the outcome was known.
             Disconnected: The client is not connected; nothing was sent.
         """
-        number, body = encode(payload, codec)
-        extension = with_ttl(extension, ttl)
+        number, body = encode(payload, codec, self.json_codec)
+        if ttl is not None or dedup_key is not None or delay is not None:
+            extension = with_options(extension, ttl, dedup_key, delay)
         put = self._dialog.publish_for_receipt
-        return cast("Receipt", self._ask(timeout, put, topic, number, body, extension))
+        receipt: Receipt = self._ask(timeout, put, topic, number, body, extension)
+        return receipt
 
     # Receiving
 
@@ -366,6 +460,8 @@ class Client(BaseClient):
             Disconnected: The connection is lost, and the client will not reconnect.
         """
         self._check()
+        if not self._receives:
+            self._begin_receiving()
         return self._inbox.take(None if timeout is None else check_timeout(timeout))
 
     def on_request(self, handler: RequestHandler) -> RequestHandler:
@@ -430,6 +526,109 @@ class Client(BaseClient):
         """
         return self._handle(self._dispatcher.handle_connection, handler)
 
+    # Calls of methods
+
+    @overload
+    def service(
+        self,
+        target: T,
+        /,
+        *,
+        methods: Iterable[str] | None = None,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T: ...
+
+    @overload
+    def service(
+        self, /, *, methods: Iterable[str] | None = None, raises: Iterable[type[Exception]] = ()
+    ) -> Callable[[T], T]: ...
+
+    def service(
+        self,
+        target: object = None,
+        /,
+        *,
+        methods: Iterable[str] | None = None,
+        raises: Iterable[type[Exception]] = (),
+    ) -> object:
+        """Serve methods to the proxies of other clients; can be used as a decorator.
+
+        The result of a method is the reply, and its exception the error. Other requests
+        go to the on_request handler, as before. Several services of one client add up.
+
+        Args:
+            target: An object, a class, which is instantiated, or a function.
+            methods: The names of the methods to serve. The default is those that the body
+                of the class defines, without names that begin with an underscore.
+            raises: Exceptions that are answers and not failures: they are not logged.
+
+        Returns:
+            The target.
+
+        Raises:
+            TypeError: There is nothing to serve.
+            ValueError: A name is not public, or is served already.
+        """
+        if target is None:
+            return partial(self.service, methods=methods, raises=raises)
+        self._check()
+        service = self._service.extended(target, methods, raises)
+        self._on_call(partial(serve, service))
+        self._service = service
+        return target
+
+    def _on_call(self, handler: Callable[[Message], object]) -> None:
+        self._handle(self._dispatcher.handle_calls, handler)
+
+    @overload
+    def proxy(
+        self,
+        to: str,
+        interface: Callable[..., T],
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T: ...
+
+    @overload
+    def proxy(
+        self,
+        to: str,
+        interface: None = None,
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> Proxy: ...
+
+    def proxy(
+        self,
+        to: str,
+        interface: Callable[..., T] | None = None,
+        *,
+        timeout: float | None = 30.0,
+        raises: Iterable[type[Exception]] = (),
+    ) -> T | Proxy:
+        """Return a stand-in for the service of another client; nothing is sent.
+
+        A method called on it is called at the other client, as a request. It returns the
+        result, and raises the method's exception, or what :meth:`request` raises.
+
+        Args:
+            to: The address of the client that serves.
+            interface: A class or Protocol with the service's methods, for type checkers
+                and against misspelled names.
+            timeout: Seconds to wait for the result of a call; None for no limit.
+            raises: Exceptions of the service that are raised as what they are, beside
+                the built-in exceptions. Any other is raised as CallFailed.
+
+        Returns:
+            The proxy; for type checkers it is an object of the interface.
+
+        Raises:
+            InvalidName: ``to`` is not a valid address.
+        """
+        return cast("T", Proxy(self, to, Interface(interface, raises), timeout))
+
     # Topics, presence and the broker itself
 
     def subscribe(
@@ -487,6 +686,60 @@ class Client(BaseClient):
             Disconnected: The client is not connected; nothing was sent.
         """
         subscription = PresenceWatch(self)
+        try:
+            self._open(subscription, timeout)
+            return subscription
+        except BaseException:
+            self._take_back(subscription)
+            raise
+
+    # Channels
+
+    def open(self, to: str, payload: bytes = b"", *, timeout: float | None = 30.0) -> Connection:
+        """Open a channel to a client that listens; it lasts longer than this client.
+
+        Args:
+            to: The address of the other client: NAME, or NAME/INSTANCE of a pool.
+            payload: Bytes that the other client sees before it accepts, at most 1 KiB.
+            timeout: Seconds to wait until the other client has accepted; None for no
+                limit.
+
+        Returns:
+            The channel: a connection, as of the direct API.
+
+        Raises:
+            Offline: The other client is not connected, or does not listen.
+            Denied: The rules allow no channel between the clients.
+            Expired: The other client did not accept in time.
+            Refused: The broker refused the channel for another reason.
+            RequestFailed: The other client refused the channel.
+            TimedOut: The channel was not made in time.
+            Disconnected: The broker can't be reached.
+            PayloadError: The payload is too long.
+            InvalidName: ``to`` is not a valid address.
+        """
+        return self._open_channel(to, payload, timeout)
+
+    def listen(self, *, timeout: float | None = 30.0) -> Listener:
+        """Listen for channels.
+
+        A client has one listener at a time. The client listens again after every
+        reconnect.
+
+        Args:
+            timeout: Seconds to wait for the broker's confirmation; None for no limit.
+
+        Returns:
+            The listener: an iterator of channels.
+
+        Raises:
+            WrongUse: The client listens already.
+            Refused: The broker refused.
+            TimedOut: No answer came in time.
+            InDoubt: The connection broke before the outcome was known.
+            Disconnected: The client is not connected; nothing was sent.
+        """
+        subscription = Listener(self)
         try:
             self._open(subscription, timeout)
             return subscription
@@ -589,6 +842,19 @@ class Client(BaseClient):
         self.close()
 
 
+class TracedClient(TracedCalls, Client):
+    """A client that makes spans.
+
+    Args:
+        settings: The settings of the client.
+        tracer: Makes the spans.
+    """
+
+    def __init__(self, settings: Settings, tracer: Tracer) -> None:
+        self._tracer = tracer
+        super().__init__(settings)
+
+
 def connect(
     address: AnyAddress | None = None,
     name: str | None = None,
@@ -600,9 +866,13 @@ def connect(
     reconnect: bool = True,
     give_up_after: float | None = None,
     allow_pickle_from: Iterable[str] = (),
+    codec: JsonCodec | None = None,
     inbox: int = DEFAULT_INBOX,
+    window: int | None = None,
+    window_bytes: int | None = None,
     ssl: SSLContext | bool | None = None,
-    threads: int = DEFAULT_THREADS,
+    handlers: int | None = None,
+    tracing: bool | TracerProvider = True,
 ) -> Client:
     """Connect to a broker and return the client.
 
@@ -628,12 +898,20 @@ def connect(
             None the client reconnects without end, but gives up when the broker has
             rejected its key six times. With infinity it never gives up.
         allow_pickle_from: Names of the clients whose pickles may be read.
+        codec: The JSON of this client, for payloads of more types: see JsonCodec.
         inbox: Bytes of received messages kept in this process before the client stops
             reading the socket.
+        window: Messages of the mailbox that this client has received and not
+            acknowledged, at most 10,000. The default is the mailbox's own.
+        window_bytes: The same in bytes. The default is 1 MiB.
         ssl: A context for TLS, or True for a context that trusts the system's
             certificates. An address tls://HOST:PORT does the same as True.
-        threads: Threads for request handlers, beside those in which a handler waits for
-            the broker.
+        handlers: Requests that the request handler works on at the same time; the broker
+            delivers no more of them, beside those whose handler waits for the broker.
+            The default is 4.
+        tracing: A tracer provider of OpenTelemetry, which gets spans of calls and
+            handlers. True takes the provider that the program has set, if any; False
+            takes none.
 
     Returns:
         The client, authenticated and introduced.
@@ -658,16 +936,21 @@ def connect(
         reconnect=reconnect,
         give_up_after=give_up_after,
         allow_pickle_from=allow_pickle_from,
+        codec=codec,
         inbox=inbox,
+        window=window,
+        window_bytes=window_bytes,
         ssl=ssl,
-        threads=threads,
+        handlers=handlers,
+        tracing=tracing,
     )
     return _connected(settings)
 
 
 def _connected(settings: Settings) -> Client:
     """Return a new client when it is introduced; close it if that fails."""
-    client = Client(settings)
+    tracer = tracer_for(settings.tracing)
+    client = Client(settings) if tracer is None else TracedClient(settings, tracer)
     try:
         client.wait_until_ready()
     except BaseException:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
-from brokerd_client._common.dispatcher import Job, log
+from brokerd_client._common.dispatcher import FailureAnswer, Job, failure_body, log
+from brokerd_client._common.tracing import Handling
 from brokerd_client.blocking.subscriptions import Message
 from brokerd_client.blocking.waiters import WaitQueue
 from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected
+from brokerd_client.protocol.mailbox import ack_body
 
-__all__ = ["HandlerThreads", "RequestJob"]
+__all__ = ["HandlerThreads", "RequestJob", "StoredJob", "in_span"]
+
+#: Seconds between raising the limit in flight and checking whether it can be lowered. A
+#: shorter time would cost nested requests an operation each.
+_REVIEW_S: Final = 1.0
 
 
 class HandlerThreads:
@@ -29,13 +36,24 @@ class HandlerThreads:
         count: Threads kept free for jobs, beside those in which a handler waits for the
             broker.
         max_threads: Most threads in all.
+        on_review: Called without an argument when the limit in flight may be lowered.
     """
 
-    def __init__(self, queue: WaitQueue[Job], name: str, count: int, max_threads: int) -> None:
+    def __init__(
+        self,
+        queue: WaitQueue[Job],
+        name: str,
+        count: int,
+        max_threads: int,
+        on_review: Callable[[], object] = lambda: None,
+    ) -> None:
         self._new_queue = queue
         self._name = name
-        self._count = count
+        self.count = count
         self._max_threads = max_threads
+        self._on_review = on_review
+        #: When the limit in flight was raised or last checked; None while it is not raised.
+        self.raised_at: float | None = None
         self._lock = threading.Lock()
         self._threads: dict[int, threading.Thread] = {}
         self._waiting: set[int] = set()
@@ -45,7 +63,7 @@ class HandlerThreads:
     @property
     def capacity(self) -> int:
         """Jobs that the threads can do at once: of those that run, and of those needed."""
-        return max(self._count, len(self._threads))
+        return max(self.count, len(self._threads))
 
     @property
     def idle(self) -> bool:
@@ -62,7 +80,7 @@ class HandlerThreads:
     def short(self) -> bool:
         """Whether another thread is needed, and allowed."""
         running = len(self._threads)
-        return running - len(self._waiting) < self._count and running < self._max_threads
+        return running - len(self._waiting) < self.count and running < self._max_threads
 
     def start(self) -> None:
         """Start the threads that are needed."""
@@ -88,13 +106,17 @@ class HandlerThreads:
         self._waiting.discard(threading.get_ident())
 
     def _run(self, registered: threading.Event) -> None:
-        queue = self._new_queue
+        queue, me = self._new_queue, threading.get_ident()
         try:
-            self._threads[threading.get_ident()] = threading.current_thread()
+            self._threads[me] = threading.current_thread()
             registered.set()
-            while not self._retire():
+            # Of the property _too_many, without the call.
+            while not (len(self._threads) - len(self._waiting) > self.count and self._retire()):
                 try:
-                    function, item = queue.take(None)
+                    if self.raised_at is not None:
+                        self._review(self.raised_at)
+                    # A raised limit is checked even if no job comes.
+                    function, item = queue.take(None if self.raised_at is None else _REVIEW_S)
                     try:
                         function(item)
                     except BaseException as error:  # noqa: BLE001 - see the head of this file
@@ -103,7 +125,7 @@ class HandlerThreads:
                         with self._lock:
                             self._done += 1
                         # An interrupted wait may have left the thread in the set.
-                        self._waiting.discard(threading.get_ident())
+                        self._waiting.discard(me)
                     del function, item
                 except BrokerdError:
                     if queue.ended is not None:
@@ -114,13 +136,25 @@ class HandlerThreads:
             registered.set()
             self._leave()
 
-    def _retire(self) -> bool:
-        """Remove this thread and return True if there are more threads than needed.
+    def _review(self, raised_at: float) -> None:
+        """Call ``on_review`` if the limit in flight was raised some time ago."""
+        if time.monotonic() >= raised_at + _REVIEW_S:
+            # One thread is enough; the client sets it again if threads still wait.
+            self.raised_at = None
+            self._on_review()
+
+    @property
+    def _too_many(self) -> bool:
+        """Whether there are more threads than needed.
 
         That is so when a thread that waited for the broker runs again.
         """
+        return len(self._threads) - len(self._waiting) > self.count
+
+    def _retire(self) -> bool:
+        """Remove this thread and return True if there are still more threads than needed."""
         with self._lock:
-            if len(self._threads) - len(self._waiting) <= self._count:
+            if not self._too_many:
                 return False
             self._leave()
             return True
@@ -131,23 +165,37 @@ class HandlerThreads:
         self._waiting.discard(me)
 
 
+def in_span(
+    handler: Callable[[Message], object], span: Callable[[Message], Handling]
+) -> Callable[[Message], object]:
+    """Return a handler that runs in a span of its own for each message."""
+
+    def handle(message: Message) -> object:
+        with span(message):
+            return handler(message)
+
+    return handle
+
+
 class RequestJob:
     """A request handler, as a job: its result is the reply."""
 
-    __slots__ = ("_handler",)
+    __slots__ = ("_failure", "_handler")
 
-    def __init__(self, handler: Callable[[Message], object]) -> None:
+    def __init__(self, handler: Callable[[Message], object], failure: FailureAnswer) -> None:
         self._handler = handler
+        self._failure = failure
 
     def __call__(self, request: Message) -> None:
-        if request._owner._is_over(request):
+        client = request._owner
+        if client._is_over(request):
             return
         result = self._handler(request)
         try:
-            if request.cancelled:
+            if request._cancelled:
                 return
-            if not request.answered:
-                request.reply(result)
+            if not request._answered:
+                client._reply(request, result)
             elif result is not None:
                 log().warning(
                     "the handler of a request of %s returned a value after it had answered",
@@ -167,7 +215,30 @@ class RequestJob:
             return
         log().error("the handler of a request of %s failed", request.sender, exc_info=error)
         with contextlib.suppress(AlreadyAnswered, Disconnected, Closed):
-            request.fail(f"the handler failed: {type(error).__name__}")
+            request.fail(*self._failure(error))
+
+
+class StoredJob:
+    """A message handler, as a job for messages from the mailbox: it acknowledges them."""
+
+    __slots__ = ("_handler",)
+
+    def __init__(self, handler: Callable[[Message], object]) -> None:
+        self._handler = handler
+
+    def __call__(self, message: Message) -> None:
+        self._handler(message)
+        client = message._owner
+        client._settle_at_once(message, ack_body("done"), client._ordered)
+
+    def failed(self, message: Message, error: BaseException) -> None:
+        """Log the handler's exception, and return the message to the mailbox."""
+        if isinstance(error, Closed) and message._owner.closed:
+            log().info("a message of %s was not processed: client closed", message.sender)
+            return
+        log().error("the handler of message %s of the mailbox failed", message.seq, exc_info=error)
+        client = message._owner
+        client._settle_at_once(message, failure_body(error), client._ordered)
 
 
 def _on_failure(function: Any, item: Any, error: BaseException) -> None:

@@ -91,8 +91,7 @@ class TlsTransport(Transport):
                     raise
         return sent
 
-    def read(self) -> bytes | None:
-        """Return the bytes that have arrived, as a Transport does."""
+    def _receive(self) -> bytes | None:
         assert self._stream is not None
         with self._turn:
             try:
@@ -100,6 +99,12 @@ class TlsTransport(Transport):
             except (BlockingIOError, InterruptedError):
                 self._raise_if_vanished()
                 return None
+
+    def borrow_input(self) -> None:
+        """Return None: only the I/O thread reads.
+
+        A waiting thread may be interrupted while it decrypts, and bytes would be lost.
+        """
 
     def shut(self) -> None:
         """End the sending side of the TLS connection."""

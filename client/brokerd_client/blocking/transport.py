@@ -4,6 +4,11 @@ It knows nothing of frames. One thread (the I/O thread) dials, waits, reads and 
 Any thread may write or wake, one at a time. :meth:`write` returns the number of bytes
 that the operating system has taken.
 
+A thread that waits for an answer may borrow the input: see :meth:`borrow_input`. It
+then reads in place of the I/O thread, which sleeps on. Threads that borrow the input
+again and again keep it in between, so that each answer costs three system calls. The
+I/O thread then looks at short intervals whether the input is still in use.
+
 An exception, for example of a signal handler, may interrupt a write. The bytes are
 therefore stored in ``backlog`` before they are passed to the system. ``unsure`` tells
 whether the system may have taken bytes that are still in ``backlog``.
@@ -14,22 +19,36 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import selectors
+import select
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from brokerd_client._common.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has_ended, keep_alive
 from brokerd_client._common.lookup import Candidate, Lookup, numeric
 from brokerd_client._common.pipe_bridge import dial_pipe
 from brokerd_client.address import Address, validate_family
+from brokerd_client.blocking.poller import READ, WRITE, EpollPoller, poller
 from brokerd_client.errors import TlsError
 
 __all__ = ["Transport", "raised_by_system"]
 
 _READ_SIZE = 64 * 1024
+#: Most bytes that a waiting thread reads at once. Messages that are taken before more are
+#: read cost half as much: they are in the processor's cache, and the garbage collector
+#: does not look at them.
+_READ_AHEAD_SIZE = 24 * 1024
 #: Seconds that one wait lasts at most: the system's calls accept a few days at most.
 _LONGEST_WAIT_S = 3600.0
+#: Seconds between returning and borrowing the input that count as quick, and how many
+#: times in a row it is borrowed quickly before it is kept.
+_QUICK_S = 0.0002
+_QUICK_TIMES = 4
+#: Seconds between two checks of the I/O thread whether kept input is still in use. Input
+#: that no thread has borrowed in between waits for it.
+_KEPT_S = 0.004
 _UNDER_WAY = (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR)
 
 
@@ -41,6 +60,27 @@ def raised_by_system(error: OSError) -> bool:
     return error.errno is not None or isinstance(
         error, (TlsError, BlockingIOError, InterruptedError)
     )
+
+
+class Unread(deque["bytes | OSError"]):
+    """The reads of a waiting thread that wait to be handled: bytes, or a read's error.
+
+    Each change is one step, which an exception of a signal handler can't divide.
+
+    Args:
+        items: What was read.
+        before: The begin of a frame, before the items.
+        after: The same, behind the items. It stays when they are cleared.
+    """
+
+    __slots__ = ("after", "before")
+
+    def __init__(
+        self, items: Iterable[bytes | OSError] = (), *, before: bytes = b"", after: bytes = b""
+    ) -> None:
+        super().__init__(items)
+        self.before = before
+        self.after = after
 
 
 class Transport:
@@ -64,8 +104,19 @@ class Transport:
         self._socket: socket.socket | None = None
         self._candidates: Iterator[Candidate] = iter(())
         self._lookup: Lookup | None = None
-        self._selector = selectors.DefaultSelector()
+        #: What the I/O thread waits for at the socket, without what is lent.
         self._mask = 0
+        #: Whether a waiting thread reads, and the I/O thread does not wait for input.
+        self.lent = False
+        #: Whether it is lent although no thread reads, for the next thread.
+        self.kept = False
+        #: Whether the I/O thread looks at short intervals if the input is in use.
+        self._watched = False
+        #: How many times the input was borrowed, and how often quickly in a row.
+        self._times_borrowed = 0
+        self._times_quick = 0
+        self._left_at = 0.0
+        self.unread = Unread()
         self._silence = Silence()
         self._next_check_at = 0.0
         #: Whether the peer vanished without closing. Reading raises an error for it,
@@ -76,7 +127,11 @@ class Transport:
         self._waker_out, self._waker_in = socket.socketpair()
         self._waker_out.setblocking(False)
         self._waker_in.setblocking(False)
-        self._selector.register(self._waker_out, selectors.EVENT_READ)
+        self._poller = poller(self._waker_out)
+        #: The waker of the thread that has borrowed the input; None where no thread can.
+        self._borrower_waker = self._new_borrower_waker()
+        #: What that thread waits for: the socket and its waker.
+        self._poll: Any = None
 
     @property
     def open(self) -> bool:
@@ -198,14 +253,16 @@ class Transport:
             self.unsure = False
             return 0
         size = len(data)
-        self.unsure = True
-        self.backlog = data
-        self.bytes_given += size
+        # A loop, because CPython raises a signal handler's exception after a call of
+        # send, when the result is not in a variable yet. It does not raise between a
+        # loop's step and the assignment of its variable, nor before the first step,
+        # because nothing is called there.
+        sends = map(self._send, (data,))
         try:
-            # A loop, because CPython raises a signal handler's exception after a call
-            # of send, when the result is not in a variable yet. It does not raise
-            # between a loop's step and the assignment of its variable.
-            for sent in map(self._send, (data,)):
+            self.unsure = True
+            self.backlog = data
+            self.bytes_given += size
+            for sent in sends:
                 if sent == size:
                     self.backlog = b""
                     self.unsure = False
@@ -243,6 +300,36 @@ class Transport:
 
         Raises OSError if the connection is lost.
         """
+        if self.unread:
+            data = self.first_unread()
+            after, self.unread = self.unread.after, Unread()
+            if isinstance(data, OSError):
+                raise data
+            return data + after
+        begun = self.unread.before + self.unread.after
+        received = self._receive()
+        if received and begun:
+            self.unread = Unread()
+            received = begun + received
+        return received
+
+    def first_unread(self) -> bytes | OSError:
+        """Return the first item of ``unread``, with what is before it."""
+        first = self.unread[0]
+        if self.unread.before:
+            if isinstance(first, bytes) and first:
+                first = self.unread.before + first
+            self.unread = Unread((first,), after=self.unread.after)
+        return first
+
+    def split_unread(self, data: bytes, size: int) -> None:
+        """Set aside the last ``size`` bytes of ``data``, which is all of ``unread``: they
+        are the begin of a frame.
+        """
+        self.unread = Unread((data[:-size],), after=data[-size:])
+
+    def _receive(self) -> bytes | None:
+        """Return the bytes that have arrived at the socket, as :meth:`read` does."""
         assert self._socket is not None
         try:
             return self._socket.recv(_READ_SIZE)
@@ -256,8 +343,23 @@ class Transport:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_WR)
 
+    def schedule(self, *, reading: bool) -> None:
+        """Set whether the next wait ends when there is input; with the client's lock."""
+        if self.kept and not self._watched:
+            self.return_input()
+        mask = 0
+        if self._socket is not None:
+            read, write = self._wanted(reading=reading)
+            mask = (READ if read else 0) | (WRITE if write else 0)
+        if mask != self._mask:
+            # What is lent is not waited for: see borrow_input.
+            self.return_input()
+            self._watch(mask)
+
     def wait(self, timeout: float | None, *, reading: bool) -> tuple[bool, bool]:
         """Wait for the socket or the waker; return (readable, writable).
+
+        What is waited for has been set with :meth:`schedule`.
 
         Args:
             timeout: Seconds to wait at most; None for no limit.
@@ -268,24 +370,34 @@ class Transport:
         timeout = self._check_peer(None if timeout is None else min(timeout, _LONGEST_WAIT_S))
         if self._vanished:
             return True, False
-        mask = 0
-        if self._socket is not None:
-            read, write = self._wanted(reading=reading)
-            mask = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
-        self._schedule(mask)
-        events = 0
-        for key, ready in self._selector.select(timeout):
-            if key.fileobj is self._waker_out:
-                with contextlib.suppress(BlockingIOError, InterruptedError):
-                    while self._waker_out.recv(4096):
-                        pass
-            else:
-                events = ready
+        woken, ready = self._wait_until_ready(0 if self.unread else timeout)
+        if woken:
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                while self._waker_out.recv(4096):
+                    pass
+        if self.unread:
+            ready |= READ
         if not reading and self._socket is not None and not self.connecting:
             self.ended = has_ended(self._socket)
             if self.ended:
-                events |= selectors.EVENT_READ
-        return bool(events & selectors.EVENT_READ), bool(events & selectors.EVENT_WRITE)
+                ready |= READ
+        return bool(ready & READ), bool(ready & WRITE)
+
+    def _wait_until_ready(self, timeout: float | None) -> tuple[bool, int]:
+        """Wait as the poller does; end the wait when kept input is not in use any more."""
+        if not self._watched:
+            return self._poller.wait(timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            times_borrowed = self._times_borrowed
+            limit = _KEPT_S if end is None else min(_KEPT_S, max(0.0, end - time.monotonic()))
+            woken, ready = self._poller.wait(limit)
+            if woken or ready or limit < _KEPT_S:
+                return woken, ready
+            if times_borrowed == self._times_borrowed:
+                # The next call of schedule() takes the input back.
+                self._watched = False
+                return False, 0
 
     def _check_peer(self, timeout: float | None) -> float | None:
         """Check at intervals whether the peer still answers.
@@ -296,8 +408,9 @@ class Transport:
             return timeout
         now = time.monotonic()
         if now >= self._next_check_at:
-            self._next_check_at = now + DEFAULT_S / LOOKS
-            self._vanished = self._silence.lasts(self._socket, now) >= DEFAULT_S
+            remaining_s = self._silence.remaining_s(self._socket, now, DEFAULT_S)
+            self._next_check_at = now + min(DEFAULT_S / LOOKS, remaining_s)
+            self._vanished = remaining_s <= 0
         remaining = self._next_check_at - now
         return remaining if timeout is None else min(timeout, remaining)
 
@@ -309,32 +422,112 @@ class Transport:
         """Return whether to wait for the socket to be readable, and to be writable."""
         return reading and not self.connecting, self.connecting or self.unwritten()
 
-    def _schedule(self, mask: int) -> None:
-        if mask == self._mask:
-            return
+    def _watch(self, mask: int) -> None:
         assert self._socket is not None
-        if not self._mask:
-            self._selector.register(self._socket, mask)
-        elif mask:
-            self._selector.modify(self._socket, mask)
-        else:
-            self._selector.unregister(self._socket)
+        self._poller.watch(self._socket, mask, self._mask)
         self._mask = mask
 
-    def wake(self) -> None:
-        """Wake the I/O thread. Never blocks: a full waker wakes the thread anyway."""
+    # Reading in place of the I/O thread
+
+    def _new_borrower_waker(self) -> tuple[socket.socket, socket.socket] | None:
+        if not isinstance(self._poller, EpollPoller):
+            return None
+        pair = socket.socketpair()
+        for end in pair:
+            end.setblocking(False)
+        return pair
+
+    def borrow_input(self) -> Any:
+        """Keep the I/O thread from reading; return what to poll instead, or None.
+
+        The caller has the client's lock. Only one thread borrows at a time.
+        """
+        self._times_borrowed += 1
+        if self.kept:
+            self.kept = False
+            return self._poll
+        if self._borrower_waker is None or self.unread or not self._mask & READ:
+            return None
+        quick = time.monotonic() - self._left_at < _QUICK_S
+        self._times_quick = self._times_quick + 1 if quick else 0
+        assert self._socket is not None
+        assert isinstance(self._poller, EpollPoller)
+        if self._poll is None or self.lent:
+            # A signal handler may read while its thread's own poll is interrupted.
+            self._poll = select.poll()
+            self._poll.register(self._socket, select.POLLIN)
+            self._poll.register(self._borrower_waker[0], select.POLLIN)
+        self.lent = True
+        self._poller.change(self._socket, self._mask & ~READ)
+        return self._poll
+
+    def leave_input(self) -> None:
+        """Return the input to the I/O thread, or keep it for a thread that soon borrows it
+        again; with the client's lock.
+        """
+        if not self._watched:
+            self._left_at = time.monotonic()
+            if self._times_quick < _QUICK_TIMES:
+                self.return_input()
+                return
+            # In this order: a signal handler's exception in between must not leave input
+            # that the I/O thread does not look at.
+            self.wake()
+            self._watched = True
+        self.kept = self.lent
+
+    def return_input(self) -> None:
+        """Return the input to the I/O thread; with the client's lock."""
+        self.kept = False
+        if self.lent:
+            if self._mask:
+                assert self._socket is not None
+                assert isinstance(self._poller, EpollPoller)
+                self._poller.change(self._socket, self._mask)
+            self.lent = False
+
+    def read_ahead(self) -> None:
+        """Read what has arrived into ``unread``, as the thread that has borrowed the
+        input, with the client's lock.
+        """
+        assert self._socket is not None
+        if self.unread.after:
+            self.unread = Unread(before=self.unread.after)
         try:
-            self._waker_in.send(b"!")
+            # One call, because a signal handler's exception after recv would lose bytes.
+            self.unread.extend(map(self._socket.recv, (_READ_AHEAD_SIZE,)))
+        except (BlockingIOError, InterruptedError):
+            # The wake-up was meant for the caller, or another thread was faster.
+            assert self._borrower_waker is not None
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                self._borrower_waker[0].recv(4096)
         except OSError as error:
             if not raised_by_system(error):
                 raise
+            self.unread.append(error)
+
+    def wake_borrower(self) -> None:
+        """Wake the thread that has borrowed the input."""
+        if self._borrower_waker is not None:
+            _send_wake_up(self._borrower_waker[1])
+
+    def wake(self) -> None:
+        """Wake the I/O thread. Never blocks: a full waker wakes the thread anyway."""
+        _send_wake_up(self._waker_in)
 
     def drop(self) -> None:
         """Close the connection, if there is one, and discard the backlog."""
         if self._socket is not None:
-            self._schedule(0)
+            if self._mask:
+                self._watch(0)
             self._socket.close()
             self._socket = None
+        if self.lent:
+            self.lent = False
+            self.wake_borrower()
+        self.kept = self._watched = False
+        self._poll = None
+        self.unread = Unread()
         self.connecting = self._vanished = self.ended = False
         self._silence = Silence()
         self.backlog = b""
@@ -355,22 +548,30 @@ class Transport:
                 self._socket.close()
             self._socket = None
         with contextlib.suppress(OSError):
-            self._selector.close()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._waker_out, selectors.EVENT_READ)
+            self._poller.close()
+        self._poller = poller(self._waker_out)
         self._mask = 0
         self.drop()
 
     def close(self) -> None:
-        """Close the connection, the selector and the waker; the I/O thread's last act."""
+        """Close the connection, the poller and the wakers; the I/O thread's last act."""
         self.drop()
-        self._selector.close()
-        self._waker_out.close()
-        self._waker_in.close()
+        self._poller.close()
+        for sock in (self._waker_out, self._waker_in, *(self._borrower_waker or ())):
+            sock.close()
 
     def disown(self) -> None:
         """Close the copies in a forked child; the parent's connection stays open."""
-        for sock in (self._socket, self._waker_out, self._waker_in):
-            if sock is not None:
-                sock.close()
-        self._selector.close()
+        sockets = (self._waker_out, self._waker_in, *(self._borrower_waker or ()))
+        for sock in sockets if self._socket is None else (self._socket, *sockets):
+            sock.close()
+        self._poller.close()
+
+
+def _send_wake_up(waker: socket.socket) -> None:
+    """Send a byte to a waker. A full waker wakes its thread anyway."""
+    try:
+        waker.send(b"!")
+    except OSError as error:
+        if not raised_by_system(error):
+            raise

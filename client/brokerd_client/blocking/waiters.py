@@ -10,17 +10,18 @@ neither an item nor another thread's wake-up.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, starmap
 from typing import Any, Final, Generic, TypeVar
 
+from brokerd_client.blocking.gate import Gate, raised_by_handler
+from brokerd_client.blocking.leader import Leader
 from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
-__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters", "gate", "raised_by_handler", "wait_at"]
+__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters"]
 
 T = TypeVar("T")
 
@@ -28,48 +29,21 @@ T = TypeVar("T")
 NOTHING: Final = object()
 
 
-def gate() -> threading.Lock:
-    """Return a held lock; a thread waits at it until another thread releases it."""
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+class Call(Gate):
+    """One thread's wait for one outcome, and the gate at which the thread waits."""
 
-
-def wait_at(lock: threading.Lock, remaining: float | None) -> bool:
-    """Wait at the gate; return whether it was opened within ``remaining`` seconds."""
-    if remaining is None:
-        return lock.acquire()
-    return lock.acquire(timeout=max(0.0, min(remaining, threading.TIMEOUT_MAX)))
-
-
-def raised_by_handler(error: BaseException) -> bool:
-    """Return whether a signal handler raised the error, not a call in the catching
-    function.
-    """
-    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
-
-
-class Call:
-    """One thread's wait for one outcome."""
-
-    __slots__ = ("_gate", "done", "value")
-
-    def __init__(self) -> None:
-        self._gate = gate()
-        self.done = False
-        self.value: Any = None
+    # Of the class, because each call would set them again.
+    #: The result of Leader.begin, if that was called when the frame was queued.
+    poll: Any = None
+    done = False
+    value: Any = None
 
     def settle(self, value: Any) -> None:
         """Set the outcome and wake the thread; a second outcome changes nothing."""
         if not self.done:
             self.value = value
             self.done = True
-        with contextlib.suppress(RuntimeError):
-            self._gate.release()
-
-    def wait(self, deadline: float | None) -> bool:
-        """Wait for the outcome; return whether it came before the deadline."""
-        return wait_at(self._gate, None if deadline is None else deadline - time.monotonic())
+        self.open()
 
 
 class Waiters:
@@ -84,30 +58,30 @@ class Waiters:
     def __init__(self) -> None:
         #: In order of arrival. Only ``_first`` expects an exception of an operation on
         #: it, so that a signal handler's exception can't be mistaken for one.
-        self._gates: dict[threading.Lock, None] = {}
+        self._gates: dict[Gate, None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._gates)
 
-    def enter(self, lock: threading.Lock) -> None:
+    def enter(self, gate: Gate) -> None:
         """Add a gate, which the next change opens."""
-        self._gates[lock] = None
+        self._gates[gate] = None
 
-    def leave(self, lock: threading.Lock) -> bool:
+    def leave(self, gate: Gate) -> bool:
         """Remove the gate; return whether it was still there, so that no wake-up is
         lost.
         """
-        return self._gates.pop(lock, 0) is None
+        return self._gates.pop(gate, 0) is None
 
     def wake(self, count: int | None = None) -> None:
         """Open ``count`` gates; with None, open all of them."""
         remaining = len(self._gates) if count is None else count
         while remaining > 0 and (first := self._first()) is not None:
             if self.leave(first):
-                first.release()
+                first.open()
                 remaining -= 1
 
-    def _first(self) -> threading.Lock | None:
+    def _first(self) -> Gate | None:
         """Return the gate that was entered first, or None."""
         while True:
             try:
@@ -124,6 +98,7 @@ class WaitQueue(Generic[T]):
     Args:
         meter: Counts the bytes of all inboxes of the client.
         transport: The client's transport, whose ``wake`` wakes the I/O thread.
+        leader: Lets a waiting thread read; None if only the I/O thread does.
         interrupting: Returns whether the calling thread is in a signal handler that has
             interrupted a call of the client. Nothing can then arrive until it returns.
     """
@@ -131,6 +106,7 @@ class WaitQueue(Generic[T]):
     __slots__ = (
         "__weakref__",
         "_interrupting",
+        "_leader",
         "_meter",
         "_transport",
         "added",
@@ -140,7 +116,11 @@ class WaitQueue(Generic[T]):
     )
 
     def __init__(
-        self, meter: InboxMeter, transport: Transport, interrupting: Callable[[], bool]
+        self,
+        meter: InboxMeter,
+        transport: Transport,
+        leader: Leader | None,
+        interrupting: Callable[[], bool],
     ) -> None:
         self.inbox: Inbox[T] = Inbox(meter)
         self.waiters = Waiters()
@@ -150,6 +130,7 @@ class WaitQueue(Generic[T]):
         self.ended: BrokerdError | None = None
         self._meter = meter
         self._transport = transport
+        self._leader = leader
         self._interrupting = interrupting
 
     def put(self, items: list[T], size: int) -> None:
@@ -157,6 +138,27 @@ class WaitQueue(Generic[T]):
         self.added += len(items)
         self.inbox.put(items, size)
         self.waiters.wake(len(items))
+
+    def put_unread(self, items: list[T], size: int, reader: Gate) -> None:
+        """Add the items in the transport's ``unread``, in place of the I/O thread.
+
+        Args:
+            items: The items.
+            size: Their bytes.
+            reader: The gate of the thread that has read them.
+        """
+        self.added += len(items)
+        self.inbox.count(items, size)
+        # One call, so that an exception of a signal handler comes before it or after it.
+        # The second iterator clears ``unread``, and yields nothing.
+        handled: Iterator[Any] = filter(None, starmap(self._transport.unread.clear, ((),)))
+        self.inbox.items.extend(chain(items, handled))
+        others = len(items)
+        if self.waiters.leave(reader):
+            reader.open()
+            others -= 1
+        if others:
+            self.waiters.wake(others)
 
     def take_all(self) -> list[T]:
         """Take and return all items."""
@@ -182,22 +184,26 @@ class WaitQueue(Generic[T]):
             TimedOut: No item arrived in time.
             BrokerdError: The reason why no more items will arrive.
         """
-        inbox = self.inbox
+        items = self.inbox.items
+        item: T = NOTHING  # type: ignore[assignment]
         try:
-            # A loop, because CPython raises a signal handler's exception after a call
-            # of popleft, which would lose the item. It does not raise between a loop's
-            # step and the assignment of its variable.
-            for item in iter(inbox.items.popleft, NOTHING):  # noqa: B007
-                break
-        except IndexError as error:
-            if raised_by_handler(error):
-                raise
-            item = self._wait(timeout)
-        try:
-            if self._meter.full and len(inbox.items) <= inbox.mark:
+            try:
+                # A loop, because CPython raises a signal handler's exception after a
+                # call of popleft, which would lose the item. It does not raise between
+                # a loop's step and the assignment of its variable.
+                for item in iter(items.popleft, NOTHING) if items else ():  # noqa: B007
+                    break
+            except IndexError as error:
+                # Another thread has taken the last item.
+                if raised_by_handler(error):
+                    raise
+            if item is NOTHING:
+                item = self._wait(timeout)
+            if self._meter.full and len(items) <= self.inbox.mark:
                 self.resume_reading()
         except BaseException:
-            self.give_back(item)
+            if item is not NOTHING:
+                self.give_back(item)
             raise
         return item
 
@@ -213,29 +219,33 @@ class WaitQueue(Generic[T]):
                 " client"
             )
         item: Any = NOTHING
-        own_gate = gate()
+        items = self.inbox.items
+        own_gate = Gate()
         try:
             try:
                 deadline = None if timeout is None else time.monotonic() + timeout
                 while True:
                     self.waiters.enter(own_gate)
+                    if not items:
+                        if self.ended is not None:
+                            raise self.ended.with_traceback(None)
+                        if timeout == 0 or not (
+                            own_gate.wait(deadline)
+                            if self._leader is None
+                            else self._leader.wait(own_gate, deadline, self)
+                        ):
+                            raise TimedOut(f"nothing arrived within {timeout:g} s")
                     try:
-                        for item in iter(self.inbox.items.popleft, NOTHING):
+                        for item in iter(items.popleft, NOTHING) if items else ():
                             return item
                     except IndexError as error:
+                        # Another thread has taken the last item.
                         if raised_by_handler(error):
                             raise
-                    if self.ended is not None:
-                        raise self.ended.with_traceback(None)
-                    remaining = None if deadline is None else deadline - time.monotonic()
-                    if (remaining is not None and remaining <= 0) or not wait_at(
-                        own_gate, remaining
-                    ):
-                        raise TimedOut(f"nothing arrived within {timeout:g} s")
             finally:
                 # A wake-up that this thread does not need is passed on to another
                 # thread.
-                if not self.waiters.leave(own_gate) and self.inbox.items:
+                if not self.waiters.leave(own_gate) and items:
                     self.waiters.wake(1)
         except BaseException:
             if item is not NOTHING:

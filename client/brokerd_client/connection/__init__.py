@@ -9,6 +9,7 @@ library.
 
     listener.py           Listener
     client.py             Client
+    dialing.py            connecting within a deadline, and the handshake of the dialing side
     stream.py             Connection
     pair.py               Pipe
     xml.py                XmlListener, XmlClient
@@ -16,6 +17,9 @@ library.
     handshaking.py        pending handshakes, deliver_challenge, answer_challenge
     keys.py               the forms of a key
     listening_sockets.py  listening sockets, their files, and wakers
+    channels.py           channels through a broker, as sockets
+    broker.py             addresses of a broker: broker://NAME
+    tls_bridge.py         TLS between a channel and its broker
     call_lock.py          locks of connections and listeners
     named_pipes.py        AF_PIPE, on Windows
 """

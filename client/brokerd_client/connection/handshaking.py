@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from brokerd_client.connection.keys import Key, key_bytes
 from brokerd_client.connection.readiness import readable
 from brokerd_client.connection.stream import Connection, adopt_socket
-from brokerd_client.errors import AuthenticationError, FrameError
+from brokerd_client.errors import AuthenticationError, FrameError, KeyRejected
 from brokerd_client.wire import handshake
 from brokerd_client.wire.framing import FrameReader, frame
 from brokerd_client.wire.handshake import (
@@ -24,7 +24,6 @@ from brokerd_client.wire.handshake import (
     Handshake,
     Proof,
     Send,
-    next_message,
     unframed,
 )
 
@@ -94,20 +93,20 @@ class SocketPeer:
         if self._socket.send(data) != len(data):
             raise OSError("the peer's socket buffer is full")
 
-    def next_frame(self) -> bytes | None:
+    def next_frame(self, limit: int = LIMIT) -> bytes | None:
         try:
             # Read exactly the missing bytes: the first message may already have
             # arrived, after the last frame of the handshake.
-            while missing := self._reader.missing(LIMIT):
+            while missing := self._reader.missing(limit):
                 data = self._socket.recv(missing)
                 if not data:
                     raise EOFError("the peer closed the connection")
                 self._reader.feed(data)
+            return self._reader.next_frame(limit)
         except BlockingIOError:
             return None
         except FrameError as error:
             raise unframed(self._reader, error) from error
-        return next_message(self._reader)
 
     def into_connection(self, max_message: int | None) -> Connection:
         self._socket.settimeout(None)
@@ -219,7 +218,8 @@ def deliver_challenge(
 ) -> None:
     """Challenge the peer to prove that it knows the key, and send it the result.
 
-    This blocks until the peer has answered. A connection that answered a challenge
+    This blocks until the peer has answered. A channel's ``recv`` unpickles afterwards. A
+    connection that answered a challenge
     first is a client's connection; its challenge is marked as a client's.
 
     Args:
@@ -242,6 +242,8 @@ def deliver_challenge(
         handshake.deliver_challenge(random, digest=digest_name, allow_md5=allow_md5),
         key,
     )
+    if isinstance(connection, Connection):
+        connection._unpickles = True
 
 
 def answer_challenge(
@@ -294,4 +296,5 @@ def authentication_error(error: Exception, peer: str) -> AuthenticationError:
             f"{reason}: this is not a handshake; is it a Listener or Client, with a key on both"
             " sides?"
         )
-    return AuthenticationError(f"{peer}: {reason}")
+    cls = KeyRejected if isinstance(error, KeyRejected) else AuthenticationError
+    return cls(f"{peer}: {reason}")

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Union, cast
 
@@ -24,6 +24,7 @@ from brokerd_client.connection.call_lock import new_call_lock, refuse_nested_cal
 from brokerd_client.connection.handshaking import PendingHandshake, authentication_error, nonce
 from brokerd_client.connection.keys import Key, choose_key
 from brokerd_client.connection.listening_sockets import (
+    ServerSocket,
     arbitrary_address,
     default_family,
     open_server,
@@ -47,11 +48,11 @@ class Listener:
     """A listening socket, or Windows named pipe, that accepts connections.
 
     Args:
-        address: A (host, port) pair, a path, an abstract name (beginning with NUL) or a
-            pipe's name. None chooses a free address. Only the owner of a socket file
-            can read and write it.
-        family: AF_INET, AF_INET6, AF_UNIX or AF_PIPE; by default inferred from the
-            address.
+        address: A (host, port) pair, a path, an abstract name (beginning with NUL), a
+            pipe's name, or broker://NAME. None chooses a free address. Only the owner of a
+            socket file can read and write it.
+        family: AF_INET, AF_INET6, AF_UNIX, AF_PIPE or AF_BROKER; by default inferred from
+            the address.
         backlog: Most peers that may wait in the system's queue.
         authenticate: Whether peers must have the key. The fourth parameter may also be
             the key.
@@ -68,6 +69,8 @@ class Listener:
             processing.connection does. It drops peers that sent nothing, left or sent
             garbage. ``"skip"``: accept() drops all of them. A callable is called with
             every error and the peer's address instead; accept() raises its exceptions.
+        allow_pickle_from: At broker://NAME, the names of clients whose pickles are read
+            without a key.
 
     Raises:
         ValueError: An argument is not valid.
@@ -88,6 +91,7 @@ class Listener:
         handshake_timeout: float = 10.0,
         max_handshakes: int = 256,
         on_error: OnError = "raise",
+        allow_pickle_from: Collection[str] = (),
     ) -> None:
         self._key = choose_key(authenticate, authkey)
         if not handshake_timeout > 0 or max_handshakes < 1:
@@ -96,6 +100,8 @@ class Listener:
             raise ValueError(f'on_error should be "raise", "skip" or a callable, not {on_error!r}')
         family = family or (infer_family(address) if address else default_family)
         validate_family(family)
+        if allow_pickle_from and family != "AF_BROKER":
+            raise ValueError("allow_pickle_from is for addresses broker://NAME only")
         self._max_message = max_message
         self._allow_md5 = allow_md5
         self._handshake_timeout = handshake_timeout
@@ -109,9 +115,21 @@ class Listener:
         self._ready: deque[tuple[Connection, object]] = deque()
         self._errors: deque[AuthenticationError] = deque()
         self._accept_ended_at = 0.0
-        self._server = open_server(
-            address or arbitrary_address(family), cast("Family", family), backlog
-        )
+        self._server: ServerSocket
+        if family == "AF_BROKER":
+            # Imported here, because it imports the client of the broker.
+            from brokerd_client.connection.broker import ChannelServer
+
+            self._server = ChannelServer(
+                address,
+                backlog,
+                authenticated=self._key is not None,
+                allow_pickle_from=allow_pickle_from,
+            )
+        else:
+            self._server = open_server(
+                address or arbitrary_address(family), cast("Family", family), backlog
+            )
         self._address = self._server.address
         self._max_handshakes = min(max_handshakes, self._server.most_peers)
         forks.register(self)
@@ -145,7 +163,8 @@ class Listener:
     @property
     def last_accepted(self) -> Any:
         """The address of the last accepted peer; None if it has no address, as most
-        Unix sockets.
+        Unix sockets. At broker://NAME, it is the peer's name, as the broker has
+        authenticated it.
         """
         return self._last_accepted
 

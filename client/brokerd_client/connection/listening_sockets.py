@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from brokerd_client._common.socket_options import own_port
-from brokerd_client.address import Family
+from brokerd_client.address import BROKER_SCHEME, Family
 from brokerd_client.connection.handshaking import PeerStream, SocketPeer
 from brokerd_client.connection.readiness import readable
+from brokerd_client.errors import AddressError
 
 __all__ = [
     "ServerSocket",
@@ -46,10 +47,11 @@ def arbitrary_address(family: str) -> Any:
     """Return a free address, for a listener without an address.
 
     Args:
-        family: AF_INET, AF_INET6, AF_UNIX or AF_PIPE.
+        family: AF_INET, AF_INET6, AF_UNIX, AF_PIPE or AF_BROKER. The address of AF_BROKER
+            is the name of this program at its broker.
 
     Raises:
-        ValueError: The family is not known.
+        ValueError: The family is not known, or the program has no name.
     """
     if family == "AF_INET":
         return ("localhost", 0)
@@ -61,6 +63,14 @@ def arbitrary_address(family: str) -> Any:
         return tempfile.mktemp(prefix="listener-", dir=util.get_temp_dir())  # noqa: S306
     if family == "AF_PIPE":
         return tempfile.mktemp(prefix=rf"\\.\pipe\pyc-{os.getpid()}-", dir="")  # noqa: S306
+    if family == "AF_BROKER":
+        name = os.environ.get("BROKERD_NAME")
+        if not name:
+            raise AddressError(
+                "this program has no name at a broker: give the address broker://NAME, or set"
+                " BROKERD_NAME"
+            )
+        return BROKER_SCHEME + name
     raise ValueError(f"unrecognized family {family}")
 
 

@@ -40,7 +40,13 @@ from brokerd_client.connection.call_lock import (
     release_if_held,
 )
 from brokerd_client.connection.readiness import wait
-from brokerd_client.errors import BadLength, BufferTooShort, Closed, FrameTooBig
+from brokerd_client.errors import (
+    BadLength,
+    BufferTooShort,
+    Closed,
+    FrameTooBig,
+    UndecodablePayload,
+)
 from brokerd_client.wire.framing import LENGTH, LONG_LENGTH, frame_prefix, frame_span
 
 if sys.platform == "win32":
@@ -109,11 +115,13 @@ class Connection:
         "_in_write",
         "_kept_messages",
         "_max_message",
+        "_peer",
         "_pieces",
         "_read_piece",
         "_readable",
         "_receive_lock",
         "_send_lock",
+        "_unpickles",
         "_writable",
     )
 
@@ -143,6 +151,10 @@ class Connection:
         self._readable = readable
         self._writable = writable
         self._max_message = max_message
+        #: The client at the other end of a channel, or "".
+        self._peer = ""
+        #: Whether recv() unpickles what the peer sends.
+        self._unpickles = True
         self._send_lock: CallLock = new_call_lock()
         self._receive_lock: CallLock = new_call_lock()
         #: The current message so far: pieces of its length field and body; or one pair
@@ -218,6 +230,11 @@ class Connection:
     def max_message(self) -> int | None:
         """The largest accepted message in bytes; None for any."""
         return self._max_message
+
+    @property
+    def peer(self) -> str:
+        """The address of the client at the other end of a channel; "" if it is none."""
+        return self._peer
 
     def fileno(self) -> int:
         """Return the file descriptor; on Windows, the socket handle.
@@ -334,8 +351,15 @@ class Connection:
         proved that it knows the key.
 
         Raises:
+            UndecodablePayload: The peer of a channel is not trusted with pickles. The
+                message stays for recv_bytes.
             Exception: As recv_bytes, or any error of unpickling the object.
         """
+        if not self._unpickles:
+            raise UndecodablePayload(
+                f"pickles from {self._peer or 'the peer'} are not read: name it in"
+                " allow_pickle_from, or prove an authkey at both ends; recv_bytes() works"
+            )
         return _loads(self.recv_bytes())
 
     def recv_bytes(self, maxlength: int | None = None) -> bytes:
@@ -668,7 +692,13 @@ def _flat_view(view: memoryview) -> memoryview:
     return view.cast("B")
 
 
-def adopt_socket(sock: socket.socket, *, max_message: int | None = None) -> Connection:
+def adopt_socket(
+    sock: socket.socket,
+    *,
+    max_message: int | None = None,
+    peer: str = "",
+    unpickles: bool = True,
+) -> Connection:
     """Return a connection that takes over the socket's descriptor; close the socket.
 
     The descriptor changes its owner in one C call, so an exception can't come between.
@@ -676,6 +706,7 @@ def adopt_socket(sock: socket.socket, *, max_message: int | None = None) -> Conn
     connection = Connection.__new__(Connection)
     connection._handle = None
     connection._prepare(sock.fileno(), True, True, max_message)
+    connection._peer, connection._unpickles = peer, unpickles
     any(map(setattr, (connection,), ("_handle",), map(socket.socket.detach, (sock,))))
     return connection
 
@@ -726,31 +757,44 @@ else:
 
 # Handing a connection to another process.
 
+
+def _rebuild(
+    shared: Any,
+    readable: bool,
+    writable: bool,
+    max_message: int | None,
+    peer: str,
+    unpickles: bool,
+) -> Connection:
+    descriptor = shared.detach()
+    if sys.platform == "win32":
+        descriptor = descriptor.detach()  # a socket
+    connection = Connection(descriptor, readable, writable, max_message=max_message)
+    connection._peer, connection._unpickles = peer, unpickles
+    return connection
+
+
+def _reduce(connection: Connection) -> tuple[Any, ...]:
+    connection._check_between_messages()
+    return _rebuild, (
+        _shared(connection.fileno()),
+        connection.readable,
+        connection.writable,
+        connection.max_message,
+        connection._peer,
+        connection._unpickles,
+    )
+
+
 if sys.platform == "win32":
     from multiprocessing import resource_sharer
 
-    def _rebuild(
-        shared: Any, readable: bool, writable: bool, max_message: int | None
-    ) -> Connection:
-        return Connection(shared.detach().detach(), readable, writable, max_message=max_message)
-
-    def _reduce(connection: Connection) -> tuple[Any, ...]:
-        connection._check_between_messages()
-        with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as sock:
-            shared = resource_sharer.DupSocket(sock)
-        return _rebuild, (shared, connection.readable, connection.writable, connection.max_message)
+    def _shared(handle: int) -> Any:
+        with socket.fromfd(handle, socket.AF_INET, socket.SOCK_STREAM) as sock:
+            return resource_sharer.DupSocket(sock)
 
 else:
-
-    def _rebuild(
-        shared: Any, readable: bool, writable: bool, max_message: int | None
-    ) -> Connection:
-        return Connection(shared.detach(), readable, writable, max_message=max_message)
-
-    def _reduce(connection: Connection) -> tuple[Any, ...]:
-        connection._check_between_messages()
-        shared = reduction.DupFd(connection.fileno())
-        return _rebuild, (shared, connection.readable, connection.writable, connection.max_message)
+    _shared = reduction.DupFd
 
 
 reduction.register(Connection, _reduce)

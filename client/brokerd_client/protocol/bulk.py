@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from brokerd_client._compat import strict_zip
 from brokerd_client.codec import encode
 from brokerd_client.errors import InvalidName
 from brokerd_client.wire.envelope import check_address
 from brokerd_client.wire.layout import RAW_CODEC
+
+if TYPE_CHECKING:
+    from brokerd_client.json_codec import JsonCodec
 
 __all__ = ["Bulk", "encode_many"]
 
@@ -27,10 +30,14 @@ _RAW: Final = (RAW_CODEC,)
 _check_address: Final = lru_cache(4096)(check_address)
 
 
-def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None) -> Bulk:
+def encode_many(
+    messages: Iterable[tuple[str, object]],
+    codec: str | int | None,
+    types: JsonCodec | None = None,
+) -> Bulk:
     """Return the (to, payload) pairs as a bulk.
 
-    codec: for all of them, as in codec.encode.
+    codec, types: for all of them, as in codec.encode.
 
     Raises PayloadError or InvalidName for the first pair that is not valid.
     """
@@ -53,7 +60,7 @@ def encode_many(messages: Iterable[tuple[str, object]], codec: str | int | None)
     bodies: list[bytes] = []
     for recipient, payload in zip(to, payloads):
         _check_address(recipient)
-        number, body = encode(payload, codec)
+        number, body = encode(payload, codec, types)
         numbers.append(number)
         bodies.append(body)
     return to, numbers, bodies

@@ -1,8 +1,9 @@
 """Decoding of frames from the bytes of one connection. No I/O.
 
-Rules: docs/protocol.md, "The header". Ordinary frames are read in place; wire.envelope
-checks the others. A busy sender's frames often come in a run of one size. One struct
-then reads the fields of each frame, at half of the cost of a single frame.
+Rules: docs/protocol.md, "The header". Ordinary frames, receipts, and requests with the
+usual ttl are read in place; wire.envelope checks the others. A busy sender's frames,
+replies to it and receipts often come in a run of one size. One struct then reads the
+fields of each frame, at half of the cost of a single frame.
 
 A frame that is unreadable, or longer than this client accepts, is skipped and reported.
 The connection can continue as long as the lengths of the frames are valid.
@@ -13,27 +14,50 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Final, Generic, NamedTuple, TypeVar, Union
+from typing import Any, Final, Generic, NamedTuple, TypeVar, Union
 
 from brokerd_client.errors import BrokerdError, FrameTooBig, MalformedEnvelope
-from brokerd_client.message import VALUE_COST, Message, Owner
+from brokerd_client.message import VALUE_COST, Delivery, Message, Owner
+from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.encoder import remember
-from brokerd_client.wire.envelope import Envelope, head, is_address, split
-from brokerd_client.wire.framing import frame_span
+from brokerd_client.wire.envelope import (
+    BROKER,
+    Envelope,
+    head,
+    is_address,
+    lone_key,
+    lone_ttl,
+    split,
+)
+from brokerd_client.wire.framing import LENGTH, frame_span
 from brokerd_client.wire.layout import (
+    ACK_FLAG,
     EVENT_KIND,
+    EXTENSION_FLAG,
+    EXTENSION_LENGTH,
     FRAME_HEAD,
+    FRAME_START,
     HEADER,
     MAX_HEAD_SIZE,
     MESSAGE_KIND,
+    RAW_CODEC,
+    RECEIPT_KIND,
     REPLY_KIND,
     REQUEST_KIND,
+    SEQ,
     Kind,
 )
 
-__all__ = ["MAX_FRAME", "FrameDecoder", "FrameHandler", "Unreadable"]
+__all__ = [
+    "MAX_FRAME",
+    "FrameDecoder",
+    "FrameHandler",
+    "ReceiptHandler",
+    "ReplyHandler",
+    "Unreadable",
+]
 
 M = TypeVar("M", bound=Message)
 
@@ -49,7 +73,16 @@ _LARGE_FROM: Final = 2 * MAX_HEAD_SIZE
 _MIN_RUN: Final = 4
 _RUN_MAX_SIZE: Final = 4096
 
+#: The kinds of frames that name a sender.
+_FROM_SENDERS: Final = (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT, Kind.OPEN)
+
 _FRAME_HEAD_SIZE: Final = FRAME_HEAD.size
+_BROKER: Final = BROKER.encode()
+#: A RECEIPT as brokers write it: the start of its frame, the id, the name; the start.
+_RECEIPT: Final = struct.Struct(f"!8sQ{len(_BROKER)}s")
+_RECEIPT_START: Final = FRAME_START.pack(
+    _RECEIPT.size - LENGTH.size, RECEIPT_KIND, 0, RAW_CODEC, len(_BROKER)
+)
 
 
 class Unreadable(NamedTuple):
@@ -64,9 +97,13 @@ class Unreadable(NamedTuple):
     name: str
 
 
-#: Called, in order, with each frame that is neither MESSAGE nor REQUEST. A REPLY or
-#: EVENT is passed as a message.
-FrameHandler = Callable[[Union[M, Envelope, Unreadable]], None]
+#: Called with a run of REPLYs, and the effects.
+ReplyHandler = Callable[[Iterable[M], Effects[M]], None]
+#: Called with the ids of a run of RECEIPTs, and the effects.
+ReceiptHandler = Callable[[Iterable[int], Effects[M]], None]
+#: Called with any other frame but MESSAGE and REQUEST, and the effects. An EVENT is
+#: passed as a message.
+FrameHandler = Callable[[Union[M, Envelope, Unreadable], Effects[M]], None]
 
 
 class _LargeFrame:
@@ -90,25 +127,46 @@ class _LargeFrame:
 class FrameDecoder(Generic[M]):
     """The decoder for a client's successive connections.
 
+    The handlers are called in the order of the frames.
+
     Args:
         message: The class of received messages.
         largest: Longest accepted payload, in bytes.
+        on_replies: Handles a run of REPLYs.
+        on_receipts: Handles a run of RECEIPTs.
+        on_frame: Handles every other frame but MESSAGE and REQUEST.
     """
 
     __slots__ = (
         "_extra",
         "_large",
         "_largest_body",
+        "_last_ttl",
         "_message",
+        "_on_other_frame",
+        "_on_receipts",
+        "_on_replies",
         "_partial",
         "_runs",
         "_senders",
         "_topics",
+        "connection",
         "requests",
     )
 
-    def __init__(self, message: type[M], largest: int) -> None:
+    def __init__(
+        self,
+        message: type[M],
+        largest: int,
+        *,
+        on_replies: ReplyHandler[M],
+        on_receipts: ReceiptHandler[M],
+        on_frame: FrameHandler[M],
+    ) -> None:
         self._message = message
+        self._on_replies = on_replies
+        self._on_receipts = on_receipts
+        self._on_other_frame = on_frame
         self.accept(largest)
         #: The first bytes of a frame that is not complete yet.
         self._partial = bytearray()
@@ -120,6 +178,10 @@ class FrameDecoder(Generic[M]):
         self._senders: dict[bytes, str] = {}
         self._topics: dict[bytes, str] = {}
         self._runs: dict[tuple[int, int], struct.Struct] = {}
+        #: The bytes of the last ttl that was an extension alone, and the ttl.
+        self._last_ttl: tuple[bytes, float] = (b'{"ttl":0}', 0)
+        #: The number of the connection, for deliveries.
+        self.connection = 0
         #: The requests among the messages of the last call of ``read``.
         self.requests: list[M] = []
 
@@ -135,13 +197,29 @@ class FrameDecoder(Generic[M]):
         self._partial = bytearray()
         self._large = None
 
-    def read(
-        self, data: bytes, owner: Owner, messages: list[M], handle_frame: FrameHandler[M]
-    ) -> int:
+    def take_begun(self) -> bytes:
+        """Forget and return the bytes of a frame that has begun, unless it is long."""
+        if not 0 < len(self._partial) <= _RUN_MAX_SIZE:
+            return b""
+        begun, self._partial = bytes(self._partial), bytearray()
+        return begun
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a frame is not complete yet."""
+        return bool(self._partial) or self._large is not None
+
+    @property
+    def begun(self) -> int:
+        """The bytes of a frame that has begun, unless it is long; else 0."""
+        return len(self._partial) if len(self._partial) <= _RUN_MAX_SIZE else 0
+
+    def read(self, data: bytes, owner: Owner, effects: Effects[M]) -> int:
         """Decode every complete frame; keep an incomplete one for the next call.
 
-        MESSAGE and REQUEST are added to ``messages``. They stay there if a later frame
-        raises RemoteError. Return the approximate number of bytes of the frames.
+        MESSAGE and REQUEST are added to ``effects.messages``, and what comes from the
+        mailbox to ``effects.stored``. They stay there if a later frame raises
+        RemoteError. Return the approximate number of bytes of the frames.
         """
         self._extra = 0
         self.requests = []
@@ -152,12 +230,13 @@ class FrameDecoder(Generic[M]):
                 if self._large is None
                 else self._large.size - self._large.missing
             )
-            position = self._complete(data, owner, messages, handle_frame)
-        unpack, senders, message_class, append = (
+            position = self._complete(data, owner, effects)
+        unpack, senders, message_class, append, on_replies = (
             FRAME_HEAD.unpack_from,
             self._senders,
             self._message,
-            messages.append,
+            effects.messages.append,
+            self._on_replies,
         )
         size_of_last = in_a_row = 0
         while position < end:
@@ -175,21 +254,59 @@ class FrameDecoder(Generic[M]):
                         message = message_class(
                             kind, message_id, sender, codec, data[body:stop], owner
                         )
+                        if kind == REPLY_KIND:
+                            on_replies((message,), effects)
+                        else:
+                            if kind != MESSAGE_KIND:
+                                self.requests.append(message)
+                            append(message)
+                        if size != size_of_last:
+                            size_of_last, in_a_row = size, 0
+                        else:
+                            in_a_row += 1
+                            if in_a_row >= _MIN_RUN:
+                                stop = self._run(data, position, body, stop, owner, effects)
+                                in_a_row = 0
                         position = stop
-                        if kind != MESSAGE_KIND:
-                            if kind == REPLY_KIND:
-                                handle_frame(message)
-                                continue
-                            self.requests.append(message)
+                        continue
+                elif flags == EXTENSION_FLAG and kind == REQUEST_KIND and body + 2 <= stop <= end:
+                    raw = data[position + _FRAME_HEAD_SIZE : body]
+                    payload_start = body + 2 + EXTENSION_LENGTH.unpack_from(data, body)[0]
+                    extension = self._ttl(data[body + 2 : payload_start])
+                    sender = senders.get(raw) or self._sender(raw)
+                    if extension is not None and payload_start <= stop and sender:
+                        message = message_class(
+                            kind,
+                            message_id,
+                            sender,
+                            codec,
+                            data[payload_start:stop],
+                            owner,
+                            "",
+                            extension,
+                        )
+                        self._extra += VALUE_COST * 2
+                        self.requests.append(message)
                         append(message)
                         if size != size_of_last:
                             size_of_last, in_a_row = size, 0
-                            continue
-                        in_a_row += 1
-                        if in_a_row >= _MIN_RUN:
-                            position = self._run(data, stop - 4 - size, stop, owner, messages)
-                            in_a_row = 0
+                        else:
+                            in_a_row += 1
+                            if in_a_row >= _MIN_RUN:
+                                stop = self._run(
+                                    data, position, payload_start, stop, owner, effects
+                                )
+                                in_a_row = 0
+                        position = stop
                         continue
+                elif (
+                    kind == RECEIPT_KIND
+                    and stop <= end
+                    and data.startswith(_RECEIPT_START, position)
+                    and data.startswith(_BROKER, position + _FRAME_HEAD_SIZE)
+                ):
+                    position = self._read_receipts(data, position, effects)
+                    continue
                 elif flags == 0 and kind == EVENT_KIND and name_size and body < stop <= end:
                     payload_start = body + 1 + data[body]
                     raw, topic = (
@@ -203,7 +320,31 @@ class FrameDecoder(Generic[M]):
                             kind, message_id, sender, codec, data[payload_start:stop], owner, about
                         )
                         position = stop
-                        handle_frame(message)
+                        self._on_other_frame(message, effects)
+                        continue
+                elif (
+                    flags & ~EXTENSION_FLAG == ACK_FLAG
+                    and kind == MESSAGE_KIND
+                    and body + SEQ.size <= stop <= end
+                ):
+                    raw = data[position + _FRAME_HEAD_SIZE : body]
+                    sender = senders.get(raw) or self._sender(raw)
+                    payload_start, key = self._key(data, flags, body + SEQ.size, stop)
+                    if sender and payload_start:
+                        message = message_class(
+                            kind,
+                            message_id,
+                            sender,
+                            codec,
+                            data[payload_start:stop],
+                            owner,
+                            "",
+                            key,
+                        )
+                        seq, attempt = SEQ.unpack_from(data, body)
+                        message._delivery = Delivery(seq, attempt, self.connection)
+                        effects.stored.append(message)
+                        position = stop
                         continue
             span = frame_span(data, position, end)
             if span is None:
@@ -215,50 +356,127 @@ class FrameDecoder(Generic[M]):
                 if end - body_start < min(MAX_HEAD_SIZE, size):
                     break
                 if size > _LARGE_FROM or size > self._largest_body:
-                    self._large = self._begin(data, body_start, size, end, handle_frame)
+                    self._large = self._begin(data, body_start, size, end, effects)
                     position = min(body_start + size, end)
                     continue
                 break
             position = body_start + size
-            self._on_frame(data[body_start:position], owner, messages, handle_frame)
+            self._on_frame(data[body_start:position], owner, effects)
         if position < end:
             self._partial += data[position:] if position else data
         return size_before + position + self._extra
 
-    def _run(
-        self, data: bytes, last_start: int, position: int, owner: Owner, messages: list[M]
-    ) -> int:
-        """Decode the run of frames from ``position`` on; return where the run ends.
+    def lone_message(self, data: bytes, owner: Owner) -> M | None:
+        """Return the MESSAGE, REQUEST or REPLY that the bytes are, if they are no more.
 
-        The frame at ``last_start`` is an ordinary MESSAGE or REQUEST. The frames of the
-        run have the same length, kind, flags, codec and name length, so they are
-        ordinary too.
+        The usual input of a client that works on one request at a time costs a third this
+        way. None for any other bytes, and while a frame is not complete.
         """
-        size, kind, _, codec, name_size, _ = FRAME_HEAD.unpack_from(data, last_start)
-        step = position - last_start
-        count = (len(data) - position) // step
+        end = len(data)
+        if end < _FRAME_HEAD_SIZE or self._partial or self._large is not None:
+            return None
+        size, kind, flags, codec, name_size, message_id = FRAME_HEAD.unpack_from(data)
+        start = _FRAME_HEAD_SIZE + name_size
+        if not start <= 4 + size == end:
+            return None
+        raw = data[_FRAME_HEAD_SIZE:start]
+        sender = self._senders.get(raw) or self._sender(raw)
+        if not sender:
+            return None
+        extension = None
+        if flags == EXTENSION_FLAG and kind == REQUEST_KIND and start + 2 <= end:
+            body = start + 2 + EXTENSION_LENGTH.unpack_from(data, start)[0]
+            extension = self._ttl(data[start + 2 : body])
+            if extension is None or body > end:
+                return None
+            start = body
+        elif flags or not 0 < kind < 4:
+            return None
+        return self._message(kind, message_id, sender, codec, data[start:], owner, "", extension)
+
+    def _key(
+        self, data: bytes, flags: int, start: int, stop: int
+    ) -> tuple[int, dict[str, Any] | None]:
+        """Return (where the payload of a delivery begins, its extension).
+
+        The extension is read if it is a key alone; else the payload is said to begin at 0.
+        """
+        if not flags & EXTENSION_FLAG:
+            return start, None
+        if start + 2 > stop:
+            return 0, None
+        payload_start = start + 2 + EXTENSION_LENGTH.unpack_from(data, start)[0]
+        key = lone_key(data[start + 2 : payload_start]) if payload_start <= stop else None
+        self._extra += VALUE_COST * 2
+        return (0, None) if key is None else (payload_start, key)
+
+    def _ttl(self, raw: bytes) -> dict[str, Any] | None:
+        """Return the extension if it is a ttl alone, else None."""
+        last_raw, ttl = self._last_ttl
+        if raw == last_raw:
+            # A new dict for each message: its recipient may change it.
+            return {"ttl": ttl}
+        extension = lone_ttl(raw)
+        if extension is not None:
+            self._last_ttl = raw, extension["ttl"]
+        return extension
+
+    def _read_receipts(self, data: bytes, position: int, effects: Effects[M]) -> int:
+        """Pass on the run of ordinary RECEIPTs from ``position`` on; return where it ends."""
+        step = _RECEIPT.size
+        stop = position + (len(data) - position) // step * step
+        ids = []
+        with memoryview(data) as view, view[position:stop] as run:
+            for start, message_id, name in _RECEIPT.iter_unpack(run):
+                if start != _RECEIPT_START or name != _BROKER:
+                    break
+                ids.append(message_id)
+        self._on_receipts(ids, effects)
+        return position + len(ids) * step
+
+    def _run(
+        self,
+        data: bytes,
+        start: int,
+        payload_start: int,
+        stop: int,
+        owner: Owner,
+        effects: Effects[M],
+    ) -> int:
+        """Decode the run of frames behind the frame at ``start``; return where it ends.
+
+        That frame is an ordinary MESSAGE, REQUEST or REPLY, or a REQUEST with a ttl. Its
+        payload is from ``payload_start`` to ``stop``. The frames of the run are like it:
+        length, kind, flags, codec, name length and extension are the same.
+        """
+        size, kind, _, codec, name_size, _ = FRAME_HEAD.unpack_from(data, start)
+        step = stop - start
+        count = (len(data) - stop) // step
         if count < _MIN_RUN or size > _RUN_MAX_SIZE:
-            return position
-        body_size = step - _FRAME_HEAD_SIZE - name_size
-        fields = self._runs.get((name_size, body_size))
+            return stop
+        head_size = payload_start - start - _FRAME_HEAD_SIZE
+        fields = self._runs.get((head_size, stop - payload_start))
         if fields is None:
-            # The start, the id, the sender, the body.
-            fields = struct.Struct(f"!8sQ{name_size}s{body_size}s")
-            remember(self._runs, (name_size, body_size), fields)
-        run_start = data[last_start : last_start + 8]
-        message_class, append, count_before = self._message, messages.append, len(messages)
+            # The start, the id, the sender and the extension, the body.
+            fields = struct.Struct(f"!8sQ{head_size}s{stop - payload_start}s")
+            remember(self._runs, (head_size, stop - payload_start), fields)
+        run_start = data[start : start + 8]
+        extension = data[start + _FRAME_HEAD_SIZE + name_size : payload_start]
+        messages: list[M] = []
+        message_class, append = self._message, messages.append
         new_message = message_class.__new__
-        raw, sender = None, ""
-        for frame_start, message_id, name, body in fields.iter_unpack(
-            memoryview(data)[position : position + count * step]
+        last_head, sender = None, ""
+        for frame_start, message_id, head_fields, body in fields.iter_unpack(
+            memoryview(data)[stop : stop + count * step]
         ):
             if frame_start != run_start:
                 break
-            if name != raw:
+            if head_fields != last_head:
+                name = head_fields[:name_size]
                 sender = self._senders.get(name) or self._sender(name)
-                if not sender:
+                if not sender or head_fields[name_size:] != extension:
                     break
-                raw = name
+                last_head = head_fields
             # The same as Message.__init__, without the cost of the call.
             message = new_message(message_class)
             message._kind = kind
@@ -270,13 +488,22 @@ class FrameDecoder(Generic[M]):
             message.topic = ""
             message.extension = None
             append(message)
-        if kind == REQUEST_KIND:
-            self.requests += messages[count_before:]
-        return position + (len(messages) - count_before) * step
+        if kind == REPLY_KIND:
+            self._on_replies(messages, effects)
+        else:
+            if kind == REQUEST_KIND:
+                for request in messages:
+                    request._answered = request._cancelled = False
+                self.requests += messages
+            if extension:
+                for request in messages:
+                    # A new dict for each, as above.
+                    request.extension = self._ttl(extension[EXTENSION_LENGTH.size :])
+                self._extra += VALUE_COST * 2 * len(messages)
+            effects.messages += messages
+        return stop + len(messages) * step
 
-    def _complete(
-        self, data: bytes, owner: Owner, messages: list[M], handle_frame: FrameHandler[M]
-    ) -> int:
+    def _complete(self, data: bytes, owner: Owner, effects: Effects[M]) -> int:
         """Continue an incomplete frame with ``data``; return how many bytes of ``data``
         it took.
 
@@ -284,7 +511,7 @@ class FrameDecoder(Generic[M]):
         byte twice.
         """
         if self._large is not None:
-            return self._collect(self._large, data, owner, messages, handle_frame)
+            return self._collect(self._large, data, owner, effects)
         partial, position = self._partial, 0
         while True:
             span = frame_span(partial, 0, len(partial))
@@ -306,15 +533,13 @@ class FrameDecoder(Generic[M]):
         self._partial = bytearray()
         if large:
             large_frame = self._large = self._begin(
-                partial, body_start, size, len(partial), handle_frame
+                partial, body_start, size, len(partial), effects
             )
             if large_frame is not None:
-                position += self._collect(
-                    large_frame, memoryview(data)[position:], owner, messages, handle_frame
-                )
+                position += self._collect(large_frame, memoryview(data)[position:], owner, effects)
             return position
         with memoryview(partial) as view, view[body_start:] as body:
-            self._on_frame(body, owner, messages, handle_frame)
+            self._on_frame(body, owner, effects)
         return position
 
     def _begin(
@@ -323,7 +548,7 @@ class FrameDecoder(Generic[M]):
         body_start: int,
         size: int,
         end: int,
-        handle_frame: FrameHandler[M],
+        effects: Effects[M],
     ) -> _LargeFrame | None:
         """Begin a large frame whose body starts at ``body_start``; its header has to be
         complete.
@@ -334,16 +559,16 @@ class FrameDecoder(Generic[M]):
         stop = min(body_start + size, end)
         with memoryview(data) as view, view[body_start:stop] as body:
             if size > self._largest_body:
-                self._skip_long(body, size, handle_frame)
+                self._skip_long(body, size, effects)
                 large = _LargeFrame(None, size, size - len(body))
             else:
-                envelope, start = self._split(body, handle_frame)
+                envelope, start = self._split(body, effects)
                 large = _LargeFrame(envelope, size, size - len(body))
                 if large.payload is not None:
                     large.payload.write(body[start:])
         return large if large.missing else None
 
-    def _skip_long(self, body: memoryview, size: int, handle_frame: FrameHandler[M]) -> None:
+    def _skip_long(self, body: memoryview, size: int, effects: Effects[M]) -> None:
         """Report a frame that is longer than the limit.
 
         Raises FrameTooBig if its header is not valid.
@@ -355,15 +580,14 @@ class FrameDecoder(Generic[M]):
             raise error from None
         if not is_address(envelope.name):
             raise error
-        handle_frame(Unreadable(error, envelope.kind, envelope.id, envelope.name))
+        self._on_other_frame(Unreadable(error, envelope.kind, envelope.id, envelope.name), effects)
 
     def _collect(
         self,
         large: _LargeFrame,
         data: bytes | memoryview,
         owner: Owner,
-        messages: list[M],
-        handle_frame: FrameHandler[M],
+        effects: Effects[M],
     ) -> int:
         """Add bytes of ``data`` to the large frame; return how many bytes it took."""
         count = min(large.missing, len(data))
@@ -376,9 +600,7 @@ class FrameDecoder(Generic[M]):
             if large.payload is not None:
                 assert large.envelope is not None
                 # getvalue() returns the buffer's own bytes, without a copy.
-                self._pass_on(
-                    large.envelope, large.payload.getvalue(), owner, messages, handle_frame
-                )
+                self._pass_on(large.envelope, large.payload.getvalue(), owner, effects)
         return count
 
     def _sender(self, raw: bytes) -> str:
@@ -402,32 +624,29 @@ class FrameDecoder(Generic[M]):
         self,
         body: bytes | memoryview,
         owner: Owner,
-        messages: list[M],
-        handle_frame: FrameHandler[M],
+        effects: Effects[M],
     ) -> None:
         """Decode a frame that is not ordinary, or came in pieces."""
-        envelope, start = self._split(body, handle_frame)
+        envelope, start = self._split(body, effects)
         if envelope is not None:
-            self._pass_on(envelope, bytes(body[start:]), owner, messages, handle_frame)
+            self._pass_on(envelope, bytes(body[start:]), owner, effects)
 
-    def _split(
-        self, body: bytes | memoryview, handle_frame: FrameHandler[M]
-    ) -> tuple[Envelope | None, int]:
+    def _split(self, body: bytes | memoryview, effects: Effects[M]) -> tuple[Envelope | None, int]:
         """Return (the envelope, where the payload begins).
 
         An invalid frame is skipped and reported; the envelope is then None.
         """
         try:
             envelope, start = split(body)
-            if envelope.kind in (Kind.MESSAGE, Kind.REQUEST, Kind.REPLY, Kind.EVENT):
+            if envelope.kind in _FROM_SENDERS:
                 if not is_address(envelope.name):
                     raise MalformedEnvelope("the sender's name is not valid", envelope.id)
                 if envelope.kind is Kind.EVENT and not envelope.topic:
                     raise MalformedEnvelope("the topic is empty", envelope.id)
-            elif envelope.kind is Kind.ACK:
-                raise MalformedEnvelope("the broker sends no ACK", envelope.id)
+            elif envelope.kind in (Kind.ACK, Kind.JOIN):
+                raise MalformedEnvelope(f"the broker sends no {envelope.kind.name}", envelope.id)
         except MalformedEnvelope as error:
-            self._skip(body, error, handle_frame)
+            self._skip(body, error, effects)
             return None, 0
         if envelope.extension is not None:
             with memoryview(body) as view:
@@ -435,9 +654,7 @@ class FrameDecoder(Generic[M]):
             self._extra += VALUE_COST * sum(map(raw.count, (b",", b":", b"[", b"{")))
         return envelope, start
 
-    def _skip(
-        self, body: bytes | memoryview, error: BrokerdError, handle_frame: FrameHandler[M]
-    ) -> None:
+    def _skip(self, body: bytes | memoryview, error: BrokerdError, effects: Effects[M]) -> None:
         """Report a frame that is skipped."""
         kind = message_id = 0
         name = ""
@@ -445,19 +662,20 @@ class FrameDecoder(Generic[M]):
             kind, _, _, _, message_id = HEADER.unpack_from(body)
             with contextlib.suppress(MalformedEnvelope):
                 name = head(body).name
-        handle_frame(Unreadable(error, kind, message_id, name))
+        self._on_other_frame(Unreadable(error, kind, message_id, name), effects)
 
     def _pass_on(
         self,
         envelope: Envelope,
         payload: bytes,
         owner: Owner,
-        messages: list[M],
-        handle_frame: FrameHandler[M],
+        effects: Effects[M],
     ) -> None:
         kind = envelope.kind
-        if kind in (Kind.ERROR, Kind.RECEIPT):
-            handle_frame(replace(envelope, payload=payload) if payload else envelope)
+        if kind in (Kind.ERROR, Kind.RECEIPT, Kind.OPEN):
+            self._on_other_frame(
+                replace(envelope, payload=payload) if payload else envelope, effects
+            )
             return
         message = self._message(
             kind,
@@ -469,9 +687,14 @@ class FrameDecoder(Generic[M]):
             envelope.topic,
             envelope.extension,
         )
-        if kind in (Kind.REPLY, Kind.EVENT):
-            handle_frame(message)
+        if kind is Kind.REPLY:
+            self._on_replies((message,), effects)
+        elif envelope.flags & ACK_FLAG and kind is not Kind.REQUEST:
+            message._delivery = Delivery(envelope.seq, envelope.attempt, self.connection)
+            effects.stored.append(message)
+        elif kind is Kind.EVENT:
+            self._on_other_frame(message, effects)
         else:
-            messages.append(message)
+            effects.messages.append(message)
             if kind is Kind.REQUEST:
                 self.requests.append(message)

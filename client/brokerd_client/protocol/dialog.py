@@ -21,44 +21,61 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client import presence
+from brokerd_client.address import Address
 from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import (
     AuthenticationError,
     BrokerdError,
     Closed,
     Disconnected,
+    Elsewhere,
     InDoubt,
     KeyRejected,
     ProtocolError,
     ShuttingDown,
     TimedOut,
+    Unsupported,
+    WrongUse,
 )
-from brokerd_client.message import Message, Owner
+from brokerd_client.message import Delivery, Message, Owner
 from brokerd_client.protocol import backoff
 from brokerd_client.protocol.effects import Effects
 from brokerd_client.protocol.encoder import FrameEncoder
 from brokerd_client.protocol.inbound import Inbound
 from brokerd_client.protocol.inbox import STRETCH, largest_message
+from brokerd_client.protocol.mailbox import Mailbox, ack_body
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
+from brokerd_client.protocol.posts import Post, Posts
 from brokerd_client.protocol.state import NEXT, Event, State
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire import handshake
 from brokerd_client.wire.channel_binding import Bindings
 from brokerd_client.wire.envelope import (
     BROKER,
+    Envelope,
     check_name,
     check_pattern,
+    encode,
     is_address,
     is_name,
+    is_ttl,
     split_address,
 )
 from brokerd_client.wire.foreign_protocols import SILENT
 from brokerd_client.wire.framing import FrameReader, frame
-from brokerd_client.wire.layout import JSON_CODEC, MESSAGE_KIND, Flag, Kind
+from brokerd_client.wire.layout import (
+    ERROR_KIND,
+    JSON_CODEC,
+    MESSAGE_KIND,
+    RECEIPT_FLAG,
+    REPLY_KIND,
+    REQUEST_KIND,
+    Kind,
+)
 
 __all__ = ["LINGER_S", "Dialog", "Effects"]
 
@@ -86,6 +103,8 @@ _MOST_REJECTIONS: Final = 6
 #: Kept in a name because looking up an enum member costs as much as a few other lines
 #: of a send.
 _READY: Final = State.READY
+_RECEIPT: Final = Purpose.RECEIPT
+_REQUEST: Final = Purpose.REQUEST
 #: States in which an answer can be sent.
 _CONNECTED: Final = (State.READY, State.DRAINING)
 
@@ -108,6 +127,11 @@ class Dialog(Generic[M]):
             With None only a rejected key ends the attempts, after a few of them.
         inbox: Limit of the inbox, in bytes. With the broker's ``max_message``, it
             bounds the longest accepted message: see ``inbox.largest_message``.
+        window: Most messages of the mailbox that a connection holds; None for the
+            broker's own limit.
+        window_bytes: The same in bytes.
+        usable: Called with addresses of another host. Returns those that the client may
+            connect to.
     """
 
     def __init__(
@@ -124,6 +148,9 @@ class Dialog(Generic[M]):
         addresses: int = 1,
         give_up_s: float | None = None,
         inbox: int = 0,
+        window: int | None = None,
+        window_bytes: int | None = None,
+        usable: Callable[[Sequence[str]], tuple[Address, ...]] = lambda addresses: (),
     ) -> None:
         self.state = State.IDLE
         self.name = name
@@ -152,6 +179,12 @@ class Dialog(Generic[M]):
         #: Failed sends without a waiting call.
         self.undelivered = 0
         self.pending_calls = PendingTable()
+        self.posts = Posts()
+        self.mailbox = Mailbox(window, window_bytes)
+        #: Seconds for which the broker remembers the keys of stored messages; None
+        #: without mailboxes.
+        self._dedup_s: float | None = None
+        self._has_mailbox = False
         self.subscriptions = SubscriptionTable()
         self._watches: dict[presence.Watch, list[SubscriptionEntry]] = {}
         self._key = key
@@ -163,7 +196,10 @@ class Dialog(Generic[M]):
         self._reconnect = reconnect
         self._timeout_s = timeout_s
         self._wait_s = wait_s
-        self._addresses = addresses
+        self._addresses = self._own_addresses = addresses
+        self._usable = usable
+        #: Addresses of the host of the mailbox, which are tried before all others.
+        self.detour: tuple[Address, ...] = ()
         self._give_up_s = give_up_s
         #: When the last connection was lost.
         self._lost_at = 0.0
@@ -178,6 +214,8 @@ class Dialog(Generic[M]):
         self._round_start = 0
         #: The most telling error of the present round: a refusal rather than no broker.
         self._refused: BrokerdError | None = None
+        #: The errors of the present round, one for each address that was tried.
+        self._round_errors: list[BrokerdError] = []
         #: Seconds that the present attempt may take.
         self.limit_s = timeout_s
         self._connection_deadline: float | None = None
@@ -187,6 +225,8 @@ class Dialog(Generic[M]):
         #: Until when the first connection may be attempted again; None before the first
         #: attempt.
         self._first_deadline: float | None = None
+        #: Until when it is attempted again because no broker is up.
+        self._wait_end = 0.0
         self._handshake: handshake.Handshake | None = None
         #: Whether the listener has sent its challenge.
         self._challenged = False
@@ -194,16 +234,20 @@ class Dialog(Generic[M]):
         self._finishing = False
         self._reader = FrameReader()
         self._inbox = inbox
-        self._inbound = Inbound(
+        inbound = self._inbound = Inbound(
             message,
             largest_message(inbox),
             pending_calls=self.pending_calls,
             subscriptions=self.subscriptions,
             watches=self._watches,
             on_introduction=self._on_introduction,
+            on_no_mailbox=self._on_no_mailbox,
+            on_parted=self._on_parted,
             on_draining=self._on_draining,
             withdraw=self._withdraw,
             refuse=self._refuse_unreadable,
+            keep_post=self.posts.on_refusal,
+            refuse_channel=self._refuse_unheard,
             has_answered=self._has_answered,
         )
         self._encoder = FrameEncoder()
@@ -216,6 +260,10 @@ class Dialog(Generic[M]):
         #: loses nothing.
         self.peek: Callable[[], bytes] = self._encoder.peek
         self.took: Callable[[int], None] = self._encoder.took
+        #: In the state READY, decode the most common bytes: see FrameDecoder.
+        self.lone_message: Callable[[bytes, Owner], M | None] = inbound.lone_message
+        self.answered_request: Callable[[M], Pending | None] = inbound.answered_request
+        self.note_request: Callable[[M, float], None] = inbound.note_request
 
     # The connection
 
@@ -224,6 +272,7 @@ class Dialog(Generic[M]):
         self._step(Event.DIAL)
         if self._first_deadline is None:
             self._first_deadline = now + max(self._timeout_s, self._wait_s)
+            self._wait_end = now + self._wait_s
         self.limit_s = self._timeout_s
         if not self._introduced:
             # An address that does not answer must leave time for those after it.
@@ -241,7 +290,7 @@ class Dialog(Generic[M]):
         self._finishing = False
         self._reader = FrameReader()
         self._features = frozenset()
-        self._inbound.reset()
+        self._inbound.reset(self.mailbox.connect())
         # Messages may come before the broker's answer to whoami.
         self._inbound.accept(largest_message(self._inbox))
         self._encoder.reset()
@@ -276,11 +325,38 @@ class Dialog(Generic[M]):
             )
             effects.broken = ProtocolError(f"the bytes from the broker can't be understood: {text}")
             effects.broken.__cause__ = error
+        self.mailbox.unsettled += len(effects.stored)
         self._finish()
         self.undelivered += len(effects.undelivered)
         for refusal in effects.undelivered:
             self._encoder.refused(getattr(refusal, "message_id", 0))
         return effects
+
+    def take_begun(self) -> bytes:
+        """Forget and return the begin of a frame, unless it is long.
+
+        The caller gives it again, with the bytes that follow.
+        """
+        return self._inbound.take_begun() if self.state is _READY else b""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether :meth:`look_ahead` may be called."""
+        return self.state is _READY and not self._inbound.incomplete
+
+    def look_ahead(self, data: bytes, owner: Owner) -> Effects[M] | None:
+        """Decode received bytes for :meth:`pass_over`: see Inbound.look_ahead."""
+        return self._inbound.look_ahead(data, owner)
+
+    @property
+    def begun_ahead(self) -> int:
+        """The number of the last bytes of the last :meth:`look_ahead` that begin a frame."""
+        return self._inbound.begun_ahead
+
+    def pass_over(self, effects: Effects[M], now: float) -> None:
+        """Record that the effects of the last :meth:`look_ahead` are delivered."""
+        self.mailbox.unsettled += len(effects.stored)
+        self._inbound.pass_over(effects, now)
 
     def in_order(self, waiting_bytes: int) -> bool:
         """Return whether the counts of queued and written bytes agree.
@@ -303,6 +379,11 @@ class Dialog(Generic[M]):
         After an interrupted call, some of them have left.
         """
         return max(0, self._encoder.queued - self._encoder.written)
+
+    @property
+    def encoder(self) -> FrameEncoder:
+        """The encoder, for its counts of bytes."""
+        return self._encoder
 
     @property
     def untaken(self) -> int:
@@ -334,6 +415,7 @@ class Dialog(Generic[M]):
         lifetime_s = now - self._ready_since if self.state in _CONNECTED else 0.0
         cut_off = not self._introduced and self._was_cut_off(reason)
         was_connected = self.state in _CONNECTED
+        at_once = at_once or self.mailbox.home is not None
         was_open = self.state not in (State.CLOSING, State.CLOSED)
         if was_connected:
             self._lost_at = now
@@ -348,11 +430,13 @@ class Dialog(Generic[M]):
         if another:
             wait, at_once, retries = 0.0, True, retries or not self._introduced
         else:
-            reason, self._refused = self._refused or reason, None
+            reason, self._refused = self._refused or self._summary(reason), None
+            self._round_errors = []
             if not self._introduced and self._wait_s:
                 wait = min(wait, _LONGEST_FIRST_WAIT_S)
         if not self._introduced and self._first_deadline is not None:
-            retries = retries and now + wait < self._first_deadline
+            end = self._first_deadline if another or cut_off else self._wait_end
+            retries = retries and now + wait < end
         elif not another and self._gives_up(reason, now):
             retries = False
         self._step(Event.LOSE if retries else Event.GIVE_UP)
@@ -376,16 +460,27 @@ class Dialog(Generic[M]):
                 self._attempt += 1
         self._inbound.lost()
         max_written = self._encoder.written + doubtful
-        for pending in self.pending_calls.clear():
+        for pending in self.pending_calls.take_all():
             self._inbound.forget_subscription(pending)
-            if pending.waiter is not None:
-                in_doubt = pending.end <= max_written
+            in_doubt = pending.end <= max_written
+            if isinstance(pending, Post):
+                if in_doubt:
+                    pending.note_doubt()
+                self.posts.add(pending)
+            elif pending.waiter is not None:
                 effects.outcomes.append(
                     (
                         pending.waiter,
                         self._loss(pending.id, pending.to or pending.about, in_doubt=in_doubt),
                     )
                 )
+        self.posts.retry_at = None
+        self._end_doubtful_posts(effects, now)
+        if self.state is not State.WAITING:
+            for post in self.posts.take_all():
+                in_doubt = post.doubtful_since is not None
+                error = self._loss(post.id, post.to, in_doubt=in_doubt)
+                effects.outcomes.append((post.waiter, error))
         for end, message_id, to in self._encoder.take_unwritten():
             effects.undelivered.append(self._loss(message_id, to, in_doubt=end <= max_written))
         self.undelivered += len(effects.undelivered)
@@ -425,9 +520,24 @@ class Dialog(Generic[M]):
             return False
         if _is_refusal(reason):
             self._refused = self._refused or reason
+        self._round_errors.append(reason)
         more = self._untried > 1
         self.turn = (self.turn + 1) % self._addresses
         return more
+
+    def _summary(self, reason: BrokerdError) -> BrokerdError:
+        """Return the error of a round: the last one, or one that has those of all addresses."""
+        errors = self._round_errors
+        if len(errors) < 2 or type(reason) not in (Disconnected, TimedOut):
+            return reason
+        texts = [str(error) for error in errors]
+        _, mark, rest = texts[-1].rpartition(" (")
+        # The same hint is given once.
+        hint = mark + rest if mark and all(text.endswith(mark + rest) for text in texts) else ""
+        tried = "; ".join(text[: len(text) - len(hint)] for text in texts)
+        whole = type(reason)(f"none of the {self._addresses} addresses can be used: {tried}{hint}")
+        whole.cut_off, whole.__cause__ = reason.cut_off, reason.__cause__
+        return whole
 
     def _waits(self, reason: BrokerdError) -> bool:
         """Return whether the first connection is attempted again because no broker is up."""
@@ -461,12 +571,15 @@ class Dialog(Generic[M]):
         Frames from the broker are still received for LINGER_S seconds.
         """
         effects: Effects[M] = Effects()
+        if self.mailbox.is_open and self.state in _CONNECTED:
+            # What this client holds returns without a failed attempt.
+            self._operate("close_mailbox", {}, Purpose.FORGET)
         self._step(Event.CLOSE)
         if self.state is State.CLOSING:
             self._connection_deadline = now + LINGER_S
         else:
             self._connection_deadline = None
-        for pending in self.pending_calls.clear():
+        for pending in (*self.pending_calls.take_all(), *self.posts.take_all()):
             if pending.waiter is not None:
                 effects.outcomes.append(
                     (pending.waiter, Closed("the client was closed while this call was waiting"))
@@ -493,14 +606,23 @@ class Dialog(Generic[M]):
         """
         if self.state is State.WAITING:
             return self.retry_at
-        earliest = self.pending_calls.deadline()
-        if self._connection_deadline is None:
-            return earliest
-        return (
-            self._connection_deadline
-            if earliest is None
-            else min(earliest, self._connection_deadline)
+        deadlines = (
+            self.pending_calls.deadline(),
+            self._connection_deadline,
+            self._posts_due,
+            self.mailbox_due,
         )
+        return min((each for each in deadlines if each is not None), default=None)
+
+    @property
+    def _posts_due(self) -> float | None:
+        """When the posts that the broker could not store are sent again."""
+        return self.posts.retry_at if self.state is State.READY else None
+
+    @property
+    def mailbox_due(self) -> float | None:
+        """When a mailbox at another host is asked for again; None if it is not."""
+        return self.mailbox.retry_at if self.state is State.READY else None
 
     def tick(self, now: float) -> Effects[M]:
         """End the calls and the connecting that are overdue at ``now``."""
@@ -516,6 +638,13 @@ class Dialog(Generic[M]):
             # A pending call with a deadline always has a waiter.
             self._withdraw(pending)
             effects.outcomes.append((pending.waiter, pending.timed_out()))
+        due = self._posts_due
+        if due is not None and due <= now:
+            self._send_posts(effects, now)
+        due = self.mailbox_due
+        if due is not None and due <= now:
+            self.mailbox.retry_at = None
+            self._tell_mailbox()
         self._finish()
         return effects
 
@@ -535,13 +664,20 @@ class Dialog(Generic[M]):
         return message_id
 
     def send_many(
-        self, to: Sequence[str], codecs: Sequence[int], bodies: Sequence[bytes]
+        self,
+        to: Sequence[str],
+        codecs: Sequence[int],
+        bodies: Sequence[bytes],
+        extension: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Queue several MESSAGE frames without receipts; return their ids."""
+        """Queue several MESSAGE frames without receipts; return their ids.
+
+        Each of them gets the extension.
+        """
         self.require_ready()
         first_id = self._next_id
         ids = range(first_id, first_id + len(to))
-        self._encoder.put_messages(ids, to, codecs, bodies)
+        self._encoder.put_messages(0, ids, to, codecs, bodies, extension)
         self._next_id = ids.stop
         return list(ids)
 
@@ -585,12 +721,91 @@ class Dialog(Generic[M]):
         deadline: float | None,
     ) -> int:
         """Queue a MESSAGE; the waiter gets a Receipt or an error. Return its id."""
-        message_id = self._take_id()
-        self._encoder.put(Kind.MESSAGE, Flag.RECEIPT, message_id, to, codec, body, extension)
+        if self.state is not _READY:
+            self.require_ready()
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        self._encoder.put(MESSAGE_KIND, RECEIPT_FLAG, message_id, to, codec, body, extension)
         self.pending_calls.add(
-            Pending(message_id, Purpose.RECEIPT, to, self._encoder.queued, waiter, deadline)
+            Pending(message_id, _RECEIPT, to, self._encoder.queued, waiter, deadline)
         )
         return message_id
+
+    def post(
+        self,
+        to: str,
+        codec: int,
+        body: bytes,
+        extension: Mapping[str, Any],
+        waiter: object,
+        now: float,
+    ) -> int:
+        """Send a MESSAGE, now or once there is a connection, until it is stored or refused.
+
+        The waiter gets a Receipt or an error. Return the message's id. The face ends the
+        call at its deadline. Raises Closed or Disconnected if no other connection follows.
+
+        extension: It has the message's ``key``.
+        """
+        if self.state in (State.CLOSING, State.CLOSED, State.GONE):
+            self.require_ready()
+        self._encoder.check(to, extension)
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        post = Post(message_id, to, codec, body, extension, waiter)
+        if self.state is not _READY or self.posts:
+            self.posts.add(post)
+        elif self._dedup_s is None:
+            raise _no_mailboxes(post)
+        else:
+            self._send_post(post, now)
+        return message_id
+
+    def _send_post(self, post: Post, now: float) -> None:
+        self._encoder.put(
+            MESSAGE_KIND, RECEIPT_FLAG, post.id, post.to, post.codec, post.body, post.extension
+        )
+        post.end = self._encoder.queued
+        post.sent_at = now
+        self.pending_calls.add(post)
+
+    def _send_posts(self, effects: Effects[M], now: float) -> None:
+        """Send all waiting posts, except those that could be stored twice by now."""
+        self._end_doubtful_posts(effects, now)
+        for post in self.posts.take_all():
+            if self._dedup_s is not None:
+                self._send_post(post, now)
+            elif post.doubtful_since is None:
+                effects.outcomes.append((post.waiter, _no_mailboxes(post)))
+            else:
+                effects.outcomes.append((post.waiter, _too_late(post)))
+
+    def _end_doubtful_posts(self, effects: Effects[M], now: float) -> None:
+        """End the posts whose keys the broker may not know any more."""
+        if self._dedup_s is not None:
+            for post in self.posts.take_doubtful(now - self._dedup_s):
+                effects.outcomes.append((post.waiter, _too_late(post)))
+
+    def send_many_for_receipts(
+        self,
+        to: Sequence[str],
+        codecs: Sequence[int],
+        bodies: Sequence[bytes],
+        extension: Mapping[str, Any] | None,
+        waiters: Iterable[object],
+        deadline: float | None,
+    ) -> Sequence[int]:
+        """Queue several MESSAGE frames; each waiter gets a Receipt or an error.
+
+        Return their ids. Each frame gets the extension.
+        """
+        self.require_ready()
+        ids = range(self._next_id, self._next_id + len(to))
+        queued = self._encoder.put_messages(RECEIPT_FLAG, ids, to, codecs, bodies, extension)
+        self._next_id = ids.stop
+        for (end, message_id, recipient), waiter in zip(queued, waiters):
+            self.pending_calls.add(Pending(message_id, _RECEIPT, recipient, end, waiter, deadline))
+        return ids
 
     def publish_for_receipt(
         self,
@@ -603,7 +818,7 @@ class Dialog(Generic[M]):
     ) -> int:
         """Queue an EVENT; the waiter gets a Receipt or an error. Return its id."""
         message_id = self._take_id()
-        self._encoder.put_event(Flag.RECEIPT, message_id, topic, codec, body, extension)
+        self._encoder.put_event(RECEIPT_FLAG, message_id, topic, codec, body, extension)
         self.pending_calls.add(
             Pending(
                 message_id,
@@ -631,9 +846,12 @@ class Dialog(Generic[M]):
 
         limit_s: the caller's timeout in seconds, if it is the request's ttl.
         """
-        message_id = self._take_id()
-        self._encoder.put(Kind.REQUEST, 0, message_id, to, codec, body, extension)
-        pending = Pending(message_id, Purpose.REQUEST, to, self._encoder.queued, waiter, deadline)
+        if self.state is not _READY:
+            self.require_ready()
+        message_id = self._next_id
+        self._next_id = message_id + 1
+        self._encoder.put(REQUEST_KIND, 0, message_id, to, codec, body, extension)
+        pending = Pending(message_id, _REQUEST, to, self._encoder.queued, waiter, deadline)
         pending.limit_s = limit_s
         self.pending_calls.add(pending)
         return message_id
@@ -647,9 +865,10 @@ class Dialog(Generic[M]):
         extension: Mapping[str, Any] | None = None,
     ) -> None:
         """Queue the REPLY to the request with this id."""
-        self._require_connection()
+        if self.state is not _READY:
+            self._require_connection()
         self._inbound.close_request(to, message_id)
-        self._encoder.put(Kind.REPLY, 0, message_id, to, codec, body, extension)
+        self._encoder.put(REPLY_KIND, 0, message_id, to, codec, body, extension)
         self._encoder.without_receipt(message_id, to)
 
     def fail(self, to: str, message_id: int, code: str, text: str) -> None:
@@ -661,6 +880,74 @@ class Dialog(Generic[M]):
     def give_back(self, to: str, message_id: int) -> None:
         """Return a request that no handler has begun, for another member of the pool."""
         self.fail(to, message_id, "back", "the client stops, and has not begun this request")
+
+    def open_mailbox(self) -> None:
+        """Receive from the mailbox, on this connection and on all later ones."""
+        self.mailbox.wanted = True
+        self._tell_mailbox()
+
+    def _tell_mailbox(self) -> None:
+        mailbox = self.mailbox
+        if mailbox.wanted and not mailbox.is_open and self.state is _READY and self._has_mailbox:
+            mailbox.is_open = True
+            self._operate("open_mailbox", mailbox.arguments, Purpose.MAILBOX)
+
+    def _on_no_mailbox(self, error: BrokerdError, effects: Effects[M], now: float) -> None:
+        """Receive only live messages: most clients have no mailbox."""
+        self.mailbox.is_open = False
+        if isinstance(error, Elsewhere):
+            self._go_home(error, effects, now)
+        elif self.mailbox.arguments or not isinstance(error, Unsupported):
+            effects.warnings.append(f"the mailbox can't be opened: {error}")
+
+    def _go_home(self, error: Elsewhere, effects: Effects[M], now: float) -> None:
+        """Leave for the host of the mailbox, once no call waits for its outcome.
+
+        If that host can't be reached, the client stays here and asks again later.
+        """
+        if not self.mailbox.begin_move(now):
+            return
+        if self._reconnect and self._usable(error.addresses):
+            self.mailbox.home = error
+            self._on_draining(effects)
+        else:
+            told = ", ".join(error.addresses) or "no address"
+            why = "can't connect" if self._reconnect else "does not, with reconnect=False"
+            effects.warnings.append(
+                f"the mailbox is at host {error.host}, where this client {why} ({told}): {error}"
+            )
+
+    def _on_parted(self, effects: Effects[M]) -> None:
+        """Leave this connection for one to the host of the mailbox."""
+        home = self.mailbox.home
+        assert home is not None, "the client leaves only for that"
+        self.detour = self._usable(home.addresses)
+        self._addresses = len(self.detour) + self._own_addresses
+        self.turn = self._round_start = 0
+        effects.broken = Disconnected(f"the client connects to its mailbox at host {home.host}")
+        effects.broken.__cause__ = home
+
+    def narrow_mailbox(self) -> None:
+        """Receive at most one more message of the mailbox, before a drain."""
+        if self.mailbox.is_open and self.state is _READY:
+            self._operate("open_mailbox", {"window": 1}, Purpose.FORGET)
+
+    def settle(self, delivery: Delivery, body: bytes) -> None:
+        """Queue the ACK of a delivery; drop it if its connection has ended.
+
+        The broker then delivers the message again.
+        """
+        delivery.settled = True
+        if delivery.connection == self.mailbox.connection and self.state in _CONNECTED:
+            self._encoder.put_ack(delivery.seq, body)
+            self.mailbox.unsettled -= 1
+            self._finish()
+        else:
+            self._inbound.late += 1
+
+    def return_delivery(self, message: Message) -> None:
+        """Return a message of the mailbox that no handler has begun."""
+        self.settle(message.unsettled_delivery(), ack_body("back"))
 
     def limit_in_flight(self, limit: int) -> None:
         """Set how many requests the broker delivers before they are answered."""
@@ -680,8 +967,7 @@ class Dialog(Generic[M]):
 
     def is_over(self, request: Message, now: float) -> bool:
         """Return whether no requester waits for a request that no handler has begun."""
-        deadline = request.deadline
-        over = request.cancelled or (deadline is not None and deadline <= now)
+        over = request.is_over(now)
         if over:
             request.mark_answered()
             self.dropped += 1
@@ -764,16 +1050,57 @@ class Dialog(Generic[M]):
         for entry in self._watches.pop(watch, ()):
             self._leave(entry, watch)
 
-    def abandon(self, message_id: int) -> None:
-        """Stop waiting for this outcome; if it comes later, it is counted and dropped."""
-        pending = self.pending_calls.pop(message_id)
+    def listen(self, sink: object, waiter: object, deadline: float | None) -> int:
+        """Pass other clients' requests for channels to the sink.
+
+        The waiter gets a dict or an error.
+        """
+        if self._inbound.listener is not None:
+            raise WrongUse(
+                "this client listens already: call accept() of its listener, from several"
+                " threads or tasks if need be"
+            )
+        self.require_ready()
+        self._inbound.listener = sink
+        pending = self._operate("listen", {}, Purpose.LISTEN, waiter, deadline)
+        pending.sink = sink
+        return pending.id
+
+    def unlisten(self, sink: object, waiter: object, deadline: float | None) -> int | None:
+        """Stop listening; return the id of the request to the broker, None if none is
+        needed.
+        """
+        if self._inbound.listener is not sink:
+            return None
+        self._inbound.listener = None
+        if self.state is not State.READY:
+            return None
+        return self._operate("unlisten", {}, Purpose.CONTROL, waiter, deadline).id
+
+    def refuse_channel(self, token: int, code: str, text: str) -> None:
+        """Queue the refusal of a request for a channel."""
+        self._require_connection()
+        body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
+        refusal = Envelope(Kind.ERROR, token, "", body, JSON_CODEC)
+        # If the caller has gone meanwhile, the broker says so, and no caller here asks.
+        self._inbound.give_up(token)
+        self._encoder.put_frame(frame(encode(refusal)))
+
+    def abandon(self, message_id: int) -> Pending | None:
+        """Stop waiting for this outcome; if it comes later, it is counted and dropped.
+
+        Returns the call, or None if it has its outcome already.
+        """
+        post = self.posts.pop(message_id)
+        pending = self.pending_calls.pop(message_id, None)
         if pending is not None:
             self._withdraw(pending)
             self._finish()
+        return pending or post
 
     def abandon_all(self, waiter: object) -> None:
         """Abandon all calls of a waiter whose caller was interrupted."""
-        for pending in self.pending_calls.of(waiter):
+        for pending in (*self.pending_calls.of(waiter), *self.posts.of(waiter)):
             self.abandon(pending.id)
 
     def forget(self, sink: object) -> None:
@@ -785,6 +1112,8 @@ class Dialog(Generic[M]):
             self.unwatch(watch)
         for entry in [entry for entry in self.subscriptions if sink in entry.sinks]:
             self._leave(entry, sink)
+        if self._inbound.listener is sink:
+            self._stop_listening()
 
     # Helpers for sending
 
@@ -798,8 +1127,14 @@ class Dialog(Generic[M]):
     def gone(self) -> Disconnected:
         """Return the error for calls that wait when no other connection follows."""
         error = Disconnected(f"the connection to the broker is gone: {self.reason}")
-        error.__cause__ = self.reason
+        error.__cause__ = self._cause
         return error
+
+    @property
+    def _cause(self) -> BaseException | None:
+        """The reason of the loss: what the broker has said of it, if it has."""
+        said = None if self.reason is None else self.reason.__cause__
+        return said if isinstance(said, BrokerdError) else self.reason
 
     def require_ready(self) -> None:
         """Raise Closed or Disconnected unless the state is READY."""
@@ -809,7 +1144,7 @@ class Dialog(Generic[M]):
             raise Closed("the client is closed")
         raise Disconnected(
             f"not connected to the broker: {self.reason or self.state.value}"
-        ) from self.reason
+        ) from self._cause
 
     @property
     def may_answer(self) -> bool:
@@ -841,7 +1176,7 @@ class Dialog(Generic[M]):
         body = json.dumps({"op": op, **arguments}, separators=(",", ":")).encode()
         message_id = self._next_id
         self._next_id = message_id + 1
-        self._encoder.put(Kind.REQUEST, 0, message_id, BROKER, JSON_CODEC, body, None)
+        self._encoder.put(REQUEST_KIND, 0, message_id, BROKER, JSON_CODEC, body, None)
         pending = Pending(
             message_id, purpose, BROKER, self._encoder.queued, waiter, deadline, about
         )
@@ -864,26 +1199,35 @@ class Dialog(Generic[M]):
             self._leave(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self.unwatch(pending.sink)
+        elif pending.purpose is Purpose.LISTEN:
+            if self._inbound.listener is pending.sink:
+                self._stop_listening()
         elif pending.purpose is Purpose.REQUEST:
             self._cancel(pending)
+
+    def _stop_listening(self) -> None:
+        self._inbound.listener = None
+        if self.state is State.READY:
+            self._operate("unlisten", {}, Purpose.FORGET)
 
     def _cancel(self, pending: Pending) -> None:
         """Tell the broker that no caller awaits the answer to a request any more."""
         self._inbound.give_up(pending.id)
         if self.state in _CONNECTED and "cancels" in self._features:
             body = b'{"code":"cancelled","message":"the requester does not wait","name":""}'
-            self._encoder.put(Kind.ERROR, 0, pending.id, BROKER, JSON_CODEC, body, None)
+            self._encoder.put(ERROR_KIND, 0, pending.id, BROKER, JSON_CODEC, body, None)
 
     def _loss(self, message_id: int, to: str, *, in_doubt: bool) -> Disconnected:
         reason = f"the connection to the broker is lost ({self.reason})"
+        error: Disconnected
         if in_doubt:
-            return InDoubt(
-                f"{reason}, and the outcome of {message_id} to {to} is not known",
-                message_id=message_id,
-            )
-        return Disconnected(
-            f"{reason}, and {message_id} to {to} was not sent", message_id=message_id
-        )
+            text = f"{reason}, and the outcome of {message_id} to {to} is not known"
+            error = InDoubt(text, message_id=message_id)
+        else:
+            text = f"{reason}, and {message_id} to {to} was not sent"
+            error = Disconnected(text, message_id=message_id)
+        error.__cause__ = self._cause
+        return error
 
     def _step(self, event: Event) -> None:
         next_state = NEXT[self.state].get(event)
@@ -931,8 +1275,8 @@ class Dialog(Generic[M]):
         if self.name:
             return (
                 f"the peer rejected our answer: it does not accept the key used here for the name"
-                f" {self.name} (the name is not known there, or its keys are others; a broker's"
-                " log says which)"
+                f" {self.name} (the name is not known there, or it has another key, or the broker"
+                " has reached limits.connections; its log says which)"
             )
         return "the peer rejected our answer: no client is known there by the key used here"
 
@@ -946,6 +1290,8 @@ class Dialog(Generic[M]):
             self._resubscribe(entry)
         for watch in self._watches:
             self._operate("clients", {}, Purpose.RESYNC).sink = watch
+        if self._inbound.listener is not None:
+            self._operate("listen", {}, Purpose.RELISTEN).sink = self._inbound.listener
 
     def _has_answered(self, message_id: int) -> bool:
         """Return whether the id is not one of this client's own ids.
@@ -964,10 +1310,15 @@ class Dialog(Generic[M]):
         if self._encoder.queued - self._encoder.written < _MAX_UNWRITTEN:
             self._refuse(to, message_id, code, text)
 
+    def _refuse_unheard(self, token: int, code: str, text: str) -> None:
+        """Refuse a request for a channel that no listener gets, if that can be sent."""
+        if self.may_answer:
+            self.refuse_channel(token, code, text)
+
     def _refuse(self, to: str, message_id: int, code: str, text: str) -> None:
         if self.state in (State.INTRODUCING, State.READY, State.DRAINING):
             body = json.dumps({"code": code, "message": text, "name": self.name}).encode()
-            self._encoder.put(Kind.ERROR, 0, message_id, to, JSON_CODEC, body, None)
+            self._encoder.put(ERROR_KIND, 0, message_id, to, JSON_CODEC, body, None)
             self._encoder.without_receipt(message_id, to)
 
     def _on_draining(self, effects: Effects[M]) -> None:
@@ -979,11 +1330,17 @@ class Dialog(Generic[M]):
     def _finish(self) -> None:
         """Send ``finished`` in the state DRAINING, once no call waits for its outcome.
 
-        The broker answers when every earlier send is written or reported.
+        The program has acknowledged the messages of its mailbox by then, too. The broker
+        answers when every earlier send is written or reported.
         """
-        if self.state is State.DRAINING and not self._finishing and not self.pending_calls:
+        if self.state is not State.DRAINING or self._finishing:
+            return
+        if not (self.pending_calls or self.mailbox.unsettled):
             self._finishing = True
-            self._operate("finished", {}, Purpose.FINISHED)
+            if self.mailbox.home is None:
+                self._operate("finished", {}, Purpose.FINISHED)
+            else:
+                self._operate("ping", {}, Purpose.PARTED)
 
     def _on_introduction(self, answer: dict[str, Any], effects: Effects[M], now: float) -> None:
         """Handle the broker's answer to whoami.
@@ -1012,6 +1369,7 @@ class Dialog(Generic[M]):
         if isinstance(features, list):
             self._features = frozenset(item for item in features if isinstance(item, str))
         self._round_start, self._refused = self.turn, None
+        self._round_errors = []
         self._rejections, self._reported = 0, ""
         effects.changes.append(ConnectionEvent("connected"))
         self._step(Event.INTRODUCE)
@@ -1021,6 +1379,17 @@ class Dialog(Generic[M]):
         if not self._introduced:
             # Failed attempts before the first success must not lengthen later waits.
             self._introduced, self._attempt = True, 0
+        dedup = limits.get("dedup")
+        self._dedup_s = dedup if is_ttl(dedup) else None
+        # A broker that lists the feature tells the window of a client that has one, or the
+        # host of its mailbox.
+        told = "mailboxes" in self._features
+        self._has_mailbox = (
+            not limits.keys().isdisjoint(("window", "home")) if told else self._dedup_s is not None
+        )
+        self._tell_mailbox()
+        self.posts.connected()
+        self._send_posts(effects, now)
         self._connection_deadline = None
         self._ready_since = now
         self.reason = None
@@ -1032,6 +1401,23 @@ class Dialog(Generic[M]):
                 f" accepts {largest}: give it an inbox of at least"
                 f" {-(-max_message // STRETCH)} bytes"
             )
+
+
+def _no_mailboxes(post: Post) -> Unsupported:
+    return Unsupported(
+        "this broker has no mailboxes (store is not set in its configuration): use send() or"
+        " send_confirmed()",
+        name=post.to,
+        message_id=post.id,
+    )
+
+
+def _too_late(post: Post) -> InDoubt:
+    return InDoubt(
+        f"it is not known whether {post.id} to {post.to} is stored, and the broker may not know its"
+        " key any more: sent again, it could be stored twice",
+        message_id=post.id,
+    )
 
 
 def _is_refusal(reason: BrokerdError) -> bool:

@@ -19,6 +19,7 @@ class Effects(Generic[M]):
     Attributes:
         messages: MESSAGE and REQUEST frames, in order; ``size`` is about their bytes on
             the wire.
+        stored: Messages and events from the mailbox, in order.
         outcomes: (waiter, Message | dict | Receipt | BrokerdError) for waiting calls.
         cancelled: Requests received earlier whose requesters do not wait any more.
         events: (sink, Message or Presence) for subscriptions and watches.
@@ -40,6 +41,7 @@ class Effects(Generic[M]):
         "messages",
         "outcomes",
         "size",
+        "stored",
         "undelivered",
         "unreadable",
         "warnings",
@@ -47,6 +49,7 @@ class Effects(Generic[M]):
 
     def __init__(self) -> None:
         self.messages: list[M] = []
+        self.stored: list[M] = []
         self.size = 0
         self.outcomes: list[tuple[Any, Any]] = []
         self.cancelled: list[M] = []
@@ -57,3 +60,15 @@ class Effects(Generic[M]):
         self.warnings: list[str] = []
         self.changes: list[ConnectionEvent] = []
         self.broken: BrokerdError | None = None
+
+    @property
+    def has_reports(self) -> bool:
+        """Whether there is more than outcomes, messages and events."""
+        return bool(
+            self.changes
+            or self.undelivered
+            or self.unreadable
+            or self.warnings
+            or self.ended
+            or self.broken
+        )

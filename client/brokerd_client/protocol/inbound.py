@@ -8,11 +8,11 @@ brokerd_client.protocol.pending.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, TypeVar
-from weakref import WeakValueDictionary
 
 from brokerd_client import presence
+from brokerd_client.channel_offer import ChannelOffer
 from brokerd_client.errors import (
     BrokerdError,
     Denied,
@@ -22,6 +22,7 @@ from brokerd_client.errors import (
     FrameTooBig,
     KeyRemoved,
     NameTaken,
+    Offline,
     ProtocolError,
     Replaced,
     RequestFailed,
@@ -31,15 +32,21 @@ from brokerd_client.errors import (
 from brokerd_client.message import Message, Owner, Receipt
 from brokerd_client.protocol.decoder import FrameDecoder, Unreadable
 from brokerd_client.protocol.effects import Effects
+from brokerd_client.protocol.open_requests import OpenRequests
 from brokerd_client.protocol.pending import Pending, PendingTable, Purpose
+from brokerd_client.protocol.posts import Post
 from brokerd_client.protocol.subscription_table import SubscriptionEntry, SubscriptionTable
 from brokerd_client.wire.envelope import BROKER, Envelope, is_address
-from brokerd_client.wire.layout import EVENT_KIND, Flag, Kind
+from brokerd_client.wire.first_frames import place_in
+from brokerd_client.wire.layout import MAX_ID, Flag, Kind
 
 __all__ = ["Inbound"]
 
 M = TypeVar("M", bound=Message)
 
+#: Bound here, because the lookup of an enum's member takes as long as that of the call.
+_RECEIPT: Final = Purpose.RECEIPT
+_REQUEST: Final = Purpose.REQUEST
 #: The event that announces the end of the connection.
 _DRAINING: Final = "$broker.draining"
 #: Error codes that, with the id 0, give the reason why the broker closes the
@@ -63,6 +70,17 @@ _MAX_CODE: Final = 64
 _MAX_NAME: Final = 255
 _MAX_TEXT: Final = 1000
 _MAX_CLIENT_TEXT: Final = 2**16
+#: Most names of mailboxes kept of an ERROR.
+_MAX_NAMES: Final = 1000
+
+
+class _MoreEffects(Exception):
+    """Received bytes have effects that look_ahead does not tell."""
+
+
+def _is_more(frame: object, effects: object) -> None:
+    """Raise _MoreEffects."""
+    raise _MoreEffects
 
 
 class Inbound(Generic[M]):
@@ -79,12 +97,19 @@ class Inbound(Generic[M]):
         watches: The subscriptions of each watch.
         on_introduction: Called with the broker's answer to whoami, the effects and the
             time. Raises ProtocolError if the answer is not valid.
+        on_no_mailbox: Called with the broker's refusal to open the mailbox, the effects
+            and the time.
+        on_parted: Called with the effects when the broker has handled every frame of this
+            connection, which the client ends.
         on_draining: Called with the effects when the broker announces the end of this
             connection.
         withdraw: Called with a call whose answer is not valid. Removes its subscription
             or watch, here and at the broker.
         refuse: Called with sender, id, code and text for a request that can't be read.
             Answers it with an ERROR, if that can be sent.
+        keep_post: Called with a post, the broker's refusal and the time. Returns whether
+            the post is sent again.
+        refuse_channel: Called with token, code and text. Refuses a request for a channel.
         has_answered: Called with an id. Returns whether it is the id of another
             client's request, which this client has answered.
     """
@@ -98,9 +123,13 @@ class Inbound(Generic[M]):
         subscriptions: SubscriptionTable,
         watches: dict[presence.Watch, list[SubscriptionEntry]],
         on_introduction: Callable[[dict[str, Any], Effects[M], float], object],
+        on_no_mailbox: Callable[[BrokerdError, Effects[M], float], object],
+        on_parted: Callable[[Effects[M]], object],
         on_draining: Callable[[Effects[M]], object],
         withdraw: Callable[[Pending], object],
         refuse: Callable[[str, int, str, str], object],
+        keep_post: Callable[[Post, BrokerdError, float], bool],
+        refuse_channel: Callable[[int, str, str], object],
         has_answered: Callable[[int], bool],
     ) -> None:
         #: Replies and receipts that came after their caller had given up, and this
@@ -114,27 +143,57 @@ class Inbound(Generic[M]):
         self._subscriptions = subscriptions
         self._watches = watches
         self._on_introduction = on_introduction
+        self._on_no_mailbox = on_no_mailbox
+        self._on_parted = on_parted
         self._on_draining = on_draining
         self._withdraw = withdraw
         self._refuse = refuse
+        self._keep_post = keep_post
+        self._refuse_channel = refuse_channel
         self._has_answered = has_answered
+        #: The sink of the requests for channels; None unless this client listens.
+        self.listener: Any = None
         #: Whether the broker will announce the end of this connection.
         self._goaway = False
-        #: Requests that were received and may still be answered, by sender and id.
-        self._open: WeakValueDictionary[tuple[str, int], M] = WeakValueDictionary()
+        #: The time of the bytes that are being read, in seconds.
+        self._now = 0.0
+        self._open: OpenRequests[M] = OpenRequests()
+        #: Forget a request that is answered, by sender and id.
+        self.close_request: Callable[[str, int], object] = self._open.take
         #: Ids of this client's own requests whose outcome no caller awaits any more.
         self._given_up: dict[int, None] = {}
-        self._decoder = FrameDecoder(message, largest)
+        self._decoder = FrameDecoder(
+            message,
+            largest,
+            on_replies=self._on_replies,
+            on_receipts=self._on_receipts,
+            on_frame=self._on_frame,
+        )
+        #: For look_ahead, which may be interrupted at any moment.
+        self._ahead = FrameDecoder(
+            message,
+            largest,
+            on_replies=self._note_replies,
+            on_receipts=self._note_receipts,
+            on_frame=_is_more,
+        )
+        #: Decode the most common bytes, and change nothing: see FrameDecoder.
+        self.lone_message: Callable[[bytes, Owner], M | None] = self._decoder.lone_message
         self.accept(largest)
 
     def accept(self, largest: int) -> None:
         """Accept messages of up to ``largest`` bytes from now on."""
         self._decoder.accept(largest)
+        self._ahead.accept(largest)
         self._max_list_cost = _LIST_FACTOR * largest
 
-    def reset(self) -> None:
-        """Forget the incomplete frame and the promised goaway, for a new connection."""
+    def reset(self, connection: int) -> None:
+        """Forget the incomplete frame and the promised goaway, for a new connection.
+
+        connection: Its number, for the deliveries from the mailbox.
+        """
         self._decoder.reset()
+        self._decoder.connection = self._ahead.connection = connection
         self._goaway = False
 
     def read(self, data: bytes, owner: Owner, effects: Effects[M], now: float) -> None:
@@ -147,35 +206,112 @@ class Inbound(Generic[M]):
 
         Raises RemoteError if the connection has to end.
         """
+        self._now = now
+        effects.size += self._decoder.read(data, owner, effects)
+        self._note_requests(self._decoder.requests, now)
 
-        def handle_frame(frame: M | Envelope | Unreadable) -> None:
-            if isinstance(frame, Unreadable):
-                self._on_unreadable(frame, effects)
-            elif not isinstance(frame, Envelope):
-                if frame._kind == EVENT_KIND:
-                    self._on_event(frame, effects)
-                else:
-                    self._on_reply(frame, effects, now)
-            elif frame.kind is Kind.ERROR:
-                self._on_error(frame, effects)
-            else:
-                self._on_receipt(frame.id, effects)
+    def take_begun(self) -> bytes:
+        """Forget and return the begin of a frame: see Dialog.take_begun."""
+        return self._decoder.take_begun()
 
-        effects.size += self._decoder.read(data, owner, effects.messages, handle_frame)
-        for request in self._decoder.requests:
+    @property
+    def incomplete(self) -> bool:
+        """Whether a frame is not complete yet."""
+        return self._decoder.incomplete
+
+    def answered_request(self, reply: M) -> Pending | None:
+        """Return the request of this client that a REPLY answers, if there is one."""
+        pending = self._pending_calls.get(reply.id)
+        if (
+            pending is None
+            or pending.purpose is not _REQUEST
+            or not (pending.to == reply.sender or pending.answered_by(reply.sender))
+        ):
+            return None
+        return pending
+
+    def look_ahead(self, data: bytes, owner: Owner) -> Effects[M] | None:
+        """Decode received bytes while no frame is incomplete, and change nothing.
+
+        The caller then either delivers the effects and has them recorded with
+        :meth:`pass_over`, or has the bytes read.
+
+        Returns:
+            The effects: messages, and outcomes with their pending calls as waiters. None
+            where a frame causes other effects or is not whole. Only the last frame need
+            not be whole, unless it is long: see :attr:`begun_ahead`.
+
+        Raises RemoteError as :meth:`read` does.
+        """
+        effects: Effects[M] = Effects()
+        self._ahead.reset()
+        try:
+            effects.size = self._ahead.read(data, owner, effects)
+        except _MoreEffects:
+            return None
+        if self._ahead.incomplete and not (self._ahead.begun and effects.size):
+            return None
+        return effects
+
+    @property
+    def begun_ahead(self) -> int:
+        """The number of the last bytes of the last look_ahead that begin a frame.
+
+        They are not handled: the caller gives them again, with those that follow.
+        """
+        return self._ahead.begun
+
+    def pass_over(self, effects: Effects[M], now: float) -> None:
+        """Record that the effects of the last :meth:`look_ahead` are delivered."""
+        for pending, _ in effects.outcomes:
+            del self._pending_calls[pending.id]
+        if effects.messages:
+            self._note_requests(self._ahead.requests, now)
+
+    def _note_replies(self, messages: Iterable[M], effects: Effects[M]) -> None:
+        """Add a run of REPLYs to the effects of look_ahead."""
+        for message in messages:
+            pending = self._pending_calls.get(message.id)
+            if pending is None or not (
+                pending.to == message.sender or pending.answered_by(message.sender)
+            ):
+                raise _MoreEffects
+            outcome: object = None
+            if pending.purpose is _REQUEST:
+                outcome = message
+            elif pending.purpose is Purpose.CONTROL:
+                outcome = _json_object(message.body, self._max_list_cost)
+            if outcome is None:
+                raise _MoreEffects
+            effects.outcomes.append((pending, outcome))
+
+    def _note_receipts(self, ids: Iterable[int], effects: Effects[M]) -> None:
+        """Add a run of RECEIPTs to the effects of look_ahead."""
+        for message_id in ids:
+            pending = self._pending_calls.get(message_id)
+            if pending is None or pending.purpose is not _RECEIPT:
+                raise _MoreEffects
+            effects.outcomes.append((pending, Receipt(message_id, pending.to or pending.about)))
+
+    def _note_requests(self, requests: list[M], now: float) -> None:
+        """Remember received requests, which may be cancelled."""
+        add = self._open.add
+        for request in requests:
             if request.extension is not None:
                 request.set_deadline(now)
-            self._open[request.sender, request.id] = request
+            add(request)
+
+    def note_request(self, request: M, now: float) -> None:
+        """Remember a received request, which may be cancelled."""
+        if request.extension is not None:
+            request.set_deadline(now)
+        self._open.add(request)
 
     def give_up(self, message_id: int) -> None:
         """Remember that no caller awaits the outcome of a request any more."""
         if len(self._given_up) >= _MAX_GIVEN_UP:
             del self._given_up[next(iter(self._given_up))]
         self._given_up[message_id] = None
-
-    def close_request(self, sender: str, message_id: int) -> None:
-        """Forget a request that is answered."""
-        self._open.pop((sender, message_id), None)
 
     def lost(self) -> None:
         """Forget all open requests of a lost connection.
@@ -186,7 +322,7 @@ class Inbound(Generic[M]):
         self._given_up.clear()
 
     def _on_cancel(self, envelope: Envelope, effects: Effects[M]) -> None:
-        request = self._open.pop((envelope.name, envelope.id), None)
+        request = self._open.take(envelope.name, envelope.id)
         if request is not None and not request.answered:
             request.mark_cancelled()
             effects.cancelled.append(request)
@@ -204,29 +340,62 @@ class Inbound(Generic[M]):
                 elif message.sender == BROKER and (change := sink.event(message.topic)) is not None:
                     effects.events.append((sink.sink, change))
 
-    def _on_receipt(self, message_id: int, effects: Effects[M]) -> None:
-        pending = self._pending_calls.get(message_id)
-        if pending is None or pending.purpose is not Purpose.RECEIPT:
+    def _on_frame(self, frame: M | Envelope | Unreadable, effects: Effects[M]) -> None:
+        """Handle a frame that is neither MESSAGE nor REQUEST nor REPLY."""
+        if isinstance(frame, Unreadable):
+            self._on_unreadable(frame, effects)
+        elif not isinstance(frame, Envelope):
+            self._on_event(frame, effects)
+        elif frame.kind is Kind.ERROR:
+            self._on_error(frame, effects)
+        elif frame.kind is Kind.OPEN:
+            self._on_open(frame, effects)
+        elif frame.flags & Flag.ACK:
+            # Of an ACK. This client asks for none.
             self.late += 1
-            return
-        self._pending_calls.pop(message_id)
-        effects.outcomes.append((pending.waiter, Receipt(message_id, pending.to or pending.about)))
+        else:
+            self._on_receipts((frame.id,), effects)
 
-    def _on_reply(self, message: M, effects: Effects[M], now: float) -> None:
-        pending = self._pending_calls.get(message.id)
-        if (
-            pending is None
-            or pending.purpose is Purpose.RECEIPT
-            or not pending.answered_by(message.sender)
-        ):
-            self.late += 1
-            return
-        if pending.purpose is Purpose.REQUEST:
-            self._pending_calls.pop(message.id)
-            effects.outcomes.append((pending.waiter, message))
-            return
+    def _on_open(self, envelope: Envelope, effects: Effects[M]) -> None:
+        """Pass a request for a channel to the listener, or refuse it."""
+        if self.listener is None:
+            self._refuse_channel(envelope.id, Offline.code, "the client does not listen")
+        else:
+            offer = ChannelOffer(envelope.name, envelope.payload, envelope.id)
+            effects.events.append((self.listener, offer))
+
+    def _on_receipts(self, ids: Iterable[int], effects: Effects[M]) -> None:
+        calls = self._pending_calls
+        for message_id in ids:
+            pending = calls.get(message_id)
+            if pending is None or pending.purpose is not _RECEIPT:
+                self.late += 1
+            else:
+                del calls[message_id]
+                effects.outcomes.append(
+                    (pending.waiter, Receipt(message_id, pending.to or pending.about))
+                )
+
+    def _on_replies(self, messages: Iterable[M], effects: Effects[M]) -> None:
+        calls = self._pending_calls
+        for message in messages:
+            pending = calls.get(message.id)
+            if (
+                pending is None
+                or pending.purpose is _RECEIPT
+                or not (pending.to == message.sender or pending.answered_by(message.sender))
+            ):
+                self.late += 1
+            elif pending.purpose is _REQUEST:
+                del calls[message.id]
+                effects.outcomes.append((pending.waiter, message))
+            else:
+                self._on_operation(pending, message, effects)
+
+    def _on_operation(self, pending: Pending, message: M, effects: Effects[M]) -> None:
+        """Handle the answer to an operation of the broker."""
         try:
-            answer = self._answer(pending, message, effects, now)
+            answer = self._answer(pending, message, effects)
         except ProtocolError as error:
             self._fail(pending, error, effects)
             return
@@ -234,9 +403,7 @@ class Inbound(Generic[M]):
         if pending.waiter is not None:
             effects.outcomes.append((pending.waiter, answer))
 
-    def _answer(
-        self, pending: Pending, message: M, effects: Effects[M], now: float
-    ) -> dict[str, Any]:
+    def _answer(self, pending: Pending, message: M, effects: Effects[M]) -> dict[str, Any]:
         """Handle and return the answer of an operation.
 
         Raises ProtocolError if it is not valid.
@@ -249,13 +416,15 @@ class Inbound(Generic[M]):
                 f"the broker's answer to {pending.id} is not a JSON object, or is too large"
             )
         if pending.purpose is Purpose.WHOAMI:
-            self._on_introduction(answer, effects, now)
+            self._on_introduction(answer, effects, self._now)
         elif pending.purpose is Purpose.GOAWAY:
             self._goaway = True
         elif pending.purpose is Purpose.FINISHED:
-            effects.broken = Disconnected(
-                "the broker closes the connection: it stops, or another process replaces it"
-            )
+            why = "it stops, or another process replaces it"
+            effects.broken = Disconnected(f"the broker closes the connection: {why}")
+            effects.broken.__cause__ = ShuttingDown(why)
+        elif pending.purpose is Purpose.PARTED:
+            self._on_parted(effects)
         elif is_list:
             changes = pending.sink.snapshot(presence.client_list(answer))
             if pending.sink in self._watches:
@@ -293,7 +462,7 @@ class Inbound(Generic[M]):
             self._refuse(frame.name, frame.id, code, f"the request can't be read: {frame.error}")
 
     def _on_error(self, envelope: Envelope, effects: Effects[M]) -> None:
-        if envelope.flags & Flag.ACK:
+        if envelope.flags & Flag.ACK and envelope.name != BROKER:
             # It concerns a request that this client has received.
             self._on_cancel(envelope, effects)
             return
@@ -319,8 +488,20 @@ class Inbound(Generic[M]):
             effects.outcomes.append((pending.waiter, failed))
             return
         code = code or RequestFailed.code
+        text = text or f"no reason was given ({code})"
+        if envelope.flags & Flag.ACK:
+            self._on_ack_refused(code, text, envelope.id, effects)
+            return
+        host, addresses = place_in(fields)
         error = refusal(
-            code, text or f"no reason was given ({code})", name=name, message_id=envelope.id
+            code,
+            text,
+            name=name,
+            message_id=envelope.id,
+            seq=_number(fields.get("seq")),
+            names=_names(fields.get("names")),
+            host=host,
+            addresses=addresses,
         )
         if pending is None and envelope.id == 0 and code in _ENDINGS and name in ("", BROKER):
             effects.broken = Disconnected(f"the broker closes the connection ({code}): {error}")
@@ -330,7 +511,7 @@ class Inbound(Generic[M]):
             del self._given_up[envelope.id]
             self.late += 1
             return
-        if pending is None or not pending.concerned_by(name):
+        if pending is None or not pending.concerned_by(name, error.names):
             if code == Denied.code and self._has_answered(envelope.id):
                 # The requester already has its outcome, or is disconnected: no message
                 # was lost.
@@ -340,6 +521,14 @@ class Inbound(Generic[M]):
             return
         self._pending_calls.pop(envelope.id)
         self._on_refusal(pending, error, effects)
+
+    def _on_ack_refused(self, code: str, text: str, seq: int, effects: Effects[M]) -> None:
+        """Count an ACK that came too late; report any other that the broker refused."""
+        if code == Expired.code:
+            self.late += 1
+        else:
+            text = f"message {seq} of the mailbox was not acknowledged: {text}"
+            effects.undelivered.append(refusal(code, text, seq=seq))
 
     def _on_refusal(self, pending: Pending, error: BrokerdError, effects: Effects[M]) -> None:
         """Give a pending call the broker's refusal as its outcome."""
@@ -352,6 +541,14 @@ class Inbound(Generic[M]):
             self._end(list(pending.entry.sinks), pending.entry, error, effects)
         elif pending.purpose is Purpose.RESYNC:
             self._end([pending.sink], None, error, effects)
+        elif pending.purpose is Purpose.MAILBOX:
+            self._on_no_mailbox(error, effects, self._now)
+        elif isinstance(pending, Post) and self._keep_post(pending, error, self._now):
+            return
+        elif pending.purpose is Purpose.RELISTEN:
+            if self.listener is pending.sink:
+                self.listener = None
+                effects.ended.append((pending.sink, error))
         elif pending.waiter is not None:
             if pending.limit_s is not None and isinstance(error, Expired):
                 # Its ttl is the caller's timeout, which the broker's clock met first.
@@ -376,12 +573,16 @@ class Inbound(Generic[M]):
                 effects.ended.append((sink.sink, error))
 
     def forget_subscription(self, pending: Pending) -> None:
-        """Remove the call's subscription or watch here; the broker has none to remove."""
+        """Remove the call's subscription, watch or listener here; the broker has none to
+        remove.
+        """
         if pending.purpose is Purpose.SUBSCRIBE:
             assert pending.entry is not None
             self._subscriptions.discard(pending.entry, pending.sink)
         elif pending.purpose is Purpose.WATCH:
             self._drop_watch(pending.sink)
+        elif pending.purpose is Purpose.LISTEN and self.listener is pending.sink:
+            self.listener = None
 
     def _drop_watch(self, watch: presence.Watch) -> None:
         for entry in self._watches.pop(watch, ()):
@@ -422,3 +623,14 @@ def _text(value: object, max_length: int) -> str:
     Lone surrogates, which have no UTF-8 form, are replaced.
     """
     return value[:max_length].encode(errors="replace").decode() if isinstance(value, str) else ""
+
+
+def _number(value: object) -> int:
+    """Return a received number of 64 bits; 0 for any other value."""
+    return value if type(value) is int and 0 <= value <= MAX_ID else 0
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Return the first _MAX_NAMES texts of a received list; none of another type."""
+    names = value[:_MAX_NAMES] if isinstance(value, list) else []
+    return tuple(_text(name, _MAX_NAME) for name in names if isinstance(name, str))

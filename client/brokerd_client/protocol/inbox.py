@@ -91,15 +91,18 @@ class Inbox(Generic[T]):
 
     def put(self, items: list[T], size: int) -> None:
         """Add the messages of one read, ``size`` bytes in all."""
+        self.count(items, size)
+        self.items.extend(items)
+
+    def count(self, items: list[T], size: int) -> None:
+        """Count the messages of one read, which the caller then adds."""
         if self._released:
-            self.items.extend(items)
             return
         if not self._batches:
             self.mark = 0
         self._batches.append((len(items), size))
         self._counted += len(items)
         self._meter.held += size
-        self.items.extend(items)
 
     def settle(self) -> None:
         """Subtract the batches that have been taken completely."""

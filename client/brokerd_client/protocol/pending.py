@@ -15,6 +15,8 @@ from brokerd_client.errors import TimedOut
 from brokerd_client.protocol.subscription_table import SubscriptionEntry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Self
 
 __all__ = ["Deadline", "Pending", "PendingTable", "Purpose", "within"]
@@ -24,18 +26,20 @@ _STALE: Final = 64
 
 
 class Deadline(float):
-    """A time, in seconds, and the timeout that it ends.
+    """A time, in seconds on the clock of the face, and the timeout that it ends.
 
-    Args:
-        at: The time, on the clock of the face.
+    Attributes:
         timeout_s: Seconds from the begin of the call until then.
     """
 
+    __slots__ = ("timeout_s",)
+
     timeout_s: float
 
-    def __new__(cls, at: float, timeout_s: float) -> Self:
-        """Return the deadline."""
-        deadline = super().__new__(cls, at)
+    @classmethod
+    def after(cls, timeout_s: float, now: float) -> Self:
+        """Return the deadline of a call that begins now."""
+        deadline = cls(now + timeout_s)
         deadline.timeout_s = timeout_s
         return deadline
 
@@ -58,6 +62,10 @@ class Purpose(Enum):
     RESYNC = "the list of clients, on a new connection"
     GOAWAY = "the notice before the broker closes the connection"
     FINISHED = "the confirmation that all earlier sends are written or reported"
+    LISTEN = "the begin of listening for channels, for the caller"
+    RELISTEN = "the same on a new connection"
+    MAILBOX = "the opening of the client's mailbox"
+    PARTED = "the confirmation that all earlier sends are handled, before the client leaves"
     FORGET = "an operation whose answer is not needed"
 
 
@@ -123,54 +131,52 @@ class Pending:
             sender.startswith(self.to) and sender[len(self.to) : len(self.to) + 1] == "/"
         )
 
-    def concerned_by(self, name: str) -> bool:
-        """Return whether the broker's ERROR about ``name`` is about this send."""
-        return not name or name == self.about or name.partition("/")[0] == self.to.partition("/")[0]
+    def concerned_by(self, name: str, names: Sequence[str] = ()) -> bool:
+        """Return whether the broker's ERROR about ``name`` is about this send.
+
+        names: the mailboxes that did not store an event.
+        """
+        return (
+            not name
+            or name == self.about
+            or (not self.to and name in names)
+            or name.partition("/")[0] == self.to.partition("/")[0]
+        )
 
 
-class PendingTable:
-    """The table of pending sends, and the earliest of their deadlines."""
+class PendingTable(dict[int, Pending]):
+    """The pending sends by their ids, and the earliest of their deadlines."""
 
-    __slots__ = ("_deadlines", "_table")
+    __slots__ = ("_deadlines",)
 
     def __init__(self) -> None:
-        self._table: dict[int, Pending] = {}
+        super().__init__()
         self._deadlines: list[tuple[float, int]] = []
-
-    def __len__(self) -> int:
-        return len(self._table)
 
     def add(self, pending: Pending) -> None:
         """Add a call to the table."""
-        self._table[pending.id] = pending
-        if pending.deadline is not None:
-            if len(self._deadlines) > _STALE + 2 * len(self._table):
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._table]
+        self[pending.id] = pending
+        deadline = pending.deadline
+        if deadline is not None:
+            if len(self._deadlines) > _STALE + 2 * len(self):
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self]
                 heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (pending.deadline, pending.id))
-
-    def get(self, message_id: int) -> Pending | None:
-        """Return the call with the id, or None."""
-        return self._table.get(message_id)
+            heapq.heappush(self._deadlines, (deadline, pending.id))
 
     def of(self, waiter: object) -> list[Pending]:
         """Return the calls of the waiter."""
-        return [pending for pending in self._table.values() if pending.waiter is waiter]
+        return [pending for pending in self.values() if pending.waiter is waiter]
 
-    def pop(self, message_id: int) -> Pending | None:
-        """Remove and return the call with the id, or return None."""
-        return self._table.pop(message_id, None)
-
-    def clear(self) -> list[Pending]:
+    def take_all(self) -> list[Pending]:
         """Remove and return all calls."""
-        pending_calls = list(self._table.values())
-        self._table.clear()
+        pending_calls = list(self.values())
+        self.clear()
         self._deadlines.clear()
         return pending_calls
 
     def deadline(self) -> float | None:
         """Return the earliest deadline, or None."""
-        while self._deadlines and self._deadlines[0][1] not in self._table:
+        while self._deadlines and self._deadlines[0][1] not in self:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
@@ -178,5 +184,5 @@ class PendingTable:
         """Remove and return the calls whose deadline has passed."""
         pending_calls = []
         while (earliest := self.deadline()) is not None and earliest <= now:
-            pending_calls.append(self._table.pop(heapq.heappop(self._deadlines)[1]))
+            pending_calls.append(self.pop(heapq.heappop(self._deadlines)[1]))
         return pending_calls

@@ -81,8 +81,9 @@ _LEGACY_CHALLENGE_SIZE: Final = 20
 _LEGACY_MAC_SIZE: Final = 16
 
 
+# Not frozen, like Envelope: a frozen object takes some times as long to create.
 @slotted
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Send:
     """Send this body as one frame."""
 
@@ -99,7 +100,7 @@ RECEIVE: Final = Receive()
 
 
 @slotted
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Proof:
     """The peer's answer to the challenge: resume with the key that made it, or None.
 
@@ -142,7 +143,7 @@ class Proof:
 
 
 @slotted
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Established:
     """Both sides have proved that they know the key.
 

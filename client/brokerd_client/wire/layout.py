@@ -13,7 +13,10 @@ from typing import Final
 
 __all__ = [
     "ACK_FLAG",
+    "ACK_KIND",
+    "ERROR_KIND",
     "EVENT_KIND",
+    "EXTENSION_FLAG",
     "EXTENSION_LENGTH",
     "FRAME_HEAD",
     "FRAME_START",
@@ -29,8 +32,10 @@ __all__ = [
     "NAME_SIZE_OFFSET",
     "RAW_CODEC",
     "RECEIPT_FLAG",
+    "RECEIPT_KIND",
     "REPLY_KIND",
     "REQUEST_KIND",
+    "SEQ",
     "CodecId",
     "Flag",
     "Kind",
@@ -44,6 +49,8 @@ FRAME_START: Final = struct.Struct("!iBBBB")
 ID: Final = struct.Struct("!Q")
 #: Where the size of the name stands in the header, in bytes.
 NAME_SIZE_OFFSET: Final = 3
+#: Of a delivery from a mailbox: its seq and attempt, behind the name or the topic.
+SEQ: Final = struct.Struct("!QH")
 #: The length of an extension, before the extension.
 EXTENSION_LENGTH: Final = struct.Struct("!H")
 
@@ -54,9 +61,9 @@ MAX_NAME_SIZE: Final = 255
 MAX_TOPIC: Final = 255
 #: Longest extension, in bytes of JSON.
 MAX_EXTENSION: Final = 0xFFFF
-#: Most bytes of a frame's body before its payload: header, name, topic, extension.
+#: Most bytes of a frame's body before its payload: header, name, topic, seq, extension.
 MAX_HEAD_SIZE: Final = (
-    HEADER.size + MAX_NAME_SIZE + 1 + MAX_TOPIC + EXTENSION_LENGTH.size + MAX_EXTENSION
+    HEADER.size + MAX_NAME_SIZE + 1 + MAX_TOPIC + SEQ.size + EXTENSION_LENGTH.size + MAX_EXTENSION
 )
 
 
@@ -78,7 +85,11 @@ class Kind(IntEnum):
     RECEIPT = 6
     """The broker has taken responsibility for the message with this id."""
     ACK = 7
-    """The client has finished with the delivery whose tag is in id."""
+    """What a client has done with a delivery from its mailbox; the id is its seq."""
+    OPEN = 8
+    """A client asks for a channel to another client; the first frame of a connection."""
+    JOIN = 9
+    """The other client accepts it; the first frame of a connection."""
 
 
 class Flag(IntFlag):
@@ -89,7 +100,10 @@ class Flag(IntFlag):
     EXTENSION = 2
     """An extension stands before the payload."""
     ACK = 4
-    """Reserved: the broker refuses it as unsupported."""
+    """From the broker, on MESSAGE and EVENT: a delivery from a mailbox; on ERROR and
+    RECEIPT: about a request or a delivery that the client received. On an ACK: of all
+    deliveries up to this one.
+    """
 
 
 class CodecId(IntEnum):
@@ -106,8 +120,12 @@ class CodecId(IntEnum):
 MESSAGE_KIND: Final = int(Kind.MESSAGE)
 REQUEST_KIND: Final = int(Kind.REQUEST)
 REPLY_KIND: Final = int(Kind.REPLY)
+ERROR_KIND: Final = int(Kind.ERROR)
 EVENT_KIND: Final = int(Kind.EVENT)
+RECEIPT_KIND: Final = int(Kind.RECEIPT)
+ACK_KIND: Final = int(Kind.ACK)
 RECEIPT_FLAG: Final = int(Flag.RECEIPT)
+EXTENSION_FLAG: Final = int(Flag.EXTENSION)
 ACK_FLAG: Final = int(Flag.ACK)
 RAW_CODEC: Final = int(CodecId.RAW)
 JSON_CODEC: Final = int(CodecId.JSON)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from support.fake_broker import Session
-from support.memory_broker import MemoryBroker, play
+from support.memory_broker import PATIENCE, MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.aio import base as aio_base
@@ -41,7 +42,7 @@ def reconnect_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Run the loop until the condition holds."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.001)
@@ -69,6 +70,7 @@ def once(
 #: method.
 PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Client], object]]] = {
     "data received": (lambda client: client._dialog, "receive", lambda client: None),
+    "one message received": (lambda client: client._dialog, "lone_message", lambda client: None),
     "messages passed on": (lambda client: client, "_apply", lambda client: None),
     "writing": (lambda client: client._transport.asyncio_transport, "write", lambda client: None),  # type: ignore[union-attr]
     "writable": (
@@ -78,7 +80,7 @@ PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Clien
     ),  # type: ignore[union-attr]
     "check of the peer": (
         lambda client: Peer,
-        "lasts",
+        "remaining_s",
         lambda client: client._transport._check_peer(None, Peer()),  # type: ignore[union-attr, arg-type]
     ),
     "the timer": (lambda client: client._dialog, "tick", lambda client: client._tick()),
@@ -88,9 +90,9 @@ PLACES: dict[str, tuple[Callable[[aio.Client], object], str, Callable[[aio.Clien
 class Peer:
     """Stands in for keepalive.Silence."""
 
-    def lasts(self, *args: object) -> float:
+    def remaining_s(self, *args: object) -> float:
         """Return that the peer answers."""
-        return 0.0
+        return math.inf
 
 
 @pytest.mark.parametrize("make", ERRORS, ids=IDS)
@@ -111,11 +113,11 @@ def test_aio_callback_raising_is_lost_connection(
             subscription = await alice.subscribe("a")
             # Bob answers nothing.
             request = asyncio.ensure_future(alice.request("bob", 1, timeout=None))
-            await bob.recv(5)
+            await bob.recv(PATIENCE)
             left = once(monkeypatch, owner(alice), method, make())
             provoke(alice)
             await alice.send("bob", 1)
-            await alice.send("alice", 1)
+            await alice.send_many([("alice", 1), ("alice", 2)])
             await until(lambda: not left)
             with pytest.raises(Disconnected):
                 await request
@@ -124,7 +126,7 @@ def test_aio_callback_raising_is_lost_connection(
             monkeypatch.setattr(aio_base, "dial", network.dial)
             assert await alice.ping() >= 0
             await bob.publish("a", "event")
-            assert (await subscription.recv(5)).payload == "event"
+            assert (await subscription.recv(PATIENCE)).payload == "event"
             assert alice.counters["losses"] == 1
 
     play(monkeypatch, scenario)
@@ -200,7 +202,7 @@ def test_aio_loss_handling_raising_ends_client(
         # tasks.
         for task in tasks[1:]:
             with pytest.raises(Disconnected, match="unforeseen"):
-                await asyncio.wait_for(task, 5)
+                await asyncio.wait_for(task, PATIENCE)
         with pytest.raises(Disconnected):
             await alice.send("bob", 1)
         await alice.close()
@@ -230,7 +232,7 @@ def test_aio_connect_task_cancelled_makes_calls_raise(
             assert await alice.ping() >= 0
             network.drop("alice")
         with pytest.raises(Disconnected, match="no longer reconnects"):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, PATIENCE)
         with pytest.raises(Disconnected):
             await alice.ping()
         await alice.close()
@@ -277,13 +279,13 @@ def test_aio_flush_lost_by_loop_is_repeated(monkeypatch: pytest.MonkeyPatch) -> 
             alice._flushing = True
             with pytest.raises(TimedOut):
                 await alice.request("bob", 1, timeout=0.05)
-            assert (await bob.recv(5)).payload == 1
+            assert (await bob.recv(PATIENCE)).payload == 1
             assert await alice.ping() >= 0
 
             alice._flushing = True
             await alice.send("bob", 2)
             await bob.send("alice", "wake up")
-            assert (await bob.recv(5)).payload == 2
+            assert (await bob.recv(PATIENCE)).payload == 2
 
     play(monkeypatch, scenario)
 
@@ -313,14 +315,14 @@ def test_aio_call_missing_in_dialog_ends_at_timeout(
             network.broker.intercept = lambda session, envelope: True
             calling = asyncio.ensure_future(call(alice))
             await asyncio.sleep(0.01)
-            alice._dialog.pending_calls.clear()
+            alice._dialog.pending_calls.take_all()
             began = time.monotonic()
             try:
-                outcome = await asyncio.wait_for(calling, 5)
+                outcome = await asyncio.wait_for(calling, PATIENCE)
             except TimedOut as error:
                 outcome = [error]
             assert {type(each) for each in outcome} == {TimedOut}
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < PATIENCE / 2
             network.broker.intercept = None
             assert alice._subscriptions == set()
             assert len(alice._dialog.subscriptions) == 0
@@ -363,7 +365,7 @@ def test_aio_control_with_invalid_answer_has_outcome(
     """
 
     async def scenario(network: MemoryBroker) -> None:
-        async with network.join("alice", timeout=5) as alice:
+        async with network.join("alice", timeout=PATIENCE) as alice:
 
             def answer_wrongly(session: Session, envelope: Envelope) -> bool:
                 asked = json.loads(envelope.payload)
@@ -378,10 +380,10 @@ def test_aio_control_with_invalid_answer_has_outcome(
             network.broker.intercept = answer_wrongly
             began = time.monotonic()
             try:
-                opened = await asyncio.wait_for(call(alice), 5)
+                opened = await asyncio.wait_for(call(alice), PATIENCE)
             except BrokerdError:
                 opened = None
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < PATIENCE / 2
             if isinstance(opened, (aio.Subscription, aio.PresenceWatch)):
                 await opened.close()
             await until(lambda: alice.connected)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.fake_broker import FakeServer
-from support.memory_broker import MemoryBroker, play
+from support.memory_broker import PATIENCE, MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Closed, TimedOut
@@ -177,7 +177,7 @@ def test_aio_subscription_cancelled_at_answer_gets_no_event(
             for _ in range(100):
                 await bob.publish("a", bytes(1000))
             await bob.send("alice", "still here")
-            assert (await alice.recv(2)).payload == "still here"
+            assert (await alice.recv(PATIENCE)).payload == "still here"
             assert alice._meter.held <= 1 << 14
 
     play(monkeypatch, scenario)
@@ -237,7 +237,7 @@ def test_aio_close_cancelled_at_any_step_closes_client(monkeypatch: pytest.Monke
                     await alice.close()
                 for task in (waiting, request):
                     with pytest.raises(Closed):
-                        await asyncio.wait_for(task, 2)
+                        await asyncio.wait_for(task, PATIENCE)
                 for _ in range(5):
                     await asyncio.sleep(0)
                 assert network.transports == set()
@@ -263,7 +263,7 @@ def test_aio_close_cancelled_during_flush_closes_client(server: FakeServer) -> N
             await closing
         assert alice.closed
         with pytest.raises(Closed):
-            await asyncio.wait_for(waiting, 2)
+            await asyncio.wait_for(waiting, PATIENCE)
         await alice.close()
 
     asyncio.run(main())
@@ -282,7 +282,7 @@ def test_aio_recv_cancelled_at_any_step_loses_no_message(
             subscription = await bob.subscribe("a")
             take: Callable[[], Awaitable[Any]] = {
                 "recv": lambda: bob.recv(),
-                "recv in time": lambda: bob.recv(5),
+                "recv in time": lambda: bob.recv(PATIENCE),
                 "anext": lambda: anext(bob),
                 "subscription": lambda: subscription.recv(),
             }[how]
@@ -304,7 +304,7 @@ def test_aio_recv_cancelled_at_any_step_loses_no_message(
             await alice.ping()
             await bob.ping()
             while len(got) < sent:
-                got.append((await asyncio.wait_for(take(), 2)).payload)
+                got.append((await asyncio.wait_for(take(), PATIENCE)).payload)
             assert got == list(range(sent))
             await subscription.close()
             require_nothing_left(bob, network)
@@ -325,7 +325,7 @@ def test_aio_recv_with_closed_coroutine_takes_no_wakeup(
             await asyncio.sleep(0)
             abandoned.close()
             await alice.send("bob", "x")
-            assert (await asyncio.wait_for(waiting, 2)).payload == "x"
+            assert (await asyncio.wait_for(waiting, PATIENCE)).payload == "x"
 
     play(monkeypatch, scenario)
 

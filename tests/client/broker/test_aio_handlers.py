@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from support.memory_broker import MemoryBroker, play
+from support.memory_broker import PATIENCE, MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Disconnected, RequestFailed
@@ -91,11 +91,90 @@ def test_aio_request_handler_raising_is_answered(
             bob.on_request(handler_that_raises(make, [], kind))
             for _ in range(70):
                 with pytest.raises(RequestFailed, match=type(make()).__name__):
-                    await alice.request("bob", "raise", timeout=5)
-            assert (await alice.request("bob", "fine", timeout=5)).payload == "fine"
+                    await alice.request("bob", "raise", timeout=PATIENCE)
+            assert (await alice.request("bob", "fine", timeout=PATIENCE)).payload == "fine"
 
     play(monkeypatch, scenario)
     assert type(make()).__name__ in caplog.text
+
+
+def test_aio_plain_handler_of_one_request_at_a_time_needs_no_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It answers before the read ends. What it returns to be awaited runs in a task, and
+    so does a coroutine function from its beginning.
+    """
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            tasks: list[tuple[str, bool]] = []
+
+            def note(where: str) -> None:
+                tasks.append((where, asyncio.current_task() is not None))
+
+            async def later(payload: object) -> object:
+                note("awaited")
+                await asyncio.sleep(0)
+                return payload
+
+            def handle(request: aio.Message) -> object:
+                note("called")
+                return later(request.payload) if request.payload == "later" else request.payload
+
+            async def handle_in_task(request: aio.Message) -> object:
+                note("coroutine")
+                return request.payload
+
+            bob.on_request(handle)
+            for payload in ("first", "second", "later", "third"):
+                assert (await alice.request("bob", payload, timeout=5)).payload == payload
+            assert tasks == [
+                ("called", True),
+                ("called", False),
+                ("called", False),
+                ("awaited", True),
+                ("called", False),
+            ]
+            tasks.clear()
+            bob.on_request(handle_in_task)
+            for payload in ("first", "second"):
+                assert (await alice.request("bob", payload, timeout=5)).payload == payload
+            assert tasks == [("coroutine", True)] * 2
+
+    play(monkeypatch, scenario)
+
+
+def test_aio_plain_handler_answers_in_order_with_requests_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob", handlers=1) as bob:
+            seen: list[object] = []
+            gate = asyncio.Event()
+
+            async def wait(payload: object) -> object:
+                await gate.wait()
+                return payload
+
+            def handle(request: aio.Message) -> object:
+                seen.append(request.payload)
+                return wait(request.payload) if request.payload == 1 else request.payload
+
+            bob.on_request(handle)
+            await alice.request("bob", 0)
+            calls = []
+            for number in (1, 2, 3):
+                calls.append(asyncio.create_task(alice.request("bob", number)))
+                for _ in range(20):
+                    # Enough turns of the loop for the request to arrive.
+                    await asyncio.sleep(0)
+            # The one handler that the client runs at a time waits.
+            assert seen == [0, 1]
+            gate.set()
+            assert [(await call).payload for call in calls] == [1, 2, 3]
+            assert seen == [0, 1, 2, 3]
+
+    play(monkeypatch, scenario)
 
 
 @pytest.mark.parametrize("kind", ["function", "coroutine"])
@@ -139,6 +218,40 @@ def test_aio_handler_raising_handles_rest_of_batch(
     assert type(make()).__name__ in caplog.text
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_aio_handlers_of_one_read_have_as_many_tasks_as_needed(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """One task is enough for handlers that do not wait; those that wait run at the same
+    time.
+    """
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice, network.join("bob") as bob:
+            tasks: set[object] = set()
+            running = most = 0
+
+            async def handle(message: aio.Message) -> object:
+                nonlocal running, most
+                tasks.add(asyncio.current_task())
+                running += 1
+                most = max(most, running)
+                if waits:
+                    await asyncio.sleep(0.01)
+                running -= 1
+                return message.payload
+
+            bob.on_request(handle)
+            count = 300 if waits else 100
+            calls = [alice.request("bob", number) for number in range(count)]
+            replies = await asyncio.gather(*calls)
+            assert [reply.payload for reply in replies] == list(range(count))
+            # The bytes of a hundred requests come in two pieces.
+            assert (most, len(tasks) <= 2) == ((256, False) if waits else (1, True))
+
+    play(monkeypatch, scenario)
+
+
 def test_aio_handler_cancelled_is_answered_and_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -161,8 +274,8 @@ def test_aio_handler_cancelled_is_answered_and_replaced(
 
             bob.on_request(handle)
             with pytest.raises(RequestFailed, match="CancelledError"):
-                await alice.request("bob", "cancel", timeout=5)
-            assert (await alice.request("bob", 1, timeout=5)).payload == 1
+                await alice.request("bob", "cancel", timeout=PATIENCE)
+            assert (await alice.request("bob", 1, timeout=PATIENCE)).payload == 1
             seen.clear()
             bob.on_message(handle)
             await alice.send_many([("bob", payload) for payload in ("cancel", 1, "cancel", 2)])
@@ -171,8 +284,11 @@ def test_aio_handler_cancelled_is_answered_and_replaced(
     play(monkeypatch, scenario)
 
 
+@pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_aio_handler_raising_exit_is_answered_and_ends_loop(error: type[BaseException]) -> None:
+def test_aio_handler_raising_exit_is_answered_and_ends_loop(
+    error: type[BaseException], before: int
+) -> None:
     """The exit leaves the loop, as in every task. If the loop is run again, the client
     works on.
     """
@@ -197,7 +313,7 @@ def test_aio_handler_raising_exit_is_answered_and_ends_loop(error: type[BaseExce
 
     async def ask(client: aio.Client, payload: str) -> None:
         try:
-            answers.append((await client.request("bob", payload, timeout=5)).payload)
+            answers.append((await client.request("bob", payload, timeout=PATIENCE)).payload)
         except RequestFailed as failed:
             answers.append(str(failed))
 
@@ -208,6 +324,11 @@ def test_aio_handler_raising_exit_is_answered_and_ends_loop(error: type[BaseExce
     loop = asyncio.new_event_loop()
     try:
         alice, bob = loop.run_until_complete(begin())
+        for _ in range(before):
+            # After an answer, the handler's function is called outside of a task.
+            loop.run_until_complete(ask(alice, "before"))
+        seen.clear()
+        answers.clear()
         request = loop.create_task(ask(alice, "exit"))
         with pytest.raises(error):
             loop.run_until_complete(request)
@@ -297,7 +418,9 @@ def test_aio_eager_handlers_of_one_read_are_all_called(
                 await bob.subscribe("b", callback=handler),
             )
             tasks = [
-                asyncio.get_running_loop().create_task(alice.request("bob", number, timeout=5))
+                asyncio.get_running_loop().create_task(
+                    alice.request("bob", number, timeout=PATIENCE)
+                )
                 for number in range(70)
             ]
             await alice.publish("a", "a")
@@ -325,8 +448,8 @@ def test_aio_eager_handler_raising_is_answered(
             bob.on_request(handler_that_raises(make, [], "function"))
             for _ in range(70):
                 with pytest.raises(RequestFailed):
-                    await alice.request("bob", "raise", timeout=5)
-            assert (await alice.request("bob", "fine", timeout=5)).payload == "fine"
+                    await alice.request("bob", "raise", timeout=PATIENCE)
+            assert (await alice.request("bob", "fine", timeout=PATIENCE)).payload == "fine"
 
     run_eager(scenario, monkeypatch)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from support.fake_broker import FakeServer, Session
-from support.memory_broker import MemoryBroker, play
+from support.memory_broker import PATIENCE, MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.aio import base as aio_base
@@ -31,10 +31,10 @@ async def until(condition: Callable[[], bool]) -> None:
 async def require_reading(alice: aio.Client, bob: aio.Client) -> None:
     """Raise AssertionError if the inbox counts as full although it is empty."""
     await bob.send("alice", "read")
-    assert (await alice.recv(2)).payload == "read"
+    assert (await alice.recv(PATIENCE)).payload == "read"
     async with alice.subscribe("after") as subscription:
         await bob.publish("after", "event")
-        assert (await subscription.recv(2)).payload == "event"
+        assert (await subscription.recv(PATIENCE)).payload == "event"
     alice._update_reading()
     assert alice._meter.held <= 1000
 
@@ -52,7 +52,7 @@ def test_inbox_after_subscriptions_ended_has_room(
                 async with alice.subscribe("a.>") as subscription:
                     for number in range(61):
                         await bob.publish("a.b", bytes([number]) * 100)
-                    assert (await subscription.recv(2)).body[0] == 0
+                    assert (await subscription.recv(PATIENCE)).body[0] == 0
                     await until(
                         lambda subscription=subscription: len(subscription.queue.inbox.items) > 30
                     )  # type: ignore[misc]
@@ -71,7 +71,7 @@ def test_inbox_after_presence_watches_ended_has_room(
         async with network.join("alice", inbox=INBOX) as alice, network.join("bob") as bob:
             for _ in range(5):
                 async with alice.watch_presence() as watch:
-                    await watch.recv(2)
+                    await watch.recv(PATIENCE)
             await require_reading(alice, bob)
 
     play(monkeypatch, scenario, *names)
@@ -107,13 +107,13 @@ def test_inbox_after_subscription_denied_has_room(
             )
             await require_reading(alice, bob)
             left = [
-                (await subscription.recv(2)).body[0]
+                (await subscription.recv(PATIENCE)).body[0]
                 for _ in range(len(subscription.queue.inbox.items))
             ]
             assert left == list(range(len(left)))
             assert len(left) > 10
             with pytest.raises(Denied):
-                await subscription.recv(2)
+                await subscription.recv(PATIENCE)
 
     play(monkeypatch, scenario)
 
@@ -132,7 +132,7 @@ def test_subscription_ended_still_returns_its_events(monkeypatch: pytest.MonkeyP
             await subscription.unsubscribe()
             assert [event.payload async for event in subscription] == list(range(20))
             with pytest.raises(Closed):
-                await subscription.recv(2)
+                await subscription.recv(PATIENCE)
 
     play(monkeypatch, scenario)
 
@@ -157,11 +157,13 @@ def test_inbox_full_client_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
                     lambda losses=losses: alice.connected and alice.counters["losses"] == losses
                 )  # type: ignore[misc]
                 assert (
-                    await alice.request("bob", "still there", timeout=2)
+                    await alice.request("bob", "still there", timeout=PATIENCE)
                 ).payload == "still there"
             await bob.publish("a", "event")
-            assert [(await alice.recv(2)).body[0] for _ in range(count)] == list(range(count))
-            assert (await subscription.recv(2)).payload == "event"
+            assert [(await alice.recv(PATIENCE)).body[0] for _ in range(count)] == list(
+                range(count)
+            )
+            assert (await subscription.recv(PATIENCE)).payload == "event"
 
     play(monkeypatch, scenario)
 
@@ -185,7 +187,9 @@ def test_inbox_full_client_notices_end_of_connection(
             server.drop("alice")
             await until(lambda: alice.connected and alice.counters["losses"] == 1)
             count = len(alice._inbox.inbox.items)
-            assert [(await alice.recv(5)).body[0] for _ in range(count)] == list(range(count))
+            assert [(await alice.recv(PATIENCE)).body[0] for _ in range(count)] == list(
+                range(count)
+            )
             assert await alice.ping() >= 0
 
     asyncio.run(main())
@@ -209,7 +213,7 @@ def test_inbox_full_before_introduction_client_becomes_ready(
         network.broker.intercept = flood
         async with network.join("alice", inbox=1 << 12, timeout=5) as alice:
             network.broker.intercept = None
-            assert [(await alice.recv(2)).id for _ in range(100)] == list(range(100))
+            assert [(await alice.recv(PATIENCE)).id for _ in range(100)] == list(range(100))
             assert alice.connected
 
     play(monkeypatch, scenario)
@@ -228,6 +232,6 @@ def test_inbox_full_socket_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
             await bob.ping()
             held = alice._meter.held
             assert INBOX < held < 2 * INBOX
-            assert [len((await alice.recv(2)).body) for _ in range(200)] == [1000] * 200
+            assert [len((await alice.recv(PATIENCE)).body) for _ in range(200)] == [1000] * 200
 
     play(monkeypatch, scenario)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.memory_broker import PATIENCE
 
 from brokerd_client import aio
 from brokerd_client.aio import transport as aio_transport
@@ -62,8 +63,8 @@ def test_connect_slow_lookup_times_out_and_loop_ends(names: SlowNames, url: str)
         return time.monotonic() - began
 
     began = time.monotonic()
-    assert asyncio.run(main()) < 5
-    assert time.monotonic() - began < 10
+    assert asyncio.run(main()) < 10
+    assert time.monotonic() - began < 20
     assert not names.released.is_set()
 
 
@@ -92,7 +93,7 @@ def test_connect_host_without_address_is_disconnected(names: SlowNames) -> None:
 
     async def main() -> None:
         with pytest.raises(Disconnected, match=r"slow\.example:6000: Name or service not known"):
-            await aio.connect("slow.example:6000", "alice", "k", timeout=5)
+            await aio.connect("slow.example:6000", "alice", "k", timeout=PATIENCE)
 
     asyncio.run(main())
 

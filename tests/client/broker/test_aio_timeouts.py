@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.client_faces import Asyncio, Face
 from support.fake_broker import FakeServer
-from support.memory_broker import MemoryBroker, play
+from support.memory_broker import PATIENCE, MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import Denied, TimedOut
@@ -132,7 +132,7 @@ def test_anext_timed_out_keeps_iterator(monkeypatch: pytest.MonkeyPatch, how: st
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(anext(iterator), 0.01)
                 await send(number)
-                assert (await asyncio.wait_for(anext(iterator), 2)).payload == number
+                assert (await asyncio.wait_for(anext(iterator), PATIENCE)).payload == number
             for number in range(3, 6):
                 await send(number)
             got = []
@@ -161,7 +161,7 @@ def test_presence_anext_timed_out_keeps_iterator(
             iterator: Any = (
                 await alice.watch_presence() if opened else aiter(alice.watch_presence())
             )
-            first = [(await asyncio.wait_for(anext(iterator), 2)).name for _ in range(3)]
+            first = [(await asyncio.wait_for(anext(iterator), PATIENCE)).name for _ in range(3)]
             assert sorted(first) == ["alice", "bob", "carol"]
             for online in (True, False):
                 with pytest.raises(TimeoutError):
@@ -170,7 +170,7 @@ def test_presence_anext_timed_out_keeps_iterator(
                     bob = await network.join("bob")
                 else:
                     await bob.close()
-                change = await asyncio.wait_for(anext(iterator), 2)
+                change = await asyncio.wait_for(anext(iterator), PATIENCE)
                 assert (change.name, change.online) == ("bob", online)
             if opened:
                 await iterator.close()

@@ -8,11 +8,13 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_broker import FakeServer
+from support.memory_broker import MemoryBroker, play
 
 from brokerd_client import aio
 from brokerd_client.errors import WrongLoop
@@ -22,11 +24,14 @@ Use = Callable[[aio.Client, aio.Subscription, aio.PresenceWatch, aio.Message], A
 CALLS: dict[str, Use] = {
     "send": lambda client, subscription, watch, request: client.send("bob", 1),
     "send_confirmed": lambda client, subscription, watch, request: client.send_confirmed("bob", 1),
+    "post": lambda client, subscription, watch, request: client.post("bob", 1),
     "send_many": lambda client, subscription, watch, request: client.send_many([("bob", 1)]),
     "send_many_confirmed": lambda client, subscription, watch, request: client.send_many_confirmed(
         [("bob", 1)]
     ),
     "request": lambda client, subscription, watch, request: client.request("bob", 1),
+    "open_stream": lambda client, subscription, watch, request: client.open_stream("bob"),
+    "listen": lambda client, subscription, watch, request: client.listen(),
     "reply": lambda client, subscription, watch, request: client.reply(request, 1),
     "publish": lambda client, subscription, watch, request: client.publish("a", 1),
     "publish_confirmed": lambda client, subscription, watch, request: client.publish_confirmed(
@@ -38,6 +43,7 @@ CALLS: dict[str, Use] = {
     "on_message": lambda client, subscription, watch, request: client.on_message(print),
     "on_undelivered": lambda client, subscription, watch, request: client.on_undelivered(print),
     "on_connection": lambda client, subscription, watch, request: client.on_connection(print),
+    "service": lambda client, subscription, watch, request: client.service(print),
     "subscribe": lambda client, subscription, watch, request: client.subscribe("b"),
     "watch_presence": lambda client, subscription, watch, request: client.watch_presence(),
     "control": lambda client, subscription, watch, request: client.control("ping"),
@@ -50,6 +56,10 @@ CALLS: dict[str, Use] = {
     "__aenter__": lambda client, subscription, watch, request: client.__aenter__(),
     "__aexit__": lambda client, subscription, watch, request: client.__aexit__(None, None, None),
     "message.reply": lambda client, subscription, watch, request: request.reply(1),
+    "message.done": lambda client, subscription, watch, request: request.done(),
+    "message.retry": lambda client, subscription, watch, request: request.retry(),
+    "message.failed": lambda client, subscription, watch, request: request.failed("no"),
+    "message.dead": lambda client, subscription, watch, request: request.dead("no"),
     "message.fail": lambda client, subscription, watch, request: request.fail("no"),
     "subscription.recv": lambda client, subscription, watch, request: subscription.recv(1),
     "subscription.__anext__": lambda client, subscription, watch, request: anext(subscription),
@@ -64,7 +74,7 @@ CALLS: dict[str, Use] = {
     "watch.close": lambda client, subscription, watch, request: watch.close(),
 }
 #: Members that work in every loop, because they only return something.
-HARMLESS = {"__aiter__", "closed", "forked", "name", "address", "connected", "counters"}
+HARMLESS = {"__aiter__", "closed", "forked", "name", "address", "connected", "counters", "proxy"}
 
 
 def test_wrong_loop_calls_hold_every_public_method() -> None:
@@ -182,6 +192,25 @@ def test_aio_client_with_closed_loop_raises_wrong_loop(server: FakeServer) -> No
     for call in calls:
         with pytest.raises(WrongLoop):
             asyncio.run(awaited_in_loop(call))
+
+
+def test_aio_other_thread_raises_wrong_loop_while_a_read_runs_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The woken task itself may send without a look at the running loop."""
+
+    async def scenario(network: MemoryBroker) -> None:
+        async with network.join("alice") as alice:
+            await alice.ping()
+            waking_thread = alice._waking_thread
+            with ThreadPoolExecutor(1) as other_thread:
+                sent = other_thread.submit(asyncio.run, alice.send("alice", 1))
+                with pytest.raises(WrongLoop):
+                    sent.result(10)
+            assert waking_thread == threading.get_ident()
+        assert alice._waking_thread == 0
+
+    play(monkeypatch, scenario)
 
 
 def test_docs_describe_wrong_loop() -> None:

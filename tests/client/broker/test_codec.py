@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokerd_client._compat import StrEnum
-from brokerd_client.codec import decode, encode
+from brokerd_client.codec import Encoded, decode, encode
 from brokerd_client.errors import PayloadError, UndecodablePayload
-from brokerd_client.message import Message, with_ttl
+from brokerd_client.json_codec import JsonCodec
+from brokerd_client.message import Message, with_options
 from brokerd_client.topics import has_wildcard, matches
 from brokerd_client.wire.layout import CodecId
 
@@ -84,6 +85,12 @@ def test_codec_of_bytes_refuses_text(codec: str | int) -> None:
         encode("text", codec)
 
 
+def test_codec_encoded_payload_is_sent_as_it_is() -> None:
+    """A payload that is encoded already keeps its codec, whatever the client's own is."""
+    for own in (None, JsonCodec()):
+        assert encode(Encoded(200, b"body"), None, own) == (200, b"body")
+
+
 def test_codec_pickle_needs_name_and_permission() -> None:
     """A pickle is written by name and read by permission."""
     number, body = encode({1, 2}, "pickle")
@@ -137,6 +144,7 @@ class Owner:
     """A client that trusts bob."""
 
     allow_pickle_from = frozenset({"bob"})
+    json_codec = None
 
 
 def test_message_payload_is_decoded_once_and_lazily() -> None:
@@ -189,11 +197,24 @@ def test_message_repr_shows_no_body() -> None:
 def test_send_ttl_is_added_to_extension() -> None:
     """The caller's own keys stay."""
     given_extension = {"k": 1}
-    assert with_ttl(given_extension, 2.5) == {"k": 1, "ttl": 2.5}
+    assert with_options(given_extension, 2.5) == {"k": 1, "ttl": 2.5}
     assert given_extension == {"k": 1}
-    assert (with_ttl(None, None), with_ttl(None, 0)) == (None, {"ttl": 0})
+    assert (with_options(None, None), with_options(None, 0)) == (None, {"ttl": 0})
     with pytest.raises(ValueError, match="seconds"):
-        with_ttl(None, -1)
+        with_options(None, -1)
+
+
+def test_send_options_of_mailbox_are_added_to_extension() -> None:
+    """A key and a delay that the broker would refuse are refused here."""
+    assert with_options({"a": 1}, 2, "k", 0.5) == {"a": 1, "ttl": 2, "key": "k", "delay": 0.5}
+    assert with_options(None, None, "k") == {"key": "k"}
+    assert with_options(None, None, None, 0) == {"delay": 0}
+    for key in ("", "k" * 65, b"k", 7):
+        with pytest.raises(ValueError, match="1 to 64 bytes"):
+            with_options(None, None, key)  # type: ignore[arg-type]
+    for delay in (-1, 2_592_001, "5", True):
+        with pytest.raises(ValueError, match="from 0 to 2592000"):
+            with_options(None, None, None, delay)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from brokerd_client.connection_event import ConnectionEvent
 from brokerd_client.errors import (
     BrokerdError,
     Disconnected,
+    InDoubt,
     KeyRejected,
     KeyRemoved,
     NameTaken,
@@ -93,6 +94,24 @@ def test_dialog_reports_why_the_broker_closed_the_connection() -> None:
     [change] = pair.dialog.lost(broken, 0.0, 0.5).changes
     assert (change.state, change.reason) == ("lost", broken)
     assert type(broken.__cause__) is KeyRemoved
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["said", "not said"])
+def test_dialog_errors_of_calls_have_the_cause_that_the_broker_said(said: bool) -> None:
+    """A call under way, a call that waits and a later one have the same cause."""
+    pair = ready(reconnect=False)
+    pair.dialog.request("bob", 0, b"", None, "under way", None)
+    pair.dialog.wrote(len(pair.dialog.data_to_send()))
+    broken = Disconnected("the broker closed the connection")
+    if said:
+        broken.__cause__ = KeyRemoved("removed")
+    effects = pair.dialog.lost(broken, 0.0, 0.5)
+    with pytest.raises(Disconnected) as later:
+        pair.dialog.send("bob", 0, b"")
+    [(_, under_way)] = effects.outcomes
+    errors = (under_way, pair.dialog.gone(), later.value)
+    assert [type(error) for error in errors] == [InDoubt, Disconnected, Disconnected]
+    assert [error.__cause__ for error in errors] == [broken.__cause__ or broken] * 3
 
 
 def test_dialog_with_key_that_stays_rejected_gives_up() -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import random
 import string
+import struct
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.dialog_pair import LOST, NONCE, Pair, merge
+from support.dialog_pair import LOST, NONCE, OWNER, Pair, merge
 from support.fake_broker import Session
 
 from brokerd_client.errors import (
@@ -25,6 +26,7 @@ from brokerd_client.errors import (
     DisconnectedByOperator,
     Expired,
     FrameTooBig,
+    Full,
     InDoubt,
     InvalidName,
     KeyRejected,
@@ -555,6 +557,44 @@ def test_reply_to_send_is_not_receipt(pair: Pair) -> None:
     message_id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
     assert not pair.hear_frame(Kind.REPLY, message_id, "bob").outcomes
     assert pair.dialog.counters["late"] == 1
+
+
+@pytest.mark.parametrize(
+    ("seq", "names", "expected"),
+    [
+        (258, ["bob", "carol"], (258, ("bob", "carol"))),
+        (2**64 - 1, [], (2**64 - 1, ())),
+        (2**64, "bob", (0, ())),
+        (-1, {"bob": 1}, (0, ())),
+        ("7", [1, "bob", None], (0, ("bob",))),
+        (True, None, (0, ())),
+        (1.0, ["x" * 300], (0, ("x" * 255,))),
+        (None, ["m"] * 1001, (0, ("m",) * 1000)),
+    ],
+)
+def test_error_about_stored_message_tells_seq_and_names(
+    pair: Pair, seq: object, names: object, expected: tuple[int, tuple[str, ...]]
+) -> None:
+    """Values that are not a number of 64 bits, or not a list of texts, are left out."""
+    payload = json.dumps({"code": "full", "message": "", "seq": seq, "names": names}).encode()
+
+    [error] = pair.hear_frame(Kind.ERROR, 7, "$broker", payload=payload).undelivered
+
+    assert isinstance(error, Full)
+    assert (error.seq, error.names) == expected
+
+
+@pytest.mark.parametrize(("names", "is_outcome"), [(["bob", "carol"], True), (["carol"], False)])
+def test_error_about_event_concerns_publisher_by_its_mailboxes(
+    pair: Pair, names: list[str], is_outcome: bool
+) -> None:
+    """The name of such an ERROR is the first mailbox without the event."""
+    message_id = pair.dialog.publish_for_receipt("t.x", 0, b"", None, "w", None)
+    payload = json.dumps({"code": "full", "message": "", "name": "bob", "names": names}).encode()
+
+    effects = pair.hear_frame(Kind.ERROR, message_id, "$broker", payload=payload)
+
+    assert (len(effects.outcomes), len(effects.undelivered)) == (is_outcome, not is_outcome)
 
 
 def test_send_without_receipt_refused_is_undelivered(pair: Pair) -> None:
@@ -1090,6 +1130,8 @@ FRAMES = [
     Envelope(Kind.EVENT, 6, "bob", b"event", topic="a.b"),
     Envelope(Kind.EVENT, 7, "bob", b"", extension={"k": "v"}, topic="a"),
     Envelope(Kind.REPLY, 8, "bob", b"late"),
+    Envelope(Kind.REQUEST, 9, "bob", b"in time", extension={"ttl": 30.0}),
+    Envelope(Kind.REQUEST, 10, "carol/x2", b"", 2, extension={"ttl": 30, "traceparent": "00-1-2"}),
 ]
 
 
@@ -1129,7 +1171,9 @@ RUNS = st.lists(
             name=st.sampled_from(["bob", "eve", "carol/x1"]),
             payload=st.sampled_from([b"", b"0123", b"9876", b"x" * 5000]),
             codec=st.sampled_from([0, 2]),
-            extension=st.sampled_from([None, None, {}]),
+            extension=st.sampled_from(
+                [None, None, {}, {"ttl": 30.0}, {"ttl": 20.0}, {"ttl": 5, "k": "v"}]
+            ),
         ),
     ),
     max_size=12,
@@ -1156,6 +1200,80 @@ def test_frames_alike_in_runs_give_same_messages(
     got = [(m.kind, m.id, m.sender, m.body, m.codec, m.extension) for m in effects.messages]
     assert got == [(e.kind, e.id, e.name, e.payload, e.codec, e.extension) for e in sent]
     assert not effects.broken
+
+
+#: Frames that end calls: the receipt of a broker as it is written, and other forms of it.
+OUTCOMES = st.lists(
+    st.tuples(
+        st.integers(1, 12),
+        st.sampled_from(
+            [
+                Envelope(Kind.RECEIPT, name="$broker"),
+                Envelope(Kind.RECEIPT, name="$broker", payload=b"!"),
+                Envelope(Kind.RECEIPT, name="$brokes"),
+                Envelope(Kind.RECEIPT),
+                Envelope(Kind.RECEIPT, name="$broker", codec=2),
+                Envelope(Kind.RECEIPT, name="$broker", extension={"ttl": 1}),
+                Envelope(Kind.REPLY, name="bob", payload=b"yes"),
+                Envelope(Kind.REPLY, name="eve", payload=b"yes"),
+                Envelope(Kind.REPLY, name="bob", payload=b"yes", extension={"ttl": 1}),
+                Envelope(Kind.MESSAGE, name="bob", payload=b"0123"),
+            ]
+        ),
+    ),
+    max_size=12,
+)
+
+
+@given(OUTCOMES, st.integers(1, 1000))
+def test_outcomes_in_runs_end_their_calls_in_order(
+    runs: list[tuple[int, Envelope]], step: int
+) -> None:
+    """Every receipt and every reply ends its call, whatever stands beside it, cut
+    anywhere.
+    """
+    pair = Pair()
+    pair.connect()
+    dialog = pair.dialog
+    sent, expected = [], []
+    for envelope in (e for count, e in runs for _ in range(count)):
+        message_id = len(sent)
+        if envelope.kind is Kind.RECEIPT:
+            message_id = dialog.send_for_receipt("bob", 0, b"", None, len(sent), None)
+        elif envelope.kind is Kind.REPLY:
+            message_id = dialog.request(envelope.name, 0, b"", None, len(sent), None)
+        if envelope.kind is not Kind.MESSAGE:
+            expected.append((len(sent), envelope.kind, message_id))
+        sent.append(replace(envelope, id=message_id))
+    # A call that is not known any more.
+    sent += [Envelope(Kind.RECEIPT, 2**63, "$broker")] * 2
+    data = b"".join(frame(encode(envelope)) for envelope in sent)
+    effects: Effects[Message] = Effects()
+    for start in range(0, len(data), step):
+        merge(effects, pair.hear(data[start : start + step]))
+
+    got = [
+        (waiter, Kind.RECEIPT if isinstance(value, Receipt) else value.kind, value.id)
+        for waiter, value in effects.outcomes
+    ]
+    assert got == expected
+    assert [m.id for m in effects.messages] == [e.id for e in sent if e.kind is Kind.MESSAGE]
+    assert (dialog.counters["late"], len(dialog.pending_calls), effects.broken) == (2, 0, None)
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_requests_with_equal_ttl_have_extensions_of_their_own(pair: Pair, count: int) -> None:
+    """A recipient may change the extension of a message: that of the next is as sent."""
+    data = frame(encode(Envelope(Kind.REQUEST, 1, "bob", extension={"ttl": 30.0})))
+    for message in pair.hear(data * count).messages:
+        assert message.extension == {"ttl": 30.0}
+        assert isinstance(message.extension, dict)
+        message.extension["ttl"] = 5
+
+
+def test_requests_with_ttl_in_run_take_room_of_single_ones(pair: Pair) -> None:
+    data = frame(encode(Envelope(Kind.REQUEST, 1, "bob", b"x", extension={"ttl": 30.0})))
+    assert pair.hear(data * 30).size == 30 * pair.hear(data).size
 
 
 @pytest.mark.parametrize("name", [b"b\xffb", b"b b", b"/ab", b"b/A"])
@@ -1218,7 +1336,9 @@ def test_frame_with_invalid_length_ends_connection(
     ("data", "error"),
     [
         (b"\0\0\0\x02ab", MalformedEnvelope),
+        (b"\0\0\0\x0c\x08" + b"\0" * 11, MalformedEnvelope),
         (b"\0\0\0\x0c\x09" + b"\0" * 11, MalformedEnvelope),
+        (b"\0\0\0\x0c\x0a" + b"\0" * 11, MalformedEnvelope),
         (b"\0\0\0\x0c\x01\0\0\x05" + b"\0" * 8, MalformedEnvelope),
         (b"\0\0\0\x0c\x07" + b"\0" * 11, MalformedEnvelope),
         (b"\0\0\0\x0d\x01\0\0\x01" + b"\0" * 8 + b"\xff", MalformedEnvelope),
@@ -1291,6 +1411,37 @@ def test_answer_unreadable_fails_its_call(pair: Pair, kind: Kind, purpose: str) 
     effects = pair.hear(with_extension(TOO_DEEP, kind, message_id, name))
     assert [(waiter, type(error)) for waiter, error in effects.outcomes] == [("w", ProtocolError)]
     assert (effects.unreadable, effects.broken, len(pair.dialog.pending_calls)) == ([], None, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "purpose", "is_answer"),
+    [
+        (Kind.RECEIPT, "receipt", True),
+        (Kind.RECEIPT, "request", False),
+        (Kind.REPLY, "receipt", False),
+    ],
+)
+def test_unreadable_frame_ends_only_a_call_that_its_kind_can_answer(
+    pair: Pair, kind: Kind, purpose: str, is_answer: bool
+) -> None:
+    if purpose == "request":
+        message_id = pair.dialog.request("bob", 0, b"", None, "w", None)
+    else:
+        message_id = pair.dialog.send_for_receipt("bob", 0, b"", None, "w", None)
+    effects = pair.hear(with_extension(TOO_DEEP, kind, message_id, b"$broker"))
+    outcomes = [(waiter, type(error)) for waiter, error in effects.outcomes]
+    assert outcomes == ([("w", ProtocolError)] if is_answer else [])
+    assert len(pair.dialog.pending_calls) == (0 if is_answer else 1)
+
+
+@pytest.mark.parametrize("size", [MAX_HEAD_SIZE + 1, 2 * MAX_HEAD_SIZE + 1])
+def test_frame_cut_behind_its_head_arrives_whole(pair: Pair, size: int) -> None:
+    """Also one that is too short to be taken as a large one."""
+    whole = frame(encode(Envelope(Kind.MESSAGE, 1, "bob", b"x" * size)))
+    cut = MAX_HEAD_SIZE + 5
+    assert not pair.hear(whole[:cut]).messages
+    (message,) = pair.hear(whole[cut:]).messages
+    assert message.body == b"x" * size
 
 
 @given(st.binary(max_size=200), st.integers(1, 40))
@@ -1368,6 +1519,38 @@ def test_bulk_bytes_equal_those_of_single_sends(
     assert many.dialog.send_many((), (), ()) == []
 
 
+@pytest.mark.parametrize("size", [0, 1, 16, 32, 33])
+@pytest.mark.parametrize("count", [1, 3, 300])
+def test_many_messages_of_one_size_are_those_of_single_sends(size: int, count: int) -> None:
+    one, many = Pair(), Pair()
+    bodies = [bytes((number + place) % 256 for place in range(size)) for number in range(count)]
+    for pair in (one, many):
+        pair.connect()
+
+    ids = [one.dialog.send("bob/1", 128, body) for body in bodies]
+
+    assert many.dialog.send_many(["bob/1"] * count, [128] * count, bodies) == ids
+    assert many.dialog.untaken == one.dialog.untaken
+    assert many.dialog.data_to_send() == one.dialog.data_to_send()
+
+
+@pytest.mark.parametrize("size", [0, 1000, 1011, 5000])
+@pytest.mark.parametrize("extension", [None, {"ttl": 2.5}, {"key": "value"}])
+def test_frame_of_any_size_is_written_as_its_envelope(
+    pair: Pair, size: int, extension: dict[str, Any] | None
+) -> None:
+    """The joined frames and those whose bodies are not copied have the same bytes."""
+    body = b"x" * size
+    sent = pair.dialog.send("bob", 2, body, extension)
+    published = pair.dialog.publish("a.b", 2, body, extension)
+    envelopes = [
+        Envelope(Kind.MESSAGE, sent, "bob", body, 2, extension=extension),
+        Envelope(Kind.EVENT, published, "", body, 2, topic="a.b", extension=extension),
+    ]
+    data = b"".join(frame(encode(envelope)) for envelope in envelopes)
+    assert (pair.dialog.untaken, pair.dialog.data_to_send()) == (len(data), data)
+
+
 @pytest.mark.parametrize("handed", [0, 1, 21, 22, 60, 3000, None])
 @pytest.mark.parametrize("doubtful", [0, 30])
 def test_bulk_lost_has_outcomes_of_single_sends(handed: int | None, doubtful: int) -> None:
@@ -1396,11 +1579,44 @@ def test_bulk_lost_has_outcomes_of_single_sends(handed: int | None, doubtful: in
     assert bool(told[0]) is (handed is not None)
 
 
+@pytest.mark.parametrize("handed", [0, 1, 21, 22, 60, 3000, None])
+@pytest.mark.parametrize("extension", [None, {"key": "value"}])
+def test_bulk_for_receipts_is_and_ends_as_single_sends_do(
+    handed: int | None, extension: dict[str, Any] | None
+) -> None:
+    """The bytes are those of single sends, and so is the outcome of each when the
+    connection ends in between.
+    """
+    told, written = [], []
+    for together in (False, True):
+        pair = Pair()
+        pair.connect()
+        if together:
+            columns = zip(*LOT, strict=True)
+            ids = pair.dialog.send_many_for_receipts(*columns, extension, range(len(LOT)), 5.0)
+            assert list(ids) == list(pair.dialog.pending_calls)
+        else:
+            for waiter, message in enumerate(LOT):
+                pair.dialog.send_for_receipt(*message, extension, waiter, 5.0)
+        assert pair.dialog.next_deadline() == 5.0
+        data = pair.dialog.data_to_send()
+        pair.dialog.wrote(len(data) if handed is None else handed)
+        effects = pair.lose()
+        assert not effects.undelivered
+        told.append([(waiter, type(error), str(error)) for waiter, error in effects.outcomes])
+        written.append(data)
+    assert written[0] == written[1]
+    assert told[0] == told[1]
+    assert [waiter for waiter, *_ in told[0]] == list(range(len(LOT)))
+
+
 def test_bulk_with_invalid_recipient_sends_nothing(pair: Pair) -> None:
     """With one invalid recipient nothing is written; without a connection neither."""
     with pytest.raises(InvalidName):
         pair.dialog.send_many(["bob", "b b"], [0, 0], [b"", b""])
-    assert not pair.dialog.untaken
+    with pytest.raises(InvalidName):
+        pair.dialog.send_many_for_receipts(["bob", "b b"], [0, 0], [b"", b""], None, "ab", None)
+    assert (pair.dialog.untaken, len(pair.dialog.pending_calls)) == (0, 0)
     pair.lose()
     with pytest.raises(Disconnected):
         pair.dialog.send_many(["bob"], [0], [b""])
@@ -1523,8 +1739,8 @@ def test_draining_event_ends_connection_after_finished(pair: Pair) -> None:
     effects = draining(pair)
     assert requested_operations(pair) == ["whoami", "goaway", "finished"]
     assert type(effects.broken) is Disconnected
+    assert type(effects.broken.__cause__) is ShuttingDown
     assert pair.dialog.counters["unrouted"] == 0
-    assert effects.broken is not None
     pair.dialog.lost(effects.broken, pair.now, 0.5)
     assert pair.dialog.state is State.WAITING
     pair.connect()
@@ -1539,6 +1755,8 @@ def test_draining_dialog_answers_and_sends_nothing_new(pair: Pair) -> None:
     for send in (
         lambda: pair.dialog.send("bob", 0, b""),
         lambda: pair.dialog.send_many(["bob"], [0], [b""]),
+        lambda: pair.dialog.send_for_receipt("bob", 0, b"", None, None, None),
+        lambda: pair.dialog.send_many_for_receipts(["bob"], [0], [b""], None, [None], None),
         lambda: pair.dialog.publish("t", 0, b""),
         lambda: pair.dialog.request("bob", 0, b"", None, None, None),
         lambda: pair.dialog.control("ping", {}, None, None),
@@ -1649,6 +1867,18 @@ def frames_sent(pair: Pair) -> list[Envelope]:
     return frames
 
 
+def test_dialog_bulk_with_an_extension_gives_it_to_every_message(pair: Pair) -> None:
+    """The ids, the order and the payloads are those of a bulk without one."""
+    frames_sent(pair)
+    ids = pair.dialog.send_many(["bob", "carol"], [0, 2], [b"1", b"2"], {"key": "value"})
+    sent = frames_sent(pair)
+    assert [(frame.id, frame.name, frame.codec, frame.payload) for frame in sent] == [
+        (ids[0], "bob", 0, b"1"),
+        (ids[1], "carol", 2, b"2"),
+    ]
+    assert [frame.extension for frame in sent] == [{"key": "value"}] * 2
+
+
 def with_features(pair: Pair) -> Pair:
     """Make the broker one that limits requests in flight and cancels them."""
     pair.dialog._features = frozenset({"cancels", "in_flight"})
@@ -1755,7 +1985,7 @@ def test_dialog_timeout_known_to_the_broker_is_timed_out_not_expired(pair: Pair)
 
 
 def test_timed_out_call_says_after_how_long(pair: Pair) -> None:
-    pair.dialog.request("bob", 0, b"?", None, "w", Deadline(5.0, 1.5))
+    pair.dialog.request("bob", 0, b"?", None, "w", Deadline.after(1.5, 3.5))
     [(_, error)] = pair.dialog.tick(5.0).outcomes
     assert str(error).endswith("within 1.5 s")
 
@@ -1921,3 +2151,203 @@ def test_dialog_short_frame_above_the_limit_is_skipped(pair: Pair, step: int) ->
         merge(effects, pair.hear(data[start : start + step]))
     assert [type(error) for error in effects.unreadable] == [FrameTooBig]
     assert [message.body for message in effects.messages] == [b"y"]
+
+
+# Looking ahead
+
+
+def framed(*envelopes: Envelope) -> bytes:
+    """Return the frames of the envelopes."""
+    return b"".join(frame(encode(envelope)) for envelope in envelopes)
+
+
+def ask_everything(pair: Pair) -> list[int]:
+    """Make a request, a confirmed send and an operation; return their ids."""
+    dialog = pair.dialog
+    return [
+        dialog.request("bob", 0, b"", None, "request", None),
+        dialog.send_for_receipt("bob", 0, b"", None, "receipt", None),
+        dialog.control("ping", {}, "control", None),
+    ]
+
+
+def test_look_ahead_whole_frames_changes_nothing_until_passed_over(pair: Pair) -> None:
+    request, receipt, control = ask_everything(pair)
+    data = framed(
+        Envelope(Kind.REPLY, request, "bob", b"answer"),
+        Envelope(Kind.MESSAGE, 1, "carol", b"message"),
+        Envelope(Kind.RECEIPT, receipt, "$broker"),
+        Envelope(Kind.REQUEST, 2, "carol", b"question", extension={"ttl": 30.0}),
+        Envelope(Kind.REPLY, control, "$broker", b"{}", 2),
+    )
+    dialog = pair.dialog
+    assert dialog.looks_ahead
+
+    ahead = dialog.look_ahead(data, OWNER)
+
+    assert ahead is not None
+    messages, outcomes = ahead.messages, ahead.outcomes
+    assert [message.body for message in messages] == [b"message", b"question"]
+    assert ahead.size >= len(data)
+    assert [pending.waiter for pending, _ in outcomes] == ["request", "receipt", "control"]
+    assert [type(outcome).__name__ for _, outcome in outcomes] == ["Message", "Receipt", "dict"]
+    assert len(dialog.pending_calls) == 3
+
+    dialog.pass_over(ahead, 10.0)
+
+    assert len(dialog.pending_calls) == 0
+    assert messages[1].deadline == 40.0
+    pair.hear_frame(Kind.ERROR, 2, "carol", payload=b"{}", flags=Flag.ACK)
+    assert messages[1].cancelled
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Envelope(Kind.REPLY, 1000, "bob", b"of another client"),
+        Envelope(Kind.ERROR, 0, "bob", b"{}"),
+        Envelope(Kind.RECEIPT, 1, "$broker"),
+        Envelope(Kind.EVENT, 1, "bob", topic="a.b"),
+    ],
+    ids=lambda envelope: envelope.kind.name,
+)
+def test_look_ahead_other_frame_returns_none(pair: Pair, other: Envelope) -> None:
+    message = Envelope(Kind.MESSAGE, 1, "carol", b"message")
+
+    assert pair.dialog.look_ahead(framed(message, other), OWNER) is None
+
+    assert [each.body for each in pair.hear(framed(message)).messages] == [b"message"]
+
+
+@pytest.mark.parametrize("sender", ["bob", "carol"])
+def test_look_ahead_frame_that_is_no_outcome_returns_none(pair: Pair, sender: str) -> None:
+    """A receipt for a request, and a reply to a confirmed send or of another client."""
+    request, receipt, control = ask_everything(pair)
+    for envelope in (
+        Envelope(Kind.RECEIPT, request, "$broker"),
+        Envelope(Kind.REPLY, receipt, sender),
+        Envelope(Kind.REPLY, control, sender, b"{}"),
+        Envelope(Kind.REPLY, control, "$broker", b"not JSON"),
+        Envelope(Kind.MESSAGE, 1, "in valid"),
+    ):
+        assert pair.dialog.look_ahead(framed(envelope), OWNER) is None
+    pair.dialog.watch("sink", "watch", None)
+    listing = pair.dialog.pending_calls.of("watch")[0].id
+    reply = framed(Envelope(Kind.REPLY, listing, "$broker", b"{}"))
+    assert pair.dialog.look_ahead(reply, OWNER) is None
+
+
+def test_look_ahead_incomplete_frame_is_given_again(pair: Pair) -> None:
+    one, two = (framed(Envelope(Kind.MESSAGE, each, "bob", b"body")) for each in (1, 2))
+    dialog = pair.dialog
+
+    ahead = dialog.look_ahead(one + two[:-1], OWNER)
+
+    assert ahead is not None
+    assert ([message.id for message in ahead.messages], ahead.size) == ([1], len(one))
+    assert dialog.begun_ahead == len(two) - 1
+    assert dialog.looks_ahead
+    # Without a whole frame there is nothing to deliver.
+    assert dialog.look_ahead(two[:-1], OWNER) is None
+    ahead = dialog.look_ahead(two, OWNER)
+    assert ahead is not None
+    assert ([message.id for message in ahead.messages], dialog.begun_ahead) == ([2], 0)
+
+
+def test_dialog_begun_frame_is_taken_and_given_again(pair: Pair) -> None:
+    data = framed(Envelope(Kind.MESSAGE, 1, "bob", b"one"))
+    assert pair.hear(data[:-1]).messages == []
+    assert not pair.dialog.looks_ahead
+
+    assert pair.dialog.lone_message(data, OWNER) is None
+    begun = pair.dialog.take_begun()
+
+    assert begun == data[:-1]
+    assert pair.dialog.looks_ahead
+    assert pair.dialog.take_begun() == b""
+    assert [message.body for message in pair.hear(data).messages] == [b"one"]
+
+
+def test_dialog_begun_long_frame_is_not_taken(pair: Pair) -> None:
+    data = framed(Envelope(Kind.MESSAGE, 1, "bob", bytes(5000)))
+    pair.hear(data[:-1])
+    assert pair.dialog.take_begun() == b""
+    assert (
+        pair.dialog.look_ahead(framed(Envelope(Kind.MESSAGE, 2, "bob")) + data[:-1], OWNER) is None
+    )
+    assert [len(message) for message in pair.hear(data[-1:]).messages] == [5000]
+
+
+def test_lone_reply_to_request_is_found_and_changes_nothing(pair: Pair) -> None:
+    """The sender is a member of the pool that was asked."""
+    dialog = pair.dialog
+    request = dialog.request("bob", 0, b"", None, "request", None)
+    reply = framed(Envelope(Kind.REPLY, request, "bob/1", b"answer"))
+
+    message = dialog.lone_message(reply, OWNER)
+
+    assert message is not None
+    assert (message.sender, message.kind) == ("bob/1", Kind.REPLY)
+    assert (message.id, message.body) == (request, b"answer")
+    pending = dialog.answered_request(message)
+    assert pending is not None
+    assert pending.waiter == "request"
+    assert len(dialog.pending_calls) == 1
+
+
+def test_lone_reply_to_no_request_answers_none(pair: Pair) -> None:
+    request, receipt, control = ask_everything(pair)
+    dialog = pair.dialog
+
+    for message_id, sender in (
+        (request, "carol"),
+        (receipt, "bob"),
+        (control, "$broker"),
+        (1000, "bob"),
+    ):
+        message = dialog.lone_message(framed(Envelope(Kind.REPLY, message_id, sender)), OWNER)
+        assert message is not None
+        assert dialog.answered_request(message) is None
+
+
+@pytest.mark.parametrize("ttl", [None, 30.0, 5])
+def test_lone_request_is_as_any_other(pair: Pair, ttl: float | None) -> None:
+    extension = None if ttl is None else {"ttl": ttl}
+    data = framed(Envelope(Kind.REQUEST, 7, "bob", b"question", 128, extension=extension))
+
+    message = pair.dialog.lone_message(data, OWNER)
+
+    assert message is not None
+    assert (message.kind, message.id, message.sender) == (Kind.REQUEST, 7, "bob")
+    assert (message.codec, message.body, message.extension) == (128, b"question", extension)
+    assert not message.answered
+    pair.dialog.note_request(message, 10.0)
+    assert message.deadline == (None if ttl is None else 10.0 + ttl)
+    pair.hear_frame(Kind.ERROR, 7, "bob", payload=b"{}", flags=Flag.ACK)
+    assert message.cancelled
+
+
+def test_lone_message_of_other_bytes_is_none(pair: Pair) -> None:
+    message = framed(Envelope(Kind.MESSAGE, 1, "bob", b"message"))
+    assert pair.dialog.lone_message(message, OWNER) is not None
+    head = struct.Struct("!BBBBQ")
+
+    for data in (
+        b"",
+        message[:12],
+        message[:-1],
+        message + b"x",
+        message + message,
+        framed(Envelope(Kind.MESSAGE, 1, "in valid")),
+        framed(Envelope(Kind.MESSAGE, 1, "bob", extension={"ttl": 1})),
+        framed(Envelope(Kind.REPLY, 1, "bob", extension={"ttl": 1})),
+        framed(Envelope(Kind.REQUEST, 1, "bob", extension={"ttl": 1, "a": 1})),
+        framed(Envelope(Kind.EVENT, 1, "bob", topic="a.b")),
+        framed(Envelope(Kind.ERROR, 1, "bob", b"{}")),
+        framed(Envelope(Kind.RECEIPT, 1, "bob")),
+        # The name is longer than the frame, the extension has no length or is too long.
+        frame(head.pack(Kind.REPLY, 0, 0, 4, 1) + b"bob"),
+        frame(head.pack(Kind.REQUEST, Flag.EXTENSION, 0, 3, 1) + b"bob\0"),
+        frame(head.pack(Kind.REQUEST, Flag.EXTENSION, 0, 3, 1) + b'bob\0\x0a{"ttl":1}'),
+    ):
+        assert pair.dialog.lone_message(data, OWNER) is None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.client_faces import Asyncio, Blocking, Face
+from support.client_faces import PATIENCE, Asyncio, Blocking, Face
 from support.fake_broker import FakeServer, Session
 
 from brokerd_client.errors import (
@@ -128,7 +128,7 @@ def test_connect_answered_with_nonsense_raises_a_documented_error(
     """Whatever the broker answers to whoami, the errors of connect() are a closed set."""
     server.broker.intercept = answering("whoami", INTRODUCTIONS[wrong])
     with pytest.raises(DOCUMENTED) as caught:
-        face.connect(server.path, "alice", b"alice", timeout=5)
+        face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     assert type(caught.value) is (Disconnected if wrong.startswith("refused") else ProtocolError)
 
 
@@ -156,7 +156,7 @@ def test_connect_to_no_broker_raises_a_documented_error(
             Session, "__init__", lambda self, broker: (begin(self, broker), speak(self))[0]
         )
         with pytest.raises(DOCUMENTED) as caught:
-            face.connect(server.path, "alice", b"alice", timeout=2)
+            face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     assert not isinstance(caught.value, TimedOut)
 
 
@@ -164,14 +164,14 @@ def test_reconnect_with_another_name_is_given_up(face: Face, server: FakeServer)
     """The new connection is given up, the next is tried, and the name never becomes one
     that kills the client.
     """
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     server.broker.intercept = answering("whoami", said(name="\ud800", address="\ud800"))
     server.drop("alice")
     with pytest.raises(Disconnected):
         client.request("alice", "?", timeout=0.5)
     assert client.name == "alice"
     server.broker.intercept = None
-    assert client.ping() < 5
+    assert client.ping() < PATIENCE
 
 
 @pytest.mark.parametrize("answer", [b"[1]", b"7", b"", b"\xff", b"{", b"[" * 50_000])
@@ -182,7 +182,7 @@ def test_operation_answered_with_nonsense_raises(
     """Its caller hears of it at once, with or without a timeout, and the client goes
     on.
     """
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     server.broker.intercept = answering(op, reply(answer))
     calls: dict[str, Callable[[], object]] = {
         "ping": client.ping,
@@ -201,7 +201,7 @@ def test_clients_answered_with_a_list_that_is_not_valid_raises(
     face: Face, server: FakeServer
 ) -> None:
     """What is no client's name or state is not handed out."""
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     for entry in ('{"name": 5, "online": true}', '{"name": "a", "online": "yes"}', "[]"):
         server.broker.intercept = answering(
             "clients", reply(b'{"clients":[' + entry.encode() + b"]}")
@@ -218,7 +218,7 @@ def test_message_unreadable_is_skipped(
     """It is logged and counted, a request is answered, and the next message arrives on
     the same connection.
     """
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     raw = b'{"a":' + b"[" * 976 + b"]" * 976 + b"}"
 
     def send(broker: Any) -> None:
@@ -230,7 +230,7 @@ def test_message_unreadable_is_skipped(
 
     server.broker.seen.clear()
     server.act(send)
-    assert client.recv(5).body == b"next"
+    assert client.recv(PATIENCE).body == b"next"
     client.ping()
     answers = [
         json.loads(each.payload)["code"] for each in server.broker.seen if each.kind is Kind.ERROR
@@ -251,7 +251,9 @@ def test_request_with_undecodable_payload_is_answered(
     """The handler that looks at it fails, its requester hears of that, and the next
     request is handled.
     """
-    client = face.connect(server.path, "alice", b"alice", timeout=5, allow_pickle_from=["bob"])
+    client = face.connect(
+        server.path, "alice", b"alice", timeout=PATIENCE, allow_pickle_from=["bob"]
+    )
     client.on_request(lambda request: request.payload)
     server.broker.seen.clear()
     server.act(
@@ -260,7 +262,7 @@ def test_request_with_undecodable_payload_is_answered(
             broker.online["alice"].deliver(Envelope(Kind.REQUEST, 2, "bob", b"7", 2)),
         ]
     )
-    end = time.monotonic() + 5
+    end = time.monotonic() + PATIENCE
     answers: dict[int, Envelope] = {}
     while len(answers) < 2 and time.monotonic() < end:
         time.sleep(0.01)
@@ -274,7 +276,7 @@ def test_request_with_undecodable_payload_is_answered(
 
 def test_error_without_payload_is_refusal(face: Face, server: FakeServer) -> None:
     """It still has a code and a text."""
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
 
     def intercept(session: Session, envelope: Envelope) -> object:
         session.deliver(Envelope(Kind.ERROR, envelope.id, "$broker", b"", 2))
@@ -282,13 +284,13 @@ def test_error_without_payload_is_refusal(face: Face, server: FakeServer) -> Non
 
     server.broker.intercept = intercept
     with pytest.raises(RequestFailed, match="no reason was given") as caught:
-        client.request("bob", "?", timeout=5)
+        client.request("bob", "?", timeout=PATIENCE)
     assert caught.value.code == "failed"
 
 
 def test_error_of_client_with_deep_payload_is_outcome(face: Face, server: FakeServer) -> None:
     """What another client puts into its ERROR can't end this client's connection."""
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     for payload in (
         b'{"code":' + b"[" * 900 + b"]" * 900 + b"}",
         b'{"message":"\\ud800","code":7}',
@@ -302,14 +304,14 @@ def test_error_of_client_with_deep_payload_is_outcome(face: Face, server: FakeSe
 
         server.broker.intercept = intercept
         with pytest.raises(RequestFailed) as caught:
-            client.request("bob", "?", timeout=5)
+            client.request("bob", "?", timeout=PATIENCE)
         str(caught.value).encode()
     assert client.counters["losses"] == 0
 
 
 def test_error_text_is_cut(face: Face, server: FakeServer) -> None:
     """What an error says is for people: a broker can't fill memory with it."""
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     payload = json.dumps({"code": "offline", "message": "m" * 100_000, "name": "bob"}).encode()
 
     def intercept(session: Session, envelope: Envelope) -> object:
@@ -318,7 +320,7 @@ def test_error_text_is_cut(face: Face, server: FakeServer) -> None:
 
     server.broker.intercept = intercept
     with pytest.raises(Offline) as caught:
-        client.request("bob", "?", timeout=5)
+        client.request("bob", "?", timeout=PATIENCE)
     assert len(str(caught.value)) == 1000
 
 
@@ -326,7 +328,7 @@ def test_introduction_refused_at_reconnect_is_repeated(face: Face, server: FakeS
     """A client that is over its rate when it connects again is let in later, and not
     given up.
     """
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     refused = 0
 
     def intercept(session: Session, envelope: Envelope) -> object:
@@ -352,7 +354,7 @@ def test_connect_refused_has_refusal_as_cause(face: Face, server: FakeServer) ->
         True,
     )
     with pytest.raises(Disconnected, match="refused") as caught:
-        face.connect(server.path, "alice", b"alice", timeout=5)
+        face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
     assert isinstance(caught.value.__cause__, RateLimited)
 
 
@@ -362,7 +364,7 @@ def test_calls_answered_with_random_bytes_all_end(
 ) -> None:
     """Whatever follows, a call returns or raises before its timeout is long over."""
     draw = random.Random(seed)
-    client = face.connect(server.path, "alice", b"alice", timeout=5)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE)
 
     def intercept(session: Session, envelope: Envelope) -> object:
         if envelope.payload == b'{"op":"whoami"}':

@@ -18,6 +18,7 @@ from support.waiting import until
 
 import brokerd_client
 from brokerd.testing import RunningBroker, running
+from brokerd_client.blocking import handlers
 from brokerd_client.errors import Cancelled, Closed, Expired, Offline, TimedOut
 
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -101,25 +102,57 @@ def test_pool_with_a_busy_member_gives_its_requests_to_free_members(
     assert sorted(answer.result(PATIENCE).payload for answer in answers) == list(range(11))
 
 
-def test_client_with_a_request_handler_gets_as_many_requests_as_it_has_threads(
-    broker: RunningBroker, alice: brokerd_client.Client, callers: ThreadPoolExecutor
+def test_client_with_a_request_handler_gets_as_many_requests_as_it_has_handlers(
+    face: Face, broker: RunningBroker, alice: brokerd_client.Client, callers: ThreadPoolExecutor
 ) -> None:
-    face = Blocking()
-    one = Service(face, broker, "worker", threads=2)
-    other = Service(face, broker, "worker", threads=2)
+    one = Service(face, broker, "worker", handlers=2)
+    other = Service(face, broker, "worker", handlers=2)
     answers = [callers.submit(alice.request, "worker", number) for number in range(10)]
     until(lambda: len(one.begun) == len(other.begun) == 2)
     one.may_finish.set()
     other.may_finish.set()
     assert sorted(answer.result(PATIENCE).payload for answer in answers) == list(range(10))
+
+
+def test_in_flight_limit_that_nested_requests_have_raised_is_lowered_after_them(
+    broker: RunningBroker,
+    alice: brokerd_client.Client,
+    callers: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handlers, "_REVIEW_S", 0.05)
+    face = Blocking()
+    nested = Service(face, broker, "bob")
+    worker = face.connect(broker.address, "worker", broker.key("worker"), handlers=1)
+    worker.on_request(lambda message: worker.request("bob", message.payload).payload)
+    answers = [callers.submit(alice.request, "worker", number) for number in range(4)]
+    until(lambda: len(nested.begun) == 4)
+    assert worker._dialog._in_flight >= 4
+    nested.may_finish.set()
+    assert sorted(answer.result(PATIENCE).payload for answer in answers) == list(range(4))
+    until(lambda: worker._dialog._in_flight == 1)
+    worker.ping()
+    begun, may_finish = [], threading.Event()
+
+    @worker.on_request
+    def hold(message: Any) -> None:
+        begun.append(message)
+        may_finish.wait(PATIENCE)
+
+    answers = [callers.submit(alice.request, "worker", number) for number in range(3)]
+    until(lambda: broker.stats()["requests_waiting"] == 2)
+    until(lambda: (len(begun), len(worker._requests.inbox.items)) == (1, 0))
+    may_finish.set()
+    assert [answer.result(PATIENCE).payload for answer in answers] == [None] * 3
     face.close()
 
 
 def test_request_that_times_out_is_cancelled_in_its_handler_and_not_begun_later(
     face: Face, broker: RunningBroker, alice: brokerd_client.Client, callers: ThreadPoolExecutor
 ) -> None:
+    """A longer ttl shows that the cancel ends the handler, and not the broker's clock."""
     service = Service(face, broker, "narrow")
-    calls = [callers.submit(alice.request, "narrow", "begun", timeout=0.5)]
+    calls = [callers.submit(alice.request, "narrow", "begun", timeout=0.5, ttl=600)]
     until(lambda: service.begun == ["begun"])
     calls += [callers.submit(alice.request, "narrow", n, timeout=0.1) for n in range(3)]
     for call in calls:
@@ -128,6 +161,20 @@ def test_request_that_times_out_is_cancelled_in_its_handler_and_not_begun_later(
     service.may_finish.set()
     assert alice.request("narrow", "next", timeout=PATIENCE).payload == "next"
     assert len(service.begun) == 2
+
+
+def test_request_whose_requester_disconnects_is_cancelled_in_its_handler(
+    face: Face, broker: RunningBroker, alice: brokerd_client.Client, callers: ThreadPoolExecutor
+) -> None:
+    service = Service(face, broker, "bob")
+    requester = brokerd_client.connect(broker.address, "alice", broker.key("alice"))
+    call = callers.submit(requester.request, "bob", "begun")
+    until(lambda: service.begun == ["begun"])
+    requester.close()
+    until(lambda: service.ended == ["cancelled"])
+    assert isinstance(call.exception(PATIENCE), Closed)
+    service.may_finish.set()
+    assert alice.request("bob", "next", timeout=PATIENCE).payload == "next"
 
 
 def test_request_with_a_ttl_of_its_own_raises_expired(
@@ -158,7 +205,7 @@ def test_asyncio_request_that_is_cancelled_cancels_its_handler(broker: RunningBr
     alice = face.connect(broker.address, "alice", broker.key("alice"))
 
     async def give_up() -> None:
-        task = asyncio.ensure_future(alice._inner.request("bob", 1))
+        task = asyncio.ensure_future(alice._inner.request("bob", 1, timeout=None))
         while not service.begun:  # noqa: ASYNC110 - filled by a handler
             await asyncio.sleep(0.005)
         task.cancel()
@@ -191,7 +238,7 @@ def test_asyncio_handler_that_survives_its_cancellation_does_not_hurt_the_next(
 
     bob.on_request(stubborn)
     with pytest.raises(TimedOut):
-        alice.request("bob", "first", timeout=0.1)
+        alice.request("bob", "first", timeout=0.3)
     until(lambda: survived == ["first"])
     assert alice.request("bob", "next").payload == "fine"
     face.close()
@@ -202,7 +249,7 @@ def test_answer_to_a_cancelled_request_is_discarded_and_counted(
 ) -> None:
     with brokerd_client.connect(broker.address, "bob", broker.key("bob")) as bob:
         with ThreadPoolExecutor(1) as caller:
-            call = caller.submit(alice.request, "bob", 1, timeout=0.1)
+            call = caller.submit(alice.request, "bob", 1, timeout=0.1, ttl=PATIENCE)
             request = bob.recv(PATIENCE)
             assert isinstance(call.exception(PATIENCE), TimedOut)
         until(lambda: request.cancelled)

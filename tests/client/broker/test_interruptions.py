@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dis
+import functools
 import random
 import signal
 import ssl
@@ -21,12 +22,16 @@ import pytest
 import trustme
 from support.waiting import until
 
+import brokerd_client
 from brokerd.testing import RunningBroker, running
 from brokerd_client import BrokerdError, Client, Closed, Message, WouldDeadlock
+from brokerd_client.blocking import transport
+from brokerd_client.blocking.transport import Transport
+from brokerd_client.message import Delivery
 
 PATIENCE = 20.0
 RETURN = dis.opmap["RETURN_VALUE"]
-LIBRARY = str(Path("client", "brokerd_client"))
+LIBRARY = str(Path(brokerd_client.__file__).parent)
 #: An exception raised while an iterator or a client is dropped reaches no caller; a new
 #: socket may be dropped, too.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -272,6 +277,7 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
         "reply": answer,
         "publish": lambda: client.publish("a.b", 1),
         "control": lambda: client.control("ping", timeout=PATIENCE),
+        "request": lambda: client.request("bob", b"question", timeout=PATIENCE),
         "register": lambda: client.on_request(lambda message: None),
     }
 
@@ -300,7 +306,17 @@ def check_exercise(server: RunningBroker, name: str, step: int) -> None:
         until(empty)
 
 
-EXERCISES = ("subscribe", "watch", "iterate", "receive", "reply", "publish", "control", "register")
+EXERCISES = (
+    "subscribe",
+    "watch",
+    "iterate",
+    "receive",
+    "reply",
+    "publish",
+    "control",
+    "request",
+    "register",
+)
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -316,6 +332,17 @@ def test_client_call_interrupted_at_every_instruction_leaves_nothing(
     broker: RunningBroker, name: str
 ) -> None:
     check_exercise(broker, name, 1)
+
+
+@pytest.mark.parametrize("name", ["receive", "control", "request"])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_client_call_that_keeps_input_interrupted_leaves_nothing(
+    broker: RunningBroker, name: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls count as if they followed each other quickly."""
+    monkeypatch.setattr(transport, "_QUICK_S", PATIENCE)
+    monkeypatch.setattr(transport, "_QUICK_TIMES", 0)
+    check_exercise(broker, name, step)
 
 
 def check_close(server: RunningBroker, step: int, offset: int) -> None:
@@ -392,6 +419,122 @@ def test_client_send_with_long_raising_timer_corrupts_nothing(
     check_send_with_timer(broker, size, 3000)
 
 
+@contextlib.contextmanager
+def alarms(seed: int) -> Iterator[Callable[[], None]]:
+    """Give a function that has an Interruption raised within 3 ms."""
+
+    def alarm(number: int, frame: object) -> None:
+        raise Interruption
+
+    jitter = random.Random(seed)
+    before = signal.signal(signal.SIGALRM, alarm)
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, jitter.uniform(1e-4, 3e-3)) and None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+#: Before 3.11 an exception may strike when recv() has the message already: docs/client.md.
+keeps_message = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="this Python may lose it in recv()"
+)
+
+
+def check_recv_with_timer(server: RunningBroker, count: int) -> None:
+    """Receive ``count`` messages while a timer's signal raises: each arrives once.
+
+    The connection stays, and so do the answers for other threads.
+    """
+    alice, bob = server.connect("alice"), server.connect("bob")
+    stopped = threading.Event()
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        # Most answers are read by the thread that receives.
+        while not stopped.is_set():
+            answers.append(alice.request("bob", b"question", timeout=PATIENCE).body)
+
+    def feed() -> None:
+        for number in range(count):
+            bob.send("alice", body(number, 8))
+            if not number % 7:
+                stopped.wait(0.0005)
+
+    bob.on_request(lambda message: b"answer")
+    threads = [threading.Thread(target=ask), threading.Thread(target=feed)]
+    got: list[Message] = []
+    try:
+        with alarms(2) as set_alarm:
+            for thread in threads:
+                thread.start()
+            while len(got) < count:
+                try:
+                    set_alarm()
+                    # No instruction lies between the end of recv and the list.
+                    got.extend(iter(functools.partial(alice.recv, PATIENCE), None))
+                except Interruption:
+                    pass
+        check_intact([message.body for message in got], 8)
+        assert alice.counters["losses"] == 0
+        assert set(answers) == {b"answer"}
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        alice.close()
+        bob.close()
+
+
+@keeps_message
+def test_client_recv_with_raising_timer_loses_nothing(broker: RunningBroker) -> None:
+    check_recv_with_timer(broker, 2000)
+
+
+@pytest.mark.slow
+@keeps_message
+def test_client_recv_with_long_raising_timer_loses_nothing(broker: RunningBroker) -> None:
+    check_recv_with_timer(broker, 300_000)
+
+
+def test_client_request_with_raising_timer_keeps_connection(broker: RunningBroker) -> None:
+    """A request that is interrupted leaves nothing, and its connection stays."""
+    with pair(broker) as (alice, _):
+        with alarms(3) as set_alarm:
+            for _ in range(60):
+                with contextlib.suppress(Interruption):
+                    set_alarm()
+                    while True:
+                        alice.request("bob", b"question", timeout=PATIENCE)
+        assert alice.request("bob", b"question", timeout=PATIENCE).body == b"answer"
+        until(lambda: len(alice._dialog.pending_calls) == 0)
+        until(lambda: not alice._calls)
+        # Python 3.9 may raise when the system has taken bytes, before the client knows it.
+        assert alice.counters["losses"] == 0 or sys.version_info < (3, 10)
+        # It may be kept for some milliseconds.
+        until(lambda: not alice._transport.lent)
+
+
+def test_client_request_from_signal_handler_of_waiting_thread_is_answered(
+    broker: RunningBroker,
+) -> None:
+    """The handler reads in place of the thread that it interrupts, and that one goes on."""
+    with pair(broker) as (alice, _):
+        answers: list[bytes] = []
+
+        def ask(number: int, frame: object) -> None:
+            answers.append(alice.request("bob", b"question", timeout=PATIENCE).body)
+            alice.send("alice", b"wake up")
+
+        before = signal.signal(signal.SIGALRM, ask)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            assert alice.recv(PATIENCE).body == b"wake up"
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert answers == [b"answer"]
+
+
 def from_handler(
     client: Client, position: int, act: Callable[[], object]
 ) -> tuple[bool, list[object]]:
@@ -417,6 +560,13 @@ def from_handler(
     ), results
 
 
+def delivered_to(client: Client) -> Message:
+    """Return a message from the mailbox of a client, as if it had just been delivered."""
+    message = Message(1, 1, "bob", 0, b"", client)
+    message._delivery = Delivery(1, 1, client._dialog.mailbox.connection)
+    return message
+
+
 def test_client_call_from_signal_handler_never_hangs(broker: RunningBroker) -> None:
     """Plain sends work at whatever instruction the signal comes. Calls that wait work,
     or raise WouldDeadlock.
@@ -429,6 +579,8 @@ def test_client_call_from_signal_handler_never_hangs(broker: RunningBroker) -> N
             "reply": lambda: Message(2, 1, "bob", 0, b"", alice).reply(b""),
             "request": lambda: alice.request("bob", b"request", timeout=PATIENCE),
             "receipt": lambda: alice.send_confirmed("bob", b"receipt", timeout=PATIENCE),
+            "post": lambda: alice.post("bob", b"post", timeout=PATIENCE),
+            "done": lambda: delivered_to(alice).done(),
             "recv": lambda: alice.recv(0.001),
             "ping": lambda: alice.ping(),
             "subscribe": lambda: alice.subscribe("x.y", timeout=PATIENCE).close(),
@@ -454,7 +606,7 @@ def test_client_call_from_signal_handler_never_hangs(broker: RunningBroker) -> N
         until(lambda: len(reader.got) >= len(expected))
         assert sorted(reader.got) == sorted(expected)
         assert "request" in deadlocks
-        assert not deadlocks & {"send", "send_many", "publish", "reply"}
+        assert not deadlocks & {"send", "send_many", "publish", "reply", "done"}
 
 
 def test_client_send_from_signal_handler_arrives_before_next_send(broker: RunningBroker) -> None:
@@ -506,6 +658,8 @@ def throw(thread: threading.Thread, error: type[BaseException]) -> None:
     )
 
 
+# An error may strike while the one before it is logged, and leave a source file open.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("error", [Interruption, SystemExit, KeyboardInterrupt, ValueError])
 def test_io_thread_raising_survives_and_reconnects(
     broker: RunningBroker, error: type[BaseException], caplog: pytest.LogCaptureFixture
@@ -513,10 +667,12 @@ def test_io_thread_raising_survives_and_reconnects(
     with pair(broker) as (alice, reader):
         for number in range(4):
             throw(alice._thread, error)
+            # A thread that waits for an answer does not need the I/O thread.
+            alice._transport.wake()
             with contextlib.suppress(ConnectionError):
                 alice.request("bob", body(number, 8), timeout=PATIENCE)
         assert alice.control("ping", timeout=PATIENCE) == {}
-        assert alice.counters["losses"] > 0
+        until(lambda: alice.counters["losses"] > 0)
         assert error.__name__ in caplog.text
         check_intact(reader.got, 8)
 
@@ -543,6 +699,9 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
         return trace
 
     def traced(*args: Any) -> bool:
+        # Only alice's: Python 3.12 may crash where two threads are traced at a time.
+        if position == 0 or threading.current_thread() is not alice._thread:
+            return turn(*args)
         sys.settrace(trace)
         try:
             return turn(*args)
@@ -551,6 +710,8 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
 
     with pytest.MonkeyPatch.context() as patch, pair(broker) as (alice, _):
         patch.setattr(link, "_turn", traced)
+        # The I/O thread reads every answer.
+        patch.setattr(Transport, "borrow_input", lambda self: None)
         position = 10**9
         alice.control("ping", timeout=PATIENCE)
         for instruction in range(1, 2500, 61):
@@ -559,6 +720,9 @@ def test_io_thread_interrupted_at_any_instruction_loses_no_call(broker: RunningB
             with contextlib.suppress(ConnectionError):
                 alice.control("ping", timeout=PATIENCE)
         position = 0
+        # The last exception may end the connection only now.
+        with contextlib.suppress(ConnectionError):
+            alice.control("ping", timeout=PATIENCE)
         assert alice.control("ping", timeout=PATIENCE) == {}
         assert alice.counters["losses"] > 5
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.client_faces import Asyncio, Blocking, Face
+from support.client_faces import PATIENCE, Asyncio, Blocking, Face
 from support.dialog_pair import Pair, merge
 from support.fake_broker import FakeServer, Session
 
@@ -207,7 +207,7 @@ def test_client_frame_above_max_message_is_skipped_and_counted(
     memory.
     """
     server.broker.intercept = introduce_with(MIB)
-    client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=16 * MIB)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE, inbox=16 * MIB)
     for size in (16 * MIB + HEAD, 10):
         envelope = Envelope(Kind.MESSAGE, 7, "bob", bytes(size))
         server.act(lambda broker, sent=envelope: broker.online["alice"].deliver(sent))  # type: ignore[misc]
@@ -372,7 +372,7 @@ def test_inbox_errors_waiting_for_handler_count_with_size(
     face: Face, server: FakeServer, text: int
 ) -> None:
     """The inbox becomes full, and the remaining errors stay in the broker."""
-    client = face.connect(server.path, "alice", b"alice", timeout=5, inbox=100_000)
+    client = face.connect(server.path, "alice", b"alice", timeout=PATIENCE, inbox=100_000)
     free = threading.Event()
     reported = []
 
@@ -390,7 +390,7 @@ def test_inbox_errors_waiting_for_handler_count_with_size(
     error = Envelope(Kind.ERROR, 5, "$broker", payload, 2)
     try:
         server.act(lambda broker: [broker.online["alice"].deliver(error) for _ in range(4000)])
-        end = time.monotonic() + 5
+        end = time.monotonic() + PATIENCE
         while not client._meter.full and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.1)
@@ -401,6 +401,6 @@ def test_inbox_errors_waiting_for_handler_count_with_size(
         assert client._meter.held < 100_000 + 2 * 262_144 // len(payload) * (1000 + text)
     finally:
         free.set()
-    while len(reported) < 4000 and time.monotonic() < end + 15:
+    while len(reported) < 4000 and time.monotonic() < end + PATIENCE:
         time.sleep(0.01)
     assert len(reported) == 4000

@@ -174,7 +174,7 @@ def test_call_has_one_outcome_for_any_broker_answer(
     dialog.dialing(10.0)
     dialog.opened(NONCE)
     session_data = again(pair)
-    own = list(dialog.pending_calls._table)
+    own = list(dialog.pending_calls)
     collect(
         dialog.receive(session_data + b"".join(packed(piece, own) for piece in later), OWNER, 10.0),
         outcomes,

@@ -145,7 +145,7 @@ RULES: dict[str, tuple[list[bytes], list[tuple[bytes, str]]]] = {
         [
             (body(6), "unsupported"),
             (body(7), "unsupported"),
-            *((body(kind), "malformed") for kind in (0, 8, 9, 255)),
+            *((body(kind), "malformed") for kind in (0, 10, 11, 255)),
         ],
     ),
     "kind of an answer": ([], [(body(3, message_id=99), "denied")]),

@@ -73,6 +73,20 @@ def test_settings_mistake_is_named_before_connecting(
         settle(**given)
 
 
+def test_key_that_is_path_of_file_is_refused_without_showing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly always key_file was meant; a key that is no path may have a slash."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "worker").write_text("secret")
+    path = str(Path("keys", "worker"))
+    with pytest.raises(InvalidKey, match="give key_file=PATH") as caught:
+        settle(key=path)
+    assert "worker" not in str(caught.value)
+    assert settle(key="keys/nobody").key == b"keys/nobody"
+
+
 @pytest.mark.parametrize("content", [b"k", b"k\n", b"k\r\n"])
 def test_key_file_final_newline_is_removed(tmp_path: Path, content: bytes) -> None:
     """One newline is cut, that of Windows too, as the daemon does; another one belongs

@@ -90,6 +90,17 @@ def test_dialog_with_wait_ends_with_last_reason() -> None:
     assert (pair.dialog.reason, pair.dialog.losses) == (NOBODY, 0)
 
 
+def test_dialog_with_wait_shorter_than_timeout_ends_after_wait() -> None:
+    """The timeout limits an attempt; it does not make the wait longer."""
+    pair = Pair(wait_s=2, timeout_s=10)
+    now = 0.0
+    while pair.dialog.state in (State.IDLE, State.WAITING):
+        fail(pair.dialog, now)
+        now = max(now, pair.dialog.retry_at)
+    assert 0 < now <= 2
+    assert (pair.dialog.state, pair.dialog.reason) == (State.GONE, NOBODY)
+
+
 def test_dialog_with_addresses_tries_each_once() -> None:
     """No address waits for another, and none takes all the time."""
     pair = Pair(addresses=3, timeout_s=9)
@@ -111,6 +122,28 @@ def test_dialog_with_addresses_fails_with_refusal_if_there_is_one() -> None:
     fail(pair.dialog, 0.0, rejected)
     fail(pair.dialog, 0.0)
     assert (pair.dialog.state, pair.dialog.reason) == (State.GONE, rejected)
+
+
+def test_dialog_with_addresses_fails_with_errors_of_all() -> None:
+    """Each round has its own errors; those that are not alike are named too."""
+    pair = Pair(addresses=2, wait_s=30)
+    for now in (0.0, 1.0):
+        fail(pair.dialog, now, Disconnected("can't connect to a: refused"))
+        fail(pair.dialog, now, TimedOut("no connection to b within 1 s"))
+    expected = (
+        "none of the 2 addresses can be used: can't connect to a: refused; no connection to b"
+        " within 1 s"
+    )
+    assert (str(pair.dialog.reason), type(pair.dialog.reason)) == (expected, TimedOut)
+
+
+def test_dialog_with_addresses_gives_hint_of_all_errors_once() -> None:
+    """A list of many addresses stays readable."""
+    pair = Pair(addresses=2)
+    for name in "ab":
+        fail(pair.dialog, 0.0, Disconnected(f"no {name} (is it there?)"))
+    expected = "none of the 2 addresses can be used: no a; no b (is it there?)"
+    assert str(pair.dialog.reason) == expected
 
 
 def test_dialog_with_addresses_begins_with_one_that_worked_last() -> None:
@@ -182,8 +215,10 @@ def test_settings_mistake_in_addresses_is_named(given: Any, says: str) -> None:
 
 
 def test_settings_wait_is_number_of_seconds() -> None:
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="wait is a number of seconds of at least 0, not -1"):
         settle("a:1", wait=-1)
+    with pytest.raises(TypeError, match="give_up_after is a number of seconds or None, not str"):
+        settle("a:1", give_up_after="1s")
     assert settle("a:1", wait=None).wait_s == settle("a:1", wait=float("inf")).wait_s >= 1e8
 
 

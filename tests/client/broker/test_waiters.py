@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from brokerd_client.blocking.waiters import Waiters, gate
+from brokerd_client.blocking.gate import Gate
+from brokerd_client.blocking.waiters import Waiters
 
 
-class DisturbedGates(dict[threading.Lock, None]):
+class DisturbedGates(dict[Gate, None]):
     """Gates of which another one is added between ``iter`` and the first ``next``."""
 
     disturbances = 2
@@ -20,19 +21,19 @@ class DisturbedGates(dict[threading.Lock, None]):
         gates = super().__iter__()
         if self.disturbances:
             self.disturbances -= 1
-            self[gate()] = None
+            self[Gate()] = None
         return gates
 
 
 def test_waiters_gate_entered_during_wake_is_no_error() -> None:
     """A thread that comes to wait while another is woken disturbs neither."""
-    waiters, first = Waiters(), gate()
+    waiters, first = Waiters(), Gate()
     waiters._gates = DisturbedGates()
     waiters.enter(first)
 
     waiters.wake(1)
 
-    assert first.acquire(blocking=False)
+    assert first.is_open
     assert len(waiters._gates) == DisturbedGates.disturbances
 
 
@@ -42,13 +43,13 @@ def test_waiters_signal_handlers_error_during_wake_is_raised() -> None:
     def handler() -> None:
         raise RuntimeError("from a handler")
 
-    class Interrupted(dict[threading.Lock, None]):
+    class Interrupted(dict[Gate, None]):
         def __iter__(self):  # type: ignore[no-untyped-def]
             handler()
             return super().__iter__()
 
     waiters = Waiters()
-    waiters._gates = Interrupted({gate(): None})
+    waiters._gates = Interrupted({Gate(): None})
 
     with pytest.raises(RuntimeError, match="from a handler"):
         waiters.wake(1)
@@ -61,7 +62,7 @@ def test_waiters_threads_that_come_and_go_disturb_no_wake() -> None:
 
     def come_and_go() -> None:
         while time.monotonic() < ends_at:
-            own = gate()
+            own = Gate()
             waiters.enter(own)
             waiters.leave(own)
 

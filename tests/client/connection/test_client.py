@@ -22,8 +22,8 @@ from brokerd_client.connection import (
     Listener,
     MessageTooBig,
     TimedOut,
+    dialing,
 )
-from brokerd_client.connection import client as client_module
 from brokerd_client.wire.framing import frame
 
 TIMEOUT_S = 30
@@ -61,10 +61,10 @@ def test_client_silent_listener_times_out(server: socket.socket) -> None:
     TimeoutError that names it.
     """
     start = time.monotonic()
-    with pytest.raises(TimedOut, match=r"listener at .* sent nothing within 0\.05") as caught:
-        Client(server.getsockname(), authkey="k", timeout=0.05)
+    with pytest.raises(TimedOut, match=r"listener at .* sent nothing within [\d.]+ s") as caught:
+        Client(server.getsockname(), authkey="k", timeout=0.3)
     assert isinstance(caught.value, TimeoutError)
-    assert 0.05 <= time.monotonic() - start < TIMEOUT_S
+    assert 0.3 <= time.monotonic() - start < TIMEOUT_S
 
 
 def test_client_full_queue_times_out(socket_dir: Path) -> None:
@@ -90,7 +90,7 @@ def test_client_timeout_ends_with_the_handshake() -> None:
     """A connection made with a timeout has none itself."""
     with (
         Listener() as listener,
-        Client(listener.address, timeout=0.5) as dialer,
+        Client(listener.address, timeout=TIMEOUT_S) as dialer,
         listener.accept(TIMEOUT_S) as accepted,
     ):
         with socket.socket(fileno=socket.dup(dialer.fileno())) as sock:
@@ -228,7 +228,7 @@ def test_client_of_a_keyless_listener_says_that_no_challenge_came(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By default too, after a time; what is likely wrong is in the error."""
-    monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dialing, "CHALLENGE_TIMEOUT_S", 0.1)
     with Listener() as listener:
         for timeout in (None, 0.2):
             with pytest.raises(
@@ -243,7 +243,7 @@ def test_client_without_timeout_waits_for_the_rest_of_a_handshake(
     """The limit is for the challenge: what comes after it may take its time; and
     infinity has no limit.
     """
-    monkeypatch.setattr(client_module, "CHALLENGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dialing, "CHALLENGE_TIMEOUT_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def slowly(delay_s: float) -> None:

@@ -221,6 +221,7 @@ def test_socket_file_of_another_listener_is_not_removed(socket_dir: Path) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_listener_closed_in_a_fork_goes_on_in_the_parent(socket_dir: Path) -> None:
     """A forked child that closes its copy leaves the parent's listener, and the file,
     as they were.
@@ -234,6 +235,7 @@ def test_listener_closed_in_a_fork_goes_on_in_the_parent(socket_dir: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_listener_in_a_fork_accepts() -> None:
     """Processes forked after listening accept too, and the parent's half-finished
     handshakes are not theirs.

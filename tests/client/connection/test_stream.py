@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
@@ -436,14 +437,14 @@ def test_recv_in_many_threads_receives_every_message(
     assert sorted(received) == sorted(sent)
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer signals")
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no signals")
 def test_send_interrupted_message_is_not_continued_by_another(
     pair: tuple[Connection, Connection],
 ) -> None:
     """After an exception in the middle of a large message no other can be sent: the
     peer would take it for the rest.
     """
-    one, _ = pair
+    one, other = pair
 
     class Interrupted(Exception):
         pass
@@ -451,12 +452,19 @@ def test_send_interrupted_message_is_not_continued_by_another(
     def interrupt(*_: Any) -> None:
         raise Interrupted
 
+    def signal_when_begun() -> None:
+        select.select([other.fileno()], [], [], TIMEOUT_S)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
     previous = signal.signal(signal.SIGALRM, interrupt)
+    body = bytes(50_000_000)
+    signaller = threading.Thread(target=signal_when_begun)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signaller.start()
         with pytest.raises(Interrupted):
-            one.send_bytes(bytes(50_000_000))
+            one.send_bytes(body)
     finally:
+        signaller.join(TIMEOUT_S)
         signal.signal(signal.SIGALRM, previous)
     assert not one.writable
     with pytest.raises(OSError, match="can't send"):
@@ -464,6 +472,7 @@ def test_send_interrupted_message_is_not_continued_by_another(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_connection_in_a_fork_can_send(pair: tuple[Connection, Connection]) -> None:
     """A child forked while another thread of the parent was sending can send: it has no
     lock of that thread's.
@@ -490,6 +499,7 @@ def test_connection_plain_pickle_is_refused(pair: tuple[Connection, Connection])
         pickle.dumps(pair[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods())
 def test_connection_is_handed_to_a_child(start_method: str) -> None:
     """A child process of every kind can use a connection given to it. When the child

@@ -1,0 +1,75 @@
+"""Calls of methods over requests: a proxy of another client's service, and its handler.
+
+A part of the asyncio face; the rules of calls are in :mod:`brokerd_client._common.rpc`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from brokerd_client._common.rpc import Interface, Service, call_failure, call_payload
+from brokerd_client.aio.subscriptions import Message
+from brokerd_client.errors import NoSuchMethod, RequestFailed, WrongArguments
+from brokerd_client.wire.envelope import check_address
+
+if TYPE_CHECKING:
+    from brokerd_client.aio.client import Client
+
+__all__ = ["Proxy", "serve"]
+
+
+class Proxy:
+    """A stand-in for another client's service: its methods are called over the broker.
+
+    A call sends a request and returns the result, or raises the exception of the method.
+    docs/rpc.md describes the rest.
+    """
+
+    def __init__(
+        self, client: Client, to: str, interface: Interface, timeout: float | None
+    ) -> None:
+        self._client = client
+        self._to = check_address(to)
+        self._interface = interface
+        self._timeout = timeout
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r} is not public, so no service serves it")
+        self._interface.check(name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            payload, extension = call_payload(name, args, kwargs)
+            try:
+                reply = await self._client.request(
+                    self._to, payload, timeout=self._timeout, extension=extension
+                )
+            except RequestFailed as failed:
+                error = self._interface.error(failed)
+                if error is failed:
+                    raise
+                raise error from failed
+            return reply.payload
+
+        return call
+
+    def __repr__(self) -> str:
+        return f"<Proxy of {self._to!r}>"
+
+
+async def serve(service: Service, request: Message) -> object:
+    """Call the method that a request names; return its result."""
+    try:
+        method, args, kwargs = service.find(request)
+    except (NoSuchMethod, WrongArguments) as error:
+        await request.fail(str(error), error.code)
+        return None
+    with service.serving(request):
+        try:
+            result = method(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+        except service.raises as error:
+            await request.fail(*call_failure(error))
+            return None
