@@ -5,6 +5,7 @@ docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import json
 import statistics
@@ -17,9 +18,18 @@ from pathlib import Path
 
 from benchmarks.goals import GOALS
 from benchmarks.machinery import HERE, busy_share, raise_descriptor_limit
-from benchmarks.page import Run, number, write_page
+from benchmarks.page import Run, bound, number, reached, write_page
 from benchmarks.systems import SYSTEMS
-from benchmarks.workloads import WORKLOADS, Entrant, Result, Spoilt, Stage, Timing, Workload
+from benchmarks.workloads import (
+    CHAPTERS,
+    WORKLOADS,
+    Entrant,
+    Result,
+    Spoilt,
+    Stage,
+    Timing,
+    Workload,
+)
 
 FULL = Timing(warm_s=0.25, seconds=0.8)
 QUICK = Timing(warm_s=0.1, seconds=0.2)
@@ -34,6 +44,9 @@ TROUBLE = (Spoilt, OSError, EOFError, RuntimeError, subprocess.SubprocessError)
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     raise_descriptor_limit()
+    # An installed broker has its bytecode; a checkout may not, if the environment forbids it.
+    for sources in ("brokerd", "client/brokerd_client"):
+        compileall.compile_dir(HERE.parent / sources, quiet=1)
     timing = Timing(options.warm, options.seconds, window_mib=options.window)
     versions = {name: system.find() for name, system in SYSTEMS.items()}
     run = Run(timing, options.rounds, versions)
@@ -59,7 +72,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="few and short rounds, in a minute or two"
     )
-    parser.add_argument("--only", metavar="WORKLOAD,...", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument(
+        "--only",
+        metavar="WORKLOAD,...",
+        help=f"of {', '.join(WORKLOADS)}; or all of {', '.join(CHAPTERS)}",
+    )
     parser.add_argument("--systems", metavar="SYSTEM,...", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, help="how often each is measured")
     parser.add_argument("--seconds", type=float, help="how long a measurement takes")
@@ -89,6 +106,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, choices in (("only", WORKLOADS), ("systems", SYSTEMS)):
         value = getattr(options, name)
         chosen = value.split(",") if value else list(choices)
+        if name == "only":
+            chosen = [key for word in chosen for key in _keys(word)]
         if unknown := [choice for choice in chosen if choice not in choices]:
             parser.error(
                 f"--{name}: there is no {', '.join(unknown)}; there are {', '.join(choices)}"
@@ -99,6 +118,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.seconds = options.seconds or timing.seconds
     options.warm = timing.warm_s
     return options
+
+
+def _keys(word: str) -> list[str]:
+    """Return the workloads of a chapter, or the word itself."""
+    return [workload.key for workload in CHAPTERS[word]] if word in CHAPTERS else [word]
 
 
 def _print_missing(versions: dict[str, str | None], systems: Collection[str]) -> None:
@@ -144,22 +168,27 @@ def _measure(run: Run, workload: Workload, systems: Collection[str], directory: 
                     run.spoilt.append(line.splitlines()[0])
                     print(f"  does not count: {line}", flush=True)
                     stages.drop(entrant)
-    ours: float | None = None
+    _print_medians(run, workload, [entrant for entrant in entrants if results[entrant.name]])
+
+
+def _print_medians(run: Run, workload: Workload, entrants: Sequence[Entrant]) -> None:
+    """Print a line for each entrant: its figures, and the ratio of the first to it."""
+    first: dict[str, float] = {}
     for entrant in entrants:
-        if values := [result.value for result in results[entrant.name]]:
-            middle = statistics.median(values)
-            ours = middle if ours is None else ours
-            spread = f"{number(min(values))} to {number(max(values))}"
-            seen = {
-                name: run.median(workload.key, entrant.name, name)
-                for name in results[entrant.name][0].more
-            }
-            more = "  ".join(f"{name} {value:.3g}" for name, value in seen.items())
-            print(
-                f"  {entrant.title:32} {number(middle):>12}  ({spread})  {ours / middle:7.3g} x  "
-                f" {more}",
-                flush=True,
-            )
+        results = run.results[workload.key][entrant.name]
+        values = [result.value for result in results]
+        seen = {name: run.median(workload.key, entrant.name, name) or 0 for name in results[0].more}
+        seen["value"] = statistics.median(values)
+        first = first or seen
+        spread = f"{number(min(values))} to {number(max(values))}"
+        line = f"  {entrant.title:32} {number(seen['value']):>12}  ({spread})"
+        line += f"  {first['value'] / seen['value']:7.3g} x  "
+        # Programs beside this one change the ratio of processor times the least.
+        for cost in ("server_ns", "all_us"):
+            if seen.get(cost):
+                line += f" at {first[cost] / seen[cost]:.3g} x the processor time;"
+        more = "  ".join(f"{name} {value:.3g}" for name, value in seen.items() if name != "value")
+        print(f"{line} {more}", flush=True)
 
 
 class Stages:
@@ -180,7 +209,7 @@ class Stages:
         if stage is None:
             self._count += 1
             directory = self._directory / f"{self._workload.key}-{self._count}"
-            stage = Stage(entrant, self._workload.names(entrant, self._timing), directory)
+            stage = Stage(entrant, self._workload.setup(entrant, self._timing, directory))
             self._stages[entrant.name] = stage
             self._workload.prepare(stage, self._timing)
         result = self._workload.measure(stage, self._timing)
@@ -206,10 +235,9 @@ def _print_goals(run: Run, measured: Collection[str]) -> None:
     for result in run.goal_results():
         goal = result.goal
         if goal.workload in measured:
-            bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} x"
-            ratio = "" if result.ratio is None else f"{number(result.ratio)} x"
             against = f"{goal.work}, against {goal.against}"
-            print(f"  {against:92} {bound:16} {ratio:>9}  {result.word.replace('*', '')}")
+            word = result.word.replace("*", "")
+            print(f"  {against:92} {bound(goal):18} {reached(result):>10}  {word}")
     passed = sum(result.passed for result in run.goal_results() if result.goal.workload in measured)
     print(f"  {passed} of {sum(goal.workload in measured for goal in GOALS)} reached")
 

@@ -7,7 +7,10 @@
  *   load pump WARM SECONDS WINDOW STRAY MEMBER...
  *       MEMBER is s:FD:FILE:DELIVERED   writes FILE's bytes again and again; one writing makes DELIVERED bytes arrive
  *              or r:FD:SENDER:SHARE     gets SHARE bytes of each writing of that sender (-1: of every sender)
+ *              or p:FD:-1:0             gets some of the bytes; all these together get everything that arrives
+ *       It measures when WARM seconds are over and as much has arrived as all files hold, so that caches are filled.
  *       WINDOW: the most bytes that may be under way, fewer where the system is slow: a quarter of a second's.
+ *       0: no limit, the senders never pause.
  *       STRAY: size of something a server may add unasked (a ping), 0 if nothing.
  *   load pingpong WARM SECONDS STRAY FD_A FILE_A SIZE_A FD_B FILE_B SIZE_B
  *       A writes FILE_A, B gets SIZE_B bytes and writes FILE_B, A gets SIZE_A bytes: one round trip.
@@ -18,26 +21,16 @@
  * The answer is one JSON object on standard output. Everything it waits for has a bound. With LOAD_SERVER=PID in
  * the environment, the processor time of that process is in the answer, for the time that was measured.
  */
-#define _GNU_SOURCE
+#include "common.h"
 #include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
-#include <sys/prctl.h>
 #include <sys/random.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
 
 #ifndef IP_BIND_ADDRESS_NO_PORT
 #define IP_BIND_ADDRESS_NO_PORT 24
@@ -46,64 +39,8 @@
 #define READ_SIZE (1 << 20)
 #define LEAST_WINDOW (1 << 19)
 #define WINDOW_S 0.25
+#define MOST_WARM_S 10.0 /* seconds that the first writing may take, before anything is measured */
 #define DRAIN_S 20.0 /* seconds that messages under way may take to arrive at the end */
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static void nap(double seconds)
-{
-    struct timespec t = {(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9)};
-    nanosleep(&t, NULL);
-}
-
-static double cpu_time(void)
-{
-    struct rusage u;
-    getrusage(RUSAGE_SELF, &u);
-    return u.ru_utime.tv_sec + u.ru_utime.tv_usec / 1e6 + u.ru_stime.tv_sec + u.ru_stime.tv_usec / 1e6;
-}
-
-static double server_time(void)
-{
-    const char *pid = getenv("LOAD_SERVER");
-    struct timespec t = {0};
-    clockid_t clock;
-    if (pid && !clock_getcpuclockid(atoi(pid), &clock))
-        clock_gettime(clock, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static char *contents(const char *path, size_t *size)
-{
-    FILE *f = fopen(path, "rb");
-    if (!f || fseek(f, 0, SEEK_END))
-        fail(path);
-    *size = ftell(f);
-    rewind(f);
-    char *data = malloc(*size + 1);
-    if (!data || fread(data, 1, *size, f) != *size)
-        fail(path);
-    fclose(f);
-    return data;
-}
-
-static void set_blocking(int fd, int blocking)
-{
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, blocking ? flags & ~O_NONBLOCK : flags | O_NONBLOCK))
-        fail("fcntl");
-}
 
 static int is_tcp(int fd)
 {
@@ -123,7 +60,7 @@ struct sender {
 };
 
 struct receiver {
-    int fd, sender, discard;
+    int fd, sender, discard, in_pool;
     uint64_t share;
     atomic_ullong bytes;
 };
@@ -224,6 +161,13 @@ static int complete(void)
 {
     for (int i = 0; i < receiver_count; i++) {
         uint64_t want = 0, have = receivers[i].bytes;
+        if (receivers[i].in_pool) {
+            if (arrived < expected)
+                return 0;
+            if (arrived > expected && (!stray || (arrived - expected) % stray))
+                return -1;
+            continue;
+        }
         for (int s = 0; s < sender_count; s++)
             if (receivers[i].sender < 0 || receivers[i].sender == s)
                 want += senders[s].writings * receivers[i].share;
@@ -235,10 +179,21 @@ static int complete(void)
     return 1;
 }
 
+/* Whether as much has arrived as one writing of every sender makes. */
+static int all_arrived_once(void)
+{
+    uint64_t once = 0;
+    for (int i = 0; i < sender_count; i++)
+        once += senders[i].delivered;
+    return arrived >= once || trouble;
+}
+
 static void pump(int argc, char **argv)
 {
     double warm = atof(argv[0]), seconds = atof(argv[1]);
     most = strtoull(argv[2], NULL, 10);
+    if (!most)
+        most = window = INT64_MAX;
     stray = strtoull(argv[3], NULL, 10);
     senders = calloc(argc, sizeof *senders);
     receivers = calloc(argc, sizeof *receivers);
@@ -258,6 +213,7 @@ static void pump(int argc, char **argv)
             r->fd = fd;
             r->sender = atoi(third);
             r->share = fourth;
+            r->in_pool = argv[i][0] == 'p';
             r->discard = is_tcp(fd);
         }
     }
@@ -265,9 +221,9 @@ static void pump(int argc, char **argv)
     if (pthread_create(&receiving, NULL, receive_all, NULL) || pthread_create(&sending, NULL, send_all, NULL))
         fail("pthread_create");
     double begin = now();
-    for (double t; (t = now() - begin) < warm; nap(0.005)) {
+    for (double t; (t = now() - begin) < warm || (t < MOST_WARM_S && !all_arrived_once()); nap(0.005)) {
         uint64_t few = arrived / (t + 1e-6) * WINDOW_S;
-        window = few > most ? most : few < LEAST_WINDOW ? LEAST_WINDOW : few;
+        window = most == INT64_MAX || few > most ? most : few < LEAST_WINDOW ? LEAST_WINDOW : few;
     }
     double t0 = now(), cpu0 = cpu_time(), server0 = server_time();
     uint64_t a0 = arrived;
@@ -283,14 +239,17 @@ static void pump(int argc, char **argv)
     over = 1;
     pthread_join(sending, NULL);
     pthread_join(receiving, NULL);
+    uint64_t least = UINT64_MAX;
+    for (int i = 0; i < receiver_count; i++)
+        least = receivers[i].bytes < least ? receivers[i].bytes : least;
     if (!trouble && a1 - a0 <= stray * receiver_count)
         trouble = "nothing arrived";
     if (!trouble && whole != 1)
         trouble = whole ? "more arrived than was sent" : "not everything that was sent has arrived";
-    printf("{\"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"arrived\": %llu, \"answers\": %llu, \"cpu\": %.4f, "
-           "\"server_cpu\": %.4f, \"trouble\": \"%s\"}\n",
+    printf("{\"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"arrived\": %llu, \"least\": %llu, \"answers\": %llu, "
+           "\"cpu\": %.4f, \"server_cpu\": %.4f, \"trouble\": \"%s\"}\n",
            t1 - t0, (unsigned long long)(a1 - a0), (unsigned long long)expected, (unsigned long long)arrived,
-           (unsigned long long)answers, cpu1 - cpu0, server1 - server0, trouble ? trouble : "");
+           (unsigned long long)least, (unsigned long long)answers, cpu1 - cpu0, server1 - server0, trouble ? trouble : "");
 }
 
 /* pingpong --------------------------------------------------------------------------------------------------- */
@@ -655,8 +614,7 @@ static void churn(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    prctl(PR_SET_TIMERSLACK, 1000);
-    prctl(PR_SET_PDEATHSIG, 9);
+    behave();
     if (argc > 6 && !strcmp(argv[1], "pump"))
         pump(argc - 2, argv + 2);
     else if (argc == 11 && !strcmp(argv[1], "pingpong"))

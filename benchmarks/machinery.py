@@ -117,6 +117,8 @@ class Process:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.log = log
+        #: When it began, as time.monotonic() counts.
+        self.began = time.monotonic()
         self._output: IO[bytes] = log.open("wb")
         try:
             self._popen = subprocess.Popen(

@@ -6,8 +6,6 @@ The page has no path and no name of the machine on it, and every figure has its 
 from __future__ import annotations
 
 import datetime as dt
-import html
-import math
 import os
 import platform
 import statistics
@@ -16,13 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
+from typing import Final
 
-from benchmarks.goals import GOALS, REMARKS, GoalResult
+from benchmarks.goals import GOALS, REMARKS, Goal, GoalResult
 from benchmarks.machinery import HERE
+from benchmarks.pictures import number, picture
 from benchmarks.systems import SYSTEMS
-from benchmarks.workloads import WORKLOADS, Entrant, Result, Timing, Workload
+from benchmarks.workloads import CHAPTERS, WORKLOADS, Entrant, Result, Timing, Workload
 
-__all__ = ["Run", "number", "write_page"]
+__all__ = ["Run", "bound", "number", "reached", "write_page"]
 
 
 @dataclass
@@ -57,8 +57,7 @@ class Run:
 
     def goal_results(self) -> list[GoalResult]:
         """Return the result of each goal."""
-        values = self.values()
-        return [goal.evaluate(values) for goal in GOALS]
+        return [goal.evaluate(self.median) for goal in GOALS]
 
     def median(self, workload: str, entrant: str, of: str = "") -> float | None:
         """Return the median of an entrant's values, or of something else that was seen;
@@ -73,14 +72,23 @@ class Run:
         return statistics.median(values) if values else None
 
 
-def number(value: float) -> str:
-    """Return a number with three significant digits, for people."""
-    if value == 0:
-        return "0"
-    if abs(value) < 100:
-        return f"{value:.3g}"
-    digits = len(str(int(abs(value))))
-    return f"{round(value, 3 - digits):,.0f}"
+CHAPTER_TITLES: Final = {
+    "applications": "What applications send",
+    "bulk": "Bulk",
+    "mailboxes": "Messages that are stored on disk",
+    "connections": "Connections",
+    "growth": "Growth and stalls",
+}
+
+
+def bound(goal: Goal) -> str:
+    """Return the bound of a goal, for people."""
+    return f"{'at least' if goal.at_least else 'at most'} {number(goal.bound)} {goal.unit}"
+
+
+def reached(result: GoalResult) -> str:
+    """Return the ratio of a goal, for people."""
+    return "" if result.ratio is None else f"{number(result.ratio)} {result.goal.unit}"
 
 
 def write_page(run: Run, docs: Path) -> Path:
@@ -88,7 +96,7 @@ def write_page(run: Run, docs: Path) -> Path:
     pictures = docs / "performance"
     pictures.mkdir(exist_ok=True)
     for key in run.results:
-        if drawn := _picture(WORKLOADS[key], run.results[key]):
+        if drawn := picture(WORKLOADS[key], run.results[key]):
             (pictures / f"{key}.svg").write_text(drawn)
     page = docs / "performance.md"
     page.write_text("\n".join(_page(run)) + "\n")
@@ -110,9 +118,8 @@ def _page(run: Run) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for result in run.goal_results():
         goal = result.goal
-        bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} x"
-        ratio = "" if result.ratio is None else f"{number(result.ratio)} x"
-        yield f"| {goal.work} | {goal.against} | {bound} | {ratio} | {result.word} |"
+        cells = (goal.work, goal.against, bound(goal), reached(result), result.word)
+        yield f"| {' | '.join(cells)} |"
     yield ""
     remarks = [
         (result.goal, remark)
@@ -129,10 +136,12 @@ def _page(run: Run) -> Iterator[str]:
         yield ""
     yield from _how(run)
     yield from _generator(run)
-    yield "## Every workload"
-    yield ""
-    for key, results in run.results.items():
-        yield from _workload(run, WORKLOADS[key], results)
+    for chapter, workloads in CHAPTERS.items():
+        yield f"## {CHAPTER_TITLES[chapter]}"
+        yield ""
+        for workload in workloads:
+            if results := run.results.get(workload.key):
+                yield from _workload(run, workload, results)
     if run.spoilt:
         yield "## Measurements that did not count"
         yield ""
@@ -219,11 +228,57 @@ def _workload(
     rounds = max(map(len, results.values()), default=0)
     yield f"### {workload.title[0].upper()}{workload.title[1:]}"
     yield ""
-    yield (
-        f"{workload.unit}, {best} is better: the median of {rounds} rounds, the least and the most."
-    )
-    yield ""
     entrants = [entrant for entrant in workload.entrants if results.get(entrant.name)]
+    grows = any(entrant.size for entrant in entrants)
+    spread = "; the picture shows the least and the most" if grows else ", the least and the most"
+    yield f"{workload.unit}, {best} is better: the median of {rounds} rounds{spread}."
+    yield ""
+    if grows:
+        yield from _growth_table(run, workload, entrants)
+    else:
+        yield from _table(run, workload, results, entrants)
+    missing = [
+        SYSTEMS[entrant.system].title
+        for entrant in workload.entrants
+        if run.versions.get(entrant.system) is None
+    ]
+    if missing:
+        yield ""
+        yield f"Not installed: {', '.join(dict.fromkeys(missing))}."
+    yield ""
+    if entrants:
+        yield f"![{workload.title}](performance/{workload.key}.svg)"
+        yield ""
+
+
+def _growth_table(run: Run, workload: Workload, entrants: Sequence[Entrant]) -> Iterator[str]:
+    """Yield a row for each size, with a column for each system."""
+    systems = list(dict.fromkeys(entrant.system for entrant in entrants))
+    columns = [("", workload.unit), *workload.also]
+    titles = [f"{SYSTEMS[system].title}, {title}" for _, title in columns for system in systems]
+    ratio = len(systems) > 1
+    what = entrants[0].variant.partition(" ")[2]
+    yield f"| {' | '.join([what, *titles, *(['ratio'] if ratio else [])])} |"
+    yield "|---" * (1 + len(titles) + ratio) + "|"
+    for variant in dict.fromkeys(entrant.variant for entrant in entrants):
+        of = {
+            name: [run.median(workload.key, f"{system}/{variant}", name) for system in systems]
+            for name, _ in columns
+        }
+        cells = ["" if value is None else number(value) for each in of.values() for value in each]
+        ours, *peers = of[""]
+        if ratio:
+            cells.append(f"{number(ours / peers[0])} x" if ours and peers[0] else "")
+        yield f"| {' | '.join([variant.partition(' ')[0], *cells])} |"
+
+
+def _table(
+    run: Run,
+    workload: Workload,
+    results: Mapping[str, Sequence[Result]],
+    entrants: Sequence[Entrant],
+) -> Iterator[str]:
+    """Yield a row for each entrant."""
     reference = _reference(workload, results)
     busy = any(
         "server_busy" in result.more for entrant in entrants for result in results[entrant.name]
@@ -239,11 +294,13 @@ def _workload(
             ("| server's use of a core ", busy),
             ("| server's ns for each ", per_message),
             ("| p99 ", p99),
+            *((f"| {title} ", True) for _, title in workload.also),
         )
         if shown
     )
     yield f"| system | {workload.unit} | spread {against}{extra}|"
-    yield "|---|---|---|" + "---|" * ((reference is not None) + busy + per_message + p99)
+    columns = (reference is not None) + busy + per_message + p99 + len(workload.also)
+    yield "|---|---|---|" + "---|" * columns
     for entrant in entrants:
         values = [result.value for result in results[entrant.name]]
         middle = statistics.median(values)
@@ -262,19 +319,10 @@ def _workload(
         if p99:
             late = run.median(workload.key, entrant.name, "p99")
             cells.append("" if late is None else number(late))
+        for name, _ in workload.also:
+            figure = run.median(workload.key, entrant.name, name)
+            cells.append("" if figure is None else number(figure))
         yield f"| {' | '.join(cells)} |"
-    missing = [
-        SYSTEMS[entrant.system].title
-        for entrant in workload.entrants
-        if run.versions.get(entrant.system) is None
-    ]
-    if missing:
-        yield ""
-        yield f"Not installed: {', '.join(dict.fromkeys(missing))}."
-    yield ""
-    if entrants:
-        yield f"![{workload.title}](performance/{workload.key}.svg)"
-        yield ""
 
 
 def _reference(workload: Workload, results: Mapping[str, Sequence[Result]]) -> Entrant | None:
@@ -282,71 +330,3 @@ def _reference(workload: Workload, results: Mapping[str, Sequence[Result]]) -> E
     goals.
     """
     return next((entrant for entrant in workload.entrants if results.get(entrant.name)), None)
-
-
-# Pictures: a dot for the median on a logarithmic scale, a line from the least to the
-# most.
-
-_SVG = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="13"'
-_WIDTH, _LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 760, 230, 90, 26, 42, 40
-
-
-def _picture(workload: Workload, results: Mapping[str, Sequence[Result]]) -> str:
-    rows = [
-        (entrant, sorted(max(result.value, 1e-3) for result in results[entrant.name]))
-        for entrant in workload.entrants
-        if results.get(entrant.name)
-    ]
-    if not rows:
-        return ""
-    low = math.floor(math.log10(min(values[0] for _, values in rows)))
-    high = max(math.ceil(math.log10(max(values[-1] for _, values in rows))), low + 1)
-    height = _TOP + _ROW * len(rows) + _BOTTOM
-
-    def x(value: float) -> float:
-        return _LEFT + (math.log10(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def text(at: float, down: float, words: str, anchor: str, more: str = "") -> str:
-        return (
-            f'<text x="{at:.1f}" y="{down:.1f}"'
-            f' text-anchor="{anchor}"{more}>{html.escape(words)}</text>'
-        )
-
-    best = "more is better" if workload.higher else "less is better"
-    floor = _TOP + _ROW * len(rows)
-    parts = [
-        f'<svg {_SVG} viewBox="0 0 {_WIDTH} {height}">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        text(16, 24, workload.title, "start", ' font-size="15" font-weight="bold"'),
-    ]
-    for power in range(low, high + 1):
-        at = x(10.0**power)
-        parts.append(
-            f'<line x1="{at:.1f}" y1="{_TOP - 6}" x2="{at:.1f}" y2="{floor}" stroke="#d8d8d8"/>'
-        )
-        parts.append(
-            text(at, floor + 16, f"{10.0**power:,.16g}", "middle", ' fill="#606060" font-size="11"')
-        )
-    parts.append(
-        text(
-            _WIDTH - _RIGHT,
-            floor + 32,
-            f"{workload.unit}, {best}",
-            "end",
-            ' fill="#606060" font-size="11"',
-        )
-    )
-    for index, (entrant, values) in enumerate(rows):
-        down = _TOP + _ROW * index + _ROW / 2
-        middle = statistics.median(values)
-        colour = "#c2410c" if entrant.system.startswith("brokerd") else "#334155"
-        parts.append(text(_LEFT - 12, down + 4, entrant.title, "end", f' fill="{colour}"'))
-        parts.append(
-            f'<line x1="{x(values[0]):.1f}" y1="{down}" x2="{x(values[-1]):.1f}" y2="{down}"'
-            f' stroke="{colour}" stroke-width="2"/>'
-        )
-        parts.append(f'<circle cx="{x(middle):.1f}" cy="{down}" r="5" fill="{colour}"/>')
-        parts.append(
-            text(_WIDTH - _RIGHT + 10, down + 4, number(middle), "start", f' fill="{colour}"')
-        )
-    return "\n".join([*parts, "</svg>"]) + "\n"

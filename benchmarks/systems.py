@@ -16,19 +16,42 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from benchmarks import dialects
+from benchmarks import dialects, stored
 from benchmarks.dialects import Dialect, key_of
 from benchmarks.machinery import HERE, Process, compiled, compiler, free_port, wait_for
 
-__all__ = ["SYSTEMS", "Running", "System"]
+__all__ = ["STORED", "SYSTEMS", "Running", "Setup", "System"]
 
 _READY_S: Final = 60.0
 _ANSWER_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The input of a start.
+
+    Attributes:
+        names: The clients that are configured.
+        directory: A path for its files that does not exist yet.
+        pools: How many connections may share a name, where that is more than one.
+        md5: Whether a Python before 3.12 may connect without the library.
+        limits: brokerd's limits that are not the default, in YAML.
+        log: brokerd's log level.
+        max_message: The longest message, in bytes, where that is not the default.
+    """
+
+    names: Sequence[str]
+    directory: Path
+    pools: Mapping[str, int] = field(default_factory=dict)
+    md5: bool = False
+    limits: Mapping[str, str | int] = field(default_factory=dict)
+    log: str = "info"
+    max_message: int = 0
 
 
 @dataclass
@@ -88,21 +111,21 @@ class System:
     Attributes:
         name: For the command line.
         title: For people.
-        start: Takes client names and an empty directory.
+        start: Starts it; the directory exists.
         find: Returns its version, or None where it is not installed.
         install: How to get it.
     """
 
     name: str
     title: str
-    start: Callable[[Sequence[str], Path], Running]
+    start: Callable[[Setup], Running]
     find: Callable[[], str | None]
     install: str
 
-    def started(self, names: Sequence[str], directory: Path) -> Running:
-        """Start it with these clients and return when it accepts connections."""
-        directory.mkdir(mode=0o700)
-        running = self.start(names, directory)
+    def started(self, setup: Setup) -> Running:
+        """Start it and return when it accepts connections."""
+        setup.directory.mkdir(mode=0o700)
+        running = self.start(setup)
         try:
             running.await_ready()
         except BaseException:
@@ -137,22 +160,31 @@ def _version(command: Sequence[str], pattern: str) -> str | None:
 # brokerd
 
 
-def _start_brokerd(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
-    port, path = (0, str(directory / "s")) if unix else (free_port(), "")
-    clients = "".join(f"  {name}: {{key: {key_of(name)}}}\n" for name in names)
-    config = _private(
-        directory / "brokerd.yaml", f"listen: [{path or f'127.0.0.1:{port}'}]\nclients:\n{clients}"
+def _start_brokerd(setup: Setup, *, unix: bool) -> Running:
+    port, path = (0, str(setup.directory / "s")) if unix else (free_port(), "")
+    clients = "".join(
+        f"  {name}: {{key: {key_of(name)}, connections: {setup.pools.get(name, 1)},"
+        f" allow_md5: {str(setup.md5).lower()}}}\n"
+        for name in setup.names
     )
-    command = [sys.executable, "-m", "brokerd.cli.main", "--config", str(config)]
-    return Running(Process(command, directory / "log"), dialects.Brokerd(), port, path)
+    limits = dict(setup.limits)
+    if setup.max_message:
+        limits["max_message"] = setup.max_message
+    config = _private(
+        setup.directory / "brokerd.yaml",
+        f"listen: [{path or f'127.0.0.1:{port}'}]\nlimits: {json.dumps(limits)}\n"
+        f"log: {{level: {setup.log}}}\nclients:\n{clients}",
+    )
+    command = [sys.executable, "-m", "brokerd", "--config", str(config)]
+    return Running(Process(command, setup.directory / "log"), dialects.Brokerd(), port, path)
 
 
-def _start_brokerd_tcp(names: Sequence[str], directory: Path) -> Running:
-    return _start_brokerd(names, directory, unix=False)
+def _start_brokerd_tcp(setup: Setup) -> Running:
+    return _start_brokerd(setup, unix=False)
 
 
-def _start_brokerd_unix(names: Sequence[str], directory: Path) -> Running:
-    return _start_brokerd(names, directory, unix=True)
+def _start_brokerd_unix(setup: Setup) -> Running:
+    return _start_brokerd(setup, unix=True)
 
 
 def _find_brokerd() -> str | None:
@@ -166,50 +198,109 @@ def _find_brokerd() -> str | None:
     return f"{brokerd.__version__}, routing={routing.NAME}, {loop}, Python {python}"
 
 
+def _start_mailbox(setup: Setup) -> Running:
+    """Start a broker with a mailbox for the client of that name."""
+    port = free_port()
+    clients = "".join(
+        f"  {name}: {{key: {key_of(name)}"
+        + (", mailbox: {size: 100GiB, messages: 1000000000}" if name == stored.BOX else "")
+        + "}\n"
+        for name in setup.names
+    )
+    config = _private(
+        setup.directory / "brokerd.yaml",
+        f"listen: ['127.0.0.1:{port}']\nstore: {{path: {setup.directory}/store, min_free: 1MiB}}\n"
+        f"clients:\n{clients}",
+    )
+    command = [sys.executable, "-m", "brokerd", "--config", str(config)]
+    return Running(Process(command, setup.directory / "log"), dialects.Brokerd(), port)
+
+
+def _find_mailbox() -> str | None:
+    from brokerd.config import values
+
+    return _find_brokerd() if hasattr(values, "StoreConfig") else None
+
+
 # nats-server
 
 
-def _start_nats(names: Sequence[str], directory: Path) -> Running:
+def _start_nats(setup: Setup) -> Running:
     port = free_port()
     # JSON is a form of its configuration language.
-    users = [{"user": name, "password": key_of(name)} for name in names]
-    config = _private(
-        directory / "nats.conf",
-        json.dumps({"listen": f"127.0.0.1:{port}", "authorization": {"users": users}}, indent=1),
-    )
+    users = [{"user": name, "password": key_of(name)} for name in setup.names]
+    options: dict[str, object] = {
+        "listen": f"127.0.0.1:{port}",
+        "authorization": {"users": users},
+    }
+    if setup.max_message:
+        # It holds twice the longest message for a receiver, at least as much as usual.
+        options["max_payload"] = setup.max_message
+        options["max_pending"] = max(2 * setup.max_message, 64 * 1024 * 1024)
+    config = _private(setup.directory / "nats.conf", json.dumps(options, indent=1))
     command = [str(program("nats-server")), "--config", str(config)]
-    return Running(Process(command, directory / "log"), dialects.Nats(), port)
+    return Running(Process(command, setup.directory / "log"), dialects.Nats(), port)
+
+
+def _start_jetstream(setup: Setup, *, synced: bool) -> Running:
+    port = free_port()
+    users = [{"user": name, "password": key_of(name)} for name in setup.names]
+    store: dict[str, object] = {"store_dir": str(setup.directory / "store")}
+    if synced:
+        store["sync_interval"] = "always"
+    options = {
+        "listen": f"127.0.0.1:{port}",
+        "accounts": {"A": {"users": users, "jetstream": "enabled"}},
+        "jetstream": store,
+    }
+    config = _private(setup.directory / "nats.conf", json.dumps(options, indent=1))
+    command = [str(program("nats-server")), "--config", str(config)]
+    return Running(Process(command, setup.directory / "log"), dialects.Nats(), port)
 
 
 # Redis
 
 
-def _start_redis(names: Sequence[str], directory: Path) -> Running:
+def _start_redis(setup: Setup) -> Running:
     port = free_port()
-    users = "".join(f"user {name} on >{key_of(name)} ~* &* +@all\n" for name in names)
+    users = "".join(f"user {name} on >{key_of(name)} ~* &* +@all\n" for name in setup.names)
     config = _private(
-        directory / "redis.conf",
+        setup.directory / "redis.conf",
         # A receiver is never cut off for what waits for it, as it is never for brokerd.
-        f"bind 127.0.0.1\nport {port}\nsave ''\nappendonly no\ndir {directory}\nmaxclients 10000\n"
+        f"bind 127.0.0.1\nport {port}\nsave ''\nappendonly no\n"
+        f"dir {setup.directory}\nmaxclients 10000\n"
         f"client-output-buffer-limit pubsub 0 0 0\n{users}user default off\n",
     )
     command = [str(program("redis-server")), str(config)]
-    return Running(Process(command, directory / "log"), dialects.Redis(), port)
+    return Running(Process(command, setup.directory / "log"), dialects.Redis(), port)
+
+
+def _start_redis_synced(setup: Setup) -> Running:
+    port = free_port()
+    users = "".join(f"user {name} on >{key_of(name)} ~* &* +@all\n" for name in setup.names)
+    config = _private(
+        setup.directory / "redis.conf",
+        f"bind 127.0.0.1\nport {port}\nsave ''\nappendonly yes\nappendfsync always\n"
+        f"dir {setup.directory}\nmaxclients 10000\n"
+        f"client-output-buffer-limit pubsub 0 0 0\n{users}user default off\n",
+    )
+    command = [str(program("redis-server")), str(config)]
+    return Running(Process(command, setup.directory / "log"), dialects.Redis(), port)
 
 
 # Mosquitto
 
 
-def _start_mosquitto(names: Sequence[str], directory: Path) -> Running:
+def _start_mosquitto(setup: Setup) -> Running:
     port = free_port()
     passwords = _private(
-        directory / "passwords", "".join(f"{name}:{key_of(name)}\n" for name in names)
+        setup.directory / "passwords", "".join(f"{name}:{key_of(name)}\n" for name in setup.names)
     )
     hashing = [str(program("mosquitto_passwd")), "-U", str(passwords)]
     subprocess.run(hashing, check=True, capture_output=True, timeout=120)
     user = "user root\n" if os.geteuid() == 0 else ""
     config = _private(
-        directory / "mosquitto.conf",
+        setup.directory / "mosquitto.conf",
         f"{user}listener {port} 127.0.0.1\nallow_anonymous false\npassword_file"
         f" {passwords}\npersistence false\n"
         # With its default it throws messages away as soon as a receiver is a little
@@ -217,16 +308,16 @@ def _start_mosquitto(names: Sequence[str], directory: Path) -> Running:
         f"max_queued_messages 0\nset_tcp_nodelay true\nlog_type error\n",
     )
     command = [str(program("mosquitto")), "-c", str(config)]
-    return Running(Process(command, directory / "log"), dialects.Mqtt(), port)
+    return Running(Process(command, setup.directory / "log"), dialects.Mqtt(), port)
 
 
 # What is written here to be compared with
 
 
-def _start_threads(names: Sequence[str], directory: Path) -> Running:
+def _start_threads(setup: Setup) -> Running:
     port = free_port()
     command = [sys.executable, str(HERE / "thread_broker.py"), str(port)]
-    process = Process(command, directory / "log", stdin=key_of("all").encode() + b"\n")
+    process = Process(command, setup.directory / "log", stdin=key_of("all").encode() + b"\n")
     return Running(process, dialects.ThreadBroker(), port)
 
 
@@ -242,17 +333,21 @@ class _Relay(Running):
                     return
 
 
-def _start_relay_tcp(names: Sequence[str], directory: Path) -> Running:
+def _start_relay_tcp(setup: Setup) -> Running:
     port = free_port()
     return _Relay(
-        Process(_relay(directory, str(port)), directory / "log"), dialects.Nothing(), port
+        Process(_relay(setup.directory, str(port)), setup.directory / "log"),
+        dialects.Nothing(),
+        port,
     )
 
 
-def _start_relay_unix(names: Sequence[str], directory: Path) -> Running:
-    path = str(directory / "s")
+def _start_relay_unix(setup: Setup) -> Running:
+    path = str(setup.directory / "s")
     return _Relay(
-        Process(_relay(directory, path), directory / "log"), dialects.Nothing(), path=path
+        Process(_relay(setup.directory, path), setup.directory / "log"),
+        dialects.Nothing(),
+        path=path,
     )
 
 
@@ -286,18 +381,20 @@ class _Direct(Running):
         """Return: it always is."""
 
 
-def _start_direct(names: Sequence[str], directory: Path, *, unix: bool) -> Running:
+def _start_direct(setup: Setup, *, unix: bool) -> Running:
     # A processor time has to be measured: that of a process which sleeps.
-    process = Process([sys.executable, "-c", "import signal; signal.pause()"], directory / "log")
+    process = Process(
+        [sys.executable, "-c", "import signal; signal.pause()"], setup.directory / "log"
+    )
     return _Direct(process, dialects.Nothing(), path="nowhere" if unix else "")
 
 
-def _start_direct_tcp(names: Sequence[str], directory: Path) -> Running:
-    return _start_direct(names, directory, unix=False)
+def _start_direct_tcp(setup: Setup) -> Running:
+    return _start_direct(setup, unix=False)
 
 
-def _start_direct_unix(names: Sequence[str], directory: Path) -> Running:
-    return _start_direct(names, directory, unix=True)
+def _start_direct_unix(setup: Setup) -> Running:
+    return _start_direct(setup, unix=True)
 
 
 def _find_relay() -> str | None:
@@ -313,12 +410,12 @@ def _python_server(name: str, directory: Path) -> Running:
     return Running(Process(command, directory / "log"), dialects.Nothing(), port)
 
 
-def _start_zenoh(names: Sequence[str], directory: Path) -> Running:
-    return _python_server("zenoh", directory)
+def _start_zenoh(setup: Setup) -> Running:
+    return _python_server("zenoh", setup.directory)
 
 
-def _start_pyzmq(names: Sequence[str], directory: Path) -> Running:
-    return _python_server("pyzmq", directory)
+def _start_pyzmq(setup: Setup) -> Running:
+    return _python_server("pyzmq", setup.directory)
 
 
 def _distribution(*names: str) -> Callable[[], str | None]:
@@ -372,6 +469,34 @@ SYSTEMS: Final = {
             _start_brokerd_unix,
             _find_brokerd,
             "it is this project",
+        ),
+        System(
+            "brokerd-mailbox",
+            "brokerd, a mailbox",
+            _start_mailbox,
+            _find_mailbox,
+            "it is this project",
+        ),
+        System(
+            "jetstream-synced",
+            "JetStream, sync_interval: always",
+            lambda setup: _start_jetstream(setup, synced=True),
+            _NATS.find,
+            _NATS.install,
+        ),
+        System(
+            "jetstream",
+            "JetStream, as it is by default: not synced",
+            lambda setup: _start_jetstream(setup, synced=False),
+            _NATS.find,
+            _NATS.install,
+        ),
+        System(
+            "redis-synced",
+            "Redis stream, appendfsync always",
+            _start_redis_synced,
+            _REDIS.find,
+            _REDIS.install,
         ),
         _NATS,
         _REDIS,
@@ -437,6 +562,13 @@ SYSTEMS: Final = {
             _find_brokerd,
             "",
         ),
+        System(
+            "stock-client",
+            "two stock Connections",
+            _start_brokerd_tcp,
+            lambda: f"of Python {'.'.join(map(str, sys.version_info[:3]))}",
+            "it is part of Python",
+        ),
         _client(_NATS, "nats-py", "nats-py"),
         System(
             "zenoh",
@@ -448,4 +580,12 @@ SYSTEMS: Final = {
         System("pyzmq", "pyzmq, ROUTER", _start_pyzmq, _distribution("pyzmq"), "pip install pyzmq"),
         _client(_REDIS, "redis-py", "redis", "hiredis"),
     )
+}
+
+#: How messages are stored on disk, of the systems that do so.
+STORED: Final = {
+    "brokerd-mailbox": stored.Mailboxes(),
+    "jetstream-synced": stored.JetStream(),
+    "jetstream": stored.JetStream(),
+    "redis-synced": stored.RedisStream(),
 }

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.systems import SYSTEMS
+from benchmarks.systems import SYSTEMS, Setup
 from brokerd_client.wire.handshake import FAILURE
 
 __all__ = ["compare", "main"]
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times: dict[str, list[float]] = {KNOWN: [], UNKNOWN: []}
     with tempfile.TemporaryDirectory(prefix="bd-") as directory:
         clients = [f"c{number:05}" for number in range(CLIENTS)]
-        running = SYSTEMS["brokerd"].started(clients, Path(directory) / "b")
+        running = SYSTEMS["brokerd"].started(Setup(clients, Path(directory) / "b"))
         try:
             for number, name in enumerate(names):
                 address = number // TRIES + 2
