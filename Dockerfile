@@ -1,7 +1,8 @@
 # The broker's image: Python, brokerd with its compiled routing loop, the libraries these load, and nothing else.
 #
-#   podman build -t brokerd .        (or docker build -t brokerd .)
+#   podman build --format docker -t brokerd .        (or docker build -t brokerd .)
 #
+# podman's default format has no HEALTHCHECK.
 # docs/operations.md, "Container", tells how to run it.
 
 FROM docker.io/library/python:3.13-slim-bookworm AS build
@@ -23,14 +24,13 @@ COPY .ci/requirements-run.txt .ci/requirements-build.txt .ci/
 # What the locks say, every file by its hash. For an index that does not have their versions, --build-arg UNLOCKED=1
 # asks for what pyproject.toml allows.
 ARG UNLOCKED=
-RUN --mount=type=cache,target=/var/cache/pip \
-    if [ -n "$UNLOCKED" ]; then \
-        python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels .; \
+RUN if [ -n "$UNLOCKED" ]; then \
+        python -m pip wheel --no-cache-dir --wheel-dir /wheels .; \
     else \
         python -m pip install --no-cache-dir --require-hashes --requirement .ci/requirements-build.txt \
-        && python -m pip wheel --cache-dir /var/cache/pip --wheel-dir /wheels --require-hashes \
+        && python -m pip wheel --no-cache-dir --wheel-dir /wheels --require-hashes \
             --requirement .ci/requirements-run.txt \
-        && python -m pip wheel --wheel-dir /wheels --no-deps --no-build-isolation .; \
+        && python -m pip wheel --no-cache-dir --wheel-dir /wheels --no-deps --no-build-isolation .; \
     fi
 
 # The loop is optional to an install and not to this image: the build ends here if it is not there.
@@ -58,12 +58,13 @@ ENV PATH=/opt/brokerd/bin:/usr/local/bin \
     LANG=C.UTF-8 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    BROKERD_SEALED_DIRECTORY=/run/secrets
+    BROKERD_SEALED_DIRECTORY=/run/secrets \
+    STATE_DIRECTORY=/var/lib/brokerd
 
 # A number, so that Kubernetes can see that it is not root. Any other one works too.
 USER 10001:10001
 WORKDIR /etc/brokerd
-VOLUME ["/etc/brokerd", "/run/brokerd"]
+VOLUME ["/etc/brokerd", "/run/brokerd", "/var/lib/brokerd"]
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=6s --start-period=30s --retries=3 CMD ["brokerd", "health"]
 ENTRYPOINT ["brokerd"]

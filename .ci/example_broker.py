@@ -158,14 +158,14 @@ In a third one, be alice:
 
 Or be carol, with any Python and nothing installed:
 
-    python3 - <<'END'
-    import struct
-    from multiprocessing.connection import Client
+python3 - <<'END'
+import struct
+from multiprocessing.connection import Client
 
-    key = open({str(keys / "carol")!r}, "rb").read().rstrip(b"\\n")
-    conn = Client({str(socket_path)!r}, authkey=key)
-    conn.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello from a stock Python")
-    END"""
+key = open({str(keys / "carol")!r}, "rb").read().rstrip(b"\\n")
+conn = Client({str(socket_path)!r}, authkey=key)
+conn.send_bytes(struct.pack("!BBBBQ", 1, 0, 0, 3, 0) + b"bob" + b"hello from a stock Python")
+END"""
 
 
 def run_in_foreground(command: list[str]) -> int:

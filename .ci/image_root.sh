@@ -14,12 +14,12 @@ python=$(readlink -f "$venv/bin/python")
 stdlib=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 
 mkdir -p "$root/usr/lib" "$root/usr/lib64" "$root/tmp" "$root/etc/brokerd" "$root/run/brokerd" "$root/run/secrets" \
-    "$root/var/lib/dpkg/status.d"
+    "$root/var/lib/brokerd" "$root/var/lib/dpkg/status.d"
 ln -s usr/lib "$root/lib"
 ln -s usr/lib64 "$root/lib64"
 chmod 1777 "$root/tmp"
 # A fresh volume takes the owner of the directory that it hides.
-chown "$id:$id" "$root/etc/brokerd" "$root/run/brokerd"
+chown "$id:$id" "$root/etc/brokerd" "$root/run/brokerd" "$root/var/lib/brokerd"
 
 # All at the same paths, so that the environment's links lead to its Python.
 tar -C / --create "${venv#/}" "${python#/}" "${stdlib#/}" | tar -C "$root" --extract
@@ -28,7 +28,7 @@ for name in python python3; do
 done
 cd "$root$stdlib"
 rm -rf site-packages config-* ensurepip idlelib lib2to3 pydoc_data test tkinter turtledemo turtle.py venv \
-    curses dbm sqlite3 lib-dynload/_curses* lib-dynload/_dbm* lib-dynload/_gdbm* lib-dynload/_sqlite3* \
+    curses dbm lib-dynload/_curses* lib-dynload/_dbm* lib-dynload/_gdbm* \
     lib-dynload/_tkinter* lib-dynload/readline* lib-dynload/_test* lib-dynload/_ctypes_test* lib-dynload/xx*
 rm -f "$root$venv"/bin/activate* "$root$venv"/bin/Activate*
 find "$root" -name __pycache__ -prune -exec rm -rf {} +

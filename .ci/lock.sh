@@ -35,7 +35,7 @@ with open("pyproject.toml", "rb") as file:
     print("\n".join(tomllib.load(file)["build-system"]["requires"]))
 ' >"$build"
 printf '%s\n' build cyclonedx-bom pip-audit uv >"$tools"
-printf '%s\n' hypothesis pytest pytest-timeout trustme >"$client"
+printf '%s\n' hypothesis opentelemetry-sdk pytest pytest-timeout trustme >"$client"
 
 compile test --extra test pyproject.toml "$build"
 compile run --constraint .ci/requirements-test.txt pyproject.toml

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the compiled routing loop with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of this checkout, and runs
+# Builds the compiled modules with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of this checkout, and runs
 # the everyday tests on it, some 15 minutes. Needs gcc with both sanitizers (Debian: gcc, libc6-dev).
 #
 #   .ci/sanitize.sh VENV [PYTEST ARGUMENT]...
@@ -27,13 +27,14 @@ mkdir -p "$copy"
 cp -R .ci benchmarks brokerd client config docs systemd tests \
     .dockerignore CHANGELOG.md Dockerfile LICENSE Makefile README.md pyproject.toml setup.py "$copy"
 cd "$copy"
-find . '(' -name '*.so' -o -name '_routing_c.c' -o -name __pycache__ ')' -prune -exec rm -rf {} +
+find . '(' -name '*.so' -o -name '_*_c.c' -o -name __pycache__ ')' -prune -exec rm -rf {} +
 
-CFLAGS="$flags" LDFLAGS="$flags" "$python" -W ignore -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
-loop=$(echo brokerd/core/_routing_c.*.so)
-[ -e "$loop" ] || { say "the loop could not be compiled"; exit 1; }
-nm -D "$loop" | grep -q __asan_report || { say "the loop is not instrumented"; exit 1; }
-nm -D "$loop" | grep -q __ubsan_handle || { say "the loop is not instrumented"; exit 1; }
+CFLAGS="$flags" LDFLAGS="$flags" "$python" -W ignore setup.py --quiet build_ext --inplace
+for module in brokerd/core/*.so brokerd/net/handshake/*.so; do
+    [ -e "$module" ] || { say "the modules could not be compiled"; exit 1; }
+    nm -D "$module" | grep -q __asan_report || { say "$module is not instrumented"; exit 1; }
+    nm -D "$module" | grep -q __ubsan_handle || { say "$module is not instrumented"; exit 1; }
+done
 
 # What Python itself leaks at its end is its own business; its small objects must not come out of one large block. Every process
 # that is started writes what AddressSanitizer finds into a file of its own, for a test may well expect that a broker dies; UBSan

@@ -13,7 +13,8 @@
 # not the one that was locked above all.
 #
 # A stamp file inside VENV remembers what was installed and for which checkout: a second call does nothing until
-# pyproject.toml, a lock, or a file that is compiled, changes, or the checkout is moved.
+# pyproject.toml, setup.py, a lock, or a file that is compiled, changes, or the checkout is moved. Where only such files
+# have changed, they are compiled and nothing is installed.
 set -eu
 
 venv=$1
@@ -59,18 +60,42 @@ if [ ! -e "$venv" ]; then
     rm -f "$venv.log"
 fi
 
+# Says whether a file is newer than a stamp.
+newer() {
+    stamp=$1
+    shift
+    for source; do
+        if [ -e "$source" ] && [ "$source" -nt "$stamp" ]; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+# Compiles what has changed; the rest of an installation in place is as it was.
+compile() {
+    say "compiling what has changed ..."
+    "$venv/bin/python" -W ignore setup.py --quiet build_ext --inplace \
+        --build-lib "$venv/build/lib" --build-temp "$venv/build/temp" </dev/null || exit 1
+    touch "$1"
+}
+
 current() {
     [ -f "$1" ] || return 1
-    case $(cat "$1") in
+    installed=$(cat "$1")
+    case $installed in
         "$PWD") [ -z "${UNLOCKED:-}" ] || return 1 ;;
         "not locked: $PWD") [ -z "${LOCKED:-}" ] || return 1 ;;
         *) return 1 ;;
     esac
-    for source in pyproject.toml .ci/requirements-*.txt brokerd/core/*.pyx brokerd/core/*.pxd; do
-        if [ -e "$source" ] && [ "$source" -nt "$1" ]; then
-            return 1
-        fi
-    done
+    ! newer "$1" pyproject.toml setup.py .ci/requirements-*.txt || return 1
+    # shellcheck disable=SC2046 - they are several
+    if newer "$1" brokerd/core/compiled.py brokerd/*/*.pyx brokerd/*/*/*.pyx brokerd/core/*.pxd \
+        $(printf '%s\n' brokerd/core/*.pxd | sed 's/pxd$/py/'); then
+        # Only the locked environment has what compiles.
+        [ "$installed" = "$PWD" ] || return 1
+        compile "$1"
+    fi
 }
 
 test_stamp=$venv/.installed-test

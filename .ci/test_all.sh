@@ -3,52 +3,17 @@
 #
 #   .ci/test_all.sh VERSION...
 #
-# An interpreter is found by its name, among those of pyenv, or in TEST_ROOT: a directory with another system, which is
-# entered by chroot (as root; CONTRIBUTING.md says how to make one). One that is missing is named and skipped; it is an
-# error when all are.
+# pythons.sh says where interpreters are looked for. One that is missing is named and skipped; it is an error when all are.
 set -u
 
-runs() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" >/dev/null 2>&1; }
-
-find_python() {
-    if runs "python$1" "$1"; then
-        printf '%s\n' "python$1"
-        return
-    fi
-    for candidate in "$(pyenv root 2>/dev/null)/versions/$1".*/bin/python; do
-        if runs "$candidate" "$1"; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-    done
-    return 1
-}
-
-# Runs a command in TEST_ROOT, with this checkout at its own path. The mounts end with the command.
-in_root() {
-    mkdir -p "$TEST_ROOT$PWD"
-    unshare --mount --propagation private sh -euc '
-        root=$1 checkout=$2
-        shift 2
-        mount --rbind /proc "$root/proc"
-        mount --rbind /dev "$root/dev"
-        mount --bind "$checkout" "$root$checkout"
-        exec chroot "$root" /usr/bin/env --chdir="$checkout" "$@"
-    ' in_root "$TEST_ROOT" "$PWD" "$@"
-}
+. "$(dirname "$0")/pythons.sh"
 
 outcome=
 status=0
 ran=0
 compiled=
 for version in "$@"; do
-    enter=
-    if python=$(find_python "$version"); then
-        :
-    elif [ -n "${TEST_ROOT:-}" ] && [ -x "$TEST_ROOT/usr/bin/python$version" ]; then
-        enter=in_root
-        python=python$version
-    else
+    if ! find_python "$version"; then
         printf '\n== Python %s: not found, skipped\n' "$version"
         outcome="$outcome $version skipped (not found),"
         continue

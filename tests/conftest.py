@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support import older_pythons
 from support.tls.authority import Authority
 
 older_pythons.fill_in()
 
 # How long an example takes says more about the machine than about the code.
-settings.register_profile("brokerd", deadline=None, print_blob=True)
+settings.register_profile(
+    "brokerd", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
 settings.load_profile("brokerd")
 
 
@@ -29,6 +32,15 @@ def socket_dir() -> Iterator[Path]:
         yield Path(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def library_log() -> Iterator[None]:
+    """Undo what brokerctl, where a test calls it in this process, does to the library's
+    log.
+    """
+    yield
+    logging.getLogger("brokerd_client.connection").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

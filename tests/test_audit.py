@@ -70,7 +70,7 @@ def service() -> Iterator[Service]:
             yield server
         finally:
             server.shutdown()
-            thread.join(10)
+            thread.join(30)
 
 
 def audit(url: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:

@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import brokerd
 import brokerd_client
+from brokerd.core.compiled import MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -174,12 +177,12 @@ def test_wheel_holds_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
     bundled = {f"{BUNDLED}/{name}" for name in sources("brokerd_client")}
     expected = sources("brokerd") | bundled | {"brokerd.pth"}
     assert expected <= files
-    compiled = {
-        name
-        for name in files - expected
-        if Path(name).suffix in (".so", ".pyd", ".pyx", ".pxd", ".c")
-    }
-    assert files - expected - compiled == set()
+    compiled = files - expected
+    assert {Path(name).suffix for name in compiled} <= {".so", ".pyd"}
+    assert {name.partition(".")[0] for name in compiled} in (
+        set(),
+        {"brokerd/net/handshake/_key_search_c", *(f"brokerd/core/{name}" for name in MODULES)},
+    )
 
 
 @pytest.mark.slow
@@ -203,11 +206,68 @@ def test_sdists_build_the_same_wheels(
         program = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
         run(sys.executable, "-c", program, cwd=source)
         (sdist,) = tmp_path.glob(f"{name}-*.tar.gz")
+        if name == "brokerd":
+            compiled_from = {
+                path.relative_to(ROOT).as_posix()
+                for path in FOLDERS["brokerd"].rglob("*.p*")
+                if path.suffix in (".pyx", ".pxd")
+            }
+            with tarfile.open(sdist) as archive:
+                assert compiled_from <= {member.partition("/")[2] for member in archive.getnames()}
         folder = tmp_path / name
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder]
         run(*pip, sdist, cwd=tmp_path)
         (wheel,) = folder.glob("*.whl")
         assert files_of(wheel) == files_of(wheels[name])
+
+
+#: A C compiler that writes empty files, and fails for the module named in $BROKEN.
+FAKE_COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in
+        */$BROKEN.*) exit 1 ;;
+        -o) : >"$2" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="the compiler is a script")
+@pytest.mark.parametrize("broken", ["rate", "_routing_c"])
+@pytest.mark.parametrize("command", ["build", "build_ext --inplace"])
+def test_build_with_one_module_not_compiled_holds_none(
+    checkout: Path, tmp_path: Path, command: str, broken: str
+) -> None:
+    """A failure of the C compiler leaves no compiled module, not even one of an earlier
+    build. It does not end the build.
+    """
+    pytest.importorskip("Cython", reason="only the locked environment has what compiles")
+    copy = tmp_path / "checkout"
+    shutil.copytree(checkout, copy)
+    compiler = tmp_path / "cc"
+    compiler.write_text(FAKE_COMPILER, encoding="ascii")
+    compiler.chmod(0o755)
+    environment = os.environ | {"CC": str(compiler), "LDSHARED": str(compiler)}
+
+    def build(broken: str) -> set[str]:
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "setup.py", "--quiet", *command.split(), "--force"],
+            cwd=copy,
+            env=environment | {"BROKEN": broken},
+            check=True,
+            timeout=120,
+        )
+        suffixes = tuple(EXTENSION_SUFFIXES)
+        return {
+            file.name.partition(".")[0]
+            for file in copy.rglob("*.*")
+            if str(file).endswith(suffixes)
+        }
+
+    assert build("none") == {"_key_search_c", *MODULES}
+    assert build(broken) == set()
 
 
 #: Run where the checkout is not the current directory; prints where the library is.

@@ -221,3 +221,30 @@ def test_setup_with_locked_and_unlocked_is_refused(checkout: Checkout) -> None:
     checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
     assert checkout.set_up().returncode == 0
     assert checkout.set_up(LOCKED="1", UNLOCKED="1").returncode != 0
+
+
+@pytest.mark.parametrize("source", ["brokerd/core/rate.py", "brokerd/core/rate.pxd"])
+def test_setup_with_edited_source_of_compiled_module_compiles_once(
+    checkout: Checkout, source: str
+) -> None:
+    """Nothing is installed again. Other modules of the core are not compiled."""
+    core = checkout.path / "brokerd" / "core"
+    core.mkdir(parents=True)
+    for name in ("rate.py", "rate.pxd", "room.py"):
+        (core / name).touch()
+    (checkout.path / "setup.py").write_text("import sys; print(*sys.argv[1:])\n", encoding="utf-8")
+    checkout.lock(f"thing==1.0 --hash=sha256:{checkout.digest}")
+    assert checkout.set_up().returncode == 0
+    for path in checkout.path.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    os.utime(core / "room.py", (1.2e9, 1.2e9))
+    assert checkout.set_up().stdout == ""
+    os.utime(checkout.path / source, (1.2e9, 1.2e9))
+
+    done = checkout.set_up()
+
+    assert done.returncode == 0, done.stdout
+    said, command = done.stdout.splitlines()
+    assert said == "compiling what has changed ..."
+    assert command.startswith("--quiet build_ext --inplace ")
+    assert checkout.set_up().stdout == ""

@@ -5,7 +5,9 @@ delay, lose and repeat packets.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 from support.broker_process import BrokerProcess
+from support.channels import OPEN, is_open, joining
 from support.keys import key_of
 from support.outages.traffic import RECIPIENTS, SENDERS
 from support.outages.transports import Transport, tls_transport
-from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, login
+from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, login, packed
 from support.system.network import ADDRESSES, BROKER, CLIENTS, Link, needs_networks
 from support.tls.raw_client import TlsRaw
 from support.waiting import WAIT_S, until
@@ -29,6 +32,8 @@ pytestmark = [pytest.mark.system, needs_networks()]
 
 NAMES = (*SENDERS, *RECIPIENTS)
 KEEPALIVE_S = 4.0
+#: What timers and processes of a busy machine may be late.
+SCHEDULING_S = 0.5
 
 
 def start_broker(directory: Path, link: Link, transport: Transport, **more: Any) -> BrokerProcess:
@@ -39,12 +44,16 @@ def start_broker(directory: Path, link: Link, transport: Transport, **more: Any)
     )
 
 
-def connect_raw(broker: BrokerProcess, link: Link, transport: Transport, name: str) -> Raw:
+def connect_raw(
+    broker: BrokerProcess, link: Link, transport: Transport, name: str, word: str = ""
+) -> Raw:
+    """Return a connection across the link; word: what its handshake says behind the name."""
+    said = (name + word).encode()
     with link.visit(CLIENTS):
         if transport.context is None:
-            return login(transport.address(broker), key_of(name), name.encode())
+            return login(transport.address(broker), key_of(name), said)
         raw = TlsRaw(transport.address(broker), transport.context, host=transport.host)
-        return raw.log_in(key_of(name), name.encode())
+        return raw.log_in(key_of(name), said)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,14 @@ def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Transport:
 def transport(request: pytest.FixtureRequest, over_tls: Transport) -> Transport:
     """The connections of the clients: TCP or TLS."""
     return over_tls if request.param == "tls" else Transport(ADDRESSES[BROKER])
+
+
+def fill(sock: socket.socket) -> None:
+    """Write until nothing was taken for half a second."""
+    sock.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sock.send(bytes(65536))
 
 
 def disconnected(broker: BrokerProcess, name: str) -> list[dict[str, Any]]:
@@ -73,9 +90,7 @@ def link() -> Iterator[Link]:
 def test_keepalive_idle_peer_unreachable_is_disconnected(
     link: Link, socket_dir: Path, transport: Transport
 ) -> None:
-    """It is disconnected when it has answered nothing for limits.keepalive. A client
-    that is only idle is not.
-    """
+    """It is disconnected within limits.keepalive. A client that is only idle is not."""
     with start_broker(socket_dir, link, transport, limits={"keepalive": KEEPALIVE_S}) as broker:
         idle = connect_raw(broker, link, transport, "r0")
         link.cut(CLIENTS)
@@ -88,8 +103,8 @@ def test_keepalive_idle_peer_unreachable_is_disconnected(
             assert local.recv().code == "offline"
             assert not disconnected(broker, "s0")
         idle.close()
-    assert KEEPALIVE_S / 2 < took < 2 * KEEPALIVE_S + 2
-    print(f"found after {took:.1f} s")
+    assert KEEPALIVE_S / 2 < took < KEEPALIVE_S + SCHEDULING_S
+    print(f"found after {took:.2f} s")
 
 
 @pytest.mark.timing
@@ -117,8 +132,51 @@ def test_keepalive_unreachable_peer_with_queue_is_disconnected(
             reason = disconnected(broker, "r0") or broker.wait("client.disconnected")
             assert "limits.keepalive" in reason[0]["reason"]
         ended.close()
-    assert KEEPALIVE_S <= took < 2 * KEEPALIVE_S + 2
-    print(f"found after {took:.1f} s")
+    assert KEEPALIVE_S / 2 < took < KEEPALIVE_S + SCHEDULING_S
+    print(f"found after {took:.2f} s")
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(
+    ("stalled_s", "write_after_s"),
+    [(0, None), (0, 0), (0, 1.5), (5, 0)],
+    ids=["idle", "saturated", "written", "stalled"],
+)
+def test_channel_across_cut_link_ends_at_other_end(
+    link: Link,
+    socket_dir: Path,
+    transport: Transport,
+    stalled_s: float,
+    write_after_s: float | None,
+) -> None:
+    """The end that the broker still reaches sees the channel end within
+    limits.keepalive, idle or not.
+    """
+    with (
+        start_broker(socket_dir, link, transport, limits={"keepalive": KEEPALIVE_S}) as broker,
+        broker.login("r0") as listener,
+    ):
+        assert listener.ask("listen").json == {}
+        far = connect_raw(broker, link, transport, "s0", " channel")
+        far.write(packed(OPEN, "r0", message_id=1))
+        near = joining(broker, "r0", listener.recv().id)
+        assert is_open(far, "r0", 1)
+        near.recv()
+        if stalled_s:
+            fill(near.sock)
+            time.sleep(stalled_s)
+        link.cut(CLIENTS)
+        began = time.monotonic()
+        if write_after_s is not None:
+            time.sleep(write_after_s)
+            fill(near.sock)
+        near.sock.settimeout(3 * KEEPALIVE_S)
+        assert near.read_to_end() == b""
+        took = time.monotonic() - began
+        near.close()
+        far.close()
+    assert KEEPALIVE_S / 2 < took < KEEPALIVE_S + SCHEDULING_S
+    print(f"found after {took:.2f} s")
 
 
 def test_keepalive_peer_that_does_not_read_stays_connected(
@@ -278,25 +336,30 @@ def test_messages_over_bad_link_arrive_once_and_in_order(
 def test_keepalive_of_client_broker_unreachable_is_disconnected(
     link: Link, socket_dir: Path, monkeypatch: pytest.MonkeyPatch, transport: Transport, face: str
 ) -> None:
-    """Its pending calls are in doubt after keepalive.DEFAULT_S (shorter here), though
+    """Its pending calls are in doubt within keepalive.DEFAULT_S (shorter here), though
     no call has timed out.
     """
     for module in ("brokerd_client.blocking.transport", "brokerd_client.aio.transport"):
         monkeypatch.setattr(f"{module}.DEFAULT_S", KEEPALIVE_S)
     with start_broker(socket_dir, link, transport) as broker:
         address = str(broker.addresses()[1])
+        began = 0.0
+
+        def cut() -> None:
+            nonlocal began
+            link.cut(CLIENTS)
+            began = time.monotonic()
 
         async def ask() -> None:
             async with aio.connect(
                 address, "s0", key_of("s0"), ssl=transport.context, reconnect=False
             ) as client:
                 await client.ping()
-                link.cut(CLIENTS)
+                cut()
                 await client.request("s0", 1, timeout=WAIT_S)
 
         # A thread is in the network of the one that made it.
         with link.visit(CLIENTS):
-            began = time.monotonic()
             if face == "asyncio":
                 with pytest.raises(InDoubt):
                     asyncio.run(ask())
@@ -305,8 +368,9 @@ def test_keepalive_of_client_broker_unreachable_is_disconnected(
                     address, "s0", key=key_of("s0"), ssl=transport.context, reconnect=False
                 ) as client:
                     client.ping()
-                    link.cut(CLIENTS)
+                    cut()
                     with pytest.raises(InDoubt):
                         client.request("s0", 1, timeout=WAIT_S)
             took = time.monotonic() - began
-    assert KEEPALIVE_S <= took < 2 * KEEPALIVE_S + 4
+    assert KEEPALIVE_S / 2 < took < KEEPALIVE_S + SCHEDULING_S
+    print(f"found after {took:.2f} s")

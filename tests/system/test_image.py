@@ -29,6 +29,7 @@ from support.system.image import (
     Container,
     Engine,
     base_names,
+    container_commands,
     engine,
     pip_install,
     wait_until,
@@ -164,7 +165,7 @@ def test_image_metadata_is_as_documented(
     assert config["Entrypoint"] == ["brokerd"]
     assert config.get("Cmd") is None
     assert config["StopSignal"] == "SIGTERM"
-    assert set(config["Volumes"]) == {"/etc/brokerd", "/run/brokerd"}
+    assert set(config["Volumes"]) == {"/etc/brokerd", "/run/brokerd", "/var/lib/brokerd"}
     assert image["Healthcheck"]["Test"] == ["CMD", "brokerd", "health"]
     assert (labels["title"], labels["version"], labels["licenses"]) == ("brokerd", version, "MIT")
     assert [labels["base.name"]] == base_names()
@@ -257,7 +258,7 @@ def test_image_commands_run_without_broker(podman: Engine) -> None:
     usage = podman("run", "--rm", *HARDENED, "--entrypoint=brokerctl", NAME, "--help")
 
     assert re.fullmatch(r"[\w-]{43}", key)
-    assert "Talk to a running broker" in usage
+    assert "Control and use a running broker" in usage
 
 
 # How it runs
@@ -558,13 +559,7 @@ def test_operations_page_container_commands_work_in_order(
     )
     (container_setup.directory / "podman").write_text(script)
     (container_setup.directory / "podman").chmod(0o755)
-    page = (
-        (ROOT / "docs" / "operations.md")
-        .read_text()
-        .partition("\n## Container\n")[2]
-        .partition("\n## ")[0]
-    )
-    blocks = re.findall(r"(?s)```sh\n(.*?)```", page)
+    blocks = container_commands()[:2]
     environment = {
         **podman.environment,
         "PATH": f"{container_setup.directory}:{os.environ['PATH']}",
@@ -590,11 +585,27 @@ def test_operations_page_container_commands_work_in_order(
         command, env=environment, capture_output=True, text=True, timeout=90, check=False
     )
 
-    assert len(blocks) == 2
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("broker", "secretive"):
         assert podman("inspect", "--format={{.State.ExitCode}}", name) == "0"
     assert Container(podman, "broker").events("daemon.reloaded")
+
+
+def test_image_in_default_format_has_health_command(
+    podman: Engine, container_setup: ContainerSetup
+) -> None:
+    """Without ``--format docker`` the image has no HEALTHCHECK; the command works."""
+    folder = container_setup.directory / "oci"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text(f"FROM {NAME}\n")
+    podman("build", "--pull=never", "--format=oci", "--tag=localhost/brokerd:oci", folder)
+    container_setup.configure()
+    options = container_setup.options
+
+    container = Container(podman, podman("run", "--detach", *options, "localhost/brokerd:oci"))
+    container.wait("daemon.started")
+
+    assert "healthy: " in podman("exec", container.id, "brokerd", "health")
 
 
 # The example for compose
@@ -660,3 +671,60 @@ def test_compose_file_runs_hardened(
         )
         assert podman("inspect", "--format={{.HostConfig.ReadonlyRootfs}}", container.id) == "true"
     run("down", "--volumes")
+
+
+#: The documented commands use the tests' own storage. A container that has just been
+#: started may not be ready for its first health check.
+PODMAN = """
+podman() {{
+    case $1 in
+        healthcheck|exec) for try in 1 2 3 4 5 6 7 8 9; do
+            command podman {storage} "$@" && return; sleep 1; done; return 1 ;;
+        *) command podman {storage} "$@" ;;
+    esac
+}}
+"""
+
+
+def run_as_documented(podman: Engine, commands: str) -> subprocess.CompletedProcess[str]:
+    """Run shell commands in the engine's namespaces and an empty directory."""
+    directory = podman.directory / "documented"
+    directory.mkdir(exist_ok=True)
+    script = PODMAN.format(storage=" ".join(podman.storage)) + commands
+    return subprocess.run(
+        podman.enter("sh", "-e", "-c", f"cd {directory}\n{script}"),
+        env=podman.environment,
+        capture_output=True,
+        text=True,
+        timeout=5 * TIMEOUT_S,
+        check=False,
+    )
+
+
+def test_documented_container_commands_work_as_printed(podman: Engine) -> None:
+    """All but the first, which is the build that made the tests' image."""
+    build, _, commands = "".join(container_commands()[:2]).partition("\n")
+    assert build == "podman build --format docker --tag brokerd ."
+    podman("tag", NAME, "brokerd")
+
+    done = run_as_documented(podman, commands)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"alice: [\d.]+ ms", done.stdout)
+
+
+def test_documented_health_command_works_in_default_format(podman: Engine) -> None:
+    """An image in the OCI format has no HEALTHCHECK; `podman exec ... health` works."""
+    archive = podman.directory / "oci.tar"
+    podman("save", "--format=oci-archive", f"--output={archive}", NAME)
+    loaded = podman("load", f"--input={archive}").rpartition(" ")[2]
+    podman("tag", loaded, "localhost/brokerd:oci")
+    configuration = "BROKERD_CONFIG_YAML={listen: [/run/brokerd/brokerd.sock]}"
+
+    done = run_as_documented(
+        podman,
+        f"podman run --detach --name oci --env '{configuration}' localhost/brokerd:oci\n"
+        "podman exec oci brokerd health\npodman stop oci\n",
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 from support.interpreters import interpreters
+from support.system.packages import install_missing
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = ROOT / "Dockerfile"
@@ -47,7 +48,7 @@ CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 CONTAINERS_CONF = """
 [containers]
 default_ulimits = [{limits}]
-netns = "host"
+netns = "{network}"
 cgroups = "disabled"
 log_driver = "k8s-file"
 [engine]
@@ -66,9 +67,12 @@ class Engine:
     Attributes:
         directory: Holds the storage and all other files.
         unlocked: Whether the image was not built from the locked packages.
+
+    Args:
+        network: The containers' network: host, or bridge for networks of their own.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, network: str = "host") -> None:
         self.directory = directory
         self.unlocked = False
         # podman's own are higher than what a machine may give to it.
@@ -79,7 +83,9 @@ class Engine:
             for name, limit in hard.items()
         }
         listed = ", ".join(f'"{name}={limit}:{limit}"' for name, limit in given.items())
-        (directory / "containers.conf").write_text(CONTAINERS_CONF.format(limits=listed))
+        (directory / "containers.conf").write_text(
+            CONTAINERS_CONF.format(limits=listed, network=network)
+        )
         self.storage = [
             f"--root={directory}/store",
             f"--runroot={directory}/run",
@@ -216,17 +222,25 @@ def wait_until(probe: Callable[[], Any], complaint: str, more: Callable[[], str]
 
 
 @contextmanager
-def engine() -> Iterator[Engine]:
-    """Yield a podman that has the image; skip the test if that is not possible."""
+def engine(*, network: str = "host", builds: bool = True) -> Iterator[Engine]:
+    """Yield a podman that has the image; skip the test if that is not possible.
+
+    Args:
+        network: The containers' network, as for Engine.
+        builds: Whether to build the image; otherwise there are only its base images.
+    """
     _require_tools()
     # Storage of containers can't lie in an overlay, and sockets in it have long paths.
     directory = Path(tempfile.mkdtemp(prefix="bdi-", dir="/var/tmp"))
     try:
-        running = Engine(directory)
+        running = Engine(directory, network)
         try:
             for name in base_names():
-                _make_base(running, name)
-            _build(running)
+                archive = make_base(directory, name)
+                running.run("import", archive, name, timeout_s=INSTALL_TIMEOUT_S)
+                archive.unlink()
+            if builds:
+                _build(running)
             yield running
         finally:
             running.end()
@@ -238,6 +252,21 @@ def base_names() -> list[str]:
     """Return the names of the images that the Dockerfile begins with."""
     names = re.findall(r"(?m)^FROM (\S+)", DOCKERFILE.read_text())
     return sorted({name for name in names if name != "scratch"})
+
+
+def container_section() -> str:
+    """Return the section "Container" of docs/operations.md."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    return page.partition("\n## Container\n")[2].partition("\n## ")[0]
+
+
+def container_commands() -> list[str]:
+    """Return the shell commands of that section, block by block: those that run a
+    container, those with a secret, and those with a secret under docker.
+    """
+    blocks = re.findall(r"(?s)```sh\n(.*?)```", container_section())
+    assert len(blocks) == 3
+    return blocks
 
 
 def pip_install(directory: Path, requirement: str) -> Path:
@@ -268,33 +297,12 @@ def pip_install(directory: Path, requirement: str) -> Path:
 def _require_tools() -> None:
     if os.geteuid() != 0:
         pytest.skip("building and running images in namespaces of their own needs root")
-    missing = [package for tool, package in PACKAGES.items() if shutil.which(tool) is None]
-    if not Path("/etc/containers/policy.json").exists():
-        missing.append(SHARED_PACKAGE)
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        pytest.skip(
-            f"{', '.join(missing)} not installed, and there is no apt-get to install it with"
-        )
-    command = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=INSTALL_TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(
-            f"apt-get can't install {', '.join(missing)}: {done.stderr.strip().splitlines()[-1:]}"
-        )
+    policy = Path("/etc/containers/policy.json")
+    install_missing(PACKAGES, [] if policy.exists() else [SHARED_PACKAGE])
 
 
-def _make_base(running: Engine, name: str) -> None:
-    """Make the image that replaces the official one of this name."""
+def make_base(directory: Path, name: str) -> Path:
+    """Return an archive of the files that replaces the official image of this name."""
     match = re.search(r"/python:(3\.\d+)-slim-(\w+)$", name)
     assert match, f"the tests know how to make a python:VERSION-slim-SUITE, not {name}"
     version, suite = match.groups()
@@ -307,8 +315,8 @@ def _make_base(running: Engine, name: str) -> None:
     ).stdout.strip()
     if prefix == "/usr":
         pytest.skip(f"Python {version} is the system's own, which can't be copied out of it")
-    (running.directory / "pip.conf").write_text(_pip_conf())
-    archive = running.directory / "base.tar"
+    (directory / "pip.conf").write_text(_pip_conf())
+    archive = directory / "base.tar"
     copy = (
         f"tar -C {prefix} --exclude=__pycache__ --exclude=test --exclude='*.a' -cf - bin"
         " include lib"
@@ -319,7 +327,7 @@ def _make_base(running: Engine, name: str) -> None:
         "--variant=minbase",
         "--include=ca-certificates,python3,python3-venv",
         f'--customize-hook={copy} | tar -C "$1/usr/local" -xf -',
-        f'--customize-hook=chroot "$1" ldconfig; cp {running.directory}/pip.conf "$1/etc/pip.conf"',
+        f'--customize-hook=chroot "$1" ldconfig; cp {directory}/pip.conf "$1/etc/pip.conf"',
         suite,
         str(archive),
         *_mirrors(),
@@ -331,8 +339,7 @@ def _make_base(running: Engine, name: str) -> None:
     )
     if done.returncode:
         pytest.skip(f"mmdebstrap can't make a {suite}: {done.stderr.strip().splitlines()[-1:]}")
-    running.run("import", archive, name, timeout_s=INSTALL_TIMEOUT_S)
-    archive.unlink()
+    return archive
 
 
 def _mirrors() -> list[str]:
@@ -379,16 +386,14 @@ def _build(running: Engine) -> None:
 
 
 def _bud(running: Engine, *more: str) -> subprocess.CompletedProcess[str]:
-    options = [
-        "--isolation=chroot",
-        "--network=host",
-        "--pull-never",
-        "--format=docker",
-        f"--tag={NAME}",
-        *more,
-    ]
+    return bud(running, f"--tag={NAME}", *more, str(ROOT))
+
+
+def bud(running: Engine, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Build an image from images that are there."""
+    options = ["--isolation=chroot", "--network=host", "--pull-never", "--format=docker"]
     return subprocess.run(
-        running.enter("buildah", *running.storage, "bud", *options, str(ROOT)),
+        running.enter("buildah", *running.storage, "bud", *options, *arguments),
         env=running.environment,
         capture_output=True,
         text=True,

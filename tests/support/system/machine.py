@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from support.system.packages import install_missing
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 #: Each command that is needed, and the package that has it.
@@ -178,7 +179,12 @@ class Machine:
 
 @contextlib.contextmanager
 def boot(
-    suite: str = "bookworm", *, units: bool = True, binds: Mapping[Path, str] | None = None
+    suite: str = "bookworm",
+    *,
+    project: bool = True,
+    units: bool = True,
+    packages: tuple[str, ...] = (),
+    binds: Mapping[Path, str] | None = None,
 ) -> Iterator[Machine]:
     """Boot a container with the project installed; stop and remove it at the end.
 
@@ -186,24 +192,17 @@ def boot(
 
     Args:
         suite: One of PYTHONS.
+        project: Whether anything of the project is in it, besides ``binds``.
         units: Whether to install the units, the user and the directories. They are in
             /usr/share/doc/brokerd in any case.
+        packages: Debian packages that are in it besides PACKAGES.
         binds: More directories or files of this machine, seen inside, read-only.
     """
     need()
-    root, installed = root_of(suite), installed_for(suite)
+    root = root_of(suite, *packages)
     name = f"brokerd-{suite}-{secrets.token_hex(4)}"
-    version = PYTHONS[suite]
-    shared = {
-        installed / "lib": f"/usr/local/lib/python{version}/dist-packages",
-        **{
-            installed / "bin" / command: f"/usr/local/bin/{command}"
-            for command in ("brokerd", "brokerctl")
-        },
-        **({ROOT / "systemd" / unit: place for unit, place in UNITS.items()} if units else {}),
-        ROOT / "systemd": "/usr/share/doc/brokerd/systemd",
-        **(binds or {}),
-    }
+    units = units and project
+    shared = {**(_project(suite, units=units) if project else {}), **(binds or {})}
     arguments = ["-D", root, *(f"--bind-ro={source}:{target}" for source, target in shared.items())]
     # The unified hierarchy alone: so are real machines, and systemd 256 and later know
     # no other.
@@ -244,6 +243,20 @@ def boot(
             _stop(process, name)
 
 
+def _project(suite: str, *, units: bool) -> dict[Path, str]:
+    """Return the project's files, and where they are in a container that has it."""
+    installed = installed_for(suite)
+    return {
+        installed / "lib": f"/usr/local/lib/python{PYTHONS[suite]}/dist-packages",
+        **{
+            installed / "bin" / command: f"/usr/local/bin/{command}"
+            for command in ("brokerd", "brokerctl")
+        },
+        **({ROOT / "systemd" / unit: place for unit, place in UNITS.items()} if units else {}),
+        ROOT / "systemd": "/usr/share/doc/brokerd/systemd",
+    }
+
+
 def need() -> None:
     """Install a missing program; skip the test, with the reason, if that is not
     possible.
@@ -252,26 +265,7 @@ def need() -> None:
         pytest.skip("systemd runs on Linux only")
     if os.geteuid() != 0:
         pytest.skip("booting a systemd needs root")
-    missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        pytest.skip(f"{' and '.join(missing)} are missing, and there is no apt-get to install them")
-    done = subprocess.run(
-        ["apt-get", "install", "-y", "--no-install-recommends", *missing],
-        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_INSTALL_TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(
-            f"apt-get can't install {' and '.join(missing)}:"
-            f" {done.stdout.strip().splitlines()[-1:]}"
-        )
+    install_missing(TOOLS)
 
 
 def cache() -> Path:
@@ -287,9 +281,13 @@ def cache() -> Path:
 
 
 @functools.cache
-def root_of(suite: str) -> Path:
-    """Return the root file system of a Debian suite, which is never written to."""
-    path = cache() / f"debian-{suite}"
+def root_of(suite: str, *more: str) -> Path:
+    """Return the root file system of a Debian suite, which is never written to.
+
+    Args:
+        more: Packages that are in it besides PACKAGES.
+    """
+    path = cache() / "-".join(["debian", suite, *more])
     if path.is_dir():
         return path
     mirror = _mirror()
@@ -299,7 +297,7 @@ def root_of(suite: str) -> Path:
             "mmdebstrap",
             "--quiet",
             "--variant=minbase",
-            f"--include={PACKAGES}",
+            f"--include={','.join([PACKAGES, *more])}",
             suite,
             str(root),
             mirror,
@@ -353,7 +351,7 @@ def installed_for(suite: str) -> Path:
     # left.
     source = path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("brokerd", "client"):
         shutil.copytree(

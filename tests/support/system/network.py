@@ -1,15 +1,15 @@
-"""Two networks of a test's own with a link between them, which can be bad; nothing of
-it reaches anybody else.
+"""Networks of a test's own with a link between them, which can be bad; nothing of it
+reaches anybody else.
 
-    with Link.wire() as link:                  # a veth pair; iptables can cut it
+    with Link.wire() as link:                  # a veth pair each; iptables can cut it
         link.inside(BROKER)                    # for preexec_fn: puts a process there
         link.cut(CLIENTS)
         link.heal(CLIENTS)
-    with Link.carried(delay_ms=25, loss=0.02, twice=0.02, seed=1) as link:     # two TUN
-    devices, and a process between
+    with Link.carried(delay_ms=25, loss=0.02, twice=0.02, seed=1) as link:     # TUN devices,
+    and a process between
 
-Needs root, ip and iptables. Both ends have an address of their own; both networks go
-when the block ends.
+Needs root, ip and iptables. Each end has an address of its own; all networks go when the
+block ends.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Self
 
 import pytest
 
 __all__ = ["BROKER", "CLIENTS", "Link", "needs_networks"]
 
-#: The two ends, and their addresses.
+#: The ends of a link, unless others are named.
 BROKER, CLIENTS = "broker", "clients"
-ADDRESSES: Final = {BROKER: "10.213.7.1", CLIENTS: "10.213.7.2"}
+_ADDRESS: Final = "10.213.7."
+#: The addresses of these two.
+ADDRESSES: Final = {BROKER: f"{_ADDRESS}1", CLIENTS: f"{_ADDRESS}2"}
 _CLONE_NEWNET: Final = 0x40000000
 _TUNSETIFF: Final = 0x400454CA
 _IFF_TUN_NO_PI: Final = 0x1001
@@ -53,19 +56,38 @@ def needs_networks() -> pytest.MarkDecorator:
 
 
 class Link:
-    """Two network namespaces and the link between them."""
+    """A network namespace for each end, and the link between them.
 
-    def __init__(self) -> None:
-        mark = secrets.token_hex(3)
-        self._spaces = {end: f"bd-{mark}-{end}" for end in ADDRESSES}
+    Attributes:
+        addresses: The address of each end.
+    """
+
+    def __init__(self, ends: Iterable[str]) -> None:
+        self.addresses = {end: f"{_ADDRESS}{place}" for place, end in enumerate(ends, 1)}
+        self._mark = secrets.token_hex(3)
+        self._spaces: dict[str, str] = {}
         self._carrier = 0
-        for space in self._spaces.values():
-            _ip("netns", "add", space)
+        try:
+            for end in self.addresses:
+                self._add_space(end)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add_space(self, end: str) -> str:
+        space = f"bd-{self._mark}-{end}"
+        _ip("netns", "add", space)
+        self._spaces[end] = space
+        return space
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the networks."""
         if self._carrier:
             os.kill(self._carrier, signal.SIGKILL)
             os.waitpid(self._carrier, 0)
@@ -73,59 +95,73 @@ class Link:
             _ip("netns", "del", space)
 
     @classmethod
-    def wire(cls) -> Self:
-        """Return two networks with a veth pair between them."""
-        link = cls()
-        broker, clients = link._spaces[BROKER], link._spaces[CLIENTS]
-        _ip(
-            "link",
-            "add",
-            "wire",
-            "netns",
-            broker,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "wire",
-            "netns",
-            clients,
-        )
-        link._up("wire", "/24")
+    def wire(cls, *ends: str) -> Self:
+        """Return networks with a veth pair each to a bridge in one more namespace."""
+        link = cls(ends or ADDRESSES)
+        try:
+            link._make_bridge()
+            link._up()
+        except BaseException:
+            link.close()
+            raise
         return link
+
+    def _make_bridge(self) -> None:
+        ends = list(self.addresses)
+        hub = self._add_space("hub")
+        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", hub, "link", "set", "bridge", "up")
+        for place, end in enumerate(ends):
+            port, space = f"port{place}", self._spaces[end]
+            pair = ("type", "veth", "peer", "name", "wire", "netns", space)
+            _ip("-n", hub, "link", "add", port, *pair)
+            _ip("-n", hub, "link", "set", port, "master", "bridge", "up")
 
     @classmethod
     def carried(
-        cls, *, delay_ms: float, jitter_ms: float, loss: float, twice: float, seed: int
+        cls,
+        *ends: str,
+        delay_ms: float,
+        jitter_ms: float = 0.0,
+        loss: float = 0.0,
+        twice: float = 0.0,
+        seed: int = 0,
     ) -> Self:
-        """Return two networks with a process between them.
+        """Return networks with a process between them.
 
-        The process delays, loses and repeats packets, alike in both directions.
+        The process delays, loses and repeats packets, alike in all directions.
 
         Args:
             loss: The share of packets that are lost.
             twice: The share of packets that are repeated.
         """
-        link = cls()
-        ends = [link._tun(end) for end in ADDRESSES]
-        link._up("wire", " peer")
-        link._carrier = os.fork()
-        if not link._carrier:
-            try:
-                _carry(ends, delay_ms / 1000, jitter_ms / 1000, loss, twice, random.Random(seed))
-            finally:
-                os._exit(1)
-        for end in ends:
-            os.close(end)
+        link = cls(ends or ADDRESSES)
+        tuns: dict[bytes, int] = {}
+        try:
+            for end, address in link.addresses.items():
+                tuns[socket.inet_aton(address)] = link._tun(end)
+            link._up()
+            link._carrier = os.fork()
+            if not link._carrier:
+                try:
+                    rng = random.Random(seed)
+                    _carry(tuns, delay_ms / 1000, jitter_ms / 1000, loss, twice, rng)
+                finally:
+                    os._exit(1)
+        except BaseException:
+            link.close()
+            raise
+        finally:
+            for tun in tuns.values():
+                os.close(tun)
         return link
 
-    def _up(self, device: str, form: str) -> None:
-        for end, space in self._spaces.items():
-            other = next(address for each, address in ADDRESSES.items() if each != end)
-            at = [ADDRESSES[end] + "/24"] if form == "/24" else [ADDRESSES[end], "peer", other]
-            _ip("-n", space, "address", "add", *at, "dev", device)
+    def _up(self) -> None:
+        for end, address in self.addresses.items():
+            space = self._spaces[end]
+            _ip("-n", space, "address", "add", f"{address}/24", "dev", "wire")
             _ip("-n", space, "link", "set", "lo", "up")
-            _ip("-n", space, "link", "set", device, "up")
+            _ip("-n", space, "link", "set", "wire", "up")
 
     def _tun(self, end: str) -> int:
         """Return the descriptor of a TUN device in this network, which reads and writes
@@ -165,20 +201,30 @@ class Link:
             _enter(own_network)
             os.close(own_network)
 
-    def cut(self, end: str) -> None:
-        """Drop all packets in and out at this end."""
-        self._rules(end, "-A")
+    def cut(self, end: str, *others: str) -> None:
+        """Drop all packets between this end and the others, by default all of them."""
+        self._rules(end, "-A", others)
 
-    def heal(self, end: str) -> None:
+    def heal(self, end: str, *others: str) -> None:
         """Undo a cut."""
-        self._rules(end, "-D")
+        self._rules(end, "-D", others)
 
-    def _rules(self, end: str, what: str) -> None:
-        for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
-            command = ["iptables", "-w", what, chain, way, "wire", "-j", "DROP"]
-            subprocess.run(
-                ["ip", "netns", "exec", self._spaces[end], *command], check=True, timeout=30
-            )
+    def unplug(self, end: str) -> None:
+        """Take this end's device down."""
+        _ip("-n", self._spaces[end], "link", "set", "wire", "down")
+
+    def plug(self, end: str) -> None:
+        """Undo an unplug."""
+        _ip("-n", self._spaces[end], "link", "set", "wire", "up")
+
+    def _rules(self, end: str, what: str, others: Iterable[str]) -> None:
+        peers = [self.addresses[other] for other in others] or ["0.0.0.0/0"]
+        for peer in peers:
+            for chain, way in (("INPUT", ("-i", "wire", "-s")), ("OUTPUT", ("-o", "wire", "-d"))):
+                command = ["iptables", "-w", what, chain, *way, peer, "-j", "DROP"]
+                subprocess.run(
+                    ["ip", "netns", "exec", self._spaces[end], *command], check=True, timeout=30
+                )
 
 
 def _ip(*arguments: str) -> None:
@@ -192,24 +238,31 @@ def _enter(space: int) -> None:
 
 
 def _carry(
-    ends: list[int],
+    tuns: Mapping[bytes, int],
     delay_s: float,
     jitter_s: float,
     loss: float,
     twice: float,
     rng: random.Random,
 ) -> None:
-    """Carry packets from each end to the other until killed.
+    """Carry packets to the end with their address until killed.
 
     Packets with jitter overtake each other.
+
+    Args:
+        tuns: The device of each address.
     """
+    ends = list(tuns.values())
     due: list[tuple[float, int, bytes, int]] = []
     order = 0
     while True:
         wait = None if not due else max(0.0, due[0][0] - time.monotonic())
         for end in select.select(ends, [], [], wait)[0]:
             packet = os.read(end, 65536)
-            other = ends[1] if end == ends[0] else ends[0]
+            other = tuns.get(packet[16:20])
+            if other is None:
+                # Nobody's: multicast, or IPv6.
+                continue
             copies = 0 if rng.random() < loss else 2 if rng.random() < twice else 1
             for _ in range(copies):
                 order += 1

@@ -47,7 +47,7 @@ def raised(expected, function, *args, **kwargs):
         function(*args, **kwargs)
     except expected as error:
         return str(error)
-    raise AssertionError(f"{expected.__name__} was not raised")
+    raise AssertionError(f"{expected} was not raised")
 
 
 def run_cases(clean_up=lambda: None):
