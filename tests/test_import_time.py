@@ -61,7 +61,7 @@ def test_import_of_daemon_loads_no_client_and_no_rich() -> None:
     rich works.
     """
     loaded = loaded_by(
-        "from brokerd.cli import main as cli; cli._import_structlog_without_rich(); import"
+        "from brokerd.cli.startup import import_libraries; import_libraries(); import"
         " brokerd.daemon.process"
     )
     assert "structlog" in loaded
@@ -72,13 +72,38 @@ def test_import_of_daemon_loads_no_client_and_no_rich() -> None:
         "brokerd_client.aio.client",
     }
     assert "rich.console" in loaded_by(
-        "from brokerd.cli import main as cli; cli._import_structlog_without_rich(); import"
-        " rich.console"
+        "from brokerd.cli.startup import import_libraries; import_libraries(); import rich.console"
+    )
+
+
+def test_import_of_daemon_loads_no_parser_of_arguments_and_no_metadata() -> None:
+    """The daemon starts without click, and without what pydantic finds plugins with. A
+    later import of that works.
+    """
+    loaded = loaded_by(
+        "from brokerd.cli.startup import import_libraries; import_libraries(); import"
+        " brokerd.daemon.process; from brokerd.config.load import load_text;"
+        " load_text('listen: [/s]\\nclients: {a: {key: k}}')"
+    )
+    assert "pydantic" in loaded
+    assert not loaded & {"click", "importlib.metadata", "email.message", "zipfile"}
+    assert "importlib.metadata" in loaded_by(
+        "from brokerd.cli.startup import import_libraries; import_libraries(); from"
+        " importlib.metadata import version; version('pydantic')"
+    )
+
+
+def test_import_of_daemon_with_plugins_allowed_looks_for_them() -> None:
+    """A user's value of PYDANTIC_DISABLE_PLUGINS is obeyed."""
+    assert "importlib.metadata" in loaded_by(
+        "import os; os.environ['PYDANTIC_DISABLE_PLUGINS'] = 'other'; from brokerd.cli.startup"
+        " import import_libraries; import_libraries(); from brokerd.config.load import load_text;"
+        " load_text('listen: [/s]\\nclients: {a: {key: k}}')"
     )
 
 
 def test_import_of_daemon_keeps_rich_already_loaded() -> None:
     """A program that has loaded rich keeps it."""
     assert "rich" in loaded_by(
-        "import rich\nfrom brokerd.cli import main as cli; cli._import_structlog_without_rich()"
+        "import rich\nfrom brokerd.cli.startup import import_libraries; import_libraries()"
     )

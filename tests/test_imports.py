@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ LEAVES = (
 )
 #: The values that a user of the library gets, which the protocol makes of received bytes.
 VALUES = (
+    "brokerd_client.channel_offer",
     "brokerd_client.codec",
     "brokerd_client.connection_event",
+    "brokerd_client.json_codec",
     "brokerd_client.message",
     "brokerd_client.presence",
     "brokerd_client.topics",
@@ -44,7 +47,12 @@ FACE = (
     "brokerd_client.protocol",
     "brokerd_client._common",
 )
-MODEL = ("brokerd.config.model", "brokerd.config.values", "brokerd.config.cert_subjects")
+MODEL = (
+    "brokerd.config.model",
+    "brokerd.config.values",
+    "brokerd.config.cert_subjects",
+    "brokerd.config.topic_rules",
+)
 
 #: What the parts may import of the two packages: (parts, what all of them may import).
 #: The longest matching prefix of a module's name decides; a prefix stands for itself and
@@ -57,14 +65,38 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("brokerd_client.errors", "brokerd_client._compat"),
     ),
     (
-        ("brokerd_client.codec", "brokerd_client.connection_event", "brokerd_client.presence"),
+        (
+            "brokerd_client.channel_offer",
+            "brokerd_client.connection_event",
+            "brokerd_client.json_codec",
+            "brokerd_client.presence",
+        ),
         LEAVES,
     ),
-    (("brokerd_client.message",), (*LEAVES, "brokerd_client.codec")),
+    (("brokerd_client.codec",), (*LEAVES, "brokerd_client.json_codec")),
     (
-        ("brokerd_client.settings", "brokerd_client.connection"),
-        (*LEAVES, "brokerd_client._common"),
+        ("brokerd_client.message",),
+        (*LEAVES, "brokerd_client.codec", "brokerd_client.json_codec"),
     ),
+    (
+        ("brokerd_client.settings",),
+        (*LEAVES, "brokerd_client._common", "brokerd_client.json_codec"),
+    ),
+    (
+        ("brokerd_client.connection",),
+        (*LEAVES, "brokerd_client._common", "brokerd_client.settings", "brokerd_client.tls"),
+    ),
+    # Listeners at a broker's addresses are clients of the broker.
+    (
+        ("brokerd_client.connection.broker",),
+        (
+            *LEAVES,
+            "brokerd_client.blocking",
+            "brokerd_client.connection",
+            "brokerd_client.settings",
+        ),
+    ),
+    (("brokerd_client.managers",), ("brokerd_client.connection", "brokerd_client.errors")),
     (("brokerd_client.tls",), LEAVES),
     (("brokerd_client.protocol",), (*LEAVES, *VALUES)),
     (
@@ -77,8 +109,19 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("brokerd_client.blocking", "brokerd_client.aio"),
+        ("brokerd_client.aio",),
         (*FACE, "brokerd_client.tls", "brokerd_client.connection.named_pipes"),
+    ),
+    # A channel of the blocking client is a connection of the direct API.
+    (
+        ("brokerd_client.blocking",),
+        (
+            *FACE,
+            "brokerd_client.tls",
+            "brokerd_client.connection.channels",
+            "brokerd_client.connection.named_pipes",
+            "brokerd_client.connection.stream",
+        ),
     ),
     (("brokerd",), ()),
     (
@@ -91,6 +134,8 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (("brokerd.log",), (*MODEL, "brokerd.config.units", "brokerd_client._common.rate_limit")),
     (("brokerd.core",), (*LEAVES, *MODEL, "brokerd_client.topics")),
+    # A process of its own: of the core it knows the seam only.
+    (("brokerd.store",), ("brokerd.core.mailboxes.journal",)),
     (
         ("brokerd.net",),
         (
@@ -123,6 +168,7 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "brokerd.net",
             "brokerd.log",
             "brokerd.monitor",
+            "brokerd.store",
         ),
     ),
     # A new process hands the daemon what it takes over. That module is below the daemon;
@@ -137,6 +183,7 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "brokerd.net",
             "brokerd.log",
             "brokerd.monitor",
+            "brokerd.store",
             "brokerd.upgrade.new_process",
         ),
     ),
@@ -177,14 +224,19 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "brokerd_client",
             "brokerd._held_signals",
             "brokerd.config",
+            "brokerd.core",
             "brokerd.ctl",
             "brokerd.daemon",
             "brokerd.log",
+            "brokerd.store",
             "brokerd.testing",
         ),
     ),
     # A client like any other, without access to the daemon's inside.
-    (("brokerd.ctl",), ("brokerd_client",)),
+    (
+        ("brokerd.ctl",),
+        ("brokerd_client", "brokerd.config.admin_user", "brokerd.config.text_files"),
+    ),
 )
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     part: allowed for parts, allowed in ROWS for part in parts
@@ -218,9 +270,21 @@ TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
         "brokerd_client.aio.client",
     ): "messages and subscriptions pass their calls on to the client",
     ("brokerd_client.blocking.*", "brokerd_client.blocking.client"): "the same",
-    ("brokerd.core.*", "brokerd.core.broker"): "functions that Broker calls are given it",
+    (
+        "brokerd_client.blocking.leader",
+        "brokerd_client.blocking.base",
+    ): "a leader has the client handle what it reads",
     ("brokerd.core.session", "brokerd.core.*"): "a session keeps state for the other modules",
-    ("brokerd.core.*", "brokerd.core.session"): "the routing loop is given the sender's session",
+    (
+        "brokerd.core.*",
+        "brokerd.core.cluster.remote_traffic",
+    ): "the traffic with other hosts hands frames to the broker, which announces its names",
+    ("brokerd.core.write_buffer", "brokerd.core.flight"): "a route keeps a client's requests",
+    ("brokerd.core.exchange", "brokerd.core.mailboxes.mailbox"): "a client keeps its mailbox",
+    (
+        "brokerd.core.consumer",
+        "brokerd.core.mailboxes.mailbox",
+    ): "a mailbox and its consumers know each other",
     ("brokerd.daemon.*", "brokerd.daemon.daemon"): "the parts of Daemon are given it",
     ("brokerd.net.context", "brokerd.net.*"): "the parts of Server share these services",
     (
@@ -228,8 +292,11 @@ TYPES_IN_A_CIRCLE: dict[tuple[str, str], str] = {
         "brokerd.net.handshake.pending",
     ): "admission and TLS are given a connection that keeps their state",
 }
-#: Packages that are used if installed, and named in the error if not.
-OPTIONAL = {"brokerd_client.codec": {"msgpack"}}
+#: Packages that are used if installed; codec's is named in the error if not.
+OPTIONAL = {
+    "brokerd_client.codec": {"msgpack"},
+    "brokerd_client._common.tracing": {"opentelemetry"},
+}
 
 
 def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
@@ -241,12 +308,9 @@ def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".pyx":
-        # Cython is not Python, but its lines of imports are; cimport looks at
-        # declarations of C only.
-        source = "\n".join(
-            line.strip() if re.match(r"\s*(from [\w.]+ )?import ", line) else ""
-            for line in source.splitlines()
-        )
+        source = cython_imports(source)
+    elif path.with_suffix(".pxd").exists():
+        source += "\n" + cython_imports(path.with_suffix(".pxd").read_text(encoding="utf-8"))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -262,6 +326,25 @@ def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
             name = node.args[0]
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 yield node.lineno, name.value
+
+
+@cache
+def all_imports_of(path: Path, module: str) -> list[tuple[int, str]]:
+    """Return what ``imports_of`` yields, read once for each file."""
+    return list(imports_of(path, module))
+
+
+def cython_imports(source: str) -> str:
+    """Return the imports of a Cython source as Python; its other lines are empty.
+
+    A ``cimport`` imports too, unless it is from Cython's declarations of C libraries.
+    """
+    return "\n".join(
+        line.strip().replace(" cimport ", " import ")
+        if re.match(r"\s*(from [\w.]+ )?import |\s*from brokerd[\w.]* cimport ", line)
+        else ""
+        for line in source.splitlines()
+    )
 
 
 def _is_import_function(function: ast.expr) -> bool:
@@ -319,6 +402,7 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
+@cache
 def lines_for_types(path: Path) -> set[int]:
     """Return the numbers of the lines below ``if TYPE_CHECKING:``."""
     if path.suffix == ".pyx":
@@ -344,7 +428,7 @@ def graph(
     for module, path in sources.items():
         for_types = lines_for_types(path)
         arrows[module] = set()
-        for line, name in imports_of(path, module):
+        for line, name in all_imports_of(path, module):
             imported = name
             while imported and imported not in sources:
                 imported = imported.rpartition(".")[0]
@@ -492,6 +576,20 @@ def test_imports_planted_forbidden_import_in_cython_is_found(tmp_path: Path) -> 
     (problem,) = problems_of(planted, "brokerd.core._routing_c")
 
     assert problem.startswith(f"{planted}:3: brokerd.core._routing_c imports socket: ")
+
+
+def test_imports_planted_cimport_beside_module_is_found(tmp_path: Path) -> None:
+    """A .pxd file follows the layers of the module whose C types it declares."""
+    planted = tmp_path / "planted.py"
+    planted.write_text('"""A module."""\n', encoding="utf-8")
+    planted.with_suffix(".pxd").write_text(
+        "from libc.stdint cimport int64_t\nfrom brokerd.net.server cimport Server\n",
+        encoding="utf-8",
+    )
+
+    (problem,) = problems_of(planted, "brokerd.core.rate")
+
+    assert "brokerd.core.rate imports brokerd.net.server.Server: " in problem
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 SOURCES: Final = [
     path
     for folder in ("brokerd", "client/brokerd_client", "benchmarks", ".ci")
-    for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyx")])
+    for path in sorted((ROOT / folder).rglob("*.p*"))
+    if path.suffix in (".py", ".pyx", ".pxd")
 ]
 PAGES: Final = [
     ROOT / "README.md",
@@ -151,7 +152,7 @@ def prose_of(path: Path) -> list[Text]:
             r"```.*?```", lambda block: "\n" * block.group().count("\n"), source, flags=re.DOTALL
         )
         return [Text(path, number, line) for number, line in enumerate(source.splitlines(), 1)]
-    if path.suffix == ".pyx":
+    if path.suffix in (".pyx", ".pxd"):
         return list(comments(path, source))
     tree = ast.parse(source)
     return [*docstrings(path, tree), *comments(path, source), *messages(path, tree)]

@@ -11,6 +11,7 @@ import random
 import pytest
 from support.fuzz.corpus import CORPUS, TARGETS, inputs
 from support.fuzz.mutator import mutated
+from support.seeds import random_seeds
 
 #: How many times as many inputs a longer run mutates.
 FACTOR = int(os.environ.get("BROKERD_FUZZ_FACTOR", "1"))
@@ -24,6 +25,7 @@ CHANGED = {
     "loops": 250,
     "snapshot": 1500,
     "dialog": 1500,
+    "channels": 600,
 }
 
 
@@ -49,7 +51,7 @@ def test_fuzz_corpus_raises_no_error(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("seed", [random.randrange(2**32)])
+@pytest.mark.parametrize("seed", random_seeds(1))
 def test_fuzz_corpus_mutated_raises_no_error(target: str, seed: int) -> None:
     """Inputs changed in a few places; the seed is in the name."""
     needs(target)

@@ -1,5 +1,5 @@
-"""The client of docs/protocol.md, typed as it stands into every stock Python found,
-talks to our library.
+"""The client of docs/protocol.md, and the caller of docs/channels.md, typed as they stand
+into every stock Python found, talk to our library.
 
 The broker is a process, each stock Python is a process, and bob is a client of the
 library.
@@ -23,6 +23,7 @@ import brokerd_client
 from brokerd_client.blocking import Client
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+CHANNELS = PAGE.with_name("channels.md")
 #: These know no digest but MD5.
 OLD = ("2.7", *(f"3.{minor}" for minor in range(6, 12)))
 TIMEOUT_S = 30.0
@@ -103,6 +104,38 @@ def test_protocol_page_example_works(version: str, broker: BrokerProcess, bob: C
             stock.kill()
     assert re.fullmatch(r"\(1, 0, 0, \d+L?, 'bob', True\)", output.strip()), output
     assert stock.returncode == 0
+
+
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+def test_channels_page_caller_works(
+    version: str, broker: BrokerProcess, bob: Client, tmp_path: Path
+) -> None:
+    """The caller opens a channel to a client of the library."""
+    name = f"py{version.replace('.', '')}{'old' if version in OLD else 'young'}"
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "till").write_bytes(key_of(name) + b"\n")
+    program = re.search(r"# till\.py\n(.*?)```", CHANNELS.read_text(), re.DOTALL)
+    assert program is not None, "docs/channels.md has no stock caller"
+    code = program[1].replace("./brokerd.sock", str(broker.socket))
+    code = code.replace('0, 0, 5, 1) + b"stock"', '0, 0, 3, 1) + b"bob"')
+    with (
+        bob.listen() as listener,
+        subprocess.Popen(
+            [*python(version), "-c", code],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as stock,
+    ):
+        try:
+            with listener.accept(TIMEOUT_S) as connection:
+                assert (connection.peer, connection.recv_bytes()) == (name, b"apple")
+                connection.send_bytes(b"here it is")
+                output, _ = stock.communicate(timeout=TIMEOUT_S)
+        finally:
+            stock.kill()
+    assert (output, stock.returncode) == ("here it is\n", 0)
 
 
 @pytest.mark.parametrize("version", OLD)

@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from support.interpreters import SUPPORTED_VERSIONS, interpreters
+
+from brokerd.testing import running
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUNNING = f"{sys.version_info[0]}.{sys.version_info[1]}"
 START_METHODS = ("fork", "spawn", "forkserver")
 TIMEOUT_S = 110
+#: Of each group of classes of every version, on a busy machine.
+SLOW_TIMEOUT_S = 600
 
 #: What tests connections themselves. Two groups, run side by side: most of their time
 #: they sleep.
@@ -61,6 +69,23 @@ BUILT_UPON = (
     "TestForkAwareThreadLock",
     "TestCloseFds",
 )
+#: What goes through listeners without a key of their own, or through all families. These
+#: run at a broker's addresses too.
+BY_NAME = (
+    "WithProcessesTestListener",
+    "WithProcessesTestListenerClient",
+    "WithProcessesTestPicklingConnections",
+    "WithManagerTestRemoteManager",
+    "WithManagerTestMyManager",
+)
+MORE_BY_NAME = (
+    "WithManagerTestManagerRestart",
+    "WithManagerTestContainers",
+    "TestManagerExceptions",
+    "TestSyncManagerTypes",
+    "WithManagerTestQueue",
+    "WithManagerTestPool",
+)
 #: Not in every version: ChallengeResponseTest came with the digests of 3.12, the other
 #: with 3.11.5 or so.
 MAY_BE_ABSENT = {"ChallengeResponseTest", "TestManagerExceptions"}
@@ -80,7 +105,14 @@ MUST_RUN = {
 class Run:
     """One interpreter at work on some of its classes."""
 
-    def __init__(self, python: str, start_method: str, classes: tuple[str, ...], cwd: Path) -> None:
+    def __init__(
+        self,
+        python: str,
+        start_method: str,
+        classes: tuple[str, ...],
+        cwd: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         environment = {
             key: value
             for key, value in os.environ.items()
@@ -88,6 +120,7 @@ class Run:
         }
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "client"), str(HERE / "in_place")])
         environment["START_METHOD"] = start_method
+        environment.update(variables)
         # Bytecode of the checkout would be written by several versions at once.
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         command = [python, str(HERE / "in_place" / "run_cases.py"), *classes]
@@ -98,17 +131,19 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
-    def outcome(self) -> dict[str, Any]:
-        out, err = self.process.communicate(timeout=TIMEOUT_S)
+    def outcome(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        out, err = self.process.communicate(timeout=timeout_s)
         assert self.process.returncode == 0, err
         outcome: dict[str, Any] = json.loads(out.splitlines()[-1])
         return outcome
 
     def end(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            # Its children too: they hold its output open.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 
@@ -138,29 +173,30 @@ def checked(*outcomes: dict[str, Any]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Run, Run]]]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Run, ...]]]:
     """The running interpreter at work on its tests of connections, in all ways to start
-    a process at once.
+    a process, and of what is built upon them. All run at once: mostly they sleep.
     """
     if not has_tests(sys.executable):
         pytest.skip(f"this Python {RUNNING} was installed without its `test` package")
     cwd = tmp_path_factory.mktemp("cpython")
-    runs = {
+    runs: dict[str, tuple[Run, ...]] = {
         method: (
             Run(sys.executable, method, CONNECTIONS, cwd),
             Run(sys.executable, method, WAITING, cwd),
         )
         for method in START_METHODS
     }
+    runs["built upon"] = (Run(sys.executable, "fork", BUILT_UPON, cwd),)
     yield runs
-    for pair in runs.values():
-        for run in pair:
+    for group in runs.values():
+        for run in group:
             run.end()
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_cpython_tests_of_connections_pass(
-    start_method: str, started: dict[str, tuple[Run, Run]], capsys: pytest.CaptureFixture[str]
+    start_method: str, started: dict[str, tuple[Run, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The running interpreter's own tests of connections pass upon our module."""
     ran = checked(*(run.outcome() for run in started[start_method]))
@@ -171,18 +207,12 @@ def test_cpython_tests_of_connections_pass(
 
 
 def test_cpython_tests_of_queues_pools_and_managers_pass(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    started: dict[str, tuple[Run, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Queues, pools and managers pass their own tests when the module beneath them is
     ours.
     """
-    if not has_tests(sys.executable):
-        pytest.skip(f"this Python {RUNNING} was installed without its `test` package")
-    run = Run(sys.executable, "fork", BUILT_UPON, tmp_path)
-    try:
-        ran = checked(run.outcome())
-    finally:
-        run.end()
+    ran = checked(*(run.outcome() for run in started["built upon"]))
 
     with capsys.disabled():
         print(f"\n{len(ran)} tests of CPython {RUNNING} ran")
@@ -190,7 +220,52 @@ def test_cpython_tests_of_queues_pools_and_managers_pass(
     assert len(ran) >= 100
 
 
+def by_name(
+    python: str,
+    start_method: str,
+    classes: tuple[str, ...],
+    cwd: Path,
+    timeout_s: float = TIMEOUT_S,
+) -> set[str]:
+    """Return the tests that have passed at the addresses of a broker."""
+    # A pool: several listeners of the tests may exist at once, each at its own address.
+    client = {"connections": 100, "channels": 1000}
+    config = {"listen": ["./b.sock"], "monitor": "127.0.0.1:0", "clients": {"cpython": client}}
+    with running(config=config) as broker:
+        variables = {**broker.environ("cpython"), "BY_NAME": "1"}
+        run = Run(python, start_method, classes, cwd, variables)
+        try:
+            ran = checked(run.outcome(timeout_s))
+        finally:
+            run.end()
+        with urlopen(f"http://{broker.monitor_address}/metrics", timeout=TIMEOUT_S) as page:
+            [opened] = re.findall(rb"\nbrokerd_opened_channels_total ([0-9]+)", page.read())
+    assert int(opened) >= len(ran)
+    return ran
+
+
+def test_cpython_tests_of_listeners_and_managers_pass_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Listeners, clients, the pickling of their connections, and managers pass their own
+    tests with the family AF_BROKER.
+    """
+    if not has_tests(sys.executable):
+        pytest.skip(f"this Python {RUNNING} was installed without its `test` package")
+    ran = by_name(sys.executable, "fork", BY_NAME, tmp_path)
+
+    with capsys.disabled():
+        print(f"\n{len(ran)} tests of CPython {RUNNING} ran by name")
+    assert {
+        "WithProcessesTestListener.test_multiple_bind",
+        "WithProcessesTestListenerClient.test_listener_client",
+        "WithProcessesTestPicklingConnections.test_pickling",
+        "WithManagerTestRemoteManager.test_remote",
+    } <= ran
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("start_method", START_METHODS)
 @pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
 def test_cpython_tests_pass_on_every_supported_version(
@@ -206,10 +281,11 @@ def test_cpython_tests_pass_on_every_supported_version(
         )
     if not has_tests(python):
         pytest.skip(f"the Python {version} here was installed without its `test` package")
+    by_name(python, start_method, (*BY_NAME, *MORE_BY_NAME), tmp_path, SLOW_TIMEOUT_S)
     groups = [CONNECTIONS, WAITING, *([BUILT_UPON] if start_method == "fork" else [])]
     runs = [Run(python, start_method, classes, tmp_path) for classes in groups]
     try:
-        ran = checked(*(run.outcome() for run in runs))
+        ran = checked(*(run.outcome(SLOW_TIMEOUT_S) for run in runs))
     finally:
         for run in runs:
             run.end()

@@ -21,7 +21,9 @@ FILES = (
     "outages/test_resets.py",
     "outages/test_replaced.py",
     "outages/test_exhausted.py",
+    "outages/test_cluster_processes.py",
     "system/test_bad_network.py",
+    "system/test_cluster_partitions.py",
     "system/test_full_disk.py",
 )
 

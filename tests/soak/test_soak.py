@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.broker_process import PROGRAM
+from support.nats_server import needs_nats
+from support.soak.cluster import cluster_soak, cluster_table
 from support.soak.flatness import Bound, judge, theil_sen
 from support.soak.page import picture, table
 from support.soak.run import SERIES, soak
@@ -100,3 +102,18 @@ def test_soak_of_leaking_daemon_is_not_flat(socket_dir: Path) -> None:
     assert not verdicts["rss"].flat
     assert not verdicts["anonymous"].flat
     assert verdicts["fds"].flat
+
+
+@pytest.mark.slow
+@needs_nats
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_soak_of_cluster_for_30_seconds_balances(
+    socket_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Descriptors do not rise; for memory the time is too short."""
+    seen = cluster_soak(socket_dir, 30)
+    with capsys.disabled():
+        print("", cluster_table(seen), sep="\n")
+    assert all(found.flat for _, title, _, found in seen.verdicts() if title == "descriptors")
+    assert seen.ends > 0
+    assert seen.roamings > 0

@@ -39,6 +39,9 @@ def is_idle(broker: RunningDaemon) -> bool:
                 server.connections
                 or server.context.connections.lingering
                 or len(server.pending_handshakes)
+                or len(server.undecided)
+                or server.context.connections.relays
+                or server.broker.channels.pending
                 or server.broker.has_deferred_work
             )
         )

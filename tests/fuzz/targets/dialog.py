@@ -71,6 +71,7 @@ class Owner:
     """A client that accepts no pickles."""
 
     allow_pickle_from: frozenset[str] = frozenset()
+    json_codec = None
 
 
 def target(data: bytes) -> None:
@@ -143,7 +144,7 @@ def authenticated(dialog: Dialog[Message]) -> None:
 def introduced(dialog: Dialog[Message]) -> None:
     """Let the broker answer with the client's name."""
     (message_id,) = (
-        each.id for each in dialog.pending_calls._table.values() if each.purpose.name == "WHOAMI"
+        each.id for each in dialog.pending_calls.values() if each.purpose.name == "WHOAMI"
     )
     effects = dialog.receive(
         frame(HEADER.pack(3, 0, 2, 7, message_id), b"$broker", WHOAMI), Owner(), 0.0
@@ -192,7 +193,7 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
         dialog.dialing(0.0)
         dialog.opened(NONCE)
         authenticated(dialog)
-    data = data_of(pieces, list(dialog.pending_calls._table) or [0])
+    data = data_of(pieces, list(dialog.pending_calls) or [0])
     broken = None
     for start in range(0, len(data), step):
         effects = dialog.receive(data[start : start + step], Owner(), 1.0)
@@ -206,7 +207,7 @@ def run(stage: int, calls: bytes, pieces: list[tuple[Any, ...]], step: int) -> l
     assert dialog.name == "alice"
     written(dialog, stage)
     note(dialog.tick(10.0), told)
-    assert all(each.deadline is None for each in dialog.pending_calls._table.values())
+    assert all(each.deadline is None for each in dialog.pending_calls.values())
     note(dialog.lost(broken or GONE, 10.0, 0.5), told)
     assert len(dialog.pending_calls) == 0
     outcomes = Counter(waiter for what, waiter in told if what == "outcome")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 from brokerd_client.errors import InvalidName, MalformedEnvelope, PayloadError
 from brokerd_client.wire.envelope import (
@@ -16,13 +17,22 @@ from brokerd_client.wire.envelope import (
     encode,
     error_payload,
     parse,
+    split,
 )
 
 
 def target(data: bytes) -> None:
     """Parse the bytes: an envelope that encodes to them again, or MalformedEnvelope
     with the id if it was there.
+
+    The broker reads a client's frame likewise, but knows no deliveries from clients.
     """
+    try:
+        envelope, start = split(data, from_client=True)
+    except MalformedEnvelope:
+        pass
+    else:
+        assert start == len(data) or envelope == replace(parse(data), payload=b"")
     try:
         envelope = parse(data)
     except MalformedEnvelope as error:
@@ -69,6 +79,11 @@ def seeds() -> Iterator[tuple[str, bytes]]:
             {"ttl": 5, "a": [1, "ü"]},
         )
         yield f"extended-{kind.name.lower()}", encode(extended)
+        if kind in (Kind.MESSAGE, Kind.EVENT):
+            delivery = replace(extended, flags=Flag.ACK, seq=2**40, attempt=2)
+            yield f"delivery-{kind.name.lower()}", encode(delivery)
+    yield "seq-beyond", HEADER.pack(1, Flag.ACK, 0, 3, 5) + b"bob" + b"123456789"
+    yield "ack", encode(Envelope(Kind.ACK, 9, "", b'{"verb":"back","delay":5}', 2, Flag.RECEIPT))
     yield (
         "error",
         encode(

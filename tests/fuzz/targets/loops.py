@@ -10,9 +10,9 @@ from typing import Any
 from support.fuzz.script import Script, item
 from support.loop_twins import HEADER, MAX_MESSAGE, agree, frame
 
-ENTRIES = 7
+ENTRIES = 8
 TOPICS = ("t.>", "t.*", ">", "t", "$broker.>")
-SEND, RAW, REPEAT, BLOCK, READ, ADVANCE, RECONNECT, SUBSCRIBE = range(8)
+SEND, RAW, REPEAT, BLOCK, READ, ADVANCE, RECONNECT, SUBSCRIBE, STORE = range(9)
 #: What one run may hold: more takes longer, and tells no more.
 MOST_STEPS = 40
 
@@ -28,7 +28,7 @@ def steps(script: Script) -> Iterator[tuple[Any, ...]]:
         if not script.left:
             return
         act, entry = divmod(script.number(), ENTRIES)
-        match act % 8:
+        match act % 9:
             case 0:
                 bodies = [script.item() for _ in range(1 + script.number() % 8)]
                 yield "send", entry, [frame(body) for body in bodies], 5000
@@ -47,7 +47,10 @@ def steps(script: Script) -> Iterator[tuple[Any, ...]]:
             case 6:
                 yield "reconnect", entry
             case 7:
-                yield "subscribe", entry, TOPICS[script.number() % len(TOPICS)]
+                group = ("", "", "g", "h")[script.number() % 4]
+                yield "subscribe", entry, TOPICS[script.number() % len(TOPICS)], group
+            case 8:
+                yield "store", (1, 2, None)[entry % 3], None
 
 
 def step(act: int, entry: int = 0, rest: bytes = b"") -> bytes:
@@ -75,6 +78,7 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         "pool": HEADER.pack(1, 0, 0, 4, 8) + b"pool" + b"p" * 40,
         "drops": HEADER.pack(1, 0, 0, 5, 8) + b"drops" + b"p" * 90,
         "slow": HEADER.pack(1, 0, 0, 4, 8) + b"slow" + b"p" * 90,
+        "stored": HEADER.pack(1, 1, 0, 3, 8) + b"box" + b"p" * 90,
         "broker": HEADER.pack(2, 0, 2, 7, 8) + b'$broker{"op":"whoami"}',
         "name-beyond": HEADER.pack(1, 0, 0, 255, 9) + b"b",
         "topic-beyond": HEADER.pack(5, 0, 0, 0, 9) + b"\xfft.x",
@@ -110,6 +114,8 @@ def seeds() -> Iterator[tuple[str, bytes]]:
     )
     yield "full", full + step(READ, 1, b"\x40") + step(READ, 1, b"\xff")
     yield "full-gone", full + step(RECONNECT, 1) + step(RECONNECT, 0)
+    stored = step(REPEAT, 0, item(odd["stored"]) + b"\x05") + step(REPEAT, 1, item(message) + b"\5")
+    yield "stored", stored + step(STORE, 0) + stored + step(STORE, 2)
     fanout = step(SUBSCRIBE, 2, b"\0") + step(SUBSCRIBE, 3, b"\2") + step(BLOCK, 2, b"\x01")
     yield (
         "fan",

@@ -162,6 +162,7 @@ def comparable(facts: Mapping[str, Any], broker: Broker) -> dict[str, Any]:
     names = {*known, *(each["name"] for each in facts["sessions"])}
     for each in facts["sessions"]:
         each["hold_s"] = each["hold_s"] and float(each["hold_s"])
+        each["since"] = float(each["since"])
         each["configured"] = each["configured"] and each["name"] in known
         for what in ("subscriptions", "reached", "owed", "asked", "expiring"):
             each[what] = sorted(each[what], key=str)

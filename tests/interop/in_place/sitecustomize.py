@@ -7,6 +7,7 @@ with them its managers, queues and pools.
 """
 
 import multiprocessing
+import os
 import sys
 
 import brokerd_client.connection as ours
@@ -36,3 +37,6 @@ assert "multiprocessing.connection" not in sys.modules, (
 )
 sys.modules["multiprocessing.connection"] = ours
 multiprocessing.connection = ours
+
+if "BY_NAME" in os.environ:
+    import by_name  # noqa: F401 - it changes our module

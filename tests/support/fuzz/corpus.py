@@ -22,6 +22,7 @@ TARGETS = (
     "loops",
     "snapshot",
     "dialog",
+    "channels",
 )
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ MEMBER = Path(__file__).with_name("member.py")
 SENDERS = ("s0", "s1")
 RECIPIENTS = ("r0", "r1")
 #: The outcome is not known, and the sender got an error that says so.
-_IN_DOUBT = frozenset({"InDoubt", "TimedOut"})
+_IN_DOUBT = frozenset({"InDoubt", "StoreInDoubt", "TimedOut"})
 #: A message: the recipient has it or will have it. A request: it was answered.
 _GOOD = frozenset({"Receipt", "Reply"})
 
@@ -123,6 +123,7 @@ class Traffic:
     """Senders that send to every recipient all the time.
 
     Args:
+        address: Where clients connect: one for all, or one for each name.
         ca: The CA of the broker's certificate, for TLS.
         blocking: The members that use the blocking client; the others use asyncio.
     """
@@ -130,7 +131,7 @@ class Traffic:
     def __init__(
         self,
         directory: Path,
-        address: str,
+        address: str | Mapping[str, str],
         *,
         senders: Sequence[str] = SENDERS,
         recipients: Sequence[str] = RECIPIENTS,
@@ -156,10 +157,11 @@ class Traffic:
     def _start(self, role: str, name: str, others: Iterable[str]) -> Member:
         note_file = self._directory / f"{name}.ledger"
         face = "blocking" if name in self._blocking else "asyncio"
+        address = self._address if isinstance(self._address, str) else self._address[name]
         command = [
             face,
             role,
-            self._address,
+            address,
             name,
             key_of(name).decode(),
             str(note_file),
@@ -187,11 +189,22 @@ class Traffic:
         """
         return sum(line[1] == to and line[3] in _GOOD for line in self.senders[sender].lines())
 
-    def goes_on(self, *, but: Iterable[str] = (), more: int = 24) -> None:
+    def goes_on(
+        self,
+        *,
+        but: Iterable[str] = (),
+        pairs: Iterable[tuple[str, str]] = (),
+        more: int = 24,
+    ) -> None:
         """Wait until each sender has sent ``more`` to each recipient, except to those
         in ``but``.
+
+        Args:
+            pairs: The pairs of a sender and a recipient to wait for, instead of all.
         """
-        pairs = [(sender, to) for sender in self.senders for to in self.recipients if to not in but]
+        pairs = list(pairs) or [
+            (sender, to) for sender in self.senders for to in self.recipients if to not in but
+        ]
         before = {pair: self.good(*pair) for pair in pairs}
         until(
             lambda: all(self.good(*pair) >= before[pair] + more for pair in pairs),

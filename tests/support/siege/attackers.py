@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from support.channels import JOIN, OPEN
+from support.keys import key_of
 from support.raw_client import EVENT, JSON, MESSAGE, REQUEST, Raw, Rejected, packed, prefixed
 
 __all__ = ["ATTACKS", "MAX_MESSAGE", "Siege"]
@@ -239,6 +241,29 @@ def unread_answers(siege: Siege, rng: random.Random) -> None:
         )
 
 
+def unread_channels(siege: Siege, rng: random.Random) -> None:
+    """Open channels beyond every limit, and fill both directions without reading."""
+
+    def dial(name: str, first: bytes) -> Raw:
+        raw = ends.enter_context(siege.open())
+        raw.log_in(key_of(name), name.encode() + b" channel", behind=first)
+        raw.sock.setblocking(False)
+        return raw
+
+    with siege.client("mean8") as listener, contextlib.ExitStack() as ends:
+        listener.ask("listen")
+        made: list[Raw] = []
+        while siege.on:
+            if len(made) < 100:
+                made.append(dial("mean9", packed(OPEN, "mean8", bytes(1024), message_id=1)))
+            with contextlib.suppress(TimeoutError):
+                made.append(dial("mean8", packed(JOIN, "", message_id=listener.recv().id)))
+            for raw in made:
+                with contextlib.suppress(BlockingIOError, ConnectionError):
+                    while raw.sock.send(bytes(1 << 16)):
+                        pass
+
+
 ATTACKS: dict[str, Callable[[Siege, random.Random], None]] = {
     each.__name__: each
     for each in (
@@ -252,5 +277,6 @@ ATTACKS: dict[str, Callable[[Siege, random.Random], None]] = {
         unfinished_messages,
         nonsense,
         unread_answers,
+        unread_channels,
     )
 }

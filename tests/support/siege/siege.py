@@ -27,11 +27,11 @@ LIMITS = {
 }
 #: What becomes of connections, and nothing of the thousands of messages.
 LOG = {"level": "info", "areas": {"message": "error"}}
-SMALL = {"queue": "256KiB", "subscriptions": 200, "requests": 2000}
+SMALL = {"queue": "256KiB", "channels": 20, "subscriptions": 200, "requests": 2000}
 
 
 def clients() -> dict[str, dict[str, Any]]:
-    ordinary = [f"mean{number}" for number in range(1, 8)] + [
+    ordinary = [f"mean{number}" for number in range(1, 10)] + [
         f"slow{number}" for number in range(8)
     ]
     ordinary += ["deaf", "silent", "comes-and-goes", "listener1", "listener2", "good", "friend"]

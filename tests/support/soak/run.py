@@ -18,7 +18,7 @@ from support.broker_process import PROGRAM, BrokerProcess
 from support.soak.flatness import Bound, Verdict, judge
 from support.soak.work import CLIENTS, LIMITS, Work
 
-__all__ = ["SERIES", "Series", "Soak", "soak"]
+__all__ = ["SERIES", "Series", "Soak", "process_figures", "soak"]
 
 PAIR = Path(__file__).with_name("pair.py")
 _MIB = 2**20
@@ -113,6 +113,7 @@ def soak(
         CLIENTS,
         listen=["127.0.0.1:0"],
         limits=LIMITS,
+        store={"path": "store", "min_free": 0},
         log={"level": "error", "areas": {"daemon": "info"}},
         program=program,
     ) as broker:
@@ -170,7 +171,7 @@ def _sample(
             work.upgrade()
             seen.upgraded_at = now
         pid = (broker.successors() or [broker.popen.pid])[-1]
-        sample = {"at": now, **_process(pid), **latest[-1]}
+        sample = {"at": now, **process_figures(pid), **latest[-1]}
         sample["median_ratio"] = sample["median"] / sample["control_median"]
         sample["p99_ratio"] = sample["p99"] / sample["control_p99"]
         for key, value in sample.items():
@@ -179,7 +180,7 @@ def _sample(
         _until(lambda: len(latest) > count)  # noqa: B023
 
 
-def _process(pid: int) -> dict[str, Any]:
+def process_figures(pid: int) -> dict[str, Any]:
     """Return the memory of a process in MiB, and its number of descriptors."""
     sizes = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:

@@ -43,7 +43,8 @@ from brokerd_client.address import Address
 NUMBER = struct.Struct("!Q")
 WAIT_S = 60.0
 #: Seconds between two rounds of a part.
-EVENTS_S, REQUESTS_S, RECONNECTS_S, GARBAGE_S, RELOAD_S, LARGE_S = (
+EVENTS_S, POSTS_S, REQUESTS_S, RECONNECTS_S, GARBAGE_S, RELOAD_S, LARGE_S = (
+    0.005,
     0.005,
     0.005,
     0.05,
@@ -70,6 +71,8 @@ CLIENTS: dict[str, Any] = {
     "comer": {"connections": 16},
     "mean": {"connections": 16},
     "changing": {"queue": "1MiB"},
+    "poster": None,
+    "box": {"mailbox": {"messages": 10_000}},
 }
 LIMITS = {"handshake_timeout": "1s", "wait_timeout": "60s"}
 
@@ -102,6 +105,7 @@ class Work:
             self._reconnects,
             self._garbage,
             self._reloads,
+            self._mailbox,
         ):
             self._beside(part)
         return self
@@ -271,6 +275,39 @@ class Work:
         )
         thread.start()
         return thread
+
+    def _mailbox(self) -> None:
+        """Post to a mailbox. Its consumer fails some messages, and leaves again and again
+        with messages in its window; each is acknowledged in the end.
+        """
+        posted = 0
+        is_over = threading.Event()
+        acknowledged: set[int] = set()
+
+        def consume() -> None:
+            while not (is_over.is_set() and len(acknowledged) == posted):
+                with self._connect("box", window=20) as client:
+                    for _ in range(300):
+                        try:
+                            message = client.recv(0.5)
+                        except brokerd_client.TimedOut:
+                            break
+                        if message.payload % 40 == 7 and message.attempt == 1:
+                            message.failed("the first attempt")
+                        else:
+                            assert message.payload not in acknowledged
+                            message.done()
+                            acknowledged.add(message.payload)
+
+        thread = self._beside(consume)
+        with self._connect("poster") as poster:
+            while not self.stop.wait(POSTS_S):
+                poster.post("box", posted, timeout=WAIT_S)
+                posted += 1
+        is_over.set()
+        thread.join(WAIT_S)
+        assert acknowledged == set(range(posted))
+        self.account["messages posted to a mailbox, each acknowledged once"] += posted
 
     def _reconnects(self) -> None:
         """Connect, ping and disconnect all the time, sometimes with a reset."""

@@ -64,6 +64,11 @@ class RunningBroker:
         """Return the key of a client."""
         return bytes.fromhex(self._call("key", name))
 
+    def environ(self, name: str) -> dict[str, str]:
+        """Return the environment variables of a program that is the client."""
+        variables: dict[str, str] = self._call("environ", name)
+        return variables
+
     def connect(self, name: str, **options: Any) -> Any:
         """Return a connected client of the library."""
         client = brokerd_client.connect(self.address, name=name, key=self.key(name), **options)
