@@ -19,6 +19,7 @@ import yaml
 from support.broker_process import TIMEOUT_S, BrokerProcess
 from support.keys import key_of
 from support.raw_client import EVENT, MESSAGE, REQUEST, Raw, Rejected, login, packed
+from support.waiting import until
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
 HOSTILE = (
@@ -43,7 +44,16 @@ def configure(broker: BrokerProcess, **sections: Any) -> None:
     broker.config.write_text(yaml.safe_dump(whole))
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
+def lines_of(path: Path, count: int = 0) -> list[dict[str, Any]]:
+    """Return the lines of a log, of which at least ``count`` come in time.
+
+    Each file has a thread of its own, so that a line may come after the answer to the
+    command that it tells of.
+    """
+    until(
+        lambda: path.exists() and path.read_text().count("\n") >= count,
+        f"{path.name} has fewer than {count} lines",
+    )
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -140,6 +150,8 @@ def test_log_level_changed_at_runtime_applies_until_reload(socket_dir: Path) -> 
         broker.signal(signal.SIGHUP)
         broker.wait("daemon.reloaded")
         assert "message\tinfo\t\n" in brokerctl(broker, "root", "log-level").stdout
+        broker.signal()
+        assert broker.exit_status() == 0
         changes = [
             line
             for line in lines_of(socket_dir / "audit.log")
@@ -165,9 +177,9 @@ def test_audit_file_moved_away_is_reopened_at_reload(socket_dir: Path) -> None:
         broker.signal(signal.SIGHUP)
         broker.wait("daemon.reload_refused")
         assert brokerctl(broker, "root", "disconnect", "alice").returncode == 1
-        events = [line["event"] for line in lines_of(socket_dir / "audit.1")]
+        events = [line["event"] for line in lines_of(socket_dir / "audit.1", 3)]
         assert events == ["daemon.started", "client.connected", "client.disconnected"]
-        first, connected, admin_event = lines_of(audit)[:3]
+        first, connected, admin_event = lines_of(audit, 3)[:3]
         assert first["event"] == "daemon.reload_refused"
         assert (connected["name"], len(connected["key"])) == ("root", 8)
         assert {key: admin_event[key] for key in ("event", "name", "op", "to")} == {
