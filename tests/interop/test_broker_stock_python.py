@@ -64,12 +64,12 @@ def broker() -> Iterator[BrokerProcess]:
         tempfile.TemporaryDirectory(prefix="bd-") as directory,
         BrokerProcess(Path(directory), clients) as process,
     ):
+        process.wait("daemon.started")
         yield process
 
 
 @pytest.fixture(scope="module")
 def bob(broker: BrokerProcess) -> Iterator[Client]:
-    broker.wait("daemon.started")
     with brokerd_client.connect(str(broker.socket), "bob", key_of("bob")) as client:
         yield client
 
