@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from support import older_pythons
 from support.tls.authority import Authority
 
@@ -20,6 +21,10 @@ settings.register_profile(
     "brokerd", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("brokerd")
+# Examples must not depend on which modules a test process happens to have imported.
+# Hypothesis takes constants from their source, and has no setting against it.
+if hasattr(providers, "Constants"):
+    providers.HypothesisProvider._local_constants = providers.Constants()  # type: ignore[method-assign]
 
 
 @pytest.fixture
