@@ -100,7 +100,7 @@ def test_metrics_count_refusals_by_code_including_zero() -> None:
 
 def test_metrics_count_handshakes_by_result() -> None:
     """Each way to connect is counted in the series that names it."""
-    with watched(limits={"handshake_timeout": "200ms"}) as broker:
+    with watched(limits={"handshake_timeout": "2s"}) as broker:
         alice = broker.login("alice")
         with pytest.raises(Rejected):
             login(broker.address, b"no key of anybody's", b"alice")

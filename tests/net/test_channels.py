@@ -404,7 +404,7 @@ def test_open_whose_caller_closes_is_forgotten(unix: RunningDaemon) -> None:
 
 def test_connection_that_announced_channel_and_is_silent_ends(socket_dir: Path) -> None:
     """So does one whose OPEN is never whole."""
-    with limited(socket_dir, handshake_timeout="200ms") as broker:
+    with limited(socket_dir, handshake_timeout="2s") as broker:
         for first in (b"", packed(OPEN, "bob")[:10], packed(OPEN, "bob", b"xyz")[:-1]):
             with dialed(broker, "alice", first) as raw:
                 assert is_refused(raw, "expired", 0)

@@ -523,7 +523,7 @@ def test_handshake_silent_peer_is_closed_after_handshake_timeout(stage: str) -> 
     """At whatever step a peer stops sending, it is closed when limits.handshake_timeout
     is over.
     """
-    with served(limits={"handshake_timeout": "300ms"}) as broker, broker.raw() as peer:
+    with served(limits={"handshake_timeout": "2s"}) as broker, broker.raw() as peer:
         answer = prefixed(peer.answer(key_of("alice")))
         peer.write(
             {"nothing": b"", "half a length": answer[:2], "half an answer": answer[:20]}.get(

@@ -343,7 +343,7 @@ def test_tls_handshake_unfinished_is_closed_after_handshake_timeout(
     """A peer that begins TLS and stops is disconnected when limits.handshake_timeout is
     over.
     """
-    limits = {"handshake_timeout": "200ms"}
+    limits = {"handshake_timeout": "2s"}
     with running_daemon(
         configuration({"address": "127.0.0.1:0", "tls": server.entry()}, limits=limits)
     ) as broker:

@@ -230,14 +230,17 @@ def test_aio_handlers_of_one_read_have_as_many_tasks_as_needed(
         async with network.join("alice") as alice, network.join("bob") as bob:
             tasks: set[object] = set()
             running = most = 0
+            all_run = asyncio.Event()
 
             async def handle(message: aio.Message) -> object:
                 nonlocal running, most
                 tasks.add(asyncio.current_task())
                 running += 1
                 most = max(most, running)
+                if running == 256:
+                    all_run.set()
                 if waits:
-                    await asyncio.sleep(0.01)
+                    await all_run.wait()
                 running -= 1
                 return message.payload
 

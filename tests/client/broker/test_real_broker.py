@@ -490,7 +490,7 @@ def test_request_timed_out_leaves_nothing(connect: Connect) -> None:
         alice.recv(0.01)
     with ThreadPoolExecutor(1) as caller:
         # With a ttl of its own, the request does not expire at the broker meanwhile.
-        call = caller.submit(alice.request, "bob", 1, timeout=0.5, ttl=PATIENCE)
+        call = caller.submit(alice.request, "bob", 1, timeout=2, ttl=PATIENCE)
         request = bob.recv(PATIENCE)
         assert isinstance(call.exception(PATIENCE), TimedOut)
     request.reply("late")

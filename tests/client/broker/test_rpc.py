@@ -423,7 +423,7 @@ def slow_service(face: Face, client: Any) -> Slow:
 def test_call_that_times_out_is_cancelled_in_its_method(face: Face, bob: Any, alice: Any) -> None:
     service = slow_service(face, bob)
     with pytest.raises(TimedOut):
-        alice.proxy("bob", timeout=0.5).work(1)
+        alice.proxy("bob", timeout=3).work(1)
     until(lambda: service.cancelled == [1])
     service.may_finish.set()
     assert alice.proxy("bob", timeout=PATIENCE).work(2) == 2

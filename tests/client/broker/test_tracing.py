@@ -351,7 +351,7 @@ def test_tracing_request_that_times_out_has_error_spans(pair: Pair) -> None:
         wait if isinstance(pair.face, Asyncio) else lambda message: until(lambda: message.cancelled)
     )
     with pytest.raises(TimedOut):
-        pair.alice.request("bob", 1, timeout=0.1)
+        pair.alice.request("bob", 1, timeout=3)
     assert attributes(pair.spans["request bob"])["error.type"] == "TimedOut"
     handle = pair.spans["handle bob"]
     assert handle.status.status_code is StatusCode.ERROR
