@@ -5,7 +5,7 @@ passed on to another pool member, or lost.
 from __future__ import annotations
 
 import pytest
-from support.fake_network import FakeNet, client
+from support.fake_network import FakeNet, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd_client.wire import envelope
@@ -72,6 +72,30 @@ def test_reports_of_message_passed_on_reach_no_later_connection(when_full: WhenF
 
     assert alice.take() == []
     assert net.broker.replies.returned == {"passed_on": 1, "lost": 2}
+
+
+@pytest.mark.parametrize("when_full", [WhenFull.WAIT, WhenFull.DROP_OLDEST])
+def test_reports_of_later_connection_reach_it_beside_message_passed_on(
+    when_full: WhenFull,
+) -> None:
+    """The member that gets an earlier connection's message has one of the later
+    connection too, which is reported when that member leaves.
+    """
+    net = FakeNet(client("alice"), client("pool", connections=2, when_full=when_full))
+    alice, first, second = (net.connect(name) for name in ("alice", "pool", "pool"))
+    first.block()
+    second.block()
+    alice.message("pool", BODY, 1)
+    alice.leave()
+    alice = net.connect("alice")
+    alice.message("pool", BODY, 2)
+    assert (first.session.outbox.unsent, second.session.outbox.unsent) == (1, 1)
+
+    first.leave()
+    second.leave()
+
+    assert (2, "offline") in [(answer.id, error_of(answer)) for answer in alice.take()]
+    assert net.broker.replies.returned["passed_on"] == 1
 
 
 @pytest.mark.parametrize("way", ["leave", "drop", "expire"])
