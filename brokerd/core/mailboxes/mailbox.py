@@ -51,6 +51,9 @@ class Mailbox(Sink):
         suspects: Heap of the others, with a failed attempt.
         unloaded: Ready messages that are only on disk.
         loaded_to: No message that is only on disk and ready has this seq or a lower one.
+        ahead: Messages above ``loaded_to`` that were delayed, and have failed since: they
+            are ready on disk, so a run may have them, and they are in memory, or not in
+            the mailbox any more.
         unloaded_since: When the oldest of these was stored, at the latest.
         resting: Heap of messages that are ready on disk, and delivered again later.
         parked: Messages with an uncommitted change.
@@ -72,6 +75,7 @@ class Mailbox(Sink):
         "_timed",
         "_timed_size",
         "_woken_to",
+        "ahead",
         "client",
         "committed_to",
         "consumers",
@@ -119,6 +123,7 @@ class Mailbox(Sink):
         self._ready_size = 0
         self.unloaded = 0
         self.loaded_to = 0
+        self.ahead: set[int] = set()
         self.unloaded_since: float | None = None
         self.resting: list[tuple[float, int, Message]] = []
         self.parked: dict[int, Message] = {}
@@ -263,6 +268,12 @@ class Mailbox(Sink):
             insort(self.ready, message)
         self._ready_size += message.size
 
+    def put_again(self, message: Message) -> None:
+        """Put a message back whose new state, ready, is on disk."""
+        if self.unloaded and message.seq > self.loaded_to:
+            self.ahead.add(message.seq)
+        self.put(message)
+
     def load(self, messages: list[Message], loaded_to: int) -> None:
         """Add the run of ready messages behind ``loaded_to``.
 
@@ -273,10 +284,14 @@ class Mailbox(Sink):
         self.reading = False
         if not loaded_to:
             self.unloaded = 0
+            self.ahead.clear()
             return
         self.loaded_to = loaded_to
         if self.restored:
             messages = [message for message in messages if message.seq not in self.restored]
+        if self.ahead:
+            messages = [message for message in messages if message.seq not in self.ahead]
+            self.ahead = {seq for seq in self.ahead if seq > loaded_to}
         self.unloaded -= len(messages)
         if messages:
             self.unloaded_since = messages[-1].stored_at
@@ -465,7 +480,7 @@ class Mailbox(Sink):
         """Return the seqs of the messages in memory, and of those held at an upgrade."""
         seqs = {message.seq for message in (*self.ready, *self.suspects)}
         seqs.update(seq for _, seq, _ in (*self.resting, *self._timed))
-        return seqs.union(self.held, self.parked, self.restored)
+        return seqs.union(self.held, self.parked, self.restored, self.ahead)
 
     # Uncommitted changes
 

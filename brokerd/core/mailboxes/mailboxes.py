@@ -398,7 +398,7 @@ class Mailboxes:
             elif not mailbox.unpark(message.seq):
                 continue
             elif state == "ready":
-                mailbox.put(message)
+                mailbox.put_again(message)
             elif state == "delayed":
                 mailbox.delay(message)
             placed[mailbox] = None

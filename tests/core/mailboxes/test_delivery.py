@@ -657,6 +657,30 @@ def test_delayed_messages_arrive_that_found_the_memory_full(
     assert sorted(seqs(bob)) == [5, 6, 7, 8, 9]
 
 
+def test_delayed_message_that_fails_before_a_backlog_is_delivered_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Failed, it is ready on disk: the run that contains it must not return it, too."""
+    monkeypatch.setattr(mailbox_module, "_MESSAGES", 2)
+    monkeypatch.setattr(mailbox_module, "_FEW", 2)
+    monkeypatch.setattr("brokerd.core.mailboxes.feeding._RUN", 3)
+    net = net_with(12)
+    net.peers[0].message("bob", b"late", extension={"delay": 1})
+    net.peers[0].message("bob", b"last")
+    net.advance(2)
+    bob = net.connect("bob")
+    open_mailbox(bob, window=4)
+    got = []
+    while delivered := attempts(bob):
+        got += delivered
+        for seq, attempt in delivered:
+            ack(bob, seq, "failed" if (seq, attempt) == (13, 1) else "")
+    assert got[:4] == [(1, 1), (2, 1), (13, 1), (3, 1)]
+    assert sorted(got) == [*((seq, 1) for seq in range(1, 14)), (13, 2), (14, 1)]
+    box = net.box()
+    assert (box.messages, box.unloaded, box.size, box.ahead) == (0, 0, 0, set())
+
+
 def test_restart_delivers_everything_that_was_not_acknowledged() -> None:
     net = net_with(5)
     bob = net.connect("bob")
