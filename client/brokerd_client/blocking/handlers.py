@@ -115,8 +115,10 @@ class HandlerThreads:
                 try:
                     if self.raised_at is not None:
                         self._review(self.raised_at)
-                    # A raised limit is checked even if no job comes.
-                    function, item = queue.take(None if self.raised_at is None else _REVIEW_S)
+                    # A raised limit is checked even if no job comes. After a check it is
+                    # raised again, a moment later, while more threads run than needed.
+                    lowered = self.raised_at is None and len(self._threads) <= self.count
+                    function, item = queue.take(None if lowered else _REVIEW_S)
                     try:
                         function(item)
                     except BaseException as error:  # noqa: BLE001 - see the head of this file

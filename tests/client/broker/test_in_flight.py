@@ -147,6 +147,32 @@ def test_in_flight_limit_that_nested_requests_have_raised_is_lowered_after_them(
     face.close()
 
 
+def test_in_flight_limit_that_nested_requests_have_raised_is_checked_until_they_end(
+    broker: RunningBroker,
+    alice: brokerd_client.Client,
+    callers: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They take longer than the time between two checks."""
+    monkeypatch.setattr(handlers, "_REVIEW_S", 0.05)
+    face = Blocking()
+    nested = Service(face, broker, "bob")
+    worker = face.connect(broker.address, "worker", broker.key("worker"), handlers=1)
+    checks: list[None] = []
+    check = worker._for_requests._on_review
+    monkeypatch.setattr(worker._for_requests, "_on_review", lambda: (checks.append(None), check()))
+    worker.on_request(lambda message: worker.request("bob", message.payload).payload)
+    answers = [callers.submit(alice.request, "worker", number) for number in range(4)]
+    until(lambda: len(nested.begun) == 4)
+    checked = len(checks)
+    until(lambda: len(checks) >= checked + 3)
+    assert worker._dialog._in_flight >= 4
+    nested.may_finish.set()
+    assert sorted(answer.result(PATIENCE).payload for answer in answers) == list(range(4))
+    until(lambda: worker._dialog._in_flight == 1)
+    face.close()
+
+
 def test_request_that_times_out_is_cancelled_in_its_handler_and_not_begun_later(
     face: Face, broker: RunningBroker, alice: brokerd_client.Client, callers: ThreadPoolExecutor
 ) -> None:
