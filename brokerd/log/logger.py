@@ -58,6 +58,9 @@ __all__ = [
 
 #: Where systemd's journal takes entries.
 _JOURNAL: Final = "/run/systemd/journal/socket"
+#: Most seconds that the end of the process waits for its last lines. A busy machine may
+#: not run a sink's thread for half a second.
+_CLOSE_S: Final = 1.0
 
 
 class AuditError(Exception):
@@ -259,7 +262,7 @@ class DaemonLog:
         done = [sink.flush(max(0.0, end - time.monotonic())) for sink in self._sinks()]
         return all(done)
 
-    def close(self, timeout_s: float = 0.3) -> None:
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Write the waiting lines and close all sinks.
 
         Args:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -324,6 +325,21 @@ def test_log_stream_other_than_journal_gets_json(
         log.logger.info("client.connected")
         log.close(TIMEOUT_S)
     assert json.loads((tmp_path / "log").read_text())["event"] == "client.connected"
+
+
+def test_log_close_waits_for_sink_on_busy_machine() -> None:
+    """The last lines are written if the sink's thread runs within a second."""
+
+    class Late(io.StringIO):
+        def write(self, text: str) -> int:
+            time.sleep(0.5)
+            return super().write(text)
+
+    stream = Late()
+    log = DaemonLog(Log(), stream)
+    log.logger.info("daemon.stopped")
+    log.close()
+    assert events(stream) == ["daemon.stopped"]
 
 
 def called_events() -> set[str]:
