@@ -194,7 +194,7 @@ def test_stop_during_handover_ends_upgrade_at_once(socket_dir: Path) -> None:
     """The new process has the state and does not answer. SIGTERM does not wait for its
     timeout.
     """
-    first = IMPATIENT.replace("_HANDOVER_S = 0.5", "_HANDOVER_S = 60.0")
+    first = IMPATIENT.replace("_HANDOVER_S = 3.0", "_HANDOVER_S = 60.0")
     with Upgradable(socket_dir, first=first) as broker:
         broker.before_new_process(
             "import time\nfrom brokerd.upgrade import new_process as successor\n"

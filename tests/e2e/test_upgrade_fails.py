@@ -136,7 +136,7 @@ FAILURES = {
         RECEIVING
         + TAKING
         + "channel.UpgradeChannel._take = lambda *given: taking(time.sleep, *given, 60)",
-        "the other process sent nothing for 0.",
+        "the other process sent nothing for ",
     ),
     "a state it makes no sense of": (
         RECEIVING + "from brokerd.core import snapshot\n"
@@ -168,7 +168,7 @@ FAILURES = {
         "    if message.say == 'commit': time.sleep(60)\n"
         "    return message\n"
         "channel.UpgradeChannel.expect = expect",
-        "the other process sent nothing for 0.3 s",
+        "the other process sent nothing for 2 s",
     ),
 }
 
@@ -303,7 +303,7 @@ def test_upgrade_without_free_descriptor_is_refused(socket_dir: Path) -> None:
 @pytest.mark.slow
 def test_upgrade_silent_new_process_times_out(socket_dir: Path) -> None:
     """The new process is killed after its timeout."""
-    impatient = IMPATIENT.replace("_HELLO_S = 5.0", "_HELLO_S = 0.5")
+    impatient = IMPATIENT.replace("_HELLO_S = 60.0", "_HELLO_S = 0.5")
     with Upgradable(socket_dir, CLIENTS, first=impatient) as broker, broker.login("ops") as ops:
         broker.before_new_process("import time; time.sleep(60)")
         answer = broker.upgrade(ops)

@@ -23,12 +23,13 @@ if before.exists():
 from brokerd.daemon.process import run
 sys.exit(run(Path(sys.argv[1])))
 """
-#: What a process that is to hand over does, so that a test need not wait for long.
+#: What a process that is to hand over does, so that a test need not wait for long. The
+#: new process needs a second to start, and a busy machine several.
 IMPATIENT = """
 from brokerd.upgrade import old_process as predecessor
-predecessor._HELLO_S = 5.0
-predecessor._HANDOVER_S = 0.5
-predecessor._MOMENT_S = 0.3
+predecessor._HELLO_S = 60.0
+predecessor._HANDOVER_S = 3.0
+predecessor._MOMENT_S = 2.0
 """
 
 

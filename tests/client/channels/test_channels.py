@@ -355,7 +355,7 @@ def test_streams_of_asyncio_open_times_out_and_is_refused(broker: RunningBroker)
             bob.listen() as listener,
         ):
             with pytest.raises(TimedOut):
-                await alice.open_stream("bob", timeout=0.05)
+                await alice.open_stream("bob", timeout=2)
             await listener.recv()
             opening = asyncio.ensure_future(alice.open_stream("bob", b"?"))
             offer = await listener.recv(TIMEOUT_S)
