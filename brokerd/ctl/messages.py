@@ -212,7 +212,9 @@ def listen(
     """Print the messages and requests that arrive, until Ctrl-C.
 
     With --count, the command fails if fewer arrive before the time limit or Ctrl-C. A
-    request is answered with the text of --reply, or with an error without one.
+    request is answered with the text of --reply, or with an error without one. A
+    message of the client's mailbox is acknowledged, and so deleted, once it is printed;
+    `mailbox show` shows messages without that.
     """
     with ended_by_ctrl_c(count is None), access.connect(reconnect=reconnect) as client:
         if not reconnect:
@@ -227,6 +229,9 @@ def listen(
                         "this client does not answer requests: it was started without --reply"
                     )
             print_message(message, as_json=as_json, raw=raw)
+            if message.seq:
+                # Unacknowledged, a window of them would be all that ever comes.
+                message.done()
 
 
 def _check_mailbox(client: brokerd_client.Client) -> None:

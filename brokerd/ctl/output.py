@@ -113,6 +113,8 @@ def message_object(message: Message) -> dict[str, Any]:
         "sender": message.sender,
         "id": message.id,
     }
+    if message.seq:
+        shown |= {"seq": message.seq, "attempt": message.attempt}
     if message.topic:
         shown["topic"] = message.topic
     if message.extension is not None:

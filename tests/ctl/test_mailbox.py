@@ -31,6 +31,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerProcess]:
         "dora": {"mailbox": True},
         "emil": {"mailbox": True},
         "fred": {"mailbox": True},
+        "gina": {"mailbox": {"window": 2}},
         "ops": {"admin": "payload"},
         "half": {"admin": True},
     }
@@ -237,3 +238,16 @@ def test_ctl_mailbox_ages_are_readable() -> None:
         "2 h",
         "2 d",
     ]
+
+
+def test_ctl_listen_acknowledges_messages_of_mailbox(broker: BrokerProcess, run: Run) -> None:
+    """All messages come, although there are more than the window, and none comes twice."""
+    for number in range(5):
+        assert run("alice", "send", "gina", f"m{number}").exit_code == 0
+    first = run("gina", "listen", "--count", "1", "--json", "--timeout", "30")
+    shown = json.loads(first.stdout)
+    assert (shown["payload"], shown["seq"], shown["attempt"]) == ("m0", 1, 1)
+    rest = run("gina", "listen", "--count", "4", "--timeout", "30")
+    assert rest.stdout.splitlines() == [f"alice\tm{number}" for number in range(1, 5)]
+    (listed,) = json.loads(run("gina", "mailbox", "list", "--json").stdout)
+    assert [listed[state] for state in ("ready", "held", "delayed", "dead")] == [0, 0, 0, 0]
