@@ -473,6 +473,9 @@ def deeply_nested() -> list[Any]:
         (Envelope(Kind.MESSAGE, extension={"a": 10**309}), "a number is too large"),
         (Envelope(Kind.MESSAGE, extension={"a": [-2 * 10**308]}), "a number is too large"),
         (Envelope(Kind.MESSAGE, extension=holding_itself()), "can't be written as JSON"),
+        (Envelope(Kind.MESSAGE, extension=["a"]), "give a dict, not list"),  # type: ignore[arg-type]
+        (Envelope(Kind.MESSAGE, extension="a"), "give a dict, not str"),  # type: ignore[arg-type]
+        (Envelope(Kind.MESSAGE, extension=False), "give a dict, not bool"),  # type: ignore[arg-type]
     ],
 )
 def test_envelope_field_out_of_range_is_refused(envelope: Envelope, reason: str) -> None:

@@ -293,6 +293,10 @@ def lone_key(raw: bytes) -> dict[str, Any] | None:
 
 
 def _json(extension: Mapping[str, Any]) -> bytes:
+    if not isinstance(extension, Mapping):
+        raise PayloadError(
+            f"an extension is a JSON object: give a dict, not {type(extension).__name__}"
+        )
     try:
         text = json.dumps(extension, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     # RecursionError: nested too deeply. ValueError: NaN, infinity, or a reference
