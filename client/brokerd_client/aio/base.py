@@ -1331,9 +1331,14 @@ class _Messages:
         self._check()
         if self._last is not None:
             self._go_on(self._last)
+        message: Message | None
         try:
             message = self._queue.take_now()
         except IndexError:
+            message = None
+        # Not in the except clause: what ends the waiting would name the IndexError as its
+        # context.
+        if message is None:
             try:
                 message = await self._queue.take(None)
             except Closed:

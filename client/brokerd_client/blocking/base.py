@@ -893,10 +893,12 @@ class BaseClient(ClientProperties):
                 except IndexError as error:
                     if raised_by_handler(error):
                         raise
-                    item = queue.take(None)
-                    yield item
-                    if mailbox.is_open and item.seq:
-                        self._settle_at_once(item, ack_body("done"), queue)
+                # Not in the except clause: what ends the waiting would name the
+                # IndexError as its context.
+                item = queue.take(None)
+                yield item
+                if mailbox.is_open and item.seq:
+                    self._settle_at_once(item, ack_body("done"), queue)
 
     def _open(self, subscription: BaseSubscription[Any], timeout: float | None) -> None:
         """Begin a subscription or a watch, and wait for the broker's confirmation.

@@ -385,6 +385,36 @@ def test_client_iteration_ends_with_close(server: FakeServer) -> None:
     alice.close()
 
 
+def contexts(error: BaseException | None) -> list[type[BaseException]]:
+    """Return the types of an exception and of all that it names as its context."""
+    types = []
+    while error is not None:
+        types.append(type(error))
+        error = error.__context__
+    return types
+
+
+def test_client_iteration_ended_by_loss_names_no_inner_error(server: FakeServer) -> None:
+    """The traceback shows why the loop ended, and not that its queue was empty before."""
+    bob = join("bob", server, reconnect=False)
+    server.drop("bob")
+    with pytest.raises(Disconnected) as caught:
+        for _ in bob:
+            pass
+    assert IndexError not in contexts(caught.value)
+    bob.close()
+
+    async def with_asyncio() -> None:
+        async with aio.connect(server.path, "alice", "alice", reconnect=False) as alice:
+            server.drop("alice")
+            with pytest.raises(Disconnected) as caught:
+                async for _ in alice:
+                    pass
+            assert IndexError not in contexts(caught.value)
+
+    asyncio.run(with_asyncio())
+
+
 def test_subscription_context_exit_ends_iteration(server: FakeServer) -> None:
     """Leaving the with block ends the iteration in another thread."""
     alice = join("alice", server)
