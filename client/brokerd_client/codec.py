@@ -93,6 +93,11 @@ def encode(
             return JSON_CODEC, body
         if isinstance(payload, Encoded):
             return payload.codec, payload.body
+        if isinstance(payload, tuple):
+            raise PayloadError(
+                "JSON would change the payload: a tuple would become a list; give a list, or"
+                " codec='json' to allow that"
+            )
         raise PayloadError(
             f"a value of type {type(payload).__name__} is neither bytes nor JSON: convert it,"
             " or give codec='pickle' (the recipient has to allow that)"
@@ -105,7 +110,7 @@ def encode(
     if number == CodecId.MSGPACK:
         return number, _msgpack(payload)
     if not isinstance(payload, (bytes, bytearray, memoryview)):
-        raise PayloadError(f"codec {codec!r} takes bytes, not a {type(payload).__name__}")
+        raise PayloadError(f"codec {codec!r} takes bytes, not {type(payload).__name__}")
     return number, bytes(payload)
 
 

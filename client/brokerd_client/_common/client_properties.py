@@ -68,5 +68,6 @@ class ClientProperties:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a client can't be pickled or copied, for its connection can't: connect in the child"
+            "a client can't be pickled or copied, and neither can what belongs to it, such as a"
+            " message: connect in the child, or pass on the message's payload"
         )

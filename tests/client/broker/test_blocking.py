@@ -946,6 +946,11 @@ def test_client_pickled_or_copied_raises_with_remedy(
 ) -> None:
     with join("alice", server) as alice, pytest.raises(TypeError, match="connect in the child"):
         make(alice)
+    with join("alice", server) as alice:
+        alice.send("alice", "hello")
+        message = alice.recv(PATIENCE)
+        with pytest.raises(TypeError, match="pass on the message's payload"):
+            pickle.dumps(message)
 
     async def with_asyncio() -> None:
         async with aio.connect(server.path, "bob", "bob") as bob:

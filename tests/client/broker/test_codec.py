@@ -59,7 +59,7 @@ def test_codec_raw_returns_bytes(payload: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [{1, 2}, (1,), object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"]
+    "payload", [{1, 2}, object(), 1j, [object()], {"a": b"bytes"}, float("nan"), "\ud800"]
 )
 def test_codec_missing_for_payload_names_pickle(payload: object) -> None:
     """Nothing is converted implicitly: the error names the codec that could carry the
@@ -67,6 +67,16 @@ def test_codec_missing_for_payload_names_pickle(payload: object) -> None:
     """
     with pytest.raises(PayloadError, match="pickle"):
         encode(payload)
+
+
+def test_codec_missing_for_tuple_names_list_and_json() -> None:
+    """A tuple alone is refused for the same reason, and with the same remedy, as one in a
+    list.
+    """
+    for payload in ((1, 2), [(1, 2)]):
+        with pytest.raises(PayloadError, match=r"a tuple would become a list.*codec='json'"):
+            encode(payload)
+    assert encode((1, 2), "json") == (CodecId.JSON, b"[1,2]")
 
 
 @pytest.mark.parametrize("codec", ["yaml", 4, 127, 256, -1])
@@ -81,7 +91,7 @@ def test_codec_reserved_or_unknown_raises(codec: str | int) -> None:
 @pytest.mark.parametrize("codec", ["raw", 200])
 def test_codec_of_bytes_refuses_text(codec: str | int) -> None:
     """A text is not turned into bytes by guessing."""
-    with pytest.raises(PayloadError, match="takes bytes"):
+    with pytest.raises(PayloadError, match="takes bytes, not str"):
         encode("text", codec)
 
 
