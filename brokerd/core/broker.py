@@ -639,9 +639,12 @@ class Broker:
         extension: Mapping[str, Any] = envelope.extension or {}
         if envelope.kind is Kind.MESSAGE and ("key" in extension or "delay" in extension):
             key = "key" if "key" in extension else "delay"
+            name = envelope.name
+            if not name.startswith("$") and self.exchange.resolve(name.partition("/")[0]) is None:
+                return ErrorCode.NO_SUCH_CLIENT, f"unknown client {name}"
             return (
                 ErrorCode.UNSUPPORTED,
-                f"{key} is for messages to a mailbox, and {envelope.name} has none",
+                f"{name} has no mailbox, and {key} is only for messages to a mailbox",
             )
         if "ttl" not in extension:
             return None

@@ -160,7 +160,9 @@ class Operations:
         self._incidents = incidents
         self._taps = taps
         self._mailboxes = mailboxes
-        self._on_mailboxes = MailboxOperations(mailboxes, replies, self._addresses_of)
+        self._on_mailboxes = MailboxOperations(
+            mailboxes, replies, self._addresses_of, self._home_of
+        )
         self.traffic: RemoteTraffic | None = None
         self.asking: set[Session] = set()
         self.admin_commands: list[AdminCommand] = []
@@ -275,6 +277,10 @@ class Operations:
         # The message may be for a mailbox of any host.
         dedup = self._mailboxes.dedup if self.traffic is None else self.traffic.cluster.dedup
         return {"dedup": dedup or _DEDUP_S, **of_client}
+
+    def _home_of(self, name: str) -> str:
+        client = self._exchange.resolve(name)
+        return "" if client is None else client.config.home
 
     def _addresses_of(self, host: str) -> tuple[str, ...]:
         return () if self.traffic is None else self.traffic.addresses_of(host)

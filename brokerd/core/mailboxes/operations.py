@@ -33,6 +33,7 @@ class MailboxOperations:
     """Carries out the operations on mailboxes, each for one connection.
 
     addresses_of: returns where clients can connect to another host of the cluster.
+    home_of: returns the host that keeps the mailbox of a name, "" if none is known.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class MailboxOperations:
         mailboxes: Mailboxes,
         replies: Replies,
         addresses_of: Callable[[str], tuple[str, ...]],
+        home_of: Callable[[str], str],
     ) -> None:
         self._mailboxes = mailboxes
         self._replies = replies
         self._addresses_of = addresses_of
+        self._home_of = home_of
 
     def open(self, source: Session, message_id: int, arguments: _Arguments) -> None:
         """Carry out ``open_mailbox``; the REPLY precedes the first delivery."""
@@ -116,7 +119,9 @@ class MailboxOperations:
         mailbox = self._mailbox(source, arguments)
         seq = None if arguments.get("all") is True else _seq_of(arguments, ' or "all": true')
         self._note(source, mailbox, "mailbox_kick", seq)
-        self._mailboxes.inspection.kick(mailbox, seq, self._reply(source, message_id, seq))
+        self._mailboxes.inspection.kick(
+            mailbox, seq, self._reply(source, message_id, seq, "dead letter")
+        )
 
     def drop(self, source: Session, message_id: int, arguments: _Arguments) -> None:
         """Carry out ``mailbox_drop``."""
@@ -170,7 +175,13 @@ class MailboxOperations:
             )
         mailbox = self._mailboxes.boxes.get(name)
         if mailbox is None:
-            raise Refusal(ErrorCode.UNSUPPORTED, f"{name} has no mailbox", name)
+            home = self._home_of(name)
+            reason = (
+                f"the mailbox of {name} is at host {home}: ask there"
+                if home
+                else f"{name} has no mailbox"
+            )
+            raise Refusal(ErrorCode.UNSUPPORTED, reason, name)
         if self._mailboxes.commits.failure:
             reason = f"the store of the mailboxes has failed: {self._mailboxes.commits.failure}"
             raise Refusal(ErrorCode.STORE_FAILED, reason, name)
@@ -180,7 +191,7 @@ class MailboxOperations:
         return mailbox
 
     def _reply(
-        self, source: Session, message_id: int, seq: int | None = None
+        self, source: Session, message_id: int, seq: int | None = None, what: str = "message"
     ) -> Callable[[_Arguments], None]:
         """Return what replies to an operation. seq: the one message that it is about."""
 
@@ -189,7 +200,7 @@ class MailboxOperations:
                 reason = f"message {seq} is damaged: its content is lost; mailbox_drop deletes it"
                 self._replies.refuse(source, message_id, ErrorCode.UNSUPPORTED, reason, BROKER)
             elif seq is not None and not any(map(result.get, ("kicked", "dropped"))):
-                reason = f"there is no such message with the seq {seq}"
+                reason = f"there is no {what} with the seq {seq}"
                 self._replies.refuse(source, message_id, ErrorCode.EXPIRED, reason, BROKER)
             else:
                 self._replies.reply(source, message_id, result)

@@ -92,6 +92,17 @@ def test_message_for_home_that_is_away_is_offline_and_names_it() -> None:
     assert stored(home) == 3
 
 
+def test_operation_on_mailbox_elsewhere_names_its_host() -> None:
+    """That host is to be asked: only it keeps the mailbox."""
+    here = FakeNet(client("ops", admin=True), client("bob", home="b"))
+    ops = here.connect("ops")
+    for name, reason in (("bob", "is at host b: ask there"), ("ops", "ops has no mailbox")):
+        ops.op("mailbox_show", 5, name=name)
+        (refusal,) = ops.take()
+        assert error_of(refusal) == "unsupported"
+        assert reason in json.loads(refusal.payload)["message"]
+
+
 def test_event_is_stored_at_the_home_of_a_mailbox_that_subscribes() -> None:
     """Its patterns are announced as the subscriptions of clients are."""
     hosts, home, ann = joined(subscribe=("t.*",))

@@ -179,8 +179,11 @@ def test_mailbox_kick_makes_a_dead_letter_ready_at_the_end() -> None:
     deliveries = bob.take()
     assert [(each.seq, each.attempt) for each in deliveries] == [(5, 1), (6, 1), (7, 1)]
     assert deliveries[-1].payload == b"1"
-    ops.op("mailbox_kick", 5, name="bob", seq=1)
-    assert ops.error() == (5, "expired")
+    # Message 1 was kicked, 5 is ready, and 99 has never been there.
+    for seq in (1, 5, 99):
+        ops.op("mailbox_kick", 5, name="bob", seq=seq)
+        assert f"no dead letter with the seq {seq}" in json.loads(ops.got[-1].payload)["message"]
+        assert ops.error() == (5, "expired")
 
 
 def test_mailbox_kick_all_revives_every_dead_letter() -> None:

@@ -160,7 +160,10 @@ def test_message_with_key_or_delay_that_is_not_stored_is_unsupported() -> None:
     net.connect("carl")
     for extension in ({"key": "k"}, {"delay": 1}):
         alice.message("carl", b"", 4, extension=extension)
+        assert "carl has no mailbox" in json.loads(alice.got[-1].payload)["message"]
         assert alice.error() == (4, "unsupported")
+        alice.message("nobody", b"", 5, extension=extension)
+        assert alice.error() == (5, "no_such_client")
 
 
 @pytest.mark.parametrize(
