@@ -45,6 +45,8 @@ _REPEATED_EACH: Final = 20
 #: Characters searched in one call: a millisecond's work.
 _SEARCHED: Final = 256 * 1024
 
+#: What both parsers say of a list or a mapping in brackets that does not end.
+_UNCLOSED: Final = re.compile(r"(?:did not find )?expected ',' or '(?P<bracket>[]}])'")
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG: Final = "tag:yaml.org,2002:"
 #: Represents a merge key, <<. It differs from the same text by object identity.
@@ -396,10 +398,12 @@ def _syntax(error: yaml.MarkedYAMLError, text: str, mark: _Mark | None) -> str:
         line = lines[mark.line] if mark.line < len(lines) else ""
         if line[mark.column : mark.column + 1] == "\t":
             return "not YAML: a tab (indent with spaces)"
+    problem = str(error.problem or "unreadable")
+    if unclosed := _UNCLOSED.match(problem):
+        bracket = unclosed["bracket"]
+        return f"not YAML: ',' or '{bracket}' is missing (a list or a mapping is not closed)"
     # The pure Python parser quotes the text that it found, which may be a key.
-    problem = re.sub(
-        r"(['\"]).{2,}\1", "something", str(error.problem or "unreadable"), flags=re.DOTALL
-    )
+    problem = re.sub(r"(['\"]).{2,}\1", "something", problem, flags=re.DOTALL)
     context = re.sub(r"(['\"]).{2,}\1", "something", str(error.context or ""), flags=re.DOTALL)
     return f"not YAML: {problem}" + (
         f" ({context})" if context else " (see the YAML of docs/configuration.md)"

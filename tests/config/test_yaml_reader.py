@@ -153,6 +153,13 @@ def test_yaml_reader_mistake_is_one_problem_with_place(text: str, problem: str) 
         assert len(problems) == 1
 
 
+@pytest.mark.usefixtures("parser")
+@pytest.mark.parametrize(("text", "bracket"), [("a: [1\nb: {c\n", "]"), ("a: {b: c\nd: e\n", "}")])
+def test_yaml_reader_unclosed_bracket_is_named(text: str, bracket: str) -> None:
+    (problem,) = read(text, "f").problems
+    assert f"not YAML: ',' or '{bracket}' is missing" in str(problem)
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_yaml_reader_unprintable_character_is_found_in_every_piece(
     monkeypatch: pytest.MonkeyPatch, size: int
