@@ -10,6 +10,7 @@ load an event loop.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from datetime import UTC, datetime
@@ -253,7 +254,7 @@ def _check_against_running(config: Config, as_json: bool) -> int:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, max=86400, min_open=True),
     default=5.0,
     show_default=True,
     metavar="SECONDS",
@@ -273,6 +274,8 @@ def health(context: click.Context, address: str | None, timeout: float) -> None:
     from brokerd_client.address import parse
     from brokerd_client.errors import AddressError
 
+    if math.isnan(timeout):  # FloatRange lets it pass.
+        raise click.BadParameter("nan is not a number of seconds.", param_hint="'--timeout'")
     asked = ""
     try:
         if address is not None:

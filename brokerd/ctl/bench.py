@@ -22,6 +22,7 @@ from rich.progress import Progress
 import brokerd_client
 from brokerd.ctl.command import Access, connecting
 from brokerd.ctl.output import as_bytes, print_json, print_values
+from brokerd.ctl.seconds import Seconds
 from brokerd.ctl.status import Failure, Status
 from brokerd_client.errors import BrokerdError, TimedOut
 
@@ -68,7 +69,7 @@ class Result:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=60.0,
     show_default=True,
     help="Time limit in seconds.",

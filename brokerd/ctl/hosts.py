@@ -9,6 +9,7 @@ import click
 
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
 from brokerd.ctl.output import as_bytes, note, print_json, print_table, printable, since
+from brokerd.ctl.seconds import Seconds
 
 __all__ = ["COMMANDS"]
 
@@ -31,7 +32,7 @@ _HEAD: Final = (
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     help="Time limit in seconds.",

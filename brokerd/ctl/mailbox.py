@@ -15,6 +15,7 @@ import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
 from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import as_bytes, print_json, print_table, printable
+from brokerd.ctl.seconds import Seconds
 from brokerd.ctl.status import Failure, Status
 
 __all__ = ["COMMANDS"]
@@ -32,7 +33,7 @@ _IMPORTED: Final = 96 * 1024
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     help="Time limit in seconds.",
@@ -295,8 +296,9 @@ def _lines(file: IO[str]) -> Iterator[tuple[dict[str, Any], int]]:
                 message["payload"] = base64.b64encode(text.encode()).decode()
                 message["encoding"] = "base64"
         except (ValueError, KeyError, TypeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise Failure(
-                Status.USAGE, f"line {number} is not a message of an export: {error!r}"
+                Status.USAGE, f"line {number} is not a message of an export: {why}"
             ) from error
         yield message, len(line)
 

@@ -17,9 +17,10 @@ import brokerd_client
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
 from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import message_object, note, print_json, print_message, print_payload
+from brokerd.ctl.seconds import Seconds
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c, failure_of
 from brokerd_client.errors import BrokerdError, Closed, Disconnected, TimedOut
-from brokerd_client.wire.envelope import Kind
+from brokerd_client.wire.envelope import MAX_TTL, Kind
 
 __all__ = ["COMMANDS"]
 
@@ -33,7 +34,7 @@ def _payload_options(function: _Function) -> _Function:
     for option in (
         click.option(
             "--ttl",
-            type=click.FloatRange(min=0),
+            type=Seconds(min=0, max=MAX_TTL),
             help="Seconds in which it may be delivered.",
         ),
         click.option(
@@ -58,7 +59,7 @@ def _incoming_options(function: _Function) -> _Function:
             is_flag=True,
             help="Connect again when the connection ends, instead of exiting.",
         ),
-        click.option("--timeout", type=click.FloatRange(min=0), help="Time limit in seconds."),
+        click.option("--timeout", type=Seconds(min=0), help="Time limit in seconds."),
         click.option(
             "--count", type=click.IntRange(min=1), help="Exit after this number of messages."
         ),
@@ -70,7 +71,7 @@ def _incoming_options(function: _Function) -> _Function:
 def _timeout_option(default: float) -> Callable[[_Function], _Function]:
     return click.option(
         "--timeout",
-        type=click.FloatRange(min=0),
+        type=Seconds(min=0),
         default=default,
         show_default=True,
         help="Time limit in seconds.",

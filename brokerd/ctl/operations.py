@@ -20,6 +20,7 @@ from brokerd.ctl.keys import show_keys
 from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import as_bytes, console, note, print_json, print_table, print_values, since
 from brokerd.ctl.plan import judge, plan_lines
+from brokerd.ctl.seconds import DAY_S, Seconds
 from brokerd.ctl.status import Failure, Status, ended_by_ctrl_c
 
 __all__ = ["COMMANDS"]
@@ -30,7 +31,7 @@ _UPGRADE_TIMEOUT_S: Final = 60.0
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     help="Time limit in seconds.",
@@ -90,7 +91,7 @@ def _watch(client: brokerd_client.Client, as_json: bool) -> None:
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0, max=DAY_S),
     default=1.0,
     show_default=True,
     help="Seconds between pings.",
@@ -253,7 +254,7 @@ def reload(access: Access, dry_run: bool, as_json: bool, timeout: float) -> None
 @_as_json
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=_UPGRADE_TIMEOUT_S,
     show_default=True,
     help="Time limit in seconds.",

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from brokerd.ctl.command import Access, connecting
 from brokerd.ctl.output import as_bytes, console, print_json, print_table
+from brokerd.ctl.seconds import DAY_S, Seconds
 from brokerd.ctl.status import ended_by_ctrl_c
 
 __all__ = ["COMMANDS", "SORT_ORDERS", "Rates", "Row", "columns_in"]
@@ -137,7 +138,7 @@ class Rates:
     "--sort", "order", type=click.Choice(list(SORT_ORDERS)), default="waiting", show_default=True
 )
 @click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds."
+    "--interval", type=Seconds(min=0.1, max=DAY_S), default=1.0, show_default=True, help="Seconds."
 )
 @click.option("--count", type=click.IntRange(min=1), help="Exit after this number of updates.")
 @click.option(
@@ -148,9 +149,9 @@ class Rates:
 def top(access: Access, order: str, interval: float, count: int | None, as_json: bool) -> None:
     """Watch every connection: its rates, the bytes that wait for it, and its state.
 
-    States:
-        slow: The client reads less than is sent to it, and holds that many senders.
-        held: The client is not read from, because it sends to the slow client named.
+    The state slow means that the client reads less than is sent to it, and holds that
+    many senders. The state held means that the client is not read from, because it sends
+    to the slow client named.
 
     The column mailbox has the stored messages that a connection holds, and its window.
 
@@ -357,11 +358,17 @@ def _table(rows: Sequence[Row], order: str, width: int) -> Table:
     return table
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _heading(stats: Mapping[str, Any]) -> Text:
+    waiting = stats.get("requests_waiting")
     return Text(
         f"brokerd {stats['version']}, {stats['online']} of {stats['clients']} clients online, "
-        f"{stats['connections']} connections, {as_bytes(stats['waiting_bytes'])} waiting"
-        + (f", {waiting} requests waiting" if (waiting := stats.get("requests_waiting")) else "")
+        f"{_counted(stats['connections'], 'connection')}, "
+        f"{as_bytes(stats['waiting_bytes'])} waiting"
+        + (f", {_counted(waiting, 'request')} waiting" if waiting else "")
         + _in_mailboxes(stats.get("mailboxes") or {})
         + (", draining" if stats["draining"] else ""),
         style="bold",

@@ -10,6 +10,7 @@ import click
 from brokerd.ctl.command import DEFAULT_TIMEOUT_S, Access, connecting
 from brokerd.ctl.names import complete_name
 from brokerd.ctl.output import as_bytes, print_json, print_table, printable, since
+from brokerd.ctl.seconds import Seconds
 
 __all__ = ["COMMANDS"]
 
@@ -29,7 +30,7 @@ _COLUMNS: Final = ("last", "event", "from", "to", "code", "count", "ids", "reaso
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=DEFAULT_TIMEOUT_S,
     show_default=True,
     help="Time limit in seconds.",

@@ -72,6 +72,13 @@ def answering(*parts: bytes, context: ssl.SSLContext | None = None) -> Iterator[
             thread.join(30)
 
 
+@pytest.mark.parametrize("timeout", ["nan", "inf", "0", "1e9"])
+def test_health_timeout_out_of_range_is_usage_error(timeout: str) -> None:
+    result = health("health", "--address", "127.0.0.1:1", "--timeout", timeout)
+    assert result.exit_code == 2
+    assert "Invalid value for '--timeout'" in result.output
+
+
 def test_health_of_running_broker_is_healthy_without_log(tmp_path: Path) -> None:
     """The exit status is 0, with one line. The broker counts no refusal and logs
     nothing above level debug.

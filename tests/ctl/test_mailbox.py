@@ -149,7 +149,9 @@ def test_ctl_mailbox_export_and_import_copy_messages(broker: BrokerProcess, run:
         reply = dora.ask("open_mailbox", window=10).json
         assert (reply["ready"], reply["dead"]) == (3, 1)
         assert dora.recv().name == "alice"
-    assert run("ops", "mailbox", "import", "dora", stdin="{}\n").exit_code == Status.USAGE
+    foreign = run("ops", "mailbox", "import", "dora", stdin="{}\n")
+    assert foreign.exit_code == Status.USAGE
+    assert "line 1 is not a message of an export: it has no 'mailbox'" in foreign.stderr
 
 
 def test_ctl_mailbox_import_is_sent_in_groups() -> None:

@@ -109,6 +109,16 @@ def test_ctl_send_lines_with_contradicting_option_is_usage_error(
     assert ctl("alice", "send", "bob", *arguments).exit_code == Status.USAGE
 
 
+@pytest.mark.parametrize(
+    "option", ["--ttl=nan", "--ttl=inf", "--ttl=1e12", "--timeout=nan", "--timeout=-1"]
+)
+def test_ctl_send_time_out_of_range_is_usage_error(ctl: Any, option: str) -> None:
+    """It says what is wrong with which option, and nothing is sent."""
+    result = ctl("alice", "send", "bob", "x", option)
+    assert result.exit_code == Status.USAGE
+    assert f"Invalid value for '{option.partition('=')[0]}'" in result.output
+
+
 def test_ctl_send_undeliverable_is_refused_with_code(ctl: Any) -> None:
     """An absent client, an unknown one and a forbidden one each have their code in the
     message.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from brokerd.ctl.status import Status
-from brokerd.ctl.top import SORT_ORDERS, Rates, Row, columns_in
+from brokerd.ctl.top import SORT_ORDERS, Rates, Row, _heading, columns_in
 
 TIMEOUT_S = 30
 Begin = Callable[[subprocess.Popen[bytes]], subprocess.Popen[bytes]]
@@ -63,6 +63,19 @@ def test_ctl_top_rate_is_difference_per_second() -> None:
         "messages_out": 0.0,
         "bytes_out": 1000.0,
     }
+
+
+@pytest.mark.parametrize(("number", "noun"), [(0, "connections"), (1, "connection")])
+def test_ctl_top_heading_counts_connections(number: int, noun: str) -> None:
+    stats = {
+        "version": "1",
+        "online": number,
+        "clients": 3,
+        "connections": number,
+        "waiting_bytes": 0,
+        "draining": False,
+    }
+    assert f", {number} {noun}, 0 B waiting" in _heading(stats).plain
 
 
 def test_ctl_top_new_connection_has_no_rate() -> None:
