@@ -10,6 +10,7 @@ reload does not disconnect a client whose lines only moved.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import ipaddress
 from dataclasses import dataclass, field
@@ -45,6 +46,11 @@ __all__ = [
 ]
 
 _KEY_ID_PREFIX: Final = b"brokerd key id\0"
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_id(key: bytes) -> str:
+    return hashlib.sha256(_KEY_ID_PREFIX + key).hexdigest()[:8]
 
 
 class WhenFull(StrEnum):
@@ -148,7 +154,7 @@ class Key:
     @property
     def key_id(self) -> str:
         """Eight hexadecimal digits that identify the key in a log but do not reveal it."""
-        return hashlib.sha256(_KEY_ID_PREFIX + self.value).hexdigest()[:8]
+        return _key_id(self.value)
 
     def valid_at(self, now: datetime) -> bool:
         """Return whether the key is accepted at ``now``, a time with its zone.

@@ -299,8 +299,11 @@ class Broker:
         session.connection = session.outbox.owner = None
 
     def _add_to_totals(self, session: Session) -> None:
-        for counter in ("messages_in", "bytes_in", "messages_out", "bytes_out"):
-            self.status.totals[counter] += getattr(session, counter)
+        totals = self.status.totals
+        totals["messages_in"] += session.messages_in
+        totals["bytes_in"] += session.bytes_in
+        totals["messages_out"] += session.messages_out
+        totals["bytes_out"] += session.bytes_out
 
     # Work of later turns
 

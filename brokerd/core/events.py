@@ -426,17 +426,25 @@ class Events:
 
         change: ``online`` or ``offline``.
         """
+        if not (self._topics or self._deferred):
+            # Without subscriptions and earlier events, this one is over at once.
+            self._show_presence(client, client.online, now_wall)
+            return
         payload = f'{{"name": "{client.name}", "since": {now_wall}}}'
         event = Announcement(self, f"$broker.{change}.{client.name}", payload, client.name)
         event.client, event.online, event.since = client, client.online, now_wall
         self._deferred.add(event)
 
+    def _show_presence(self, client: Client, online: bool, since: float) -> None:
+        """Make a client's presence visible, because its event is published now."""
+        client.shown_online, client.shown_since = online, since
+        if self._status.changes is not None:
+            self._status.changes.note_client(client)
+
     def publish_in_steps(self, event: Announcement) -> Iterator[None]:
         """Send an event to its subscribers, to some of them in each step."""
         if event.client is not None:
-            event.client.shown_online, event.client.shown_since = event.online, event.since
-            if self._status.changes is not None:
-                self._status.changes.note_client(event.client)
+            self._show_presence(event.client, event.online, event.since)
         if not self._topics:
             return
         envelope = Envelope(

@@ -49,7 +49,7 @@ class HeldSenders:
     @property
     def next_deadline(self) -> float | None:
         """When ``release_due`` has something to do; None if no session is held."""
-        return min(self.deadlines.values(), default=None)
+        return min(self.deadlines.values()) if self.deadlines else None
 
     def hold_at_most(self, target: Session, now: float) -> float:
         """Return the seconds for which a full recipient may hold one more sender."""
@@ -156,7 +156,7 @@ class HeldSenders:
         """Release the senders that a session holds, the longest held first."""
         if target in self._releasing:
             self._release_again.add(target)
-        else:
+        elif target.waiters:
             self._release_some(target, sorted(target.waiters, key=_held_since)[::-1])
 
     def release_first(self, source: Session, target: Session) -> None:

@@ -359,7 +359,7 @@ class Server:
         name = pending.credential.client.name
         room = self.room_for(name)
         is_channel = pending.is_channel or begins_channel(pending.reader)
-        if room is Room.FREE and pending.claimed and not is_channel:
+        if self.broker.traffic is not None and pending.claimed and not is_channel:
             # A channel needs no place, so no other host is asked for one.
             room = self._room_in_cluster(name)
         is_beyond = room in (Room.REPLACES, Room.TAKEN, Room.ENDING) or self._is_elsewhere(name)
@@ -407,6 +407,9 @@ class Server:
         """Refuse a connection whose key a reload has removed since it was proved; return
         whether that was so.
         """
+        if pending.keyring is self.keyring:
+            # The search has found the same.
+            return False
         assert pending.credential is not None
         reason = self.why_unauthorized(pending.credential, pending.uid, tls_peer=pending.tls_peer)
         if reason:

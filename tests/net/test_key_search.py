@@ -113,3 +113,26 @@ def test_keyring_search_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> No
     assert identity_of(ring, "c50") == (Identity(refusal="unknown key"), 2)
     assert Keyring([], limit=0).candidates(0, 1) == []
     assert identity_of(Keyring([], limit=0), "c1") == (Identity(refusal="unknown key"), 1)
+
+
+@pytest.mark.parametrize("digest", ["sha256", "sha384"])
+def test_keyring_search_by_name_finds_each_key_of_that_client_only(digest: str) -> None:
+    """Each of many keys is found. A wrong key is tried as often as any for an unknown name."""
+    own, other = [{"key": f"alice's key {number}"} for number in range(20)], "bob's key"
+    clients = {"alice": {"keys": own}, "bob": {"key": other}}
+    ring = Keyring(configuration("@unused", clients).clients.values())
+    challenge = b"{sha256}" + bytes(40)
+
+    def search(name: bytes, key: str) -> tuple[Identity | None, int]:
+        mac = hmac.digest(key.encode(), challenge, digest)
+        proof = Proof(challenge, digest, mac, name)
+        search = KeySearch(ring, proof, allow_md5=True, uid=None, now=datetime.now(UTC))
+        return search.step(), search.tried
+
+    for number, entry in enumerate(own):
+        identity, _ = search(b"alice", entry["key"])
+        assert identity is not None
+        assert identity.accepted is ring.named("alice")[number]
+    wrong = Identity(refusal="wrong key for the given name"), 20
+    assert search(b"alice", other) == search(b"bob", own[0]["key"]) == wrong
+    assert search(b"nobody", other) == wrong

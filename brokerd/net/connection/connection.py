@@ -552,7 +552,8 @@ class Connection:
         if self.closed:
             return
         self._stop_reading(Event.LOSE)
-        self.context.loop.remove_writer(self.fd)
+        if self.writing:
+            self.context.loop.remove_writer(self.fd)
         if self.grace is not None:
             self.grace.cancel()
         self.pending_input, self.large_frame = b"", None

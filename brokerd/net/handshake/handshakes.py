@@ -306,8 +306,9 @@ class PendingHandshakes:
                 self._go_on(pending, None)
                 return
             pending.tls_peer = replace(pending.tls_peer, bound=proof.binding)
+        pending.keyring = self._context.keyring
         search = KeySearch(
-            self._context.keyring,
+            pending.keyring,
             proof,
             allow_md5=pending.allow_md5,
             uid=pending.uid,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
 from typing import Final, cast
@@ -31,15 +31,23 @@ _SLICE: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """One key of one client."""
+    """One key of one client.
+
+    prepared: the key in the form that ``key_search`` needs; b"" outside of a keyring.
+    """
 
     client: ClientConfig
     key: Key
+    prepared: bytes = field(default=b"", repr=False, compare=False)
+
+
+def _credential(client: ClientConfig, key: Key) -> Credential:
+    return Credential(client, key, key_search.prepare(key.value))
 
 
 #: Tried in the place of a missing key. It has no client, because no answer can ever
 #: have been made with it.
-_NOBODYS: Final = Credential(cast("ClientConfig", None), Key(os.urandom(32)))
+_NOBODYS: Final = _credential(cast("ClientConfig", None), Key(os.urandom(32)))
 
 
 @dataclass(unsafe_hash=True, slots=True)
@@ -69,13 +77,12 @@ class Keyring:
         self._by_client: dict[str, list[Credential]] = {}
         for client in clients:
             self._by_client[client.name] = [
-                Credential(client, key) for key in client.keys or [_public(client)]
+                _credential(client, key) for key in client.keys or [_public(client)]
             ]
         # Until keys are used, those that the file names first are tried first.
-        order, prepare = self._order, key_search.prepare
         for credentials in reversed(self._by_client.values()):
             for credential in reversed(credentials):
-                order[prepare(credential.key.value)] = credential
+                self._order[credential.prepared] = credential
         self.limit = limit
         #: When each key last authenticated a connection since the broker started, in
         #: seconds since the epoch; the latest last.
@@ -200,9 +207,8 @@ class Keyring:
 
     def used(self, credential: Credential) -> None:
         """Move the key to the front, so that it is tried first from now on."""
-        prepared = key_search.prepare(credential.key.value)
-        if prepared in self._order:
-            self._move_to_end(prepared)
+        if credential.prepared in self._order:
+            self._move_to_end(credential.prepared)
 
     def _move_to_end(self, prepared: bytes) -> None:
         self._order[prepared] = self._order.pop(prepared)
@@ -281,20 +287,27 @@ class KeySearch:
         return -1 if position is None else begin + position
 
     def _among_named(self) -> Identity:
-        """Try all keys of a name, and always equally many."""
-        match: Credential | None = None
-        for credential in self._ring.tried_for(self._proof.name.decode(errors="replace")):
-            self.tried += 1
-            if (
-                self._proof.made_with(key_on(self._channel, credential.key.value, CLIENT))
-                and credential is not _NOBODYS
-            ):
-                match = credential
+        """Try the keys of a name: as many for a wrong key as for an unknown name."""
+        credentials = self._ring.tried_for(self._proof.name.decode(errors="replace"))
+        self.tried = len(credentials)
+        match = self._maker_among(credentials)
         return (
             Identity(refusal="wrong key for the given name")
-            if match is None
+            if match is None or match is _NOBODYS
             else self._judge(match)
         )
+
+    def _maker_among(self, credentials: list[Credential]) -> Credential | None:
+        """Return the credential whose key made the answer, or None after a try of every key."""
+        proof, match = self._proof, None
+        if self._is_plain:
+            prepared = [credential.prepared for credential in credentials]
+            position = key_search.find(prepared, 0, self.tried, proof.challenge, proof.mac)
+            return None if position < 0 else credentials[position]
+        for credential in credentials:
+            if proof.made_with(key_on(self._channel, credential.key.value, CLIENT)):
+                match = credential
+        return match
 
     def _judge(self, credential: Credential) -> Identity:
         client = credential.client

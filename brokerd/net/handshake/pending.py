@@ -12,7 +12,7 @@ from brokerd.config.values import TlsConfig
 from brokerd.net.byte_stream import ByteStream
 from brokerd.net.counters import HandshakeOutcome
 from brokerd.net.handshake.admission import Rank
-from brokerd.net.handshake.keyring import Credential
+from brokerd.net.handshake.keyring import Credential, Keyring
 from brokerd.net.handshake.peer_uid import peer_uid
 from brokerd.net.handshake.penalties import origin_of
 from brokerd.net.handshake.tls import NO_TLS, tls_stream
@@ -46,6 +46,7 @@ class PendingConnection:
     tls_stream: the same stream, None without TLS.
     tls_peer: the facts that TLS proved about the peer.
     rank, moved_at: how far the peer has got, and since when: see Admission.
+    keyring: the keyring in which its key was searched for; None if another process did.
     can_hand_over: another process could continue with the socket and with the state
         kept here.
     """
@@ -59,6 +60,7 @@ class PendingConnection:
         "fd",
         "heard",
         "is_channel",
+        "keyring",
         "listener",
         "moved_at",
         "muted",
@@ -118,6 +120,7 @@ class PendingConnection:
         self.claimed = ""
         self.is_channel = False
         self.credential: Credential | None = None
+        self.keyring: Keyring | None = None
         self.refusal = ""
         self.silent = True
         #: The outcome that a failure would count as.

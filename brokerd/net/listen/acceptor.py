@@ -104,9 +104,7 @@ class Acceptor:
             sock.close()
             return True
         entry = listening.config
-        self._handshakes.begin(
-            sock, peer, str(listening.address), allow_md5=entry.allow_md5, tls=entry.tls
-        )
+        self._handshakes.begin(sock, peer, listening.text, allow_md5=entry.allow_md5, tls=entry.tls)
         return True
 
     def _stop(self, wait: float) -> None:

@@ -13,7 +13,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -68,6 +68,7 @@ class Listening:
     """One listening socket, or a pipe listener that behaves like one.
 
     address: the real address, with the port that the system has chosen.
+    text: that address as text: every connection that is accepted here has it.
     inode: of its socket file, so that another program's file is not removed at the end.
     first_group: the group with which the file was created.
     """
@@ -77,6 +78,10 @@ class Listening:
     address: Address
     inode: tuple[int, int] | None = None
     first_group: int = -1
+    text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = str(self.address)
 
     def is_lost(self) -> bool:
         """Return whether its socket file is missing or replaced: no client can connect
@@ -101,13 +106,17 @@ class Listening:
         status = self._change_file(before, config)
 
         def undo() -> None:
-            self.config, self.address = before, _named(before, self.address)
+            self._configure(before)
             if status is not None:
                 with contextlib.suppress(OSError):
                     _restore(Path(self.address.path), status)
 
-        self.config, self.address = config, _named(config, self.address)
+        self._configure(config)
         return undo
+
+    def _configure(self, config: ListenConfig) -> None:
+        self.config, self.address = config, _named(config, self.address)
+        self.text = str(self.address)
 
     def _change_file(self, before: ListenConfig, after: ListenConfig) -> os.stat_result | None:
         """Change mode and group of the socket's file; return its old status.

@@ -25,6 +25,8 @@ def kind_of(reader: FrameReader) -> int | None:
     """Return the kind of the first frame, 0 if it can't have one, None if it has not
     arrived.
     """
+    if not reader.buffered:
+        return None
     head = reader.peek(LONG_LENGTH.size + 1)
     try:
         span = frame_span(head, 0, len(head))
