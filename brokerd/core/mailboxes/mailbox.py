@@ -55,12 +55,13 @@ class Mailbox(Sink):
             are ready on disk, so a run may have them, and they are in memory, or not in
             the mailbox any more.
         unloaded_since: When the oldest of these was stored, at the latest.
-        resting: Heap of messages that are ready on disk, and delivered again later.
+        resting: Heap of messages that are delivered again later. On disk, each has the
+            state that it had when it was returned.
         parked: Messages with an uncommitted change.
         returning: Those of them that will be ready; none after them is delivered before.
         leaving: Consumers that get nothing more, while what they held is being returned.
         restored: Messages that were held at an upgrade: runs may have them, and they are in
-            memory, or not in the mailbox any more.
+            memory, or not in the mailbox any more. One that is only on disk again is left out.
         reading, reading_delayed: Whether a run was asked of the store.
         run: Number of the runs that are asked for now; an earlier run is ignored.
         committed_to: The highest seq that is known to be on disk.
@@ -226,6 +227,9 @@ class Mailbox(Sink):
             self.dead_size += message.size
         elif message.due_at is not None:
             self.delay(message)
+        elif message.seq < self.loaded_to:
+            # A dead letter that was revived, behind newer messages of the same batch.
+            self.put(message)
         elif self.unloaded or not self._has_memory(message.size):
             if not self.unloaded:
                 self.unloaded_since = message.stored_at
@@ -270,8 +274,12 @@ class Mailbox(Sink):
 
     def put_again(self, message: Message) -> None:
         """Put a message back whose new state, ready, is on disk."""
-        if self.unloaded and message.seq > self.loaded_to:
-            self.ahead.add(message.seq)
+        if message.seq > self.loaded_to:
+            if self.unloaded:
+                self.ahead.add(message.seq)
+            else:
+                # The next run begins behind it.
+                self.loaded_to = message.seq
         self.put(message)
 
     def load(self, messages: list[Message], loaded_to: int) -> None:
@@ -347,7 +355,7 @@ class Mailbox(Sink):
     # Delayed messages
 
     def rest(self, message: Message, due_at: float) -> None:
-        """Keep a message in memory until ``due_at``; on disk it is ready."""
+        """Keep a message in memory until ``due_at``, which is not written to the disk."""
         self.delayed += 1
         message.due_at = due_at
         heappush(self.resting, (due_at, message.seq, message))
@@ -406,6 +414,8 @@ class Mailbox(Sink):
         if not self.unloaded_delayed or message.due_at < self._soonest:
             self._soonest = message.due_at
         self.unloaded_delayed += 1
+        # A run is to have it from now on.
+        self.restored.discard(message.seq)
 
     def wake(self, now_wall: float) -> bool:
         """Make the messages ready that are due; return whether there were any."""
@@ -448,8 +458,12 @@ class Mailbox(Sink):
     @property
     def delayed_on_disk(self) -> int:
         """Number of messages that are delayed on disk, and not held."""
-        woken = sum(message.is_timed for message in (*self.ready, *self.suspects))
-        return len(self._timed) + self.unloaded_delayed + woken
+        elsewhere = (*self.ready, *self.suspects, *(message for _, _, message in self.resting))
+        return (
+            len(self._timed)
+            + self.unloaded_delayed
+            + sum(message.is_timed for message in elsewhere)
+        )
 
     # Damaged messages
 
@@ -529,15 +543,23 @@ class Mailbox(Sink):
         """Forget all messages of one state, which are being removed from the disk."""
         self._forget_runs()
         if state == "ready":
-            self.delayed -= len(self.resting)
-            self.resting = []
+            self._keep_resting(timed=True)
             self._keep_ready(timed=True)
             self.unloaded = 0
+            self.ahead.clear()
             self.loaded_to = self.committed_to
         elif state == "delayed":
+            self._keep_resting(timed=False)
             self._keep_ready(timed=False)
             self.delayed -= len(self._timed) + self.unloaded_delayed
             self._timed, self._timed_size, self.unloaded_delayed = [], 0, 0
+
+    def _keep_resting(self, *, timed: bool) -> None:
+        """Keep the resting messages that are delayed on disk, or the others."""
+        self.delayed -= len(self.resting)
+        self.resting = [entry for entry in self.resting if entry[2].is_timed == timed]
+        heapify(self.resting)
+        self.delayed += len(self.resting)
 
     def _keep_ready(self, *, timed: bool) -> None:
         """Keep the ready messages in memory that are delayed on disk, or the others."""

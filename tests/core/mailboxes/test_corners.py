@@ -403,3 +403,50 @@ def test_delivery_is_made_again_only_for_another_seq_or_attempt() -> None:
 
 def test_seqs_are_written_as_ranges() -> None:
     assert commits.ranges_of([4, 1, 3]) == ((1, 1), (3, 4))
+
+
+def test_delayed_message_that_failed_once_is_not_read_with_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is in memory, where the later one finds no room."""
+    monkeypatch.setattr(mailbox_module, "_MESSAGES", 1)
+    net = MailboxNet(client("alice"), with_mailbox())
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"delayed", extension={"delay": 1})
+    open_mailbox(bob)
+    net.advance(1)
+    bob.leave()
+    alice.message("bob", b"later")
+    bob = net.connect("bob")
+    open_mailbox(bob)
+    got = []
+    for _ in range(5):
+        for seq in seqs(bob):
+            got.append(seq)
+            ack(bob, seq)
+        net.advance(1)
+    assert got == [1, 2]
+    assert (net.box().messages, net.box().unloaded) == (0, 0)
+
+
+def test_kicked_dead_letter_behind_newer_message_of_its_batch_is_delivered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The newer message has the last place in memory; the older seq is in memory, too."""
+    monkeypatch.setattr(mailbox_module, "_MESSAGES", 1)
+    monkeypatch.setattr(mailbox_module, "_FEW", 1)
+    net = MailboxNet(client("alice"), client("ops", admin=True), with_mailbox())
+    alice, ops, bob = net.connect("alice"), net.connect("ops"), net.connect("bob")
+    open_mailbox(bob)
+    alice.message("bob", b"dead")
+    ack(bob, 1, "dead")
+    bob.op("close_mailbox")
+    bob.take()
+    net.is_prompt = False
+    ops.op("mailbox_kick", 1, name="bob", seq=1)
+    net.store.step()
+    alice.message("bob", b"newer")
+    net.answer()
+    net.is_prompt = True
+    open_mailbox(bob)
+    assert seqs(bob) == [2, 3]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.fake_network import client
+from support.fake_network import Peer, client
 from support.mailbox_net import MailboxNet, ack, open_mailbox, receipts, seqs, with_mailbox
 
+from brokerd.core.mailboxes import feeding
 from brokerd.core.mailboxes import mailbox as mailbox_module
 from brokerd.core.snapshot import capture
 from brokerd.core.snapshot_check import BadSnapshot, check
@@ -153,3 +154,62 @@ def test_snapshot_of_mailboxes_that_contradicts_itself_is_refused() -> None:
     assert "not open" in refused(lambda boxes: boxes["consumers"].append([9, *held[1:]]))
     assert "empty" in refused(lambda boxes: boxes["consumers"].append([0, 0, 1, []])) or True
     assert "number" in refused(lambda boxes: boxes.update(dedup="x"))
+
+
+def delayed_and_returned(net: MailboxNet) -> Peer:
+    """Return bob, who has returned a message just now that is delayed on disk."""
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"one", extension={"delay": 1})
+    open_mailbox(bob)
+    net.advance(2)
+    assert seqs(bob) == [1]
+    ack(bob, 1, "back")
+    return bob
+
+
+def test_upgrade_delivers_delayed_message_that_was_just_returned() -> None:
+    net = MailboxNet(client("alice"), with_mailbox())
+    bob = delayed_and_returned(net)
+    net.hand_over()
+    net.advance(1)
+    assert seqs(bob) == [1]
+
+
+def test_purge_of_ready_messages_keeps_delayed_message_that_was_just_returned() -> None:
+    net = MailboxNet(client("alice"), with_mailbox(), client("ops", admin=True))
+    bob, ops = delayed_and_returned(net), net.connect("ops")
+    assert ops.ask("mailbox_purge", name="bob", state="ready") == {"purged": 0}
+    assert net.box().delayed == 1
+    net.advance(1)
+    assert seqs(bob) == [1]
+    ack(bob, 1, "back")
+    assert ops.ask("mailbox_purge", name="bob", state="delayed") == {"purged": 1}
+    net.advance(1)
+    assert seqs(bob) == []
+    assert (net.box().messages, net.box().delayed) == (0, 0)
+
+
+def test_upgrade_delivers_held_message_that_is_delayed_behind_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is on disk only, like the delayed messages that are not read yet."""
+    monkeypatch.setattr(feeding, "_RUN", 1)
+    net = MailboxNet(client("alice"), with_mailbox(window=1))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for payload in (b"1", b"2"):
+        alice.message("bob", payload, extension={"delay": 1})
+    alice.message("bob", b"held")
+    open_mailbox(bob)
+    assert seqs(bob) == [3]
+    net.is_prompt = False
+    net.hand_over()
+    ack(bob, 3, "failed", delay=5)
+    net.is_prompt = True
+    net.settle()
+    got = []
+    for _ in range(10):
+        net.advance(1)
+        for seq in seqs(bob):
+            got.append(seq)
+            ack(bob, seq)
+    assert got == [1, 2, 3]
