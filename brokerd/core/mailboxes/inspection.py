@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import deque
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
@@ -38,7 +39,11 @@ _Reply: TypeAlias = Callable[[dict[str, Any]], object]
 
 
 class Inspection:
-    """Carries out the operations on single mailboxes. Each replies once it is done."""
+    """Carries out the operations on single mailboxes. Each replies once it is done.
+
+    Of those that change a mailbox, each begins when the one before it has replied. So what
+    it reads from the disk has all their changes.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,25 @@ class Inspection:
         self._storing = storing
         self._feeding = feeding
         self._acknowledging = acknowledging
+        #: The changes of each mailbox that wait, while one is being carried out.
+        self._waiting: dict[Mailbox, deque[Callable[[], None]]] = {}
+
+    def _begin(self, mailbox: Mailbox, change: Callable[[], None]) -> None:
+        """Begin a change of a mailbox, if no other is being carried out."""
+        waiting = self._waiting.get(mailbox)
+        if waiting is None:
+            self._waiting[mailbox] = deque()
+            change()
+        else:
+            waiting.append(change)
+
+    def _end(self, mailbox: Mailbox) -> None:
+        """Begin the next change of a mailbox, if any waits."""
+        waiting = self._waiting[mailbox]
+        if waiting:
+            waiting.popleft()()
+        else:
+            del self._waiting[mailbox]
 
     # Show
 
@@ -139,12 +163,13 @@ class Inspection:
             if seq is not None:
                 answer["seq"] = kicked[0] if kicked else None
             reply(answer)
+            self._end(mailbox)
 
         def read(after: int) -> None:
             most = _REVIVED if seq is None else 1
             self._calls.read(mailbox.name, "dead", (0.0, after), most, _ANSWER, on_rows)
 
-        read(0 if seq is None else seq - 1)
+        self._begin(mailbox, lambda: read(0 if seq is None else seq - 1))
 
     def _revive(self, mailbox: Mailbox, row: Row) -> int:
         """Give a dead letter a new seq; return that."""
@@ -167,13 +192,18 @@ class Inspection:
 
         def on_rows(rows: Rows) -> None:
             found = [row for row in rows if row.seq == seq]
-            for row in found:
-                self._drop(mailbox, row)
-            reply({"dropped": len(found)})
+            reply({"dropped": sum(self._drop(mailbox, row) for row in found)})
+            self._end(mailbox)
 
-        self._calls.read(mailbox.name, None, (0.0, seq - 1), 1, _ANSWER, on_rows)
+        def read() -> None:
+            self._calls.read(mailbox.name, None, (0.0, seq - 1), 1, _ANSWER, on_rows)
 
-    def _drop(self, mailbox: Mailbox, row: Row) -> None:
+        self._begin(mailbox, read)
+
+    def _drop(self, mailbox: Mailbox, row: Row) -> bool:
+        """Delete a message; return whether it was still in the mailbox."""
+        # The ACKs may have arrived after the operation.
+        self._acknowledging.collect_all()
         consumer = mailbox.held.get(row.seq)
         if consumer is not None:
             self._acknowledging.take_back(consumer, row.seq)
@@ -182,12 +212,13 @@ class Inspection:
             mailbox.dead -= 1
             mailbox.dead_size -= row.stored.size
             mailbox.is_warned = False
-        else:
-            mailbox.discard(row.seq, row.state)
+        elif not mailbox.discard(row.seq, row.state, row.due_at):
+            return False
         self._commits.remove(mailbox, (row.seq,))
         mailbox.messages -= 1
         mailbox.size -= row.stored.size
         self._storing.release(mailbox)
+        return True
 
     # Purge
 
@@ -217,6 +248,7 @@ class Inspection:
                 return
             self._storing.release(mailbox)
             reply({"purged": purged})
+            self._end(mailbox)
 
         def begin() -> None:
             # Messages whose new state is on its way to the disk stay, as held ones do.
@@ -225,7 +257,7 @@ class Inspection:
             mailbox.empty(left[0])
             self._calls.purge(mailbox.name, left[0], before, without, on_purged)
 
-        begin()
+        self._begin(mailbox, begin)
 
 
 class _Found(NamedTuple):

@@ -478,11 +478,10 @@ class Mailbox(Sink):
         for seq, due_at, size in messages:
             if seq in in_memory:
                 continue
+            is_unloaded = self._is_unloaded(seq, due_at)
             if due_at is None:
-                is_unloaded = self.unloaded > 0 and seq > self.loaded_to
                 self.unloaded -= is_unloaded
             else:
-                is_unloaded = self.unloaded_delayed > 0 and (due_at, seq) > self.delayed_to
                 self.unloaded_delayed -= is_unloaded
                 self.delayed -= is_unloaded
             # The others were acknowledged, which is not on disk yet.
@@ -511,20 +510,26 @@ class Mailbox(Sink):
 
     # Removal
 
-    def discard(self, seq: int, state: State) -> None:
-        """Remove a message that is not held, from memory or from those on disk.
+    def discard(self, seq: int, state: State, due_at: float | None) -> bool:
+        """Remove a message that is not held; return whether it was still in the mailbox.
 
-        state: ``ready`` or ``delayed``, on disk.
+        state, due_at: on disk; the state is ``ready`` or ``delayed``.
         """
         self._forget_runs()
-        if self.unpark(seq):
-            return
+        parked = self.parked.get(seq)
+        if parked is not None:
+            if parked.due_at is None and seq not in self.returning:
+                # It was about to be a dead letter.
+                self.dead -= 1
+                self.dead_size -= parked.size
+            self.unpark(seq)
+            return True
         for messages in (self.ready, self.suspects):
             for message in [message for message in messages if message.seq == seq]:
                 messages.remove(message)
                 heapify(self.suspects)
                 self._ready_size -= message.size
-                return
+                return True
         for timed in (self.resting, self._timed):
             for entry in [entry for entry in timed if entry[1] == seq]:
                 timed.remove(entry)
@@ -532,12 +537,25 @@ class Mailbox(Sink):
                 if timed is self._timed:
                     self._timed_size -= entry[2].size
                 heapify(self.resting)
-                return
+                return True
+        if seq in self.restored or seq in self.ahead or not self._is_unloaded(seq, due_at):
+            # It was processed, and that is not on disk yet.
+            return False
         if state == "ready":
             self.unloaded -= 1
         else:
             self.unloaded_delayed -= 1
             self.delayed -= 1
+        return True
+
+    def _is_unloaded(self, seq: int, due_at: float | None) -> bool:
+        """Return whether a message that is not in memory is among those only on disk.
+
+        due_at: on disk; None if it is ready there.
+        """
+        if due_at is None:
+            return self.unloaded > 0 and seq > self.loaded_to
+        return self.unloaded_delayed > 0 and (due_at, seq) > self.delayed_to
 
     def empty(self, state: State) -> None:
         """Forget all messages of one state, which are being removed from the disk."""

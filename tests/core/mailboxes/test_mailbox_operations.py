@@ -338,3 +338,65 @@ def test_whoami_tells_of_mailboxes() -> None:
     answer = bob.ask("whoami")
     assert answer["limits"]["window"] == 3
     assert "mailboxes" in answer["features"]
+
+
+def net_with_one_message(*, dead: bool = False) -> tuple[MailboxNet, Peer, Peer]:
+    """Return a network with a slow store, bob and an administrator: one message is held,
+    or dead.
+    """
+    net = MailboxNet(client("alice"), client("ops", admin=True), with_mailbox())
+    alice, bob = net.connect("alice"), net.connect("bob")
+    alice.message("bob", b"one")
+    open_mailbox(bob)
+    bob.take()
+    if dead:
+        ack(bob, 1, "dead")
+    net.is_prompt = False
+    return net, bob, net.connect("ops")
+
+
+def answers(peer: Peer) -> list[dict[str, Any]]:
+    """Return what was answered to operations."""
+    return [json.loads(envelope.payload) for envelope in peer.take()]
+
+
+def test_mailbox_kick_twice_at_once_revives_a_dead_letter_once() -> None:
+    net, bob, ops = net_with_one_message(dead=True)
+    ops.op("mailbox_kick", 1, name="bob", all=True)
+    ops.op("mailbox_kick", 2, name="bob", all=True)
+    net.answer()
+    assert answers(ops) == [{"kicked": 1}, {"kicked": 0}]
+    assert seqs(bob) == [2]
+    assert counts(net) == (0, 1, 0, 0)
+    net.hand_over()
+    ack(bob, 2)
+    net.answer()
+    assert (net.box().messages, net.box().size) == (0, 0)
+
+
+@pytest.mark.parametrize("op", ["mailbox_drop", "mailbox_purge"])
+def test_mailbox_changes_at_once_count_each_message_once(op: str) -> None:
+    net, _, ops = net_with_one_message(dead=True)
+    arguments = {"seq": 1} if op == "mailbox_drop" else {"state": "dead"}
+    ops.op("mailbox_drop", 1, name="bob", seq=1)
+    ops.op(op, 2, name="bob", **arguments)
+    ops.op("mailbox_kick", 3, name="bob", all=True)
+    net.answer()
+    first, second, third = answers(ops)
+    assert (first, third) == ({"dropped": 1}, {"kicked": 0})
+    assert second.get("code") == "expired" or second == {"purged": 0}
+    box = net.box()
+    assert (box.messages, box.size, box.dead, box.dead_size) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("verb", ["", "dead"])
+def test_mailbox_drop_counts_message_once_that_is_acknowledged_meanwhile(verb: str) -> None:
+    net, bob, ops = net_with_one_message()
+    ops.op("mailbox_drop", 1, name="bob", seq=1)
+    ack(bob, 1, verb)
+    net.answer()
+    (answer,) = answers(ops)
+    assert answer == {"dropped": 1} if verb else answer["code"] == "expired"
+    box = net.box()
+    assert (box.messages, box.size, box.dead, box.dead_size) == (0, 0, 0, 0)
+    assert not net.store.disk["bob"].rows
