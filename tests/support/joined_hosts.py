@@ -59,6 +59,9 @@ class SimulatedLinks:
         """Note that a batch of another host is consumed."""
         self._host.send(host, "done", batch)
 
+    def forget(self, host: str, batch: int) -> None:
+        """Leave a batch of another host without an answer."""
+
     def announce(self, name: Name) -> None:
         """Announce a name to all hosts."""
         self._host.announcements += 1

@@ -151,6 +151,12 @@ class Cluster(Hub):
         if link is not None:
             link.finish(batch)
 
+    def forget(self, host: str, batch: int) -> None:
+        """Forget a received batch: it is not known what becomes of some of its frames."""
+        link = self.links.get(host)
+        if link is not None:
+            link.received.forget(batch)
+
     def announce(self, name: Name) -> None:
         """Tell all hosts the new state of a name at this host."""
         self._announcements.add_name(name)

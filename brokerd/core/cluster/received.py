@@ -116,6 +116,10 @@ class ReceivedBatches:
         self.done_size += size
         return True
 
+    def forget(self, number: int) -> None:
+        """Forget a batch: some of its frames will have no outcome."""
+        self.pending.pop(number, None)
+
     def can_wait(self, now: float, most: int) -> bool:
         """Return whether nothing is new, or the news can wait for a message to go with.
 

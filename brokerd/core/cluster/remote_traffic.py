@@ -282,6 +282,8 @@ class RemoteTraffic:
         for session in [each for each in self._storing if not each.uncommitted]:
             for arrival in self._storing.pop(session):
                 self.count_down(arrival)
+            if session.open and session.connection.is_over:
+                self._end_sender(self._sessions.hosts[session.host], session, session.since)
 
     # At the origin
 
@@ -707,12 +709,21 @@ class RemoteTraffic:
         for sender in remote.senders.values():
             # Its target reports them, once.
             sender.incoming_requests = {}
+            self._forget_stored(sender)
         for session in remote.sessions():
             self._broker.detach(session, now_wall)
         for name in remote.names:
             client = self._broker.exchange.resolve(name)
             if client is not None and host in client.hosts:
                 self._broker.note_presence(client, host, None, now_wall)
+
+    def _forget_stored(self, sender: Session) -> None:
+        """Forget the batches of a sender that ends while its messages are being stored.
+
+        Their outcomes have no way back. So their host learns that they are in doubt.
+        """
+        for arrival in self._storing.pop(sender, ()):
+            self.cluster.forget(arrival.host, arrival.number)
 
     def _refuse_portions(
         self, remote: RemoteHost, session: Session, code: ErrorCode, reason: str
@@ -818,12 +829,13 @@ class RemoteTraffic:
             self._end_sender(remote, earlier, session.since)
 
     def _end_sender(self, remote: RemoteHost, sender: Session, now_wall: float) -> None:
-        """End a sender whose connection has ended, once its frames are handled."""
-        if sender.connection.portions:
+        """End a sender whose connection has ended, once its frames have their outcomes."""
+        if sender.connection.portions or sender.uncommitted:
             sender.connection.is_over = True
             return
         # The link takes the answers that are there.
         self._left_outcomes.setdefault(remote.name, []).extend(self._answers_of(sender))
+        self.cluster.touch(remote.name)
         remote.remove_sender(sender)
         self._broker.detach(sender, now_wall)
 

@@ -527,6 +527,34 @@ def test_upgrade_keeps_two_stored_events_with_one_id() -> None:
     assert outcomes(ann) == [(7, "receipt"), (7, "receipt")]
 
 
+@pytest.mark.parametrize("kind", [Kind.EVENT, Kind.MESSAGE])
+def test_home_that_loses_the_origin_while_it_stores_leaves_doubt(kind: Kind) -> None:
+    """Its answer has no way back, and the origin has not lost it: it was upgraded."""
+    net = JoinedBrokers()
+    net.make = StoringHost
+    net.up("a", "b")
+    ann = connect(net, "ann", "a")
+    store = host(net, "b").broker_net
+    assert isinstance(store, MailboxNet)
+    store.is_prompt = False
+    if kind is Kind.EVENT:
+        ann.publish("bob.x", b"x", 7, receipt=True)
+    else:
+        ann.message("bob", b"x", 7, receipt=True)
+    net.settle()
+    assert store.broker.mailboxes.boxes["bob"].uncommitted == 1
+    net.drop = lambda origin, to, message: origin == "a"
+    net.run(3.0, step=0.5)
+    host(net, "a").upgrade()
+    while host(net, "b").state_of("a") == "up":
+        net.run(0.1)
+    store.answer()
+    net.drop = lambda origin, to, message: False
+    net.run(10.0, step=0.5)
+    assert outcomes(ann) == [(7, "in_doubt")]
+    assert ann.session.uncommitted == 0
+
+
 def test_upgrade_while_a_publisher_is_held_by_a_host_with_mailboxes() -> None:
     """It goes on in the new process."""
     net = JoinedBrokers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support.fake_network import FakeNet, Peer, client, error_of
 from support.joined_hosts import JoinedHosts
 from support.mailbox_net import MailboxNet, with_mailbox
@@ -267,14 +268,18 @@ def test_refusal_of_an_event_by_another_configuration_is_counted() -> None:
     assert world.here.broker.reports.unheard == {"full": 1}
 
 
-def test_publisher_that_leaves_is_forgotten_with_the_answer() -> None:
-    """Its event is stored all the same."""
+@pytest.mark.parametrize("is_known", [False, True])
+def test_publisher_that_leaves_is_forgotten_with_the_answer(is_known: bool) -> None:
+    """Its event is stored all the same. is_known: whether the home has heard of it."""
     world = World(is_prompt=False)
     world.publish("t.one", 1)
     world.ann.leave()
+    if is_known:
+        world.hosts.settle()
     world.store(world.b)
     assert messages(world.b, "bob") == 1
     assert not world.hosts["a"].traffic.stored_events._expected
+    assert not world.hosts["b"].traffic.sessions.hosts["a"].senders
 
 
 def test_event_of_a_client_that_its_home_does_not_know_is_denied() -> None:
