@@ -54,7 +54,8 @@ class MemoryStore:
         mailboxes: The core, which gets the answers.
         disk: The mailboxes by name.
         queue: Requests that were not carried out, in order.
-        failure: What becomes of the batches from now on, or None.
+        failure: What becomes of the batches from now on, or None. With an I/O error, nothing
+            is read, either.
         batches: Batches that were written.
     """
 
@@ -108,6 +109,9 @@ class MemoryStore:
         assert after[1] <= MAX_SEQ, "the database has no such integer"
 
         def carry_out() -> None:
+            if self.failure is FailureKind.IO:
+                self.mailboxes.rows(request, [])
+                return
             rows = [
                 row
                 for row in self._box(mailbox).rows.values()
@@ -128,9 +132,13 @@ class MemoryStore:
 
     def look_up_key(self, request: int, mailbox: str, sender: str, key: str) -> None:
         """See Journal.look_up_key."""
-        self.queue.append(
-            lambda: self.mailboxes.key_looked_up(request, (sender, key) in self._box(mailbox).keys)
-        )
+
+        def carry_out() -> None:
+            is_known = (sender, key) in self._box(mailbox).keys
+            known = is_known and self.failure is not FailureKind.IO
+            self.mailboxes.key_looked_up(request, known)
+
+        self.queue.append(carry_out)
 
     def purge(
         self,
@@ -143,6 +151,9 @@ class MemoryStore:
         """See Journal.purge."""
 
         def carry_out() -> None:
+            if self.failure is FailureKind.IO:
+                self.mailboxes.purged(request, 0, 0)
+                return
             rows = self._box(mailbox).rows
             gone = [
                 row
