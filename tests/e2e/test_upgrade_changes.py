@@ -221,7 +221,7 @@ def test_upgrade_listener_with_removed_socket_file_is_bound_again(socket_dir: Pa
         with broker.login("alice") as alice:
             alice.ping()
         ops.ping()
-        assert broker.events("listener.restored")
+        broker.wait("listener.restored")
         broker.signal()
         assert broker.exit_status() == 0
         assert not broker.socket.exists()

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.raw_client import MESSAGE, WANT_RECEIPT, Raw, packed
@@ -30,12 +31,29 @@ CLIENTS = {
 }
 
 
+class Failing(Upgradable):
+    """A daemon all of whose upgrades fail."""
+
+    failures = 0
+
+    def upgrade(self, ops: Raw) -> dict[str, Any]:
+        """Ask for an upgrade, and return the answer when the log tells of the failure."""
+        answer = super().upgrade(ops)
+        self.failure()
+        return answer
+
+    def failure(self) -> dict[str, Any]:
+        """Return the log's event of one more failure."""
+        self.failures += 1
+        return self.wait("daemon.upgrade_failed", self.failures)[self.failures - 1]
+
+
 class Scene:
     """A held sender, a recipient that does not read, half a frame, and an
     administrator.
     """
 
-    def __init__(self, broker: Upgradable) -> None:
+    def __init__(self, broker: Failing) -> None:
         self.broker = broker
         self.ops, self.alice, self.bob = (broker.login(name) for name in ("ops", "alice", "bob"))
         self.count = 0
@@ -72,10 +90,10 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def broker() -> Iterator[Upgradable]:
+def broker() -> Iterator[Failing]:
     """One broker for all tests: each failure leaves it as it was."""
     directory = Path(tempfile.mkdtemp(prefix="bd-"))
-    with Upgradable(directory, CLIENTS, first=IMPATIENT) as broker:
+    with Failing(directory, CLIENTS, first=IMPATIENT) as broker:
         yield broker
         assert not broker.events("daemon.upgraded")
         assert not broker.events("daemon.bug")
@@ -83,7 +101,7 @@ def broker() -> Iterator[Upgradable]:
 
 
 @pytest.fixture
-def scene(broker: Upgradable) -> Iterator[Scene]:
+def scene(broker: Failing) -> Iterator[Scene]:
     config = broker.config.read_text()
     scene = Scene(broker)
     yield scene
@@ -198,13 +216,12 @@ def test_upgrade_new_process_fails_old_process_goes_on(scene: Scene, failure: st
     code, problem = FAILURES[failure]
     broker.before_new_process(code)
     descriptors_before = descriptors(broker.popen.pid)
-    failed = len(broker.events("daemon.upgrade_failed"))
 
     answer = broker.upgrade(scene.ops)
 
     assert not answer["upgraded"]
     assert problem in "\n".join(answer["problems"])
-    assert problem in broker.wait("daemon.upgrade_failed", failed + 1)[-1]["problem"]
+    assert problem in broker.events("daemon.upgrade_failed")[-1]["problem"]
     assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
     assert descriptors(broker.popen.pid) == descriptors_before
     scene.all_goes_on()
@@ -249,9 +266,10 @@ def test_upgrade_during_upgrade_is_refused(scene: Scene) -> None:
     """A reload is refused too, and the first upgrade is not disturbed."""
     broker = scene.broker
     broker.before_new_process("import time; time.sleep(1); raise ImportError('planted')")
+    begun = len(broker.events("daemon.upgrading"))
     with broker.login("late") as second:
         scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', message_id=1, codec=2))
-        broker.wait("daemon.upgrading", len(broker.events("daemon.upgrade_failed")) + 1)
+        broker.wait("daemon.upgrading", begun + 1)
         scene.ops.write(packed(2, "$broker", b'{"op": "upgrade"}', message_id=2, codec=2))
         scene.ops.write(packed(2, "$broker", b'{"op": "reload"}', message_id=3, codec=2))
         answers = {frame.id: frame.json for frame in (scene.ops.recv() for _ in range(3))}
@@ -261,6 +279,8 @@ def test_upgrade_during_upgrade_is_refused(scene: Scene) -> None:
         "an upgrade is in progress, which reads the configuration again"
     ]
     assert not answers[1]["upgraded"]
+    assert broker.failure()["problem"] == "an upgrade is in progress already"
+    assert "status 1" in broker.failure()["problem"]
     scene.all_goes_on()
 
 
@@ -268,9 +288,8 @@ def test_upgrade_during_upgrade_is_refused(scene: Scene) -> None:
 def test_upgrade_by_signal_fails_with_reason_in_log(scene: Scene) -> None:
     """SIGUSR2 starts an upgrade too; the log says why it failed."""
     scene.broker.before_new_process("sys.exit(3)")
-    failed = len(scene.broker.events("daemon.upgrade_failed"))
     scene.broker.signal(signal.SIGUSR2)
-    event = scene.broker.wait("daemon.upgrade_failed", failed + 1)[-1]
+    event = scene.broker.failure()
     assert event["reason"] == "SIGUSR2"
     assert "ended with status 3" in event["problem"]
     scene.all_goes_on()
@@ -313,7 +332,7 @@ def test_upgrade_silent_new_process_times_out(socket_dir: Path) -> None:
                 " (killed because it did not end)"
             )
         ]
-        assert not is_running(broker.events("daemon.upgrading")[-1]["pid"])
+        assert not is_running(broker.wait("daemon.upgrading")[-1]["pid"])
 
 
 @pytest.mark.parametrize(

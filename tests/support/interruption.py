@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dis
+import functools
 import gc
 import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ from typing import Any, Final
 
 import brokerd_client
 
-__all__ = ["RETURN", "Interrupt", "interrupted_at", "random_signals"]
+__all__ = ["RETURN", "Interrupt", "in_own_thread", "interrupted_at", "random_signals"]
 
 _PACKAGE: Final = str(Path(brokerd_client.__file__).parent)
 
@@ -78,6 +80,21 @@ def interrupted_at(bytecode: int, function: Callable[[], object]) -> str:
         if collects:
             gc.enable()
     return ""
+
+
+def in_own_thread(test: Callable[..., None]) -> Callable[..., None]:
+    """Return the test for another thread than that of the other tests.
+
+    An exception at the end of an ``except`` block leaves its exception as the one that
+    the thread handles. It would be the context of every later exception there.
+    """
+
+    @functools.wraps(test)
+    def run(*given: object, **named: object) -> None:
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(test, *given, **named).result()
+
+    return run
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.interruption import RETURN, interrupted_at
+from support.interruption import RETURN, in_own_thread, interrupted_at
 from support.tls.authority import Issued
 
 from brokerd_client.address import Address
@@ -308,6 +308,7 @@ def test_aio_tls_transport_altered_record_ends_connection_at_once(
 
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("read", ["recv", "recv_into"])
+@in_own_thread
 def test_tls_stream_read_interrupted_at_any_bytecode_skips_no_bytes(
     server: Issued, trusting: ssl.SSLContext, read: str, step: int
 ) -> None:
@@ -336,6 +337,7 @@ def test_tls_stream_read_interrupted_at_any_bytecode_skips_no_bytes(
     assert bytecode > step * torn > 50
 
 
+@in_own_thread
 def test_tls_stream_write_interrupted_at_any_bytecode_is_not_repeated(
     server: Issued, trusting: ssl.SSLContext
 ) -> None:

@@ -33,7 +33,9 @@ from support.waiting import until
 import brokerd_client
 from brokerd.testing import running
 from brokerd_client import Client, Message, aio, connect
+from brokerd_client._common import rate_limit
 from brokerd_client.address import parse
+from brokerd_client.blocking import base
 from brokerd_client.blocking.base import MOST_THREADS
 from brokerd_client.blocking.poller import SelectorPoller
 from brokerd_client.blocking.transport import Transport
@@ -47,6 +49,7 @@ from brokerd_client.errors import (
     TimedOut,
     WrongProcess,
 )
+from brokerd_client.protocol import dialog
 
 PATIENCE = 20.0
 
@@ -121,7 +124,7 @@ def test_client_dropped_warns_and_leaves_no_thread(server: FakeServer) -> None:
     """A client without a reference is reported as unclosed. Its threads and its
     connection end.
     """
-    before = threading.active_count()
+    before = set(threading.enumerate())
     client = join("alice", server)
     client.on_request(lambda message: None)
     with warnings.catch_warnings(record=True) as caught:
@@ -130,15 +133,17 @@ def test_client_dropped_warns_and_leaves_no_thread(server: FakeServer) -> None:
         until(lambda: gc.collect() >= 0 and bool(caught))
     assert "unclosed" in str(caught[0].message)
     until(lambda: "alice" not in server.broker.online)
-    until(lambda: threading.active_count() == before)
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_client_dropped_logs_counted_undelivered(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
+    server: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each undelivered message of the dropped client appears in a line of the log or in
     a count.
     """
+    # All of them fail within one period.
+    monkeypatch.setattr(rate_limit, "_PERIOD_S", 3600.0)
 
     def fail_and_drop() -> None:
         client = join("alice", server)
@@ -159,7 +164,7 @@ def test_close_joins_every_thread(server: FakeServer) -> None:
         client.on_request(lambda message: None)
         client.on_message(lambda message: None)
         assert len(set(threading.enumerate()) - before) > 2
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_close_from_handler_closes_client(server: FakeServer) -> None:
@@ -173,10 +178,10 @@ def test_close_from_handler_closes_client(server: FakeServer) -> None:
 
 def test_connect_failed_leaves_nothing(server: FakeServer) -> None:
     """A wrong key raises an error in the caller, and no thread or socket is left."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(AuthenticationError):
         connect(server.path, "alice", "wrong")
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.timing
@@ -281,8 +286,11 @@ def test_send_partial_write_is_finished_before_next(server: FakeServer) -> None:
     bob.close()
 
 
-def test_close_flushes_sent_bytes(server: FakeServer) -> None:
+def test_close_flushes_sent_bytes(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """close() right after a large send does not cut it off."""
+    # Half a second may be too short on a busy machine.
+    for module in (dialog, base):
+        monkeypatch.setattr(module, "LINGER_S", PATIENCE)
     alice, bob = join("alice", server), join("bob", server)
     alice.send("bob", b"x" * 3_000_000)
     alice.close()

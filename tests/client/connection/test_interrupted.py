@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.interruption import RETURN, Interrupt, interrupted_at, random_signals
+from support.interruption import (
+    RETURN,
+    Interrupt,
+    in_own_thread,
+    interrupted_at,
+    random_signals,
+)
 
 from brokerd_client.connection import Client, Connection, Listener, Pipe, stream, wait
 from brokerd_client.connection.handshaking import PendingHandshake, SocketPeer
@@ -108,6 +114,7 @@ def check_receive_goes_on(receive: Callable[[Connection], object], size: int) ->
 @pytest.mark.parametrize(
     "receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"]
 )
+@in_own_thread
 def test_receive_interrupted_at_any_bytecode_returns_same_message_next(
     receive: Callable[[Connection], object], size: int
 ) -> None:
@@ -122,6 +129,7 @@ def test_receive_interrupted_at_any_bytecode_returns_same_message_next(
     "receive", [Connection.recv_bytes, receive_into], ids=["recv_bytes", "recv_bytes_into"]
 )
 @pytest.mark.usefixtures("in_pieces")
+@in_own_thread
 def test_receive_in_pieces_interrupted_at_any_bytecode_returns_same_message_next(
     receive: Callable[[Connection], object], size: int
 ) -> None:
@@ -130,6 +138,7 @@ def test_receive_in_pieces_interrupted_at_any_bytecode_returns_same_message_next
 
 
 @pytest.mark.usefixtures("in_pieces")
+@in_own_thread
 def test_receive_interrupted_again_and_again_goes_on() -> None:
     """One message, every receive of which is interrupted a bytecode later than the one
     before, arrives whole.
@@ -157,6 +166,7 @@ def test_receive_interrupted_again_and_again_goes_on() -> None:
             assert result == [body_of(bytecode + 1, 20)]
 
 
+@in_own_thread
 def test_recv_interrupted_at_any_bytecode_never_unpickles_from_the_middle() -> None:
     """The object of an interrupted recv comes next, or is gone whole; the one behind it
     is right.
@@ -206,6 +216,7 @@ def check_send_is_whole_or_nothing(send: Callable[[Connection, bytes], object], 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
 @pytest.mark.parametrize("send", [Connection.send_bytes, Connection.send])
+@in_own_thread
 def test_send_interrupted_at_any_bytecode_sends_whole_or_nothing(
     send: Callable[[Connection, bytes], object], size: int
 ) -> None:
@@ -253,6 +264,7 @@ def test_send_whose_signal_handler_raises_oserror_refuses_more(
         assert not one.writable
 
 
+@in_own_thread
 def test_poll_interrupted_at_any_bytecode_takes_nothing() -> None:
     """poll and wait read no byte."""
     one, other = Pipe()
@@ -392,6 +404,7 @@ def check_accept_at(bytecode: int, path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@in_own_thread
 def test_accept_interrupted_at_any_bytecode_accepts_or_hangs_up(step: int, tmp_path: Path) -> None:
     """A peer is accepted, now or by the next call, or sees the end of its connection;
     the listener goes on.
@@ -407,6 +420,7 @@ def test_accept_interrupted_at_any_bytecode_accepts_or_hangs_up(step: int, tmp_p
 
 
 @pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+@in_own_thread
 def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) -> None:
     """A listener sees the end of a connection whose Client() was interrupted, and goes
     on.
@@ -446,6 +460,7 @@ def test_client_interrupted_at_any_bytecode_hangs_up(step: int, tmp_path: Path) 
     assert bytecode > 1000
 
 
+@in_own_thread
 def test_handshake_interrupted_never_succeeds() -> None:
     """A generator that an exception has left ends as a finished one does: it must
     authenticate no peer.
