@@ -201,6 +201,8 @@ class Broker:
         session.number = self.take_number()
         if self.status.changes is not None:
             self.status.changes.note(session)
+        if self.traffic is not None:
+            self.traffic.displace(session.address)
         first = not client.online
         client.add(session)
         self.requests.note_room(client)

@@ -29,6 +29,7 @@ from brokerd.core.cluster.remote_sessions import (
 from brokerd.core.cluster.seam import HostFacts, Interest, Name, Run
 from brokerd.core.cluster.stored_events import StoredEvents
 from brokerd.core.error_codes import BACK
+from brokerd.core.reports import mark_orphaned
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd_client.errors import MalformedEnvelope
@@ -838,6 +839,15 @@ class RemoteTraffic:
         self.cluster.touch(remote.name)
         remote.remove_sender(sender)
         self._broker.detach(sender, now_wall)
+
+    def displace(self, address: str) -> None:
+        """Mark what a sender at another host has sent: its address is a connection's here now.
+
+        That connection then hears nothing about it. The other host may be gone already.
+        """
+        sender = self._sessions.find(address)
+        if sender is not None:
+            mark_orphaned(sender)
 
     def add_client(self, client: Client, now_wall: float) -> None:
         """Take over what hosts have announced of a client that is configured now."""

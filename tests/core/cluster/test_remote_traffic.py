@@ -485,3 +485,28 @@ def test_session_of_another_host_has_no_copy_that_could_change() -> None:
     for session in (sender, bob.session):
         changes.note(session)
     assert list(changes.sessions) == [bob.session]
+
+
+@pytest.mark.parametrize("kind", [Kind.MESSAGE, Kind.REQUEST])
+@pytest.mark.parametrize("is_passed_on", [False, True])
+def test_connection_hears_nothing_about_frames_of_its_name_at_another_host(
+    kind: Kind, is_passed_on: bool
+) -> None:
+    """The other host has ended, and its link not yet."""
+    hosts = JoinedHosts(client("ann"), client("pool", connections=2))
+    ann, member = hosts["a"].net.connect("ann"), hosts["b"].net.connect("pool")
+    hosts.settle()
+    member.block()
+    ann.send(Envelope(kind, 7, "pool", b"x"))
+    hosts.settle()
+    later = hosts["b"].net.connect("ann")
+    other = hosts["b"].net.connect("pool") if is_passed_on else None
+    member.leave()
+    if other is not None:
+        (envelope,) = other.take()
+        other.reply(envelope.name, b"", envelope.id)
+        assert error_of(other.take()[0]) == "denied"
+        other.leave()
+    hosts["b"].net.settle()
+    assert later.take() == []
+    assert not later.session.outgoing_requests
