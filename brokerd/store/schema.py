@@ -21,6 +21,7 @@ as long. The incremental vacuum costs nothing that can be measured.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import zlib
 from pathlib import Path
@@ -91,6 +92,10 @@ def connect(directory: Path) -> sqlite3.Connection:
     """
     path = directory / DATABASE
     is_new = not path.exists() or path.stat().st_size == 0
+    if is_new:
+        # For the broker's user alone, whatever the umask is: it will hold messages. SQLite
+        # gives its log the mode of the database.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=True)
     _set(connection, is_new)
     _check_version(connection, path)

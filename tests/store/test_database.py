@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -57,6 +58,21 @@ def test_database_read_before_a_commit_does_not_wait_for_it(
     expected = ["rows", "rows", "committed", "rows", "committed"]
     assert [answer.word for answer in answers] == expected
     assert store.database.commits == commits + 1
+
+
+def test_database_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """That holds in a directory that is open to other users, with a wide umask."""
+    directory = tmp_path / "store"
+    directory.mkdir(mode=0o755)
+    before = os.umask(0)
+    try:
+        store = LocalStore(directory)
+        store.commit(append("bob", 1, b"secret"))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in directory.iterdir()}
+    assert {"mailboxes.db", "mailboxes.db-wal"} <= set(modes)
+    assert set(modes.values()) == {0o600}
 
 
 def test_database_messages_are_read_back_in_order(store: LocalStore) -> None:
