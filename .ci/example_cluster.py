@@ -112,7 +112,7 @@ def instructions(run: Path, sockets: dict[str, Path]) -> str:
     return "\n".join(
         (
             "Three brokers share one name space: hosts a, b and c. In another terminal:\n",
-            "  # bob listens at host b, and alice sends to him from host a",
+            "  # bob listens at host b, and alice sends to bob from host a",
             command("bob", "b", "listen"),
             command("alice", "a", "send bob hello"),
             "",

@@ -130,7 +130,7 @@ sys.exit(not (sys.implementation.name == "cpython" and (3, 11) <= sys.version_in
     exit 1
 }
 
-say "installing into $venv ..."
+say "installing into $venv, which takes a minute or two ..."
 # What they say of it is over.
 rm -f "$test_stamp" "$run_stamp"
 if [ "$extra" = test ]; then
