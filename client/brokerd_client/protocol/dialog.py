@@ -631,8 +631,9 @@ class Dialog(Generic[M]):
             self._connection_deadline = None
             silent = self.state is State.AUTHENTICATING and not self._challenged
             reason = SILENT if silent else self.state.value
+            limit_s = LINGER_S if self.state is State.CLOSING else self.limit_s
             effects.broken = TimedOut(
-                f"the broker did not answer within {self.limit_s:.6g} s ({reason})"
+                f"the broker did not answer within {limit_s:.6g} s ({reason})"
             )
         for pending in self.pending_calls.overdue(now):
             # A pending call with a deadline always has a waiter.
