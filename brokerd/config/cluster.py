@@ -24,7 +24,7 @@ from brokerd_client import address as addresses
 __all__ = ["clients_digest", "load_cluster"]
 
 #: The command that installs what a cluster needs beyond the other dependencies.
-_INSTALL: Final = "pip install 'brokerd[cluster]'"
+_INSTALL: Final = "pip install 'nats-py[nkeys]'"
 #: The files with secrets, and where each comes from.
 _SECRETS: Final = {
     "password_file": "write the user's password into it",

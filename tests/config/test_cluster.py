@@ -101,8 +101,7 @@ def test_cluster_without_nats_py_names_the_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = problems(HERE)
     assert problem == (
-        "cluster: needs the package nats-py, which is not installed (pip install"
-        " 'brokerd[cluster]')"
+        "cluster: needs the package nats-py, which is not installed (pip install 'nats-py[nkeys]')"
     )
 
 
