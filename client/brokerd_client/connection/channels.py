@@ -94,14 +94,15 @@ def open_channel(
         PayloadError: The payload is too long.
     """
     frame = open_frame(to, OPEN_ID, payload)
+    late = f"{to} did not accept in time: no channel was made"
     try:
-        return _begin(settings, address, name, frame, OPEN_ID, deadline)
+        return _begin(settings, address, name, frame, OPEN_ID, deadline, late)
     except Elsewhere as error:
         elsewhere = error
     reason: BrokerdError = elsewhere
     for route, trusting in channel_routes(elsewhere, settings):
         try:
-            return _begin(trusting, route, name, frame, OPEN_ID, deadline)
+            return _begin(trusting, route, name, frame, OPEN_ID, deadline, late)
         except (Disconnected, TlsError, Elsewhere) as error:
             reason = error
     raise elsewhere from (None if reason is elsewhere else reason)
@@ -124,8 +125,11 @@ def _begin(
     frame: bytes,
     message_id: int,
     deadline: float | None,
+    unanswered: str = "",
 ) -> ChannelPeer:
+    """Make the channel. unanswered: the error where only the other client is late."""
     broker = f"the broker at {address}"
+    late = f"{broker} did not answer in time: no channel was made"
     try:
         sock, bindings = _connect(address, settings.tls, deadline)
     except TimedOut:
@@ -139,6 +143,7 @@ def _begin(
         )
         finish_handshake(peer, steps, settings.key, broker, deadline)
         peer.send_frame(frame)
+        late = unanswered or late
         peer.name = peer_of(_answer(peer, deadline), message_id)
         peer.unpickles = peer.name.partition("/")[0] in settings.allow_pickle_from
         return peer
@@ -147,7 +152,7 @@ def _begin(
         if isinstance(error, EOFError):
             raise Disconnected(f"{broker} closed the connection") from error
         if isinstance(error, TimedOut) and not error.args:
-            raise TimedOut(f"{broker} did not answer in time: no channel was made") from None
+            raise TimedOut(late) from None
         if isinstance(error, OSError) and not isinstance(error, BrokerdError):
             raise broken(error) from error
         raise

@@ -1006,7 +1006,7 @@ class Dialog(Generic[M]):
         The waiter gets a dict or an error.
         """
         check_pattern(pattern)
-        group_name = check_name(group) if group is not None else ""
+        group_name = check_name(group, "group") if group is not None else ""
         self.require_ready()
         entry = self.subscriptions.add(pattern, group_name, sink)
         pending = self._operate(

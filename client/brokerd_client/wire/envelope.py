@@ -551,11 +551,11 @@ def is_address(text: str) -> bool:
     return _ADDRESS.fullmatch(text) is not None or _SERVICE.fullmatch(text) is not None
 
 
-def check_name(text: str) -> str:
-    """Return the text. Raises InvalidName if it can't name a client."""
+def check_name(text: str, what: str = "client") -> str:
+    """Return the text. Raises InvalidName if it can't name a client, or a group."""
     if not is_name(text):
         raise InvalidName(
-            f"{text!r} is not a valid client name: 1 to 64 letters, digits, '_', '.' and '-',"
+            f"{text!r} is not a valid {what} name: 1 to 64 letters, digits, '_', '.' and '-',"
             " not beginning with '.' or '-'"
         )
     return text

@@ -930,7 +930,8 @@ def test_subscribe_with_invalid_pattern_or_group_raises(
     pair: Pair, pattern: str, group: str | None
 ) -> None:
     """Nothing is sent for a pattern or group that the broker would refuse."""
-    with pytest.raises(InvalidName):
+    what = "topic pattern" if group is None else "group name"
+    with pytest.raises(InvalidName, match=what):
         pair.dialog.subscribe(pattern, group, "sink", "w", None)
     assert not pair.dialog.data_to_send()
     assert len(pair.dialog.subscriptions) == 0

@@ -274,7 +274,7 @@ def test_open_to_absent_client_says_why(broker: RunningBroker) -> None:
 
 def test_open_that_is_not_accepted_times_out(broker: RunningBroker) -> None:
     alice, bob = broker.connect("alice"), broker.connect("bob")
-    with bob.listen() as listener, pytest.raises(TimedOut, match="did not answer in time"):
+    with bob.listen() as listener, pytest.raises(TimedOut, match="bob did not accept in time"):
         alice.open("bob", timeout=0.1)
     listener.close()
 
