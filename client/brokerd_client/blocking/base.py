@@ -44,7 +44,12 @@ from brokerd_client._common.dispatcher import Dispatcher, Job, log
 from brokerd_client._common.random_numbers import first_id, jitter, nonce
 from brokerd_client._common.rpc import Service
 from brokerd_client.blocking.gate import Gate, raised_by_handler
-from brokerd_client.blocking.handlers import HandlerThreads, RequestJob, StoredJob
+from brokerd_client.blocking.handlers import (
+    HandlerThreads,
+    RequestJob,
+    StoredJob,
+    require_function,
+)
 from brokerd_client.blocking.leader import Leader
 from brokerd_client.blocking.subscriptions import BaseSubscription, Message
 from brokerd_client.blocking.transport import Transport
@@ -783,6 +788,7 @@ class BaseClient(ClientProperties):
 
     def _handle(self, handle: Callable[[H], None], handler: H) -> H:
         """Set a handler of the dispatcher with ``handle``; return the handler."""
+        require_function(handler)
         for_requests = handle in (
             self._dispatcher.handle_requests,
             self._dispatcher.handle_calls,
@@ -905,6 +911,8 @@ class BaseClient(ClientProperties):
 
         The caller ends it after any exception, also one that strikes behind this call.
         """
+        if subscription.callback is not None:
+            require_function(subscription.callback)
         call = Call()
 
         def begin(deadline: float | None) -> int:

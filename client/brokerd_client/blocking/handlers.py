@@ -8,6 +8,7 @@ messages behind it would never be handled.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -20,11 +21,27 @@ from brokerd_client.blocking.waiters import WaitQueue
 from brokerd_client.errors import AlreadyAnswered, BrokerdError, Closed, Disconnected
 from brokerd_client.protocol.mailbox import ack_body
 
-__all__ = ["HandlerThreads", "RequestJob", "StoredJob", "in_span"]
+__all__ = ["HandlerThreads", "RequestJob", "StoredJob", "in_span", "require_function"]
 
 #: Seconds between raising the limit in flight and checking whether it can be lowered. A
 #: shorter time would cost nested requests an operation each.
 _REVIEW_S: Final = 1.0
+
+
+def require_function(handler: object) -> None:
+    """Raise TypeError if no thread can call the handler.
+
+    The call of a coroutine function returns at once, and its message would count as
+    handled.
+    """
+    name = getattr(handler, "__name__", type(handler).__name__)
+    if not callable(handler):
+        raise TypeError(f"a handler is a function, not {name}")
+    if inspect.iscoroutinefunction(handler):
+        raise TypeError(
+            f"{name} is a coroutine function, and this client is blocking: connect an asyncio"
+            " client"
+        )
 
 
 class HandlerThreads:

@@ -12,6 +12,7 @@ from support.client_faces import PATIENCE, Asyncio, Blocking, Face
 from support.fake_broker import FakeServer
 
 from brokerd_client import aio
+from brokerd_client import connect as blocking_connect
 from brokerd_client.errors import TimedOut, WrongUse
 
 
@@ -97,3 +98,23 @@ def test_subscribe_without_await_warns(server: FakeServer) -> None:
         client.subscribe("a", callback=print)
         client.watch_presence()
     face.close()
+
+
+@pytest.mark.parametrize(
+    "register", ["on_request", "on_message", "on_undelivered", "on_connection"]
+)
+def test_blocking_handler_that_no_thread_can_call_is_refused(
+    server: FakeServer, register: str
+) -> None:
+    """A coroutine function would return at once, and its message would count as handled."""
+
+    async def handler(item: object) -> None: ...
+
+    with blocking_connect(server.path, "alice", "alice") as alice:
+        with pytest.raises(TypeError, match=r"handler is a coroutine function.*asyncio client"):
+            getattr(alice, register)(handler)
+        with pytest.raises(TypeError, match="a handler is a function, not NoneType"):
+            getattr(alice, register)(None)
+        with pytest.raises(TypeError, match="handler is a coroutine function"):
+            alice.subscribe("a", callback=handler)
+        assert alice.ping() > 0
