@@ -283,7 +283,7 @@ def test_arguments_that_json_would_change_are_not_sent(bob: Any, alice: Any) -> 
 
 def test_result_that_json_would_change_is_call_failed(bob: Any, alice: Any) -> None:
     bob.service(Calculator())
-    with pytest.raises(CallFailed, match="PayloadError: a value of type tuple"):
+    with pytest.raises(CallFailed, match=r"PayloadError: .* a tuple would become a list"):
         alice.proxy("bob").pair()
 
 
