@@ -139,7 +139,7 @@ def test_setup_locked_package_is_installed_silently(checkout: Checkout) -> None:
     done = checkout.set_up(LOCKED="1")
 
     assert done.returncode == 0, done.stdout
-    assert done.stdout == "installing into .venv ...\n"
+    assert done.stdout == "installing into .venv, which takes a minute or two ...\n"
     assert checkout.ready
 
 
