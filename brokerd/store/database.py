@@ -716,6 +716,9 @@ class Database:
             found = self._in_state(run, states, state)
             found &= -1 << max(0, after_seq + 1 - run.first)
             if found:
+                if reading.taken and not reading.fits(run, found):
+                    # The next read begins with it, and need not read its content again.
+                    break
                 self._read_run(run, found, states, reading)
             run = self._run_after(mailbox, last)
 
@@ -835,8 +838,18 @@ class _Reading:
         """Whether there is room for one more message."""
         return self.max_messages > 0 and (self.max_bytes > 0 or not self.taken)
 
+    def fits(self, run: Run, found: int) -> bool:
+        """Return whether some messages of a run, given as bits, are all wanted."""
+        return found.bit_count() <= self.max_messages and run.live_bytes <= self.max_bytes
+
     def take(self, sizes: Sequence[int], first: int, stop: int) -> tuple[int, int]:
         """Return how many of these messages are wanted, and the bytes of their frames."""
+        size = sum(sizes[first:stop])
+        if stop - first <= self.max_messages and size <= self.max_bytes:
+            self.taken += stop - first
+            self.max_messages -= stop - first
+            self.max_bytes -= size
+            return stop - first, size
         ends = [*accumulate(sizes[first:stop])]
         count = min(bisect_right(ends, self.max_bytes), self.max_messages)
         if not (count or self.taken):

@@ -109,6 +109,22 @@ def test_database_read_is_bounded_by_messages_and_bytes(store: LocalStore) -> No
     assert seqs(store, "bob", "ready", (0.0, 4), 10, 25) == []
 
 
+def test_database_read_ends_before_a_row_of_which_only_a_part_is_wanted(
+    store: LocalStore,
+) -> None:
+    """The next read would need the content of that row again. A part is better than nothing."""
+    store.commit(append("bob", 1, b"a" * 10))
+    store.commit(append("bob", 2, *[b"b" * 10] * 3))
+    store.commit(append("bob", 5, b"c" * 10))
+
+    assert seqs(store, "bob", "ready", (0.0, 0), 3) == [1]
+    assert seqs(store, "bob", "ready", (0.0, 0), 10, 35) == [1]
+    assert seqs(store, "bob", "ready", (0.0, 0), 4) == [1, 2, 3, 4]
+    assert seqs(store, "bob", "ready", (0.0, 1), 2) == [2, 3]
+    assert seqs(store, "bob", "ready", (0.0, 3), 10) == [4, 5]
+    assert seqs(store, "bob", "ready", (0.0, 0), 10, 40) == [1, 2, 3, 4]
+
+
 def test_database_removed_messages_do_not_return(store: LocalStore, tmp_path: Path) -> None:
     """Removal holds across a crash; unknown seqs are ignored."""
     store.commit(append("bob", 1, *[b"x"] * 10), append("bob", 11, *[b"y"] * 10))

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Feeding"]
 
-#: Most messages of a mailbox read back at once, as many as the store keeps together; and
-#: most bytes of these.
-_RUN: Final = 1024
+#: Most messages of a mailbox read back at once: as many as the store keeps together, and a
+#: short run before them; and most bytes of these.
+_RUN: Final = 1280
 _RUN_BYTES: Final = 512 * 1024
 #: Most bytes of messages that are put into an outbox at once.
 _DELIVERED_BYTES: Final = 64 * 1024
