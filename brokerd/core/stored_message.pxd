@@ -22,6 +22,11 @@ cdef class DeadLetter(Message):
 @cython.locals(messages=list, at=int64_t, message=Message)
 cpdef list ready_messages(list seqs, list frames, list stored_at, list expires_at)
 
+@cython.locals(
+    frames=list, data=cython.p_const_char, total=int64_t, at=int64_t, size=int64_t, end=int64_t
+)
+cpdef list split_frames(bytes joined, int64_t start, object sizes)
+
 @cython.locals(frames=list, message=Message)
 cpdef bytes joined_frames(list messages)
 

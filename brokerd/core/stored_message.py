@@ -17,6 +17,8 @@ from brokerd_client.wire.layout import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from brokerd.core.mailboxes.journal import Row
     from brokerd.core.session import Session
 
@@ -29,6 +31,7 @@ __all__ = [
     "ready_messages",
     "sender_of",
     "seq_at",
+    "split_frames",
     "tagged",
     "totals_of",
 ]
@@ -148,6 +151,20 @@ def ready_messages(
         message.avoid = None
         messages.append(message)
     return messages
+
+
+def split_frames(joined: bytes, start: int, sizes: Sequence[int]) -> list[bytes]:
+    """Return frames that lie one behind the other in ``joined``, from ``start`` on."""
+    frames = []
+    data, total = joined, len(joined)
+    at = start
+    for size in sizes:
+        end = at + size
+        if end > total:
+            raise ValueError("the frames are longer than what contains them")
+        frames.append(data[at:end])
+        at = end
+    return frames
 
 
 def joined_frames(messages: list[Message]) -> bytes:

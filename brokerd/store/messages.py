@@ -179,28 +179,37 @@ def rows_of(received: Message) -> Rows:
         seqs: list[int] = []
         for first, last in ranges:
             seqs += range(first, last + 1)
-        if frames_size:
-            ends = accumulate(columns.sizes, initial=middle)
-            frames = [body[first:end] for first, end in pairwise(ends)]
-        else:
-            # The content of damaged rows is not sent.
-            frames = [b""] * len(seqs)
-        parts.append((seqs, frames, columns, states))
-    if all(not states and columns.due is None for _, _, columns, states in parts):
-        return _ready_rows(parts)
+        # The content of damaged rows is not sent.
+        parts.append((seqs, middle if frames_size else None, columns, states))
+    ready = [
+        (seqs, start, columns)
+        for seqs, start, columns, states in parts
+        if start is not None and not states and columns.due is None
+    ]
+    if len(ready) == len(parts):
+        return _ready_rows(body, ready)
     return [
         Row(seq, frame, stored, *states.get(str(seq), _READY))
-        for seqs, frames, columns, states in parts
-        for seq, frame, stored in zip(seqs, frames, columns.messages(range(len(seqs))), strict=True)
+        for seqs, start, columns, states in parts
+        for seq, frame, stored in zip(
+            seqs,
+            [b""] * len(seqs) if start is None else _frames(body, start, columns.sizes),
+            columns.messages(range(len(seqs))),
+            strict=True,
+        )
     ]
 
 
-def _ready_rows(parts: Sequence[tuple[list[int], list[bytes], Columns, object]]) -> ReadyRows:
+def _frames(body: bytes, start: int, sizes: Sequence[int]) -> list[bytes]:
+    return [body[first:end] for first, end in pairwise(accumulate(sizes, initial=start))]
+
+
+def _ready_rows(body: bytes, parts: Sequence[tuple[list[int], int, Columns]]) -> ReadyRows:
     rows = ReadyRows([], [], [], [], {})
-    for seqs, frames, columns, _ in parts:
+    for seqs, start, columns in parts:
         rows.keys.update((len(rows) + at, key) for at, key in columns.keys.items())
         rows.seqs += seqs
-        rows.frames += frames
+        rows.joined.append((body, start, columns.sizes))
         rows.stored_at += columns.stored
         rows.expires_at += columns.expiries()
     return rows

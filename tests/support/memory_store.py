@@ -288,9 +288,10 @@ def _ready_rows(rows: list[Row]) -> ReadyRows | None:
     if any(row != Row(*row[:3], "ready", 0) or row.stored.due_at or not row.frame for row in rows):
         return None
     keys = {at: row.stored.key for at, row in enumerate(rows) if row.stored.key is not None}
+    frames = [row.frame for row in rows]
     return ReadyRows(
         [row.seq for row in rows],
-        [row.frame for row in rows],
+        [(b"".join(frames), 0, [*map(len, frames)])],
         [row.stored.stored_at for row in rows],
         [row.stored.expires_at for row in rows],
         keys,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from brokerd.core.mailboxes.store_calls import messages_of
+from brokerd.core.mailboxes.store_calls import last_seq_of, messages_of
 from brokerd.core.stored_message import joined_frames, sender_of
 from brokerd_client.wire.envelope import ErrorCode
 
@@ -162,7 +162,7 @@ class Feeding:
     def _load(self, mailbox: Mailbox, run: int, rows: Rows) -> None:
         if run != mailbox.run:
             return
-        mailbox.load(messages_of(rows), rows[-1].seq if rows else 0)
+        mailbox.load(messages_of(rows), last_seq_of(rows))
         self.hungry[mailbox] = None
 
     def _load_delayed(self, mailbox: Mailbox, run: int, rows: Rows) -> None:

@@ -373,23 +373,25 @@ class ReadyRows:
     Iterating over them yields their rows.
 
     Attributes:
-        seqs, frames: Of each message; no message is damaged.
-        stored_at, expires_at: The same.
+        seqs, stored_at, expires_at: Of each message; no message is damaged.
+        joined: What contains the frames, one behind the other; where the first one begins;
+            and their sizes. Several of these.
         keys: Its sender and key of each message that has one, by position.
     """
 
-    __slots__ = ("expires_at", "frames", "keys", "seqs", "stored_at")
+    __slots__ = ("_frames", "expires_at", "joined", "keys", "seqs", "stored_at")
 
     def __init__(
         self,
         seqs: list[int],
-        frames: list[bytes],
+        joined: list[tuple[bytes, int, Sequence[int]]],
         stored_at: list[float],
         expires_at: list[float | None],
         keys: dict[int, tuple[str, str]],
     ) -> None:
         self.seqs = seqs
-        self.frames = frames
+        self.joined = joined
+        self._frames: list[bytes] | None = None
         self.stored_at = stored_at
         self.expires_at = expires_at
         self.keys = keys
@@ -397,8 +399,20 @@ class ReadyRows:
     def __len__(self) -> int:
         return len(self.seqs)
 
+    @property
+    def frames(self) -> list[bytes]:
+        """The frame of each message."""
+        if self._frames is None:
+            self._frames = []
+            for contained, first, sizes in self.joined:
+                at = first
+                for size in sizes:
+                    self._frames.append(contained[at : at + size])
+                    at += size
+        return self._frames
+
     def __getitem__(self, at: int) -> Row:
-        frame, key = self.frames[at], self.keys.get(at)
+        frame, key = self.frames[at], self.keys.get(at % len(self))
         stored = Stored(len(frame), self.stored_at[at], self.expires_at[at], None, key)
         return Row(self.seqs[at], frame, stored, "ready", 0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from brokerd.core.mailboxes.journal import MAX_SEQ, ReadyRows
-from brokerd.core.stored_message import Message, ready_messages
+from brokerd.core.stored_message import Message, ready_messages, split_frames
 
 if TYPE_CHECKING:
     from brokerd.core.mailboxes.commits import Commits
@@ -89,5 +89,15 @@ class StoreCalls:
 def messages_of(rows: Rows) -> list[Message]:
     """Return the messages of rows that are not damaged."""
     if isinstance(rows, ReadyRows):
-        return ready_messages(rows.seqs, rows.frames, rows.stored_at, rows.expires_at)
+        frames: list[bytes] = []
+        for contained, first, sizes in rows.joined:
+            frames += split_frames(contained, first, sizes)
+        return ready_messages(rows.seqs, frames, rows.stored_at, rows.expires_at)
     return [Message.from_row(row) for row in rows if row.frame]
+
+
+def last_seq_of(rows: Rows) -> int:
+    """Return the seq of the last row; 0 without one."""
+    if isinstance(rows, ReadyRows):
+        return rows.seqs[-1] if rows.seqs else 0
+    return rows[-1].seq if rows else 0
