@@ -106,10 +106,13 @@ cdef enum:
     # An event to groups or to an outbox of frames is passed on if it concerns at most so
     # many subscriptions; events to more of them take turns.
     FEW = 64
-    # Frames put into an outbox as objects that take as long as a frame of the slow path.
-    OBJECTS = 8
-    # The same of a frame that is stored: most of its cost comes later.
-    STORED = 4
+    # What a frame takes of its sender's turn, against the other kinds: one of the slow
+    # path; one put into an outbox as an object; one that is stored, most of whose cost
+    # comes later; and an ACK that is collected.
+    SLOW = 32
+    OBJECT = 4
+    STORED = 16
+    ACKNOWLEDGED = 1
 
 # The sender of the broker's own frames, and the bytes of a RECEIPT.
 cdef bytes _BROKER = b"$broker"
@@ -383,11 +386,11 @@ cdef class _Spend:
         """Return whether the turn goes on."""
         return self.turn.budget != 0
 
-    cdef int count(self, int64_t frames) except -1:
-        self.counted += frames
-        if self.counted >= OBJECTS:
-            self.turn.charge(self.counted // OBJECTS)
-            self.counted %= OBJECTS
+    cdef int count(self, int64_t taken) except -1:
+        self.counted += taken
+        if self.counted >= SLOW:
+            self.turn.charge(self.counted // SLOW)
+            self.counted %= SLOW
         return 0
 
 
@@ -813,8 +816,10 @@ cdef object _feed(
                 if flags == 0 and size == HEAD_SIZE - LENGTH_SIZE and (
                     source.consumer is not None
                 ):
-                    if spend.is_left() and _acknowledge(<Consumer>source.consumer, _id_of(at)):
-                        spend.count(1)
+                    if spend.is_left() and _acknowledge(
+                        <Consumer>source.consumer, _id_of(at), spend
+                    ):
+                        spend.count(ACKNOWLEDGED)
                         messages += 1
                         size_in += size
                         position += LENGTH_SIZE + size
@@ -916,7 +921,7 @@ cdef object _feed(
                         _touch(
                             source.outbox if source.answers is None else source.answers, touched
                         )
-                    spend.count(1)
+                    spend.count(OBJECT)
                     messages += 1
                     size_in += size
                     position += LENGTH_SIZE + size
@@ -988,7 +993,7 @@ cdef object _feed(
                                 deadline,
                             )
                         )
-                        spend.count(1)
+                        spend.count(OBJECT)
                     elif deadline is not None or is_pinned:
                         _mark(target, size_out, deadline, is_pinned)
                     if (
@@ -1154,7 +1159,7 @@ cdef bint _publish(
             memcpy(out + HEAD_SIZE + sender_header_size, at + HEAD_SIZE, payload)
         if not target.is_stream:
             target.put(Queued(frame, deadline=deadline))
-            spend.count(1)
+            spend.count(OBJECT)
         elif deadline is not None:
             _mark(target, size_out, deadline, False)
     if flags & RECEIPT_FLAG:
@@ -1229,15 +1234,19 @@ cdef bint _wait(
     return True
 
 
-cdef bint _acknowledge(Consumer consumer, uint64_t seq) except -1:
+cdef bint _acknowledge(Consumer consumer, uint64_t seq, _Spend spend) except -1:
     """Collect a plain ACK, as ``Consumer.acknowledge`` does."""
     cdef PyObject* found
-    if not consumer.collects:
+    if consumer.collecting is None:
         return False
     key = seq
     found = PyDict_GetItem(consumer.held, key)
     if found is NULL:
         return False
+    if not consumer.acknowledged:
+        consumer.collecting[consumer] = None
+        # What was collected is carried out after this turn, as after a slow-path frame.
+        spend.turn.charge(1)
     consumer.acknowledged.append(<object>found)
     del consumer.held[key]
     return True

@@ -13,7 +13,7 @@ cdef class Consumer:
     cdef public int64_t held_bytes
     cdef public bint alone
     cdef public list acknowledged
-    cdef public bint collects
+    cdef public dict collecting
 
     cpdef bint fits(self, int64_t size) except -1
     cpdef hold(self, Message message, object now)

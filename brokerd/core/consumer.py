@@ -26,13 +26,14 @@ class Consumer:
         alone: Whether it holds a message that is delivered alone.
         acknowledged: Messages that the routing loop has removed from ``held`` because of
             an ACK, and that are counted as held until they are collected.
-        collects: Whether the routing loop may do so.
+        collecting: Where the routing loop notes that there are some; None if it is to leave
+            each ACK to the slow path.
     """
 
     __slots__ = (
         "acknowledged",
         "alone",
-        "collects",
+        "collecting",
         "held",
         "held_bytes",
         "mailbox",
@@ -50,7 +51,7 @@ class Consumer:
         self.held_bytes = 0
         self.alone = False
         self.acknowledged: list[Message] = []
-        self.collects = False
+        self.collecting: dict[Consumer, None] | None = None
 
     @property
     def has_room(self) -> bool:
@@ -112,7 +113,6 @@ class Consumer:
     def take_acknowledged(self) -> tuple[list[Message], list[int], int]:
         """Give up the collected messages; return them, their seqs, and their bytes."""
         messages, self.acknowledged = self.acknowledged, []
-        self.collects = False
         seqs: list[int] = []
         size = 0
         all_held = self.mailbox.held
@@ -127,8 +127,9 @@ class Consumer:
 
     def acknowledge(self, seq: int) -> bool:
         """Collect a plain ACK; return False if the slow path is to see it."""
-        if not self.collects or seq not in self.held:
+        if self.collecting is None or seq not in self.held:
             return False
+        self.collecting[self] = None
         self.acknowledged.append(self.held.pop(seq))
         return True
 

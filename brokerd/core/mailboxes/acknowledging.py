@@ -12,6 +12,8 @@ from brokerd_client.wire.envelope import BROKER, MAX_DELAY, CodecId, Envelope, E
 from brokerd_client.wire.layout import ACK_FLAG, RECEIPT_FLAG
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from brokerd.core.consumer import Consumer
     from brokerd.core.mailboxes.clock import Clock
     from brokerd.core.mailboxes.commits import Commits
@@ -64,7 +66,7 @@ class Acknowledging:
         self._feeding = feeding
         self.acknowledged = self.failed = self.dead = 0
         self.leaving: deque[tuple[Consumer, str]] = deque()
-        #: Consumers whose plain ACKs the routing loop collects.
+        #: Consumers for which the routing loop has collected plain ACKs.
         self._collecting: dict[Consumer, None] = {}
 
     @property
@@ -79,17 +81,22 @@ class Acknowledging:
 
     def collect(self, consumer: Consumer) -> None:
         """Delete the messages that the routing loop has collected for one consumer."""
-        if not consumer.collects:
+        if consumer not in self._collecting:
             return
         del self._collecting[consumer]
         messages, seqs, size = consumer.take_acknowledged()
-        if not messages:
-            return
         self.acknowledged += len(messages)
         for message in messages if self._taps.active else ():
             self._taps.note_stored(message.frame, consumer.mailbox.name, "acknowledged")
         self._feeding.delete_all(consumer.mailbox, seqs, size)
         self._feeding.note_room(consumer)
+
+    @staticmethod
+    def stop_collecting(mailboxes: Iterable[Mailbox]) -> None:
+        """Leave each further ACK to the slow path, which holds or refuses it."""
+        for mailbox in mailboxes:
+            for consumer in mailbox.consumers.values():
+                consumer.collecting = None
 
     def acknowledge(self, source: Session, envelope: Envelope, payload: memoryview) -> None:
         """Carry out one ACK frame, or refuse it."""
@@ -119,9 +126,8 @@ class Acknowledging:
         self._feeding.note_room(consumer)
         if envelope.flags & RECEIPT_FLAG:
             self._commits.confirm(source, seq)
-        # A batch of ACKs is collected until the decisions of this turn are carried out.
-        consumer.collects = True
-        self._collecting[consumer] = None
+        # The ACKs of each turn are collected until its decisions are carried out.
+        consumer.collecting = self._collecting
 
     def _refuse(self, source: Session, seq: int, code: ErrorCode, reason: str) -> None:
         self._replies.refuse(source, seq, code, reason, BROKER, flags=ACK_FLAG)

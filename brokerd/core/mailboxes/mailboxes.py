@@ -213,6 +213,7 @@ class Mailboxes:
         self.acknowledging.return_some(inf)
         self.commits.is_paused = True
         self.commits.collect_all()
+        self.acknowledging.stop_collecting(self.boxes.values())
 
     def resume(self) -> None:
         """Accept messages and ACKs again: the upgrade has failed."""
@@ -387,6 +388,7 @@ class Mailboxes:
     def fail(self, reason: str) -> None:
         """Store nothing more: the store has ended."""
         self.commits.failure = self.commits.failure or reason
+        self.acknowledging.stop_collecting(self.boxes.values())
         for mailbox in self.boxes.values():
             self.storing.release(mailbox)
 

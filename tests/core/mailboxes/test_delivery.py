@@ -604,6 +604,74 @@ def test_mailbox_of_a_client_whose_queue_is_edited_is_delivered() -> None:
     assert seqs(bob) == [1, 2, 3, 4, 5]
 
 
+def test_plain_acks_of_later_turns_stay_in_the_routing_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slow path sees the first one only."""
+    net = net_with(6)
+    bob = net.connect("bob")
+    open_mailbox(bob, window=2)
+    seen = []
+    acknowledge = net.broker.mailboxes.acknowledge
+
+    def noted(source: Any, envelope: Envelope, payload: memoryview, now: float) -> Any:
+        seen.append(envelope.id)
+        return acknowledge(source, envelope, payload, now)
+
+    monkeypatch.setattr(net.broker.mailboxes, "acknowledge", noted)
+    got = []
+    while delivered := seqs(bob):
+        got += delivered
+        for seq in delivered:
+            ack(bob, seq)
+    assert got == [1, 2, 3, 4, 5, 6]
+    assert seen == [1]
+    assert (net.box().messages, net.box().held) == (0, {})
+
+
+def test_plain_ack_after_the_store_has_failed_is_refused() -> None:
+    """Also of a connection whose ACKs stayed in the routing loop."""
+    net = net_with(3)
+    bob = net.connect("bob")
+    open_mailbox(bob)
+    ack(bob, 1)
+    ack(bob, 2)
+    bob.take()
+    net.broker.mailboxes.fail("I/O error")
+    ack(bob, 3)
+    assert [error_of(each) for each in bob.take()] == ["store_failed"]
+
+
+def test_plain_ack_during_a_pause_waits_for_its_end() -> None:
+    """Also of a connection whose ACKs stayed in the routing loop."""
+    net = net_with(3)
+    bob = net.connect("bob")
+    open_mailbox(bob)
+    ack(bob, 1)
+    ack(bob, 2)
+    net.broker.mailboxes.pause()
+    net.settle()
+    ack(bob, 3)
+    assert net.broker.mailboxes.is_quiet
+    assert list(net.box().held) == [3]
+    net.broker.mailboxes.resume()
+    net.settle()
+    assert (net.box().messages, net.box().held) == (0, {})
+
+
+def test_acks_of_a_whole_window_are_routed_in_one_turn() -> None:
+    net = net_with(1000)
+    bob = net.connect("bob")
+    bob.op("open_mailbox", 1001, window=1000, window_bytes=1 << 20)
+    assert len(seqs(bob)) == 1000
+    ack(bob, 1)
+    turn = net.broker.turn
+    turn.budget = 64
+    bob.send_bytes(b"".join(frame(encode(Envelope(Kind.ACK, seq, ""))) for seq in range(2, 1001)))
+    assert turn.budget > 0
+    assert net.box().messages == 0
+
+
 def test_backlog_is_read_back_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox_module, "_MESSAGES", 5)
     monkeypatch.setattr(mailbox_module, "_FEW", 2)
