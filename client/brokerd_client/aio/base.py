@@ -472,6 +472,29 @@ class BaseClient(ClientProperties):
         call = self._loop.create_future()
         return self._outcome(call, put(*args, call, deadline), deadline)
 
+    def _request(
+        self,
+        timeout: float | None,
+        limit_s: float | None,
+        to: str,
+        number: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
+    ) -> Coroutine[Any, Any, Any]:
+        """Send a request and return its reply.
+
+        limit_s: The timeout in seconds, if it is the request's ttl.
+        """
+        request = self._dialog.request
+        if limit_s is None or not self._clear or self._is_elsewhere():
+            put = partial(request, limit_s=limit_s)
+            return self._ask(timeout, put, to, number, body, extension)
+        # Not a Deadline: the error of the end of the time takes the limit.
+        deadline = self._loop.time() + limit_s
+        call = self._loop.create_future()
+        message_id = request(to, number, body, extension, call, deadline, limit_s)
+        return self._outcome(call, message_id, deadline)
+
     async def _ask_later(
         self, timeout: float | None, deadline: float | None, put: Callable[..., int], *args: Any
     ) -> Any:

@@ -316,8 +316,7 @@ class Client(BaseClient):
         """
         number, body = encode(payload, codec, self.json_codec)
         extension, limit_s = with_time_limit(extension, ttl, timeout)
-        put = partial(self._dialog.request, limit_s=limit_s)
-        answer: Message = await self._ask(timeout, put, to, number, body, extension)
+        answer: Message = await self._request(timeout, limit_s, to, number, body, extension)
         return answer
 
     async def reply(

@@ -677,6 +677,22 @@ class BaseClient(ClientProperties):
                 self._abandon(call)
             raise
 
+    def _request(
+        self,
+        timeout: float | None,
+        limit_s: float | None,
+        to: str,
+        number: int,
+        body: bytes,
+        extension: Mapping[str, Any] | None,
+    ) -> Any:
+        """Send a request and return its reply.
+
+        limit_s: The timeout in seconds, if it is the request's ttl.
+        """
+        put = partial(self._dialog.request, limit_s=limit_s)
+        return self._ask(timeout, put, to, number, body, extension)
+
     def _post(
         self,
         timeout: float | None,

@@ -313,8 +313,7 @@ class Client(BaseClient):
         """
         number, body = encode(payload, codec, self.json_codec)
         extension, limit_s = with_time_limit(extension, ttl, timeout)
-        put = partial(self._dialog.request, limit_s=limit_s)
-        answer: Message = self._ask(timeout, put, to, number, body, extension)
+        answer: Message = self._request(timeout, limit_s, to, number, body, extension)
         return answer
 
     def reply(
