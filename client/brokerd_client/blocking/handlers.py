@@ -72,7 +72,8 @@ class HandlerThreads:
         #: When the limit in flight was raised or last checked; None while it is not raised.
         self.raised_at: float | None = None
         self._lock = threading.Lock()
-        self._threads: dict[int, threading.Thread] = {}
+        #: The threads that run, by their ids.
+        self.running: dict[int, threading.Thread] = {}
         self._waiting: set[int] = set()
         #: Number of jobs that were done.
         self._done = 0
@@ -80,23 +81,23 @@ class HandlerThreads:
     @property
     def capacity(self) -> int:
         """Jobs that the threads can do at once: of those that run, and of those needed."""
-        return max(self.count, len(self._threads))
+        return max(self.count, len(self.running))
 
     @property
     def idle(self) -> bool:
         """Whether every job is done, the job that the calling thread does set aside."""
-        own = threading.get_ident() in self._threads
+        own = threading.get_ident() in self.running
         return self._new_queue.added - self._done - own <= 0
 
     @property
     def threads(self) -> list[threading.Thread]:
         """The threads that are running."""
-        return list(self._threads.values())
+        return list(self.running.values())
 
     @property
     def short(self) -> bool:
         """Whether another thread is needed, and allowed."""
-        running = len(self._threads)
+        running = len(self.running)
         return running - len(self._waiting) < self.count and running < self._max_threads
 
     def start(self) -> None:
@@ -111,7 +112,7 @@ class HandlerThreads:
     def begin_wait(self) -> bool:
         """Count the calling thread as waiting; return whether it is a handler thread."""
         me = threading.get_ident()
-        if me not in self._threads:
+        if me not in self.running:
             return False
         # Not while another thread ends because it counts on this one.
         with self._lock:
@@ -125,16 +126,16 @@ class HandlerThreads:
     def _run(self, registered: threading.Event) -> None:
         queue, me = self._new_queue, threading.get_ident()
         try:
-            self._threads[me] = threading.current_thread()
+            self.running[me] = threading.current_thread()
             registered.set()
             # Of the property _too_many, without the call.
-            while not (len(self._threads) - len(self._waiting) > self.count and self._retire()):
+            while not (len(self.running) - len(self._waiting) > self.count and self._retire()):
                 try:
                     if self.raised_at is not None:
                         self._review(self.raised_at)
                     # A raised limit is checked even if no job comes. After a check it is
                     # raised again, a moment later, while more threads run than needed.
-                    lowered = self.raised_at is None and len(self._threads) <= self.count
+                    lowered = self.raised_at is None and len(self.running) <= self.count
                     function, item = queue.take(None if lowered else _REVIEW_S)
                     try:
                         function(item)
@@ -168,7 +169,7 @@ class HandlerThreads:
 
         That is so when a thread that waited for the broker runs again.
         """
-        return len(self._threads) - len(self._waiting) > self.count
+        return len(self.running) - len(self._waiting) > self.count
 
     def _retire(self) -> bool:
         """Remove this thread and return True if there are still more threads than needed."""
@@ -180,7 +181,7 @@ class HandlerThreads:
 
     def _leave(self) -> None:
         me = threading.get_ident()
-        self._threads.pop(me, None)
+        self.running.pop(me, None)
         self._waiting.discard(me)
 
 
@@ -207,7 +208,7 @@ class RequestJob:
 
     def __call__(self, request: Message) -> None:
         client = request._owner
-        if client._is_over(request):
+        if request.is_over(time.monotonic()) and client._is_over(request):
             return
         result = self._handler(request)
         try:

@@ -24,12 +24,12 @@ from brokerd_client.blocking.gate import Gate
 if TYPE_CHECKING:
     from brokerd_client.blocking.base import BaseClient
 
-__all__ = ["Leader"]
+__all__ = ["LONGEST_WAIT_MS", "Leader"]
 
 #: Seconds without a leader after input that was left to the I/O thread.
 _REST_S: Final = 0.1
 #: Milliseconds that one wait lasts at most: the system's calls accept 24 days at most.
-_LONGEST_WAIT_MS: Final = 3_600_000.0
+LONGEST_WAIT_MS: Final = 3_600_000.0
 
 
 class Leader:
@@ -41,9 +41,9 @@ class Leader:
     """
 
     def __init__(self, client: weakref.ref[BaseClient]) -> None:
-        self._client = client
+        self.client = client
         #: Reentrant, for signal handlers; and a thread can tell whether it has it.
-        self._place: Any = threading.RLock()
+        self.place: Any = threading.RLock()
         self._rests_until = 0.0
 
     def rest(self) -> None:
@@ -55,7 +55,7 @@ class Leader:
 
         If an interrupted call has left the client's lock behind, release it.
         """
-        client = self._client()
+        client = self.client()
         return client is not None and client._interrupting()
 
     def begin(self, gate: Gate) -> Any:
@@ -66,16 +66,22 @@ class Leader:
         """
         if self._rests_until and time.monotonic() < self._rests_until:
             return None
-        if not self._place.acquire(False):
+        if not self.place.acquire(False):
             return None
-        client = self._client()
+        client = self.client()
         poll = None if client is None else client._begin_lead(gate)
         if poll is None:
-            self._place.release()
+            self.place.release()
         return poll
 
     def wait(
-        self, gate: Gate, deadline: float | None, queue: Any = None, *, poll: Any = None
+        self,
+        gate: Gate,
+        deadline: float | None,
+        queue: Any = None,
+        *,
+        poll: Any = None,
+        ready: bool = False,
     ) -> bool:
         """Wait until the gate is open, as the leader if there is none.
 
@@ -84,6 +90,7 @@ class Leader:
             deadline: The end of the wait, on the clock of time.monotonic.
             queue: The wait queue at which the thread waits.
             poll: The result of :meth:`begin`, if that was called before.
+            ready: Whether the last use of ``poll`` has found input.
 
         Returns:
             Whether the gate was opened before the deadline.
@@ -92,7 +99,7 @@ class Leader:
             if poll is None:
                 poll = self.begin(gate)
             if poll is not None:
-                self._lead(poll, gate, deadline, queue)
+                self._lead(poll, gate, deadline, queue, ready)
                 self.leave(gate)
         except BaseException:
             # Once more, because an exception may strike in there. On Python 3.9 it may
@@ -103,19 +110,20 @@ class Leader:
         # The usual case of a thread that has read its own answer needs no call.
         return gate.lock.acquire(False) or gate.wait(deadline)
 
-    def _lead(self, poll: Any, gate: Gate, deadline: float | None, queue: Any) -> None:
+    def _lead(self, poll: Any, gate: Gate, deadline: float | None, queue: Any, ready: bool) -> None:
         """Read until the gate is open, the time is over or the I/O thread has to read."""
         # Locked is the gate that is not open.
         while gate.lock.locked():
-            remaining_ms = _LONGEST_WAIT_MS
+            remaining_ms = LONGEST_WAIT_MS
             if deadline is not None:
                 remaining_ms = 1000 * (deadline - time.monotonic())
                 if remaining_ms <= 0:
                     return
-                if remaining_ms > _LONGEST_WAIT_MS:
-                    remaining_ms = _LONGEST_WAIT_MS
-            if poll.poll(remaining_ms):
-                client = self._client()
+                if remaining_ms > LONGEST_WAIT_MS:
+                    remaining_ms = LONGEST_WAIT_MS
+            if ready or poll.poll(remaining_ms):
+                ready = False
+                client = self.client()
                 if client is None or not client._read_ahead(gate, queue):
                     return
                 del client
@@ -123,9 +131,9 @@ class Leader:
     def leave(self, gate: Gate) -> None:
         """Give up the place and the input, if the thread has them; can be repeated."""
         gate.interrupt = None
-        if not self._place._is_owned():
+        if not self.place._is_owned():
             return
-        client = self._client()
+        client = self.client()
         if client is not None and client._transport.lent and not client._transport.kept:
             client._end_lead()
-        self._place.release()
+        self.place.release()

@@ -10,18 +10,19 @@ neither an item nor another thread's wake-up.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain, starmap
 from typing import Any, Final, Generic, TypeVar
 
 from brokerd_client.blocking.gate import Gate, raised_by_handler
-from brokerd_client.blocking.leader import Leader
+from brokerd_client.blocking.leader import LONGEST_WAIT_MS, Leader
 from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import BrokerdError, TimedOut, WouldDeadlock
 from brokerd_client.protocol.inbox import Inbox, InboxMeter
 
-__all__ = ["NOTHING", "Call", "WaitQueue", "Waiters"]
+__all__ = ["NOTHING", "Call", "Turn", "WaitQueue", "Waiters"]
 
 T = TypeVar("T")
 
@@ -44,6 +45,17 @@ class Call(Gate):
             self.value = value
             self.done = True
         self.open()
+
+
+class Turn(Gate):
+    """One thread's wait for an item of a wait queue."""
+
+    def __init__(self) -> None:
+        # As in Gate, without the call.
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        #: The item, if this thread has read it itself.
+        self.items: list[Any] = []
 
 
 class Waiters:
@@ -160,6 +172,16 @@ class WaitQueue(Generic[T]):
         if others:
             self.waiters.wake(others)
 
+    def hand_over(self, item: T, reader: Turn) -> None:
+        """Give the item in the transport's ``unread`` to the thread that has read it.
+
+        No other item may wait.
+        """
+        self.added += 1
+        # As in put_unread.
+        handled: Iterator[Any] = filter(None, starmap(self._transport.unread.clear, ((),)))
+        reader.items.extend(chain((item,), handled))
+
     def take_all(self) -> list[T]:
         """Take and return all items."""
         items = self.inbox.take_all()
@@ -197,6 +219,8 @@ class WaitQueue(Generic[T]):
                 # Another thread has taken the last item.
                 if raised_by_handler(error):
                     raise
+            if item is NOTHING and timeout is None and self._transport.kept and self._leader:
+                item = self._read(self._leader)
             if item is NOTHING:
                 item = self._wait(timeout)
             if self._meter.full and len(items) <= self.inbox.mark:
@@ -206,6 +230,40 @@ class WaitQueue(Generic[T]):
                 self.give_back(item)
             raise
         return item
+
+    def _read(self, leader: Leader) -> Any:
+        """Return the next item, if the input is kept for this thread and brings it alone.
+
+        Otherwise return NOTHING. A thread that handles one message at a time comes here
+        for each. The function is _wait with Leader.wait, inlined for this case.
+        """
+        turn, gates = Turn(), self.waiters._gates
+        try:
+            try:
+                gates[turn] = None
+                client = leader.client()
+                poll = None if client is None else client._begin_take(turn)
+                # Not held during the wait: see Leader.
+                del client
+                if poll is None:
+                    return NOTHING
+                poll.poll(LONGEST_WAIT_MS)
+                client = leader.client()
+                if client is not None and client._take_lone(self, turn):
+                    return turn.items[0]
+                del client
+                leader.wait(turn, None, self, poll=poll, ready=True)
+                return NOTHING
+            finally:
+                # As in _wait.
+                if gates.pop(turn, 0) is not None and self.inbox.items:
+                    self.waiters.wake(1)
+        except BaseException:
+            leader.leave(turn)
+            leader.interrupting()
+            if turn.items:
+                self.give_back(turn.items[0])
+            raise
 
     def give_back(self, item: Any) -> None:
         """Put back an item whose taking was interrupted."""

@@ -386,7 +386,9 @@ class FrameDecoder(Generic[M]):
         extension = None
         if flags == EXTENSION_FLAG and kind == REQUEST_KIND and start + 2 <= end:
             body = start + 2 + EXTENSION_LENGTH.unpack_from(data, start)[0]
-            extension = self._ttl(data[start + 2 : body])
+            part = data[start + 2 : body]
+            last_part, ttl = self._last_ttl
+            extension = {"ttl": ttl} if part == last_part else self._ttl(part)
             if extension is None or body > end:
                 return None
             start = body

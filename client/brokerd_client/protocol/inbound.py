@@ -159,7 +159,7 @@ class Inbound(Generic[M]):
         self._now = 0.0
         self._open: OpenRequests[M] = OpenRequests()
         #: Forget a request that is answered, by sender and id.
-        self.close_request: Callable[[str, int], object] = self._open.take
+        self.close_request: Callable[[str, int], object] = self._open.discard
         #: Ids of this client's own requests whose outcome no caller awaits any more.
         self._given_up: dict[int, None] = {}
         self._decoder = FrameDecoder(

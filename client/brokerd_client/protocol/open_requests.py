@@ -48,6 +48,10 @@ class OpenRequests(Generic[M]):
         entry = self._table.pop((sender, message_id), None)
         return None if entry is None else entry()
 
+    def discard(self, sender: str, message_id: int) -> None:
+        """Remove the request, if it is here."""
+        self._table.pop((sender, message_id), None)
+
     def clear(self) -> None:
         """Forget all requests."""
         self._table.clear()

@@ -22,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ from brokerd_client.blocking.transport import Transport
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
+    BrokerdError,
     Closed,
     Disconnected,
     InDoubt,
+    InvalidName,
     RequestFailed,
     TimedOut,
     WrongProcess,
@@ -1202,6 +1204,119 @@ def test_client_quick_leaders_keep_input_until_io_thread_takes_it_back(
         server.drop("alice")
         until(lambda: alice.counters["losses"] == 1 and alice.connected)
         ask()
+
+
+@pytest.fixture
+def keeping(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client that has kept input, and keeps it for long."""
+    if not hasattr(select, "epoll"):
+        pytest.skip("this system has no epoll")
+    monkeypatch.setattr("brokerd_client.blocking.transport._QUICK_S", PATIENCE)
+    monkeypatch.setattr("brokerd_client.blocking.transport._KEPT_S", PATIENCE)
+    with join("alice", server) as alice:
+        until(lambda: alice.ping() > 0 and alice._transport.kept)
+        yield alice
+
+
+def test_client_requests_on_kept_input_take_the_short_way(
+    server: FakeServer, keeping: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the caller nor the thread of the handler calls the general functions."""
+
+    def general(*args: object, **options: object) -> None:
+        raise AssertionError("not the short way")
+
+    with join("bob", server) as bob:
+        bob.on_request(lambda message: message.payload)
+        until(lambda: keeping.request("bob", 0).payload == 0 and bob._transport.kept)
+        monkeypatch.setattr(keeping, "_ask", general)
+        monkeypatch.setattr(bob, "_read_ahead", general)
+        for number in range(20):
+            assert keeping.request("bob", number).payload == number
+
+
+def test_client_request_on_kept_input_times_out(server: FakeServer, keeping: Client) -> None:
+    with join("bob", server) as bob:
+        with pytest.raises(TimedOut, match=r"no answer from bob to \d+ within 0\.02 s"):
+            keeping.request("bob", None, timeout=0.02)
+        assert not keeping._calls
+        assert not keeping._dialog.pending_calls
+        assert bob.recv(PATIENCE).payload is None
+        bob.on_request(lambda message: message.payload)
+        assert keeping.request("bob", "later").payload == "later"
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_client_request_on_kept_input_gets_any_answer(
+    server: FakeServer, keeping: Client, size: int
+) -> None:
+    """The answer comes with a message in one read, in pieces, or as an error."""
+    with join("bob", server) as bob:
+
+        def answer(message: Message) -> None:
+            if message.payload == "fail":
+                message.fail("for a reason")
+            else:
+                bob.send("alice", "before the answer")
+                message.reply(bytes(size))
+
+        bob.on_request(answer)
+        assert len(keeping.request("bob", "answer").body) == size
+        assert keeping.recv(PATIENCE).payload == "before the answer"
+        until(lambda: keeping.ping() > 0 and keeping._transport.kept)
+        with pytest.raises(RequestFailed, match="for a reason"):
+            keeping.request("bob", "fail")
+        with pytest.raises(InvalidName):
+            keeping.request("not a name", None)
+        assert keeping.ping() > 0
+
+
+def test_client_requests_of_threads_that_keep_input_are_all_answered(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brokerd_client.blocking.transport._QUICK_S", PATIENCE)
+    with join("alice", server) as alice, join("bob", server) as bob:
+        bob.on_request(lambda message: message.payload)
+        answers: dict[int, object] = {}
+
+        def ask(first: int) -> None:
+            for number in range(first, first + 200):
+                answers[number] = alice.request("bob", number, timeout=PATIENCE).payload
+
+        threads = [threading.Thread(target=ask, args=(1000 * part,)) for part in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        assert len(answers) == 800
+        assert all(number == answer for number, answer in answers.items())
+        assert not alice._calls
+
+
+@pytest.mark.parametrize(("end", "error_type"), [("loss", InDoubt), ("close", Closed)])
+def test_client_request_on_kept_input_ends_with_connection(
+    server: FakeServer, keeping: Client, end: str, error_type: type[BrokerdError]
+) -> None:
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            keeping.request("bob", None, timeout=PATIENCE)
+        except BrokerdError as error:
+            errors.append(error)
+
+    with join("bob", server) as bob:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        bob.recv(PATIENCE)
+        if end == "loss":
+            server.drop("alice")
+        else:
+            keeping.close()
+        asking.join(PATIENCE)
+        assert [type(error) for error in errors] == [error_type]
+        assert not keeping._calls
 
 
 def test_client_leader_with_full_inbox_lets_io_thread_decide(server: FakeServer) -> None:

@@ -9,11 +9,12 @@ import ctypes
 import dis
 import functools
 import random
+import select
 import signal
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ from support.waiting import until
 import brokerd_client
 from brokerd.testing import RunningBroker, running
 from brokerd_client import BrokerdError, Client, Closed, Message, WouldDeadlock
-from brokerd_client.blocking import transport
+from brokerd_client.blocking import leader, transport
 from brokerd_client.blocking.transport import Transport
 from brokerd_client.message import Delivery
 
@@ -52,10 +53,16 @@ def is_return(frame: FrameType) -> bool:
     )
 
 
-def interrupted(call: Callable[[], object], position: int, interrupt: Callable[[], object]) -> bool:
+def interrupted(
+    call: Callable[[], object],
+    position: int,
+    interrupt: Callable[[], object],
+    functions: Container[str] | None = None,
+) -> bool:
     """Run the call, and ``interrupt`` before the library's instruction of this number.
 
-    Return whether ``interrupt`` ran.
+    Return whether ``interrupt`` ran. Only the instructions of ``functions`` are counted,
+    if they are given, without those that return.
     """
     count = 0
     done = False
@@ -66,6 +73,10 @@ def interrupted(call: Callable[[], object], position: int, interrupt: Callable[[
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
+        if functions is not None:
+            code = frame.f_code
+            if code.co_name not in functions or code.co_code[frame.f_lasti] == RETURN:
+                return trace
         if event == "opcode" and not is_return(frame):
             if count == position:
                 # An exception raised here ends the tracing.
@@ -265,6 +276,11 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
         client.send("alice", b"to itself")
         client.recv(PATIENCE)
 
+    def receive_without_limit() -> None:
+        # A message that an earlier call has left may come first.
+        client.send("alice", b"to itself")
+        client.recv()
+
     def answer() -> None:
         with contextlib.suppress(Exception):
             message.reply(b"once")
@@ -274,6 +290,7 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
         "watch": watch,
         "iterate": iterate,
         "receive": receive,
+        "receive_without_limit": receive_without_limit,
         "reply": answer,
         "publish": lambda: client.publish("a.b", 1),
         "control": lambda: client.control("ping", timeout=PATIENCE),
@@ -282,15 +299,26 @@ def exercise(client: Client, message: Message) -> dict[str, Callable[[], object]
     }
 
 
-def check_exercise(server: RunningBroker, name: str, step: int) -> None:
+def check_exercise(server: RunningBroker, name: str, step: int, *, keeps: bool = False) -> None:
     """Interrupt the call at many of its instructions.
 
     The client works afterwards, and keeps no state of the call.
+
+    Args:
+        server: The broker.
+        name: The name of the call.
+        step: The number of instructions from one interruption to the next.
+        keeps: Whether each call begins with kept input.
     """
     with pair(server) as (alice, _):
         request = Message(2, 1, "bob", 0, b"", alice)
-        for _ in positions(exercise(alice, request)[name], step):
+
+        def ready() -> bool:
             assert alice.control("ping", timeout=PATIENCE) == {}
+            return alice._transport.kept or not keeps
+
+        for _ in positions(exercise(alice, request)[name], step):
+            until(ready)
         until(lambda: len(alice._dialog.subscriptions) == 0)
         until(lambda: len(alice._dialog.pending_calls) == 0)
         until(lambda: len(alice._queues) == 3)
@@ -332,6 +360,20 @@ def test_client_call_interrupted_at_every_instruction_leaves_nothing(
     broker: RunningBroker, name: str
 ) -> None:
     check_exercise(broker, name, 1)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="this system has no epoll")
+@pytest.mark.parametrize("name", ["receive_without_limit", "request"])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_client_call_with_kept_input_interrupted_leaves_nothing(
+    broker: RunningBroker, name: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread sends and reads by itself, in the short way."""
+    monkeypatch.setattr(transport, "_QUICK_S", PATIENCE)
+    monkeypatch.setattr(transport, "_QUICK_TIMES", 0)
+    monkeypatch.setattr(transport, "_KEPT_S", PATIENCE)
+    monkeypatch.setattr(leader, "_REST_S", 0)
+    check_exercise(broker, name, step, keeps=True)
 
 
 @pytest.mark.parametrize("name", ["receive", "control", "request"])
@@ -441,7 +483,9 @@ keeps_message = pytest.mark.skipif(
 )
 
 
-def check_recv_with_timer(server: RunningBroker, count: int) -> None:
+def check_recv_with_timer(
+    server: RunningBroker, count: int, timeout: float | None = PATIENCE
+) -> None:
     """Receive ``count`` messages while a timer's signal raises: each arrives once.
 
     The connection stays, and so do the answers for other threads.
@@ -472,7 +516,7 @@ def check_recv_with_timer(server: RunningBroker, count: int) -> None:
                 try:
                     set_alarm()
                     # No instruction lies between the end of recv and the list.
-                    got.extend(iter(functools.partial(alice.recv, PATIENCE), None))
+                    got.extend(iter(functools.partial(alice.recv, timeout), None))
                 except Interruption:
                     pass
         check_intact([message.body for message in got], 8)
@@ -489,6 +533,43 @@ def check_recv_with_timer(server: RunningBroker, count: int) -> None:
 @keeps_message
 def test_client_recv_with_raising_timer_loses_nothing(broker: RunningBroker) -> None:
     check_recv_with_timer(broker, 2000)
+
+
+@keeps_message
+def test_client_recv_on_kept_input_with_raising_timer_loses_nothing(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_QUICK_S", PATIENCE)
+    monkeypatch.setattr(transport, "_QUICK_TIMES", 0)
+    check_recv_with_timer(broker, 2000, timeout=None)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="this system has no epoll")
+def test_client_recv_on_kept_input_interrupted_at_every_instruction_loses_nothing(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "_QUICK_S", PATIENCE)
+    monkeypatch.setattr(transport, "_QUICK_TIMES", 0)
+    monkeypatch.setattr(transport, "_KEPT_S", PATIENCE)
+    monkeypatch.setattr(leader, "_REST_S", 0)
+    got: list[Message] = []
+    functions = ("_read", "_begin_take", "_take_lone", "_read_lone", "hand_over", "leave")
+    with pair(broker) as (alice, _):
+        alice.send("alice", b"first")
+        # See positions().
+        interrupted(alice.recv, sys.maxsize, interrupt, functions)
+        position, ran = 0, True
+        while ran:
+            until(lambda: alice.ping() > 0 and alice._transport.kept)
+            alice.send("alice", body(position, 8))
+            try:
+                ran = interrupted(lambda: got.append(alice.recv()), position, interrupt, functions)
+            except Interruption:
+                got.append(alice.recv(PATIENCE))
+            assert got.pop().body == body(position, 8)
+            position += 1
+        assert position > 100
+        assert not alice._inbox.inbox.items
 
 
 @pytest.mark.slow
