@@ -381,7 +381,10 @@ class BaseClient(ClientProperties):
         error.
         """
         try:
-            self._write_last()
+            if self._alone:
+                self._write_last()
+            else:
+                self._write()
             if deadline is not None:
                 self._calls[message_id] = call, deadline
                 if self._timer is None or deadline < self._timer_at or not self._checks_calls:

@@ -854,7 +854,8 @@ class Dialog(Generic[M]):
         self._encoder.put(REQUEST_KIND, 0, message_id, to, codec, body, extension)
         pending = Pending(message_id, _REQUEST, to, self._encoder.queued, waiter, deadline)
         pending.limit_s = limit_s
-        self.pending_calls.add(pending)
+        # As in PendingTable.add, without the call.
+        self.pending_calls[message_id] = pending
         return message_id
 
     def reply(

@@ -76,6 +76,7 @@ class Pending:
         to: The recipient, "" for a publication.
         about: The topic or name it concerns, or "".
         end: The position in this connection's sent bytes where the frame ends.
+        is_sorted: Whether the table has looked at the deadline.
         waiter: An object of the face's; None if no caller waits.
         entry, sink: The subscription that the call makes.
         limit_s: The timeout of the caller in seconds, if it is the request's ttl.
@@ -87,6 +88,7 @@ class Pending:
         "end",
         "entry",
         "id",
+        "is_sorted",
         "limit_s",
         "purpose",
         "sink",
@@ -116,6 +118,7 @@ class Pending:
         self.entry = entry
         self.sink = sink
         self.limit_s: float | None = None
+        self.is_sorted = False
 
     def timed_out(self) -> TimedOut:
         """Return the error for a caller whose time is over."""
@@ -145,7 +148,10 @@ class Pending:
 
 
 class PendingTable(dict[int, Pending]):
-    """The pending sends by their ids, and the earliest of their deadlines."""
+    """The pending sends by their ids, in the order of their begin.
+
+    A deadline is looked at when the earliest is asked for. Most calls have ended by then.
+    """
 
     __slots__ = ("_deadlines",)
 
@@ -155,13 +161,8 @@ class PendingTable(dict[int, Pending]):
 
     def add(self, pending: Pending) -> None:
         """Add a call to the table."""
+        pending.is_sorted = False
         self[pending.id] = pending
-        deadline = pending.deadline
-        if deadline is not None:
-            if len(self._deadlines) > _STALE + 2 * len(self):
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (deadline, pending.id))
 
     def of(self, waiter: object) -> list[Pending]:
         """Return the calls of the waiter."""
@@ -176,9 +177,22 @@ class PendingTable(dict[int, Pending]):
 
     def deadline(self) -> float | None:
         """Return the earliest deadline, or None."""
+        self._sort()
         while self._deadlines and self._deadlines[0][1] not in self:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
+
+    def _sort(self) -> None:
+        """Add the deadlines of the calls that were added since the last time."""
+        if len(self._deadlines) > _STALE + 2 * len(self):
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self]
+            heapq.heapify(self._deadlines)
+        for pending in reversed(self.values()):
+            if pending.is_sorted:
+                break
+            pending.is_sorted = True
+            if pending.deadline is not None:
+                heapq.heappush(self._deadlines, (pending.deadline, pending.id))
 
     def overdue(self, now: float) -> list[Pending]:
         """Remove and return the calls whose deadline has passed."""
