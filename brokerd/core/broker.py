@@ -172,6 +172,8 @@ class Broker:
         self.instance_suffix = ""
         #: The same list as ``replies.touched``, for the routing loop.
         self.touched = self.replies.touched
+        #: Open sessions whose names were released before their output was written.
+        self._released: set[Session] = set()
         #: Numbers every attach and detach, in order.
         self._order = itertools.count(1)
 
@@ -260,9 +262,35 @@ class Broker:
         if session.host:
             return
         self._add_to_totals(session)
+        if session in self._released:
+            self._released.discard(session)
+            return
         # Last: only now it is known whether its client is offline, and the event goes to
         # its first subscribers at once.
-        client = session.client
+        self._note_left(session.client, now_wall)
+
+    def release_name(self, session: Session, now_wall: float) -> None:
+        """Send nothing more to a session that closes and still has output to write.
+
+        Its name is free at once: its client may connect again meanwhile. Without this, a
+        client whose key was removed would receive messages behind the closing ERROR.
+        """
+        if session.retired or not session.open:
+            return
+        self.mailboxes.leave(session)
+        if self.traffic is not None:
+            for pattern, group in session.subscriptions:
+                self.traffic.unsubscribed(pattern, group)
+        self.goaway.mute(session)
+        mark_orphaned(session)
+        self._released.add(session)
+        self._note_left(session.client, now_wall)
+
+    def _note_left(self, client: Client, now_wall: float) -> None:
+        """Announce that a client is offline, if a session that left was its last one."""
+        if self.exchange.clients.get(client.name, client) is not client:
+            # An older entry with the name of a client that has connections of its own.
+            return
         if not client.online:
             self.status.presence_changes += 1
             client.changed_at = now_wall

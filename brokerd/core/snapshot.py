@@ -302,7 +302,8 @@ def _session(
         "name": session.client.name,
         "instance": session.instance,
         "address": session.address,
-        "configured": client is session.client,
+        # A retired session has left its client, whose name may belong to another one.
+        "configured": client is session.client and not session.retired,
         "peer": session.peer,
         "since": session.since,
         "number": session.number,

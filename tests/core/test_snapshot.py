@@ -378,6 +378,33 @@ def test_snapshot_session_removed_by_reload_stays_out() -> None:
     assert net.broker.exchange.find("bob") is successor.session
 
 
+def test_snapshot_released_name_stays_with_its_new_connection() -> None:
+    """The output of a closed connection is still written after an upgrade, and its
+    client is not announced as offline.
+    """
+    net = FakeNet(client("alice"), client("bob"))
+    alice, former = net.connect("alice"), net.connect("bob")
+    former.block(3)
+    alice.message("bob", b"first")
+    net.broker.replies.close(former.session, "the test", code=None)
+    net.broker.release_name(former.session, net.now)
+    net.broker.release_name(former.session, net.now)
+    successor = net.connect("bob")
+    alice.ask("subscribe", topic="$broker.offline.bob")
+    net.settle()
+
+    net.hand_over()
+    alice.message("bob", b"second")
+
+    assert successor.payloads() == [b"second"]
+    former.read()
+    assert former.payloads() == [b"first"]
+    former.leave()
+    net.settle()
+    assert net.broker.exchange.find("bob") is successor.session
+    assert alice.take() == []
+
+
 def test_snapshot_subscription_forbidden_by_new_rules_ends() -> None:
     """It ends after a reload as well."""
     net = FakeNet(client("alice"), client("bob"))
@@ -539,7 +566,7 @@ def test_snapshot_covers_every_broker_attribute() -> None:
         "_release_again",
     }
     # These belong to connections that are about to end; none of them is captured.
-    of_this_process |= {"finishing", "unheard", "changes"}
+    of_this_process |= {"finishing", "unheard", "changes", "_released"}
     # The holders of these requests learn that they are over when they answer.
     of_this_process |= {"_orphaned"}
     # Incidents; clients that are waited for after a restart; taps.

@@ -417,6 +417,43 @@ def test_queue_full_with_when_full_disconnect_closes_recipient() -> None:
         assert {each[-1] for each in outcomes.values()} <= {"taken", "full", "offline"}
 
 
+def test_disconnected_client_that_does_not_read_gets_nothing_new() -> None:
+    """The broker closes a connection whose output waits. Its name is free at once, and
+    the reason is the last frame that its client receives.
+    """
+    clients = {
+        "alice": None,
+        "bob": {"queue": "64KiB", "when_full": "refuse"},
+        "ops": {"admin": True},
+        "watcher": None,
+    }
+    with (
+        served(clients) as broker,
+        broker.login("alice") as alice,
+        broker.login("bob") as bob,
+        broker.login("ops") as ops,
+        broker.login("watcher") as watcher,
+    ):
+        bob.ask("subscribe", topic="news")
+        watcher.ask("subscribe", topic="$broker.*.bob")
+        taken = fill(alice, "bob")
+        assert ops.ask("disconnect", address="bob").json["disconnected"] == ["bob"]
+        assert b"$broker.offline.bob" in watcher.recv().body
+        alice.send(MESSAGE, "bob", b"late", message_id=1000)
+        assert alice.recv().code == "offline"
+        with broker.login("bob") as again:
+            again.ping()
+            assert b"$broker.online.bob" in watcher.recv().body
+            alice.send(MESSAGE, "bob", b"new")
+            assert again.recv().body == b"new"
+            alice.send(EVENT, "", b"x", between=b"\x04news")
+            frames = [bob.recv() for _ in taken]
+            assert [each.id for each in frames] == taken
+            assert bob.is_closed("disconnected")
+            again.ping()
+            watcher.ping()
+
+
 def test_recipient_disconnected_queued_messages_are_returned_offline() -> None:
     """The sender gets the error ``offline`` for each message that waited for the closed
     connection.

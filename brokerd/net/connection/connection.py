@@ -536,11 +536,12 @@ class Connection:
         self.lost("a bug in the broker")
 
     def close_soon(self) -> None:
-        """Stop reading, and give the client GRACE seconds to read what is written for
-        it.
+        """Stop reading, release the client's name, and give the client GRACE seconds to
+        read what is written for it.
         """
         self._stop_reading(Event.CLOSE)
         if self.grace is None and not self.context.broker.status.draining:
+            self.context.connections.release_name(self)
             self.grace = self.context.loop.call_later(GRACE, self.lost, self.session.closing)
 
     def lost(self, reason: str, *, written: bool = False) -> None:

@@ -91,6 +91,12 @@ class Connections:
         self.established.add(connection)
         self._liveness.add(connection)
 
+    def release_name(self, connection: Connection) -> None:
+        """Make the core send nothing more to a connection that closes."""
+        self._broker.release_name(connection.session, self._wall())
+        # This leaves work in the core, which a single write does not look for.
+        self._settlement.has_more = True
+
     def on_lost(self, connection: Connection, reason: str) -> None:
         """Detach the session of a connection that has just been closed, and log its
         end.
