@@ -140,6 +140,21 @@ class Goaway:
         self.retire(session)
         session.mute = True
 
+    def end_requests(self, session: Session) -> None:
+        """Report a session's requests without an outcome, because the broker stops now.
+
+        Only a report to a session that can receive it counts as reported.
+        """
+        for same_id in list(session.waiting_requests.values()):
+            for request in same_id.copy():
+                self._replies.returned["reported"] += not session.mute
+                reason = f"the broker stopped before {request.to} had room for the request"
+                self._in_flight.fail(request, ErrorCode.OFFLINE, reason)
+        for delivered in self._requests.end_all(session):
+            address = delivered.responder.address
+            reason = f"the broker stopped before {address} answered"
+            self._replies.refuse(session, delivered.id, ErrorCode.ABANDONED, reason, address)
+
     def has_finished(self, session: Session) -> bool:
         """Return whether every frame of a session has been written or reported.
 

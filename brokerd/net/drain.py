@@ -160,8 +160,8 @@ class Draining:
         return count
 
     async def _tell(self) -> None:
-        """Report undelivered messages to their senders, and close the senders'
-        connections.
+        """Report undelivered messages and unanswered requests to their senders, and close
+        the senders' connections.
         """
         broker = self._broker
         until = self._loop.time() + _TELL
@@ -169,6 +169,11 @@ class Draining:
             broker.run_deferred(_SLICE)
             self._settle()
             await asyncio.sleep(0)
+        for connection in list(self._connections.established):
+            if self._loop.time() >= until:
+                break
+            broker.goaway.end_requests(connection.session)
+            await self._turns.yield_if_due()
         for session in list(broker.goaway.finishing):
             broker.goaway.answer_finished(session)
         await self._parting.end(until)

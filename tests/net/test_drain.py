@@ -65,6 +65,29 @@ def wait_until_arrived(broker: RunningDaemon, name: str) -> None:
     assert select.select([connection.sock], [], [], 30)[0]
 
 
+def test_drain_over_reports_each_request_to_its_requester() -> None:
+    """When the time is over, a delivered request is abandoned, and one that waited for
+    room in flight is offline.
+    """
+    clients = {"zoe": None, "bob": {"in_flight": 1}}
+    with (
+        served(clients, limits={"drain_timeout": "200ms"}) as broker,
+        # A drain closes connections in no particular order.
+        contextlib.ExitStack() as stack,
+    ):
+        zoe, bob = (stack.enter_context(broker.login(name)) for name in clients)
+        for number in (1, 2, 3):
+            zoe.send(REQUEST, "bob", b"?", message_id=number, flags=WANT_RECEIPT)
+            assert zoe.recv().kind == RECEIPT
+        assert bob.recv().id == 1
+        broker.stop_soon()
+        outcomes = sorted((frame.id, frame.code) for frame in [zoe.recv() for _ in range(3)])
+        assert outcomes == [(1, "abandoned"), (2, "offline"), (3, "offline")]
+        assert zoe.is_closed("shutting_down")
+        stopped = broker.log.wait("daemon.stopped")[0].fields
+        assert (stopped["reported"], stopped["lost"]) == (2, 0)
+
+
 def test_drain_idle_clients_are_disconnected_at_once(listen: str) -> None:
     """With nothing queued the broker stops long before the timeout, whether clients
     read or not.
