@@ -115,6 +115,8 @@ class Delivery:
                 if self.remote is not None:
                     self.remote.reach(source.client)
                 self._in_flight.give_back(request)
+                if envelope.flags & RECEIPT_FLAG:
+                    self._replies.confirm(source, message_id)
                 return RoutingResult.CONSUMED
         elif source.client.policy.sending(name) is None:
             message = f"{source.client.name} may not send to {name}"

@@ -11,7 +11,7 @@ from support.fake_network import FakeNet, Peer, client
 from brokerd.config.values import WhenFull
 from brokerd.core.broker import CoreLimits
 from brokerd_client.wire.envelope import CodecId, Envelope, Kind
-from brokerd_client.wire.layout import ACK_FLAG
+from brokerd_client.wire.layout import ACK_FLAG, RECEIPT_FLAG
 
 
 def payload_of(code: str) -> bytes:
@@ -288,6 +288,16 @@ def test_returned_request_goes_to_another_member_before_those_that_wait() -> Non
     answer(two, again, b"at last")
     received = [(envelope.id, envelope.payload) for envelope in alice.take()]
     assert received == [(2, b"done"), (1, b"at last")]
+
+
+def test_returned_request_with_receipt_is_confirmed_to_its_member() -> None:
+    _net, alice, (one, two) = pool()
+    ask(alice, 1)
+    (request,) = requests_of(one)
+    payload = payload_of("back")
+    one.send(Envelope(Kind.ERROR, 1, request.name, payload, codec=CodecId.JSON, flags=RECEIPT_FLAG))
+    assert [(each.kind, each.id) for each in one.take()] == [(Kind.RECEIPT, 1)]
+    assert [each.id for each in requests_of(two)] == [1]
 
 
 @pytest.mark.parametrize("to", ["pool", "bob", "own address"])
