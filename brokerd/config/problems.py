@@ -34,8 +34,8 @@ _WHOLE: Final = "(file)"
 _KEYS: Final = frozenset(
     {"key", "key_file", "key_env", "key_credential", "file", "env", "credential"}
 )
-#: Matches the model's own field names, and misspelt forms of them.
-_NAME: Final = re.compile(r"[A-Za-z_-]{1,40}")
+#: Matches the model's own field names, misspelt forms of them, and YAML's merge key.
+_NAME: Final = re.compile(r"[A-Za-z_-]{1,40}|[a-z_]{1,12}_md5|<<")
 _LONGEST_STEP: Final = 100
 #: In the path clients.NAME.key, the depth behind NAME: a client named like a field in
 #: _KEYS is not a secret.

@@ -298,6 +298,10 @@ GOOD = "listen: [/run/b.sock]\n"
         (GOOD + "limits:\n", "f:2:1: limits: is empty (give a value, or take the key out)"),
         (GOOD + "log: {level: loud}\n", ("f:2:14: log.level: is not one of debug, info, warning, error "
          "(give one of these words)")),
+        (GOOD + "clients:\n  a: {key: k, allow_md5: 1}\n", ("f:3:26: clients.a.allow_md5: is a number, not true or false "
+         "(give true or false)")),
+        (GOOD + "clients:\n  a: {key: k, <<: 5}\n", ("f:3:19: clients.a.<<: only a mapping can be merged (give an alias "
+         "to one, or a list of them)")),
         (GOOD + "include: a\n", ("f:2:10: include: is text, not a list (give a list: [one, other], or one '- item' a "
          "line)")),
         (GOOD + "include: [5]\n", "f:2:11: include[0]: is a number, not text (put it in quotes)"),
