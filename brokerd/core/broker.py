@@ -507,8 +507,21 @@ class Broker:
             if self.traffic is not None:
                 self.traffic.stored_events.configure(client)
             self.requests.note_room(client)
+            for session in client.sessions.values():
+                self._judge_again(session)
             for session in client.sessions.values() if narrower else ():
                 self.revocation.begin(session)
+
+    def _judge_again(self, session: Session) -> None:
+        """Release senders so that their frames are judged by new rules and quotas.
+
+        These are the senders that the session holds, and the session itself.
+        """
+        if session.outbox.waiting <= session.outbox.limit // 2:
+            session.outbox.stalled = False
+        self.held.release_waiters(session)
+        if session.held_by is not None:
+            self.held.release_waiters(session.held_by)
 
     def _remove_client(self, name: str, now_wall: float) -> Iterable[Session]:
         """Remove a client that is not configured any more; return its sessions."""

@@ -1294,3 +1294,33 @@ def test_reconfiguring_removes_few_clients_per_turn() -> None:
     sizes += [len(clients) for _ in turns]
     assert max(before - after for before, after in pairwise(sizes)) <= 256
     assert list(clients) == ["c0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "code"),
+    [
+        ("bob", {"queue": 1000}, ""),
+        ("bob", {"queue": 60, "when_full": WhenFull.REFUSE}, "full"),
+        ("alice", {"send_to": []}, "denied"),
+    ],
+)
+def test_reconfigured_entry_judges_the_frame_of_a_held_sender_again(
+    name: str, changes: dict[str, Any], code: str
+) -> None:
+    """It does not wait until the recipient reads, or for the rest of the time."""
+    entries = {"alice": client("alice"), "bob": client("bob", queue=60)}
+    net = FakeNet(*entries.values())
+    alice, bob = net.connect("alice"), net.connect("bob")
+    bob.block()
+    for number in range(3):
+        alice.message("bob", b"%d" % number * 30, number)
+    assert alice.held
+
+    entries[name] = client(name, **changes)
+    net.broker.reconfigure(entries, net.broker.status.limits, net.now)
+    net.settle()
+
+    assert not alice.held
+    assert [error_of(each) for each in alice.take()] == ([code, code] if code else [])
+    bob.read()
+    assert len(bob.payloads()) == (1 if code else 3)
