@@ -20,7 +20,7 @@ from brokerd.daemon.process import loop_factory
 from brokerd_client.address import Address
 
 T = TypeVar("T")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 
 
 class Event(NamedTuple):
