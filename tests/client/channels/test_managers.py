@@ -29,6 +29,7 @@ def environ(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="fork and spawn alike")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_manager_starts_a_server_and_gives_its_proxies_to_a_child(
     environ: RunningBroker, method: str
