@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 #: Much more than an end takes, and less than any wait of the broker.
-SOON_S = 8.0
+SOON_S = 25.0
 
 
 @contextmanager

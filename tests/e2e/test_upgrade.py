@@ -41,7 +41,7 @@ def upgraded_under_load(directory: Path, upgrades: int, idle: int = 0) -> list[s
         assert stats["upgrades"] == upgrades
         assert not broker.events("daemon.bug")
         assert not broker.events("client.refused")
-        last = broker.events("daemon.upgraded")[-1]["timestamp"]
+        last = broker.wait("daemon.upgraded", upgrades)[-1]["timestamp"]
         disconnected = [
             each["name"]
             for each in broker.events("client.disconnected")

@@ -376,7 +376,9 @@ def live_event(address: Address, query: str) -> bytes:
         sock.sendall(f"GET /live?{query} HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
         data = b""
         while not data.endswith(b"\n\n\r\n"):
-            data += sock.recv(1 << 16)
+            piece = sock.recv(1 << 16)
+            assert piece, data[-1000:]
+            data += piece
     return data
 
 

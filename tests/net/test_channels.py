@@ -505,12 +505,17 @@ def test_open_counts_as_one_message_of_rate(socket_dir: Path) -> None:
             assert alice.recv().code == "rate_limited"
 
 
-def test_open_flood_delays_nobody(unix: RunningDaemon) -> None:
+def test_open_flood_delays_nobody(socket_dir: Path) -> None:
     """Two hundred OPENs at once are answered or wait, and all of them are freed again."""
-    with listening(unix, "bob"), unix.login("carol") as carol, ExitStack() as stack:
-        flood = [stack.enter_context(asked(unix, "alice", "bob")) for _ in range(200)]
+    with (
+        limited(socket_dir, open_timeout="120s") as broker,
+        listening(broker, "bob"),
+        broker.login("carol") as carol,
+        ExitStack() as stack,
+    ):
+        flood = [stack.enter_context(asked(broker, "alice", "bob")) for _ in range(200)]
         carol.ping()
         assert sum(is_refused(raw, "full") for raw in flood[8:]) == 192
         stack.close()
-        until(lambda: not number_pending(unix))
-        assert not unix.daemon.broker.channels._held
+        until(lambda: not number_pending(broker))
+        assert not broker.daemon.broker.channels._held

@@ -80,7 +80,7 @@ def test_drain_reports_undelivered_messages_to_sender() -> None:
 
 
 def _until_it_succeeds(call: Callable[[], object]) -> None:
-    for _ in range(100):
+    for _ in range(1000):
         try:
             call()
         except BrokerdError:
@@ -91,7 +91,7 @@ def _until_it_succeeds(call: Callable[[], object]) -> None:
 
 
 async def _until_it_succeeds_aio(call: Callable[[], Awaitable[object]]) -> None:
-    for _ in range(100):
+    for _ in range(1000):
         try:
             await call()
         except BrokerdError:

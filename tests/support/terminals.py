@@ -14,7 +14,7 @@ from typing import Final
 
 from support.pages import CodeBlock
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 90.0
 #: The key that ends a program, as a terminal shows it.
 _CTRL_C: Final = "^C"
 #: Stands for lines that the page leaves out.

@@ -115,7 +115,7 @@ def test_restarted_server_leaves_each_message_one_outcome(server: NatsServer) ->
 
 def test_frozen_server_leaves_in_doubt_what_was_under_way(server: NatsServer) -> None:
     async def main() -> None:
-        a, b = (NatsHost(name, server, remote_timeout=0.5) for name in "ab")
+        a, b = (NatsHost(name, server, remote_timeout=2.0) for name in "ab")
         await a.start()
         await b.start()
         await a.meet(b)
