@@ -611,6 +611,8 @@ REMARKS: Final[dict[tuple[str, str], str]] = {
         " as much as half of all that nats-server needs. That has one send and two receives"
         " fewer, and compares a password. Without a name, the broker searches for the key: a try"
         " takes 0.08 µs, so that 500 of a thousand, and the list of the keys, take some 60 µs more."
+        " The Python is some 300 short calls, none of which stands out. To compile them as they are"
+        " saves nothing: Python 3.11 takes no more instructions for them."
     ),
     ("pool-size", "brokerd/4 members"): (
         "the broker's core, measured without sockets, takes 38 ns for a message to one of a"
