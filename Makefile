@@ -31,7 +31,7 @@ test: ready-test ## run all checks and tests
 	@status=0; \
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target lint pure || \
 	{ status=1; echo "== not clean: see above; the tests run all the same"; }; \
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal || status=1; \
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile || status=1; \
 	exit $$status
 
 pure: ready-test # run the tests of the core without its compiled modules
