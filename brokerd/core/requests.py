@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from brokerd.core.flight import WaitingRequest
     from brokerd.core.session import Session
 
-__all__ = ["DeliveredRequest", "Requests", "Timed"]
+__all__ = ["DeliveredRequest", "RequestKey", "Requests", "Timed"]
 
+#: The address of the requester, the id, and a number where an older request has both.
+RequestKey: TypeAlias = "tuple[str, int] | tuple[str, int, int]"
 #: What a deadline belongs to.
 Timed: TypeAlias = "DeliveredRequest | WaitingRequest"
 
@@ -24,12 +26,13 @@ class DeliveredRequest:
     Attributes:
         requester, responder: Its two sessions.
         id: Its id.
+        key: Its key among the requests to its responder.
         deadline: When its ttl is over; None without a ttl.
         kept: Its frame, which another member of the pool can get, or None.
         pinned: Whether that frame was sent to this member's own address.
     """
 
-    __slots__ = ("deadline", "id", "kept", "pinned", "requester", "responder")
+    __slots__ = ("deadline", "id", "kept", "key", "pinned", "requester", "responder")
 
     def __init__(
         self, requester: Session, responder: Session, message_id: int, deadline: float | None
@@ -37,6 +40,7 @@ class DeliveredRequest:
         self.requester = requester
         self.responder = responder
         self.id = message_id
+        self.key: RequestKey = (requester.address, message_id)
         self.deadline = deadline
         self.kept: bytes | memoryview | None = None
         self.pinned = False
@@ -52,14 +56,16 @@ class Requests:
     """The requests without an answer; each is recorded in both of its sessions.
 
     deadlines: of the requests with a ttl.
+    repeats: how often an id was used again before the request with it was over.
     freed: clients for which requests wait, and one of whose members may have room.
     """
 
-    __slots__ = ("deadlines", "freed")
+    __slots__ = ("deadlines", "freed", "repeats")
 
     def __init__(self) -> None:
         self.deadlines = Deadlines()
         self.freed: dict[Client, None] = {}
+        self.repeats = 0
 
     def find(
         self, requester: Session, message_id: int, responder: Session
@@ -104,23 +110,31 @@ class Requests:
             flight.update(responder)
 
     def add(self, request: DeliveredRequest) -> None:
-        """Record a request in both of its sessions."""
+        """Record a request in both of its sessions.
+
+        Of several requests with one id, the oldest has the key by which answers are looked
+        up.
+        """
         requester, incoming = request.requester, request.responder.incoming_requests
-        key = requester.address, request.id
         # Each step looks its key up once: most requests have an id of their own.
-        earlier = incoming.setdefault(key, request)
+        earlier = incoming.setdefault(request.key, request)
         if earlier is not request:
             if earlier.requester is requester:
-                self._forget(earlier)
+                self.use_again(request)
             else:
                 # An older session with the same address, which is about to end.
                 self._release(earlier)
-            incoming[key] = request
+            incoming[request.key] = request
         alone = (request,)
         same_id = requester.outgoing_requests.setdefault(request.id, alone)
         if same_id is not alone:
             requester.outgoing_requests[request.id] = (*same_id, request)
         requester.outgoing_count += 1
+
+    def use_again(self, request: DeliveredRequest) -> None:
+        """Give a request a key of its own: its id is that of an older request."""
+        self.repeats += 1
+        request.key = (request.requester.address, request.id, self.repeats)
 
     def end(self, request: DeliveredRequest) -> None:
         """Forget a request that was delivered."""
@@ -189,13 +203,26 @@ class Requests:
             requester.outgoing_count -= 1
         # A client that is removed and configured again may have two connections with one
         # address for a moment: the later request has replaced this one.
-        key = requester.address, request.id
-        found = responder.incoming_requests.pop(key, request)
+        incoming = responder.incoming_requests
+        found = incoming.pop(request.key, request)
         if found is not request:
-            responder.incoming_requests[key] = found
+            incoming[request.key] = found
+        elif len(same_id) > 1 and len(request.key) == 2:
+            self._promote(request, incoming)
         if request.deadline is not None:
             self.deadlines.discard(request.deadline, request)
         self._release(request)
+
+    def _promote(
+        self, ended: DeliveredRequest, incoming: dict[RequestKey, DeliveredRequest]
+    ) -> None:
+        """Move the oldest request that is left with the id to the key of the one that ended."""
+        for request in ended.requester.outgoing_requests.get(ended.id, ()):
+            if incoming.get(request.key) is request:
+                del incoming[request.key]
+                request.key = ended.key
+                incoming[request.key] = request
+                return
 
     def _release(self, request: DeliveredRequest) -> None:
         """Forget the kept frame of a delivered request."""

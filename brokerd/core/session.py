@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from brokerd.core.exchange import Client, Rank
     from brokerd.core.flight import WaitingRequest
     from brokerd.core.goaway import Marks
-    from brokerd.core.requests import DeliveredRequest
+    from brokerd.core.requests import DeliveredRequest, RequestKey
     from brokerd_client.wire.envelope import ErrorCode
 
 __all__ = ["NARROW", "Session", "new_outbox"]
@@ -59,7 +59,7 @@ class Session:
         waiters: Sessions held because this one's queue is full, in order of arrival.
 
         incoming_requests: The requests delivered here and not answered yet, by
-            (requester's address, id).
+            (requester's address, id); of several with both, an answer ends the oldest.
         outgoing_requests: Its own requests that were delivered and are not answered
             yet, by id.
         outgoing_count: The number of those requests.
@@ -192,7 +192,7 @@ class Session:
         self.slow = False
         self.allowance: Allowance | None = None
         self.waiters: dict[Session, None] = {}
-        self.incoming_requests: dict[tuple[str, int], DeliveredRequest] = {}
+        self.incoming_requests: dict[RequestKey, DeliveredRequest] = {}
         self.outgoing_requests: dict[int, tuple[DeliveredRequest, ...]] = {}
         self.outgoing_count = 0
         self.waiting_requests: dict[int, list[WaitingRequest]] = {}

@@ -62,6 +62,9 @@ Facts: TypeAlias = dict[str, Any]
 
 #: Clients per block: a millisecond's work.
 _CLIENTS: Final = 500
+#: What is left, in seconds, to a request without a ttl among others with its id that have
+#: one.
+_NEVER: Final = 2.0**33
 
 
 class Snapshot:
@@ -206,10 +209,14 @@ def capture(
         else cluster_hand_over.capture(broker.traffic, index, snapshot.pieces, now),
         "waiting": _waiting(broker, index, snapshot, now),
         "retained": [
-            [index[session], address, message_id, *_frame(queued, index, snapshot, now)]
+            [
+                index[session],
+                request.requester.address,
+                request.id,
+                *_frame(queued, index, snapshot, now),
+            ]
             for session in captured
-            for (address, message_id), request in session.incoming_requests.items()
-            if (queued := request.queued()) is not None and not request.requester.host
+            for request, queued in _kept_requests(session)
         ],
         "mailboxes": mailboxes_snapshot.capture(broker.mailboxes, index, snapshot.pieces),
         "incidents": copier.take_incidents(),
@@ -287,6 +294,21 @@ def _client(client: Client, now: float) -> Facts:
     }
 
 
+def _kept_requests(session: Session) -> Iterator[tuple[DeliveredRequest, Queued]]:
+    """Yield the requests to a session whose frames are kept, with these.
+
+    Of several requests with one id, all are yielded, the oldest first, or none.
+    """
+    requests = session.incoming_requests.values()
+    lost = {
+        request.key[:2] for request in requests if request.kept is None or request.requester.host
+    }
+    for request in sorted(requests, key=lambda request: request.key[2:]):
+        queued = request.queued()
+        if queued is not None and request.key[:2] not in lost:
+            yield request, queued
+
+
 def _session(
     broker: Broker, session: Session, index: Mapping[Session, int], now: float, copier: Copier
 ) -> Facts:
@@ -298,6 +320,12 @@ def _session(
         for request in same_id
         if request.responder in index
     ]
+    # Of several requests with one id and responder, all have a row, or none.
+    timed = {
+        (request.id, request.responder.address)
+        for request in requests
+        if request.deadline is not None
+    }
     return {
         "name": session.client.name,
         "instance": session.instance,
@@ -328,8 +356,8 @@ def _session(
         # Two sessions may have had one address for a moment. A session that is gone may
         # then still be listed.
         "owed": [
-            [address, message_id, index[request.requester]]
-            for (address, message_id), request in session.incoming_requests.items()
+            [request.requester.address, request.id, index[request.requester]]
+            for request in session.incoming_requests.values()
             if request.requester in index
         ],
         "asked": [
@@ -340,9 +368,13 @@ def _session(
         if session.reached_by_event is None
         else [index[recipient] for recipient in session.reached_by_event if recipient.open],
         "expiring": [
-            [request.id, request.responder.address, request.deadline - now]
+            [
+                request.id,
+                request.responder.address,
+                _NEVER if request.deadline is None else request.deadline - now,
+            ]
             for request in requests
-            if request.deadline is not None
+            if (request.id, request.responder.address) in timed
         ],
     }
 
@@ -502,7 +534,7 @@ def restore(
     for session, session_facts, _ in to_fill:
         _restore_requests(broker, session, session_facts, sessions, now)
     for session, session_facts, _ in to_fill:
-        _restore_dialogs(session, session_facts, sessions)
+        _restore_dialogs(broker, session, session_facts, sessions)
         session.recipients = _reached(broker, session_facts)
         session.recipients.update(unconfigured.named(session_facts["reached"]))
     opened = [
@@ -658,25 +690,36 @@ def _restore_requests(
     broker: Broker, session: Session, facts: Facts, sessions: list[Session], now: float
 ) -> None:
     """Restore the requests that a session has asked."""
-    left = {(message_id, address): left for message_id, address, left in facts["expiring"]}
+    left: dict[tuple[int, str], list[float]] = {}
+    for message_id, address, left_s in facts["expiring"]:
+        left.setdefault((message_id, address), []).append(left_s)
     for message_id, address, responder in facts["asked"]:
         rest = left.get((message_id, address))
-        deadline = None if rest is None else now + rest
+        deadline = now + rest.pop(0) if rest else None
         request = DeliveredRequest(session, sessions[responder], message_id, deadline)
         broker.requests.add(request)
         if deadline is not None:
             broker.requests.deadlines.add(deadline, request)
 
 
-def _restore_dialogs(session: Session, facts: Facts, sessions: list[Session]) -> None:
+def _restore_dialogs(
+    broker: Broker, session: Session, facts: Facts, sessions: list[Session]
+) -> None:
     """Restore the order of the requests to a session, and how far its event has got."""
-    incoming, session.incoming_requests = session.incoming_requests, {}
-    for address, message_id, asker in facts["owed"]:
-        request = incoming.get((address, message_id))
-        if request is None:
+    incoming: dict[tuple[int, Session], list[DeliveredRequest]] = {}
+    for request in session.incoming_requests.values():
+        incoming.setdefault((request.id, request.requester), []).append(request)
+    session.incoming_requests = {}
+    for _, message_id, asker in facts["owed"]:
+        same_id = incoming.get((message_id, sessions[asker]))
+        if same_id:
+            request = same_id.pop(0)
+        else:
             # Two sessions had one address for a moment; the other session sent this request.
             request = DeliveredRequest(sessions[asker], session, message_id, None)
-        session.incoming_requests[address, message_id] = request
+            if request.key in session.incoming_requests:
+                broker.requests.use_again(request)
+        session.incoming_requests[request.key] = request
     if facts["reached_by_event"] is not None:
         session.reached_by_event = dict.fromkeys(
             sessions[other] for other in facts["reached_by_event"]

@@ -766,3 +766,78 @@ def test_request_that_a_member_did_not_read_waits_over_an_upgrade() -> None:
     (second,) = requests_of(two)
     answer(two, second)
     assert [request.id for request in requests_of(two)] == [1]
+
+
+def test_request_with_an_id_in_use_has_an_outcome_of_its_own() -> None:
+    """Each answer ends the oldest of them, and one more is denied."""
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for number in range(3):
+        alice.send(Envelope(Kind.REQUEST, 7, "bob", b"%d" % number))
+    assert [request.payload for request in requests_of(bob)] == [b"0", b"1", b"2"]
+    for payload in (b"a", b"b", b"c"):
+        bob.reply("alice", payload, 7)
+    assert [reply.payload for reply in alice.take()] == [b"a", b"b", b"c"]
+    assert not bob.session.incoming_requests
+    assert not alice.session.outgoing_requests
+    bob.reply("alice", b"d", 7)
+    assert codes(bob) == [(7, "denied")]
+
+
+def test_in_flight_counts_requests_with_one_id() -> None:
+    """A member gets no more of them than its limit, and the rest as it answers."""
+    _, alice, (member,) = pool(1, in_flight=2)
+    for _ in range(4):
+        ask(alice, 0)
+    first, _ = requests_of(member)
+    answer(member, first)
+    (third,) = requests_of(member)
+    assert (third.name, third.id) == (first.name, 0)
+
+
+def test_cancel_ends_requests_with_one_id_at_one_holder() -> None:
+    """Those that were delivered and those that wait; each holder is told of each."""
+    _, alice, members = pool(2, in_flight=2)
+    for member in members:
+        member.ask("cancels")
+    for _ in range(5):
+        ask(alice, 7)
+    assert [len(requests_of(member)) for member in members] == [2, 2]
+    cancel(alice, 7)
+    assert codes(alice) == [(7, "cancelled")] * 5
+    assert [codes(member) for member in members] == [[(7, "cancelled")] * 2] * 2
+
+
+def test_member_that_leaves_ends_all_requests_with_one_id() -> None:
+    net = FakeNet(client("alice"), client("bob"))
+    alice, bob = net.connect("alice"), net.connect("bob")
+    for _ in range(3):
+        alice.request("bob", b"?", 7)
+    bob.take()
+    bob.reply("alice", b"!", 7)
+    bob.leave()
+    replies = alice.take()
+    assert [envelope.kind for envelope in replies] == [Kind.REPLY, Kind.ERROR, Kind.ERROR]
+    assert {json.loads(envelope.payload)["code"] for envelope in replies[1:]} == {"abandoned"}
+
+
+def test_upgrade_keeps_requests_with_one_id_apart() -> None:
+    """Their order, which of them has a ttl, and their frames for another member."""
+    net, alice, (member,) = pool(1, in_flight=4)
+    frames = [b"0", b"1", b"2", b"3"]
+    for number, frame in enumerate(frames):
+        extension = {"ttl": 50} if number == 2 else None
+        alice.send(Envelope(Kind.REQUEST, 7, "pool", frame, extension=extension))
+    requests = requests_of(member)
+    answer(member, requests[0], b"a")
+    net.copy()
+    net.hand_over()
+    assert [reply.payload for reply in alice.take()] == [b"a"]
+    assert len(member.session.incoming_requests) == 3
+    answer(member, requests[1], b"b")
+    assert [reply.payload for reply in alice.take()] == [b"b"]
+    net.advance(51)
+    assert codes(alice) == [(7, "expired")]
+    other = net.connect("pool")
+    fail(member, requests[3], "back")
+    assert [request.payload for request in requests_of(other)] == [b"3"]

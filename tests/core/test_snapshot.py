@@ -567,8 +567,9 @@ def test_snapshot_covers_every_broker_attribute() -> None:
     }
     # These belong to connections that are about to end; none of them is captured.
     of_this_process |= {"finishing", "unheard", "changes", "_released"}
-    # The holders of these requests learn that they are over when they answer.
-    of_this_process |= {"_orphaned"}
+    # The holders of these requests learn that they are over when they answer. Requests with
+    # an id in use get new keys.
+    of_this_process |= {"_orphaned", "repeats"}
     # Incidents; clients that are waited for after a restart; taps.
     captured |= {"_kept", "_count", "last_change", "_names", "until", "active", "all"}
     # Senders that wait for a client to return try again, and are noted again.

@@ -120,7 +120,6 @@ def of_host(asked: list[object]) -> dict[str, object]:
         (("sessions", 0, "subscriptions"), [["a", None]] * 2, "subscription twice"),
         (("sessions", 1, "owed"), [["alice", 1, 99]], "names a session that is not there"),
         (("sessions", 1, "owed"), [["alice", 1, 1]], "another address than the session"),
-        (("sessions", 1, "owed"), [["alice", 1, 0]] * 2, "one entry twice"),
         (("sessions", 0, "asked"), [[1, "bob", -1]], "whole number"),
         (("sessions", 0, "asked"), [[1, "alice", 1]], "another address"),
         (("sessions", 0, "expiring"), [[7, "bob", 5.0]], "a request that was not asked"),

@@ -786,15 +786,17 @@ class BrokerModel(RuleBasedStateMachine):
             outgoing = [each for same_id in session.outgoing_requests.values() for each in same_id]
             assert session.waiters.keys() <= live
             assert session.outgoing_count == len(outgoing)
-            for (address, message_id), request in session.incoming_requests.items():
+            for key, request in session.incoming_requests.items():
                 assert request.responder is session
                 assert request.requester in live
-                assert (request.requester.address, request.id) == (address, message_id)
-                assert request in request.requester.outgoing_requests[message_id]
+                assert request.key == key
+                assert (request.requester.address, request.id) == key[:2]
+                assert request in request.requester.outgoing_requests[request.id]
+                assert key[:2] in session.incoming_requests
             for request in outgoing:
                 assert request.requester is session
                 assert request.responder in live
-                assert request.responder.incoming_requests[session.address, request.id] is request
+                assert request.responder.incoming_requests[request.key] is request
                 assert request.deadline is None or request.deadline > self.net.now - 0.1
                 timed += request.deadline is not None
             if session.held_by is not None:

@@ -100,7 +100,7 @@ class Recorded(FakeNet):
                 peer = self.entries[entry]
                 requests = list(peer.session.incoming_requests)
                 if requests and not peer.gone:
-                    address, message_id = requests[which % len(requests)]
+                    address, message_id = requests[which % len(requests)][:2]
                     header = HEADER.pack(kind, flags, 0, len(address), message_id)
                     extension = b"\0\x0b" + b'{"ttl": 50}' if flags & 2 else b""
                     peer.send_bytes(frame(header + address.encode() + extension + payload))

@@ -20,7 +20,7 @@ from brokerd.core.session import Session
 if TYPE_CHECKING:
     from brokerd.core.cluster.seam import Name, Run
     from brokerd.core.exchange import Exchange
-    from brokerd.core.requests import DeliveredRequest
+    from brokerd.core.requests import DeliveredRequest, RequestKey
 
 __all__ = ["EVENTS", "RemoteHost", "RemoteSessions", "host_of", "instance_suffix"]
 
@@ -95,7 +95,7 @@ class RemoteHost:
         self.targets: dict[str, Session] = {}
         self.senders: dict[str, Session] = {}
         self.by_name: dict[str, list[Session]] = {}
-        self.requests: dict[str, dict[tuple[str, int], DeliveredRequest]] = {}
+        self.requests: dict[str, dict[RequestKey, DeliveredRequest]] = {}
         self.subscriber = self._new(_subscriber(name, now_wall), "", EVENTS)
         self.touched: dict[Session, None] = {}
         self.answering: dict[Session, None] = {}

@@ -253,7 +253,7 @@ def use_and_leave(net: FakeNet) -> None:
             peer.request(name, b"r", 2)
         peer.publish("a.b", b"e")
     for peer in list(net.peers):
-        for address, message_id in list(peer.session.incoming_requests):
+        for address, message_id, *_ in list(peer.session.incoming_requests):
             peer.reply(address, b"!", message_id)
     net.advance(40)
     for peer in list(net.peers):
