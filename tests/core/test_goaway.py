@@ -260,3 +260,35 @@ def test_goaway_session_retired_after_its_copy_is_noted_as_changed() -> None:
         assert capture_idle(net.broker, peer.session, net.now, copier) is not None
     net.broker.goaway.retire(bob.session)
     assert copier.changed_sessions() == [bob.session]
+
+
+def test_requests_without_outcome_are_reported_when_the_broker_stops() -> None:
+    """One was delivered, one waits; a session that can't receive reports counts nothing."""
+    net = FakeNet(client("ann"), client("bob", in_flight=1), client("cid"))
+    ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
+    for requester in (ann, cid):
+        requester.request("bob", b"?", 1)
+        requester.request("bob", b"?", 2)
+    bob.take()
+    net.broker.goaway.mute(cid.session)
+    before = net.broker.replies.returned["reported"]
+    net.broker.goaway.end_requests(ann.session)
+    net.broker.goaway.end_requests(cid.session)
+    net.write_touched()
+    assert {each.id: error_of(each) for each in ann.take()} == {1: "abandoned", 2: "offline"}
+    assert cid.take() == []
+    assert net.broker.replies.returned["reported"] - before == 1
+    assert not bob.session.incoming_requests
+
+
+def test_released_name_is_announced_once_and_its_connection_leaves_later() -> None:
+    net, (ann, bob) = net_of("ann", "bob")
+    ann.ask("subscribe", topic="$broker.offline.bob")
+    net.broker.release_name(bob.session, net.now)
+    net.settle()
+    assert topics(ann) == ["$broker.offline.bob"]
+    bob.leave()
+    net.settle()
+    assert topics(ann) == []
+    ann.message("bob", b"", 1)
+    assert ann.error() == (1, "offline")

@@ -358,3 +358,12 @@ def test_frames_for_a_host_that_has_not_joined_are_left() -> None:
     assert newcomer.cluster.events == []
     net.run(1.0)
     assert newcomer.state_of("a") == "up"
+
+
+def test_batch_of_a_host_that_is_lost_ends_unnoticed() -> None:
+    net = ClusterNet()
+    a = net.start("a")
+    net.run(1.0)
+    a.cluster.done("b", 1)
+    a.cluster.forget("b", 1)
+    assert a.cluster.links == {}

@@ -510,3 +510,15 @@ def test_connection_hears_nothing_about_frames_of_its_name_at_another_host(
     hosts["b"].net.settle()
     assert later.take() == []
     assert not later.session.outgoing_requests
+
+
+def test_released_name_gets_no_more_events_of_other_hosts() -> None:
+    hosts, ann, bob = pair()
+    bob.ask("subscribe", topic="news")
+    hosts.settle()
+    hosts["b"].net.broker.release_name(bob.session, 0.0)
+    hosts.settle()
+    assert not hosts["a"].traffic._sessions.hosts["b"].subscriber.subscriptions
+    ann.message("bob", b"x", 7)
+    hosts.settle()
+    assert [error_of(each) for each in ann.take()] == ["offline"]

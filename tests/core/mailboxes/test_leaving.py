@@ -97,3 +97,12 @@ def test_leaving_connection_has_returned_all_at_an_upgrade(net: MailboxNet) -> N
     second = net.connect("bob")
     open_mailbox(second, window=1)
     assert seqs(second) == [1]
+
+
+def test_consumer_without_collected_acks_stays_alone(net: MailboxNet) -> None:
+    """Only an acknowledgement ends the time in which a message is delivered by itself."""
+    holder(net)
+    (consumer,) = net.box().consumers.values()
+    consumer.alone = True
+    assert consumer.take_acknowledged() == ([], [], 0)
+    assert consumer.alone
