@@ -118,7 +118,7 @@ class Reports:
             # The sender joined after this session closed: the frame is from an earlier
             # connection with the same address.
             sender = None
-        request = self._request_in(envelope, sender, session)
+        request = self._request_in(queued, envelope, sender, session)
         if _is_over(queued, envelope, sender, request):
             return
         key = envelope.name, envelope.id
@@ -188,7 +188,7 @@ class Reports:
             envelope.id,
         )
         sender = self._sender_of(queued, envelope.name)
-        request = self._request_in(envelope, sender, target)
+        request = self._request_in(queued, envelope, sender, target)
         if _is_over(queued, envelope, sender, request):
             return
         if request is not None:
@@ -205,7 +205,7 @@ class Reports:
         sender = self._sender_of(queued, envelope.name)
         message = f"ttl was over before {target.address} had read the messages before this one"
         if envelope.kind is Kind.REQUEST and sender is not None:
-            request = self._request_in(envelope, sender, target)
+            request = self._request_in(queued, envelope, sender, target)
             if request is not None and not _is_over(queued, envelope, sender, request):
                 self.expire_request(request, message)
             return
@@ -236,12 +236,12 @@ class Reports:
             )
 
     def _request_in(
-        self, envelope: Envelope, sender: Session | None, holder: Session
+        self, queued: Queued, envelope: Envelope, sender: Session | None, holder: Session
     ) -> DeliveredRequest | None:
         """Return the request in a frame that was queued for ``holder``, if it is not over."""
         if envelope.kind is not Kind.REQUEST or sender is None:
             return None
-        return self._requests.find(sender, envelope.id, holder)
+        return self._requests.find_unsent(sender, envelope.id, holder, queued.deadline)
 
     def _sender_of(self, queued: Queued, name: str) -> Session | None:
         """Return the session that a queued frame came from, or None if that has closed."""

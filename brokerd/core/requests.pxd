@@ -22,7 +22,8 @@ cdef class Requests:
     cdef public dict freed
     cdef public long repeats
 
-    cpdef find(self, Session requester, message_id, Session responder)
+    @cython.locals(request=DeliveredRequest, newest=DeliveredRequest)
+    cpdef find_unsent(self, Session requester, message_id, Session responder, deadline)
     @cython.locals(flight=Flight, request=DeliveredRequest)
     cpdef expect(self, Session requester, Session responder, message_id, deadline, frame=*, bint pinned=*)
     @cython.locals(requester=Session, incoming=dict, earlier=DeliveredRequest, alone=tuple, same_id=tuple)

@@ -67,15 +67,22 @@ class Requests:
         self.freed: dict[Client, None] = {}
         self.repeats = 0
 
-    def find(
-        self, requester: Session, message_id: int, responder: Session
+    def find_unsent(
+        self, requester: Session, message_id: int, responder: Session, deadline: float | None
     ) -> DeliveredRequest | None:
-        """Return the delivered request of one session to another, or None."""
+        """Return the request in a frame that its responder has not been sent, or None.
+
+        Of several with one id and deadline, it is the newest: those before it were sent.
+        Without one of that deadline, it is the newest of all.
+        """
+        newest = None
         # Each is compared by identity, because a new session may have its address by now.
         for request in requester.outgoing_requests.get(message_id, ()):
-            if request.responder is responder:
-                return request
-        return None
+            if request.responder is responder and (
+                newest is None or newest.deadline != deadline or request.deadline == deadline
+            ):
+                newest = request
+        return newest
 
     def expect(
         self,

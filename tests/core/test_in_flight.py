@@ -841,3 +841,26 @@ def test_upgrade_keeps_requests_with_one_id_apart() -> None:
     other = net.connect("pool")
     fail(member, requests[3], "back")
     assert [request.payload for request in requests_of(other)] == [b"3"]
+
+
+@pytest.mark.parametrize("ttls", [(None, None), (9, 9), (None, 9), (9, None)])
+def test_unread_request_passes_on_though_its_id_is_in_use(
+    ttls: tuple[float | None, float | None],
+) -> None:
+    """The one that the member has read is reported, and the other is not."""
+    net, alice, (member,) = pool(1, in_flight=4)
+    bob = net.connect("bob")
+    extensions = [None if ttl is None else {"ttl": ttl} for ttl in ttls]
+    ask(alice, 7, "bob")
+    ask(alice, 7, extension=extensions[0])
+    assert len(requests_of(member)) == 1
+    member.block()
+    ask(alice, 7, extension=extensions[1])
+    other = net.connect("pool")
+    member.leave()
+    (passed_on,) = requests_of(other)
+    assert codes(alice) == [(7, "abandoned")]
+    answer(other, passed_on, b"done")
+    assert [reply.payload for reply in alice.take()] == [b"done"]
+    assert len(requests_of(bob)) == 1
+    assert len(bob.session.incoming_requests) == 1

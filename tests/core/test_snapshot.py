@@ -735,3 +735,16 @@ def test_snapshot_request_that_only_its_holder_names_is_answered_as_before() -> 
     asker, holder = restore(new_broker, facts, Pieces(b""), net.now).sessions
     ((key, request),) = holder.incoming_requests.items()
     assert (key, request.requester, request.responder) == (("ann", 7), asker, holder)
+
+
+def test_snapshot_requests_with_one_id_that_only_their_holder_names_are_kept() -> None:
+    net = FakeNet(client("ann"), client("bob"))
+    ann, bob = net.connect("ann"), net.connect("bob")
+    ann.request("bob", b"?", 7)
+    ann.request("bob", b"?", 7)
+    facts = capture(net.broker, [ann.session, bob.session], net.now).facts
+    facts["sessions"][0]["asked"] = []
+    new_broker = Broker([client("ann"), client("bob")])
+    asker, holder = restore(new_broker, facts, Pieces(b""), net.now).sessions
+    assert [key[:2] for key in holder.incoming_requests] == [("ann", 7)] * 2
+    assert {request.requester for request in holder.incoming_requests.values()} == {asker}
