@@ -127,8 +127,10 @@ class Reports:
             session.revoked.discard(key)
             return
         if envelope.kind is Kind.REQUEST and sender is not None:
-            if request is not None:
-                self._requests.end(request)
+            if request is None:
+                # A request without a record has had its outcome: it was cancelled.
+                return
+            self._requests.end(request)
             client = session.client
             if client.config.connections > 1 and client.sessions and not queued.pinned:
                 returned["passed_on"] += 1

@@ -864,3 +864,15 @@ def test_unread_request_passes_on_though_its_id_is_in_use(
     assert [reply.payload for reply in alice.take()] == [b"done"]
     assert len(requests_of(bob)) == 1
     assert len(bob.session.incoming_requests) == 1
+
+
+def test_cancelled_requests_with_one_id_pass_to_no_other_member() -> None:
+    net, alice, (member,) = pool(1, in_flight=4)
+    member.block()
+    for _ in range(3):
+        ask(alice, 7)
+    cancel(alice, 7)
+    other = net.connect("pool")
+    member.leave()
+    assert codes(alice) == [(7, "cancelled")] * 3
+    assert requests_of(other) == []
