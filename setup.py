@@ -62,7 +62,7 @@ class CompilingBuild(build_ext):
     """The usual command, with several C compilers at once, for all modules or none."""
 
     def finalize_options(self) -> None:
-        """Let each processor run a C compiler."""
+        """Run as many C compilers as there are processors."""
         super().finalize_options()
         if self.parallel is None:
             self.parallel = True

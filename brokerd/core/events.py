@@ -427,7 +427,7 @@ class Events:
         change: ``online`` or ``offline``.
         """
         if not (self._topics or self._deferred):
-            # Without subscriptions and earlier events, this one is over at once.
+            # Without subscriptions and earlier events, there is nothing to deliver.
             self._show_presence(client, client.online, now_wall)
             return
         payload = f'{{"name": "{client.name}", "since": {now_wall}}}'

@@ -263,7 +263,7 @@ def test_goaway_session_retired_after_its_copy_is_noted_as_changed() -> None:
 
 
 def test_requests_without_outcome_are_reported_when_the_broker_stops() -> None:
-    """One was delivered, one waits; a session that can't receive reports counts nothing."""
+    """The request that waits counts as reported, unless its requester can no longer be told."""
     net = FakeNet(client("ann"), client("bob", in_flight=1), client("cid"))
     ann, bob, cid = (net.connect(name) for name in ("ann", "bob", "cid"))
     for requester in (ann, cid):

@@ -92,7 +92,7 @@ def test_topic_cache_pattern_removes_topics_that_it_matches(pattern: str, left: 
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, topics: int) -> None:
-    """Let a cache have so many topics, whatever the lengths of their names."""
+    """Limit the number of topics in a cache, whatever the lengths of their names."""
     monkeypatch.setattr(topic_cache, "_LIMIT", topics * 10_000 + 5000)
     monkeypatch.setattr(topic_cache, "_TOPIC", 10_000)
 

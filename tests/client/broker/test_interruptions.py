@@ -599,7 +599,7 @@ def test_client_request_with_raising_timer_keeps_connection(broker: RunningBroke
 def test_client_request_from_signal_handler_of_waiting_thread_is_answered(
     broker: RunningBroker,
 ) -> None:
-    """The handler reads in place of the thread that it interrupts, and that one goes on."""
+    """The handler reads in place of the thread that it interrupts, which then goes on."""
     with pair(broker) as (alice, _):
         answers: list[bytes] = []
 
