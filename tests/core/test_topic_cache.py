@@ -110,7 +110,7 @@ def test_topic_cache_full_removes_topics_not_used_first(monkeypatch: pytest.Monk
 
 
 def test_topic_cache_full_of_used_topics_removes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of topics looked at for each new one is limited."""
+    """To add a topic, the cache looks at a limited number of others."""
     limit(monkeypatch, 20)
     cache = cached(*(f"t.{number}" for number in range(20)))
     for each in cache.topics.values():

@@ -109,7 +109,7 @@ def test_ctl_top_state_of_slow_and_held_connection_is_slow() -> None:
     ],
 )
 def test_ctl_top_state_names_cause(fields: dict[str, Any], state: str) -> None:
-    """A slow client holds senders; a held one is held by another, or by itself."""
+    """A slow client holds senders. Another client can hold a sender, or it holds itself."""
     (shown,) = Rates().rows([connection("carol", **fields)], now=1.0)
 
     assert shown.state == state

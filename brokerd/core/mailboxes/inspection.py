@@ -58,7 +58,7 @@ class Inspection:
         self._storing = storing
         self._feeding = feeding
         self._acknowledging = acknowledging
-        #: The changes of each mailbox that wait, while one is being carried out.
+        #: For each mailbox, the changes that wait until the present one is carried out.
         self._waiting: dict[Mailbox, deque[Callable[[], None]]] = {}
 
     def _begin(self, mailbox: Mailbox, change: Callable[[], None]) -> None:

@@ -157,7 +157,7 @@ def test_snapshot_of_mailboxes_that_contradicts_itself_is_refused() -> None:
 
 
 def delayed_and_returned(net: MailboxNet) -> Peer:
-    """Return bob, who has just returned a message that is delayed on disk."""
+    """Return bob. He has just returned a message, which waits on disk for its delay."""
     alice, bob = net.connect("alice"), net.connect("bob")
     alice.message("bob", b"one", extension={"delay": 1})
     open_mailbox(bob)
