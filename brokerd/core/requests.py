@@ -77,11 +77,11 @@ class Requests:
         """
         newest = None
         # Each is compared by identity, because a new session may have its address by now.
-        for request in requester.outgoing_requests.get(message_id, ()):
-            if request.responder is responder and (
-                newest is None or newest.deadline != deadline or request.deadline == deadline
-            ):
-                newest = request
+        for request in reversed(requester.outgoing_requests.get(message_id, ())):
+            if request.responder is responder:
+                if request.deadline == deadline:
+                    return request
+                newest = newest or request
         return newest
 
     def expect(
@@ -204,9 +204,8 @@ class Requests:
             del requester.outgoing_requests[request.id]
             requester.outgoing_count -= 1
         elif request in same_id:
-            requester.outgoing_requests[request.id] = tuple(
-                [other for other in same_id if other is not request]
-            )
+            at = same_id.index(request)
+            requester.outgoing_requests[request.id] = same_id[:at] + same_id[at + 1 :]
             requester.outgoing_count -= 1
         # A client that is removed and configured again may have two connections with one
         # address for a moment: the later request has replaced this one.
