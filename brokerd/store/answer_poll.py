@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from brokerd.store.poll_policy import PollPolicy
+from brokerd.store.poll_policy import PollPolicy, give_way
 
 if TYPE_CHECKING:
     import asyncio
@@ -29,6 +29,7 @@ class AnswerPoll:
 
     may_poll: whether it polls at all.
     clock: returns the time in seconds.
+    give_way: lets another process run.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class AnswerPoll:
         *,
         may_poll: bool,
         clock: Callable[[], float] = time.perf_counter,
+        give_way: Callable[[], None] = give_way,
     ) -> None:
         self._loop = loop
+        self._give_way = give_way
         self._clock = clock
         self._waits = self._polls = False
         self._end_at = 0.0
@@ -63,6 +66,7 @@ class AnswerPoll:
         """Keep the event loop from sleeping in its next turn, until the answer is there."""
         now = self._clock()
         if self._waits and now < self._end_at:
+            self._give_way()
             self._loop.call_soon(self._poll)
             return
         self._polls = False

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from brokerd.store.poll_policy import PollPolicy
+from brokerd.store.poll_policy import PollPolicy, give_way
 
 __all__ = ["RequestPoll"]
 
@@ -34,6 +34,7 @@ class RequestPoll:
         waiting: Waits for them.
         may_poll: Whether it polls at all.
         clock: Returns the time in seconds.
+        give_way: Lets another process run.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class RequestPoll:
         *,
         may_poll: bool,
         clock: Callable[[], float] = time.perf_counter,
+        give_way: Callable[[], None] = give_way,
     ) -> None:
         self._waiting = waiting
+        self._give_way = give_way
         self._policy = PollPolicy(may_poll=may_poll)
         self._clock = clock
 
@@ -58,4 +61,5 @@ class RequestPoll:
             if now >= end_at:
                 self._policy.note_failure(now, end_at)
                 return
+            self._give_way()
         self._policy.note_success()

@@ -63,6 +63,23 @@ def test_answer_poll_lasts_until_the_answer(loop: _Loop) -> None:
     assert loop.turn(300e-6)
 
 
+def test_answer_poll_gives_way_in_each_turn(loop: _Loop) -> None:
+    """The store process may wait for this very processor, to write the batch."""
+    given: list[float] = []
+    poll = AnswerPoll(
+        loop,  # type: ignore[arg-type]
+        may_poll=True,
+        clock=lambda: loop.now,
+        give_way=lambda: given.append(loop.now),
+    )
+    poll.begin()
+    loop.turn(100e-6)
+    loop.turn(100e-6)
+    poll.end()
+    loop.turn(100e-6)
+    assert given == pytest.approx([100.0001, 100.0002])
+
+
 def test_answer_poll_without_an_answer_makes_the_next_ones_rare(loop: _Loop) -> None:
     """A slow disk costs little: each poll in vain doubles the waits without one."""
     poll = poll_of(loop)

@@ -47,6 +47,17 @@ def test_request_poll_lasts_until_the_request() -> None:
     assert [polls_of(poll, sock, number) for number in (3, 1, 2)] == [3, 1, 2]
 
 
+def test_request_poll_gives_way_after_each_look() -> None:
+    """The client that is to send the request may wait for this very processor."""
+    sock = _Socket()
+    polls: list[int] = []
+    poll = RequestPoll(
+        sock, may_poll=True, clock=lambda: sock.now, give_way=lambda: polls.append(sock.polls)
+    )
+    assert polls_of(poll, sock, 3) == 3
+    assert polls == [1, 2]
+
+
 def test_request_poll_in_vain_makes_the_next_ones_rare() -> None:
     """A client that sends a message now and then costs little."""
     sock = _Socket()
