@@ -37,6 +37,8 @@ _OUTCOMES: Final = 12
 #: (core.broker), and of the read buffer.
 _RESERVE: Final = 256 * _KIB
 _READ_BUFFER: Final = 256 * _KIB
+#: Bytes of two large messages whose memory is kept for the next ones (core.large_frame).
+_SPARE: Final = 144 * _MIB
 #: Bytes per connection, per pending connection, and for the caches of a connection that
 #: publishes.
 _CONNECTION: Final = 16 * _KIB
@@ -119,7 +121,8 @@ def memory_bound(config: Config) -> Bound:
             _waiting(client, limits.max_message)
             for client in {client.name: client for client in connections}.values()
         ),
-        partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections),
+        partial_messages=_sum(max(limits.max_message + _KIB, _READ_BUFFER) for _ in connections)
+        + min(2 * (limits.max_message + _KIB), _SPARE),
         subscriptions=sum(client.subscriptions * _SUBSCRIPTION for client in connections),
         requests=sum(client.requests * _REQUEST for client in connections),
         tls=_TLS

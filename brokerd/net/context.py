@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from brokerd.net.connection.busy_poll import BusyPoll
     from brokerd.net.connection.connections import Connections
     from brokerd.net.connection.disconnects import Disconnects
+    from brokerd.net.connection.frame_memory import FrameMemory
     from brokerd.net.connection.liveness import Liveness
     from brokerd.net.connection.reset_recheck import ResetRecheck
     from brokerd.net.connection.turns import Turns
@@ -60,6 +61,7 @@ class Context:
     liveness: Liveness
     reset_recheck: ResetRecheck
     busy_poll: BusyPoll
+    frame_memory: FrameMemory
     disconnects: Disconnects
     turns: Turns
     buffer: memoryview = field(default_factory=_read_buffer)

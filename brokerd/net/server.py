@@ -24,6 +24,7 @@ from brokerd.net.connection.busy_poll import BusyPoll
 from brokerd.net.connection.connection import Connection
 from brokerd.net.connection.connections import Connections
 from brokerd.net.connection.disconnects import Disconnects
+from brokerd.net.connection.frame_memory import FrameMemory
 from brokerd.net.connection.liveness import Liveness
 from brokerd.net.connection.reset_recheck import ResetRecheck
 from brokerd.net.connection.tls import TlsConnection
@@ -117,6 +118,7 @@ class Server:
             liveness=liveness,
             reset_recheck=reset_recheck,
             busy_poll=BusyPoll(loop),
+            frame_memory=FrameMemory(loop),
             disconnects=Disconnects(loop, reset_recheck),
             turns=Turns(loop),
         )
@@ -500,6 +502,7 @@ class Server:
             linger.close()
         context.log_limiter.close()
         context.reset_recheck.close()
+        context.frame_memory.close()
         context.disconnects.close()
         context.liveness.close()
         context.settlement.close()

@@ -4,16 +4,17 @@ copy.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.fake_network import FakeNet, Peer, client, error_of
 
 from brokerd.config.values import WhenFull
 from brokerd.core import large_frame as large_frame_module
-from brokerd.core.large_frame import SLACK, LargeFrame, MappedFrame, joined
+from brokerd.core.large_frame import SLACK, LargeFrame, MappedFrame, SpareFrames, joined
 from brokerd.core.routing_result import RoutingResult
 from brokerd.core.slow_path import handle_slow_path
 from brokerd_client.wire.envelope import Envelope, Flag, Kind, encode
@@ -39,16 +40,35 @@ def begun(received: int, size: int) -> LargeFrame:
     return LargeFrame((BIG * 16)[:received], size)
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
-def test_large_frame_of_megabytes_is_moved_into_mapped_memory() -> None:
-    """The bytes stay, the rest is received in place, and the head is written in front."""
-    large_frame = begun(2 << 20, 5 << 20).moved()
+#: Mapped frames exist only where the system has huge pages.
+with_huge_pages = pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages"
+)
+
+
+def mapped(spare: SpareFrames, size: int, byte: bytes = b"y") -> MappedFrame:
+    """Return a whole frame in mapped memory, whose end is all one byte."""
+    large_frame = begun(2 << 20, size).moved(spare)
     assert isinstance(large_frame, MappedFrame)
-    assert large_frame.moved() is large_frame
     while not large_frame.is_whole:
         with large_frame.space(256 * 1024) as space:
-            space[:] = b"y" * len(space)
+            space[:] = byte * len(space)
             large_frame.filled += len(space)
+    return large_frame
+
+
+def place(large_frame: MappedFrame) -> int:
+    """Return the address of a frame's memory."""
+    with memoryview(large_frame) as view:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+@with_huge_pages
+def test_large_frame_of_megabytes_is_moved_into_mapped_memory() -> None:
+    """The bytes stay, the rest is received in place, and the head is written in front."""
+    spare = SpareFrames()
+    large_frame = mapped(spare, 5 << 20)
+    assert large_frame.moved(spare) is large_frame
     whole = joined(b"head", memoryview(large_frame)[SLACK + 10 :])
     assert isinstance(whole, memoryview)
     assert whole.obj is large_frame
@@ -59,7 +79,7 @@ def test_large_frame_is_moved_only_when_much_has_come_and_is_missing() -> None:
     """A client that announces much and sends little takes little memory."""
     for received, size in ((1 << 20, 64 << 20), (3 << 20, 4 << 20)):
         large_frame = begun(received, size)
-        assert large_frame.moved() is large_frame
+        assert large_frame.moved(SpareFrames()) is large_frame
 
 
 def test_large_frame_stays_where_system_maps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +92,70 @@ def test_large_frame_stays_where_system_maps_no_memory(monkeypatch: pytest.Monke
     for huge_pages in (14, 0):
         monkeypatch.setattr(large_frame_module, "_HUGE_PAGES", huge_pages)
         large_frame = begun(2 << 20, 5 << 20)
-        assert large_frame.moved() is large_frame
+        assert large_frame.moved(SpareFrames()) is large_frame
+
+
+@with_huge_pages
+def test_large_frame_gets_memory_of_one_that_nothing_refers_to() -> None:
+    """A shorter frame in the memory of a longer one has its own bytes, and no others."""
+    spare = SpareFrames()
+    first = mapped(spare, 9 << 20, b"o")
+    before = place(first)
+    del first
+    again = mapped(spare, (9 << 20) - 1000)
+    assert place(again) == before
+    assert again.end == SLACK + (9 << 20) - 1000
+    whole = joined(b"head", memoryview(again)[SLACK + 10 : again.end])
+    assert whole == b"head" + ((BIG * 8)[10:] + b"y" * ((7 << 20) - 1000))
+
+
+@with_huge_pages
+def test_large_frame_in_an_outbox_keeps_its_memory() -> None:
+    """Its bytes do not change while a view of them waits, whatever arrives meanwhile."""
+    spare = SpareFrames()
+    waiting = memoryview(mapped(spare, 9 << 20, b"o"))[SLACK:]
+    others = [mapped(spare, 9 << 20) for _ in range(3)]
+    assert waiting == (BIG * 8) + b"o" * (7 << 20)
+    assert len({place(other) for other in others} | {place(cast("Any", waiting.obj))}) == 4
+
+
+@with_huge_pages
+@pytest.mark.parametrize("size", [9 << 20, 12 << 20])
+def test_large_frame_of_another_length_gets_memory_of_its_own(size: int) -> None:
+    """A frame does not hold much more memory than its length. The longer memory goes."""
+    spare = SpareFrames()
+    mapped(spare, 10 << 20 if size > 10 << 20 else 11 << 20)
+    frame = mapped(spare, size)
+    assert len(frame) == SLACK + size
+    assert kept(spare) == [SLACK + size]
+
+
+@with_huge_pages
+def test_large_frame_memory_is_kept_of_two_frames_and_a_moment_only() -> None:
+    """Memory is kept while large frames follow each other, and of few of them."""
+    spare = SpareFrames()
+    frames = [mapped(spare, 9 << 20) for _ in range(4)]
+    assert len(kept(spare)) == 2
+    del frames
+    spare.drop_unused()
+    assert spare
+    spare.drop_unused()
+    assert not spare
+
+
+@with_huge_pages
+def test_large_frame_memory_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame beyond the limit is freed with its last reference."""
+    monkeypatch.setattr(large_frame_module, "_KEPT_BYTES", 16 << 20)
+    spare = SpareFrames()
+    frames = [mapped(spare, 9 << 20) for _ in range(2)]
+    assert len(frames) == 2
+    assert kept(spare) == [SLACK + (9 << 20)]
+
+
+def kept(spare: SpareFrames) -> list[int]:
+    """Return the lengths of the frames whose memory is kept."""
+    return [len(frame) for frame in spare._kept]
 
 
 def hand_over(source: Peer, envelope: Envelope) -> tuple[LargeFrame, RoutingResult]:

@@ -51,6 +51,8 @@ __all__ = ["BYTES_PER_TURN", "GRACE", "Connection", "has_hung_up", "tune", "was_
 #: Longest frame, in bytes, that goes through the shared read buffer. A longer frame
 #: gets a buffer of its own, in which it is passed on.
 _LARGE: Final = READ_BUFFER // 2
+#: Most bytes of such a frame that are read at once: less than a millisecond's work.
+_LARGE_READ: Final = 1024 * 1024
 #: Bytes: more than a frame's length, header, name and topic can have.
 _ENVELOPE: Final = 1024
 #: Bytes of the first read after the sender's turn was cut short, at least.
@@ -261,7 +263,7 @@ class Connection:
         kept = 0
         try:
             if large_frame is not None:
-                with large_frame.space(READ_BUFFER) as space:
+                with large_frame.space(_LARGE_READ) as space:
                     size = self.stream.recv_into(space)
             elif self.pending_input:
                 kept = len(self.pending_input)
@@ -288,7 +290,7 @@ class Connection:
             if large_frame.is_whole:
                 self._route_large_frame(large_frame)
             else:
-                self.large_frame = large_frame.moved()
+                self.large_frame = self.context.frame_memory.moved(large_frame)
         return size
 
     def resume(self) -> None:
@@ -319,7 +321,8 @@ class Connection:
         copy it.
         """
         self.large_frame = None
-        self._route(memoryview(large_frame), large_frame.end, SLACK, handle_slow_path)
+        view = memoryview(large_frame)[: large_frame.end]
+        self._route(view, large_frame.end, SLACK, handle_slow_path)
 
     def _route(self, view: memoryview, end: int, start: int = 0, feed: _Feed | None = None) -> None:
         """Route the frames in ``view`` with ``feed``, by default the routing loop."""
