@@ -234,9 +234,12 @@ def _start_nats(setup: Setup) -> Running:
         "authorization": {"users": users},
     }
     if setup.max_message:
-        # It holds twice the longest message for a receiver, at least as much as usual.
         options["max_payload"] = setup.max_message
-        options["max_pending"] = max(2 * setup.max_message, 64 * 1024 * 1024)
+        # With its default it closes a receiver for which more than 64 MiB wait. Up to
+        # three messages can be under way, of which two are whole and each has a head.
+        options["max_pending"] = max(4 * setup.max_message, 64 * 1024 * 1024)
+        # A receiver gets more time to read them than its default of 10 s.
+        options["write_deadline"] = "30s"
     config = _private(setup.directory / "nats.conf", json.dumps(options, indent=1))
     command = [str(program("nats-server")), "--config", str(config)]
     return Running(Process(command, setup.directory / "log"), dialects.Nats(), port)
