@@ -103,6 +103,12 @@ LAYOUT = {
 }
 
 cdef enum:
+    # Bytes from which on a read has runs, and messages of the longest: ``_routing_py._Runs``.
+    PLENTY = 65536
+    LONGEST_RUN = 16
+# For the test that compares these numbers with those of the twin.
+RUNS = PLENTY, LONGEST_RUN
+cdef enum:
     # An event to groups or to an outbox of frames is passed on if it concerns at most so
     # many subscriptions; events to more of them take turns.
     FEW = 64
@@ -226,11 +232,12 @@ cdef int64_t _pass_on(
     Py_ssize_t sender_header_size,
     int64_t* messages,
     int64_t* size_in,
+    int64_t most,
 ) except -1:
     """Pass on the plain messages at ``position`` that have the recipient of the one before.
 
-    Return the position of the first frame that is another, or that has no room. It costs
-    half of what the general way does.
+    Return the position of the first frame that is another, or that has no room, or that
+    comes behind ``most`` of them. It costs half of what the general way does.
 
     last: the message before, whose recipient has the outbox ``target``, a stream.
     """
@@ -241,6 +248,8 @@ cdef int64_t _pass_on(
     cdef int64_t room = target.room
     cdef int64_t first = position
     cdef int64_t count = 0
+    # Bytes that the messages will probably take.
+    cdef int64_t ahead = end - position
     cdef int64_t allocated = inside.ob_alloc - (inside.ob_start - inside.ob_bytes) - 1
     cdef char* base = PyByteArray_AS_STRING(content)
     cdef char* out
@@ -249,7 +258,9 @@ cdef int64_t _pass_on(
     cdef int64_t head_in = HEAD_SIZE + name_size
     cdef int64_t size, payload, needed
     cdef const uint8_t* at
-    while end - position >= HEAD_SIZE:
+    if most < ahead // HEAD_SIZE:
+        ahead = min(ahead, most * (LENGTH_SIZE + _signed_length(last)))
+    while count < most and end - position >= HEAD_SIZE:
         at = data + position
         size = _signed_length(at)
         payload = size + LENGTH_SIZE - head_in
@@ -268,7 +279,7 @@ cdef int64_t _pass_on(
         if needed > allocated:
             Py_SET_SIZE(content, written)
             PyByteArray_Resize(
-                content, max(needed, min(max(2 * needed, written + end - position), room))
+                content, max(needed, min(max(2 * needed, begin + ahead), room))
             )
             allocated = inside.ob_alloc - (inside.ob_start - inside.ob_bytes) - 1
             base = PyByteArray_AS_STRING(content)
@@ -714,6 +725,13 @@ cdef object _feed(
     cdef bint is_pinned
     cdef bint waits
     cdef Py_ssize_t ring_size
+    # See ``_routing_py._Runs``.
+    cdef RouteEntry run_entry = None
+    cdef int64_t run = 1
+    cdef int64_t run_end = -1
+    cdef int64_t round_left = 0
+    cdef int64_t begin, more_of_run, passed_on
+    cdef bint runs_over = False
     cdef Flight flight
     cdef Session member
     cdef double ttl
@@ -1024,15 +1042,30 @@ cdef object _feed(
                         _touch(own, touched)
                     messages += 1
                     size_in += size
+                    begin = position
                     position += LENGTH_SIZE + size
                     if (
                         kind == MESSAGE
-                        and ring_size == 0
+                        and (ring_size == 0 or flags == 0)
                         and frame is None
                         and not last_entry.is_pinned
                         and not target.is_remote
                         and source.client.meter is None
                     ):
+                        more_of_run = INT64_MAX
+                        if ring_size:
+                            if round_left == 0 or begin != run_end or last_entry is not run_entry:
+                                run = 1
+                                if end - begin >= PLENTY and not runs_over:
+                                    run = (end - begin) // (ring_size * (LENGTH_SIZE + size))
+                                    run = max(1, min(run, LONGEST_RUN))
+                                run_entry, round_left = last_entry, ring_size
+                            round_left -= 1
+                            run_end = position
+                            more_of_run = run - 1
+                            if more_of_run == 0:
+                                continue
+                        passed_on = messages
                         position = _pass_on(
                             target,
                             data,
@@ -1044,7 +1077,12 @@ cdef object _feed(
                             sender_header_size,
                             &messages,
                             &size_in,
+                            more_of_run,
                         )
+                        if ring_size:
+                            run_end = position
+                            if messages - passed_on < more_of_run:
+                                runs_over, run = True, 1
                     continue
         fanout.close()
         last_name = last_topic = NULL

@@ -504,3 +504,74 @@ def test_routing_never_exceeds_queue_quota(feed: Feed) -> None:
     ann.send_bytes(one * 10)
     assert bob.session.outbox.waiting == 99
     assert len(ann.take()) == 7
+
+
+def pool_of(feed: Feed, size: int) -> tuple[Peer, list[Peer]]:
+    """Return a client that has sent one message to a pool, and the pool's members."""
+    net = FakeNet(client("ann"), client("bob"), client("pool", connections=size), feed=feed)
+    ann = net.connect("ann")
+    members = [net.connect("pool") for _ in range(size)]
+    ann.message("pool")
+    assert sum(len(member.take()) for member in members) == 1
+    return ann, members
+
+
+def ids(peer: Peer) -> list[int]:
+    return [each.id for each in peer.take()]
+
+
+@pytest.mark.parametrize("count", [3, 30, 1900])
+def test_routing_pool_members_take_turns_in_short_read(feed: Feed, count: int) -> None:
+    """Each member gets one message before any gets two, in a read of less than 64 KiB."""
+    ann, members = pool_of(feed, 3)
+    ann.send_bytes(b"".join(frame(body(Kind.MESSAGE, n, "pool", b"x" * 14)) for n in range(count)))
+    got = [ids(member) for member in members]
+    assert sorted(got) == [list(range(first, count, 3)) for first in range(3)]
+
+
+@pytest.mark.parametrize("size", [2, 7, 200])
+def test_routing_pool_members_get_runs_in_long_read(feed: Feed, size: int) -> None:
+    """Members get equally many messages of a read, some in a row where it has many for
+    each of them.
+    """
+    ann, members = pool_of(feed, size)
+    count = 200 * 20 + 13
+    ann.send_bytes(b"".join(frame(body(Kind.MESSAGE, n, "pool", b"x" * 14)) for n in range(count)))
+    got = sorted(ids(member) for member in members)
+    assert sorted(number for each in got for number in each) == list(range(count))
+    assert all(each == sorted(each) for each in got)
+    numbers = [len(each) for each in got]
+    assert max(numbers) - min(numbers) <= _routing_py.LONGEST_RUN
+    assert got[0][:16] == list(range(16))
+    assert got[1][:16] == list(range(16, 32))
+
+
+def test_routing_pool_members_get_equally_many_of_runs_cut_short(feed: Feed) -> None:
+    """Another message behind each run and one more to the pool does not leave one of two
+    members with a run each time, and the other one with a single message.
+    """
+    ann, members = pool_of(feed, 2)
+    ann.message("bob")
+    one, other = frame(body(Kind.MESSAGE, 1, "pool", b"x")), frame(body(Kind.MESSAGE, 2, "bob"))
+    ann.send_bytes((one * (_routing_py.LONGEST_RUN + 1) + other) * 300)
+    numbers = [len(member.take()) for member in members]
+    assert sum(numbers) == 300 * (_routing_py.LONGEST_RUN + 1)
+    assert abs(numbers[0] - numbers[1]) <= _routing_py.LONGEST_RUN
+
+
+def test_routing_pool_member_without_room_ends_its_run(feed: Feed) -> None:
+    """A member whose queue is full in the middle of a run gets no more than fit, and
+    nothing is lost.
+    """
+    net = FakeNet(
+        client("ann"), client("pool", connections=2, queue=3000, in_flight=None), feed=feed
+    )
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    ann.message("pool")
+    one.take()
+    two.take()
+    count = 4000
+    ann.send_bytes(b"".join(frame(body(Kind.MESSAGE, n, "pool", b"x" * 500)) for n in range(count)))
+    got = ids(one), ids(two)
+    assert sorted(got[0] + got[1]) == list(range(count))
+    assert all(each == sorted(each) for each in got)

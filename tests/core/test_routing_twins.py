@@ -12,6 +12,7 @@ from support.fake_network import FakeNet, client, error_of
 from support.loop_twins import HEADER, MAX_MESSAGE, Recorded, agree, frame
 from support.seeds import random_seeds
 
+from brokerd.core import _routing_py
 from brokerd.core.mailboxes.journal import FailureKind
 from brokerd.core.sink import KEY_SIZE
 from brokerd_client.wire.envelope import MAX_KEY_SIZE, MAX_STORED_TTL, Envelope, encode, parse
@@ -253,6 +254,48 @@ def test_routing_twins_agree_on_random_steps(seed: int) -> None:
     """
     rng = random.Random(seed)
     agree(odd_step(rng) for _ in range(60))
+
+
+@pytest.mark.parametrize("seed", random_seeds(int(os.environ.get("BROKERD_SEEDS", "30"))))
+def test_routing_twins_agree_on_runs_to_pools(seed: int) -> None:
+    """Each member of two pools gets the same bytes of long reads from both loops."""
+    rng = random.Random(seed)
+    reads = []
+    for _ in range(4):
+        data, most = bytearray(), rng.choice([1, 5, 100, 3000])
+        sizes = rng.choice([[10], [0, 10, 100], [10, 3000], [500]])
+        while len(data) < 200_000:
+            name = rng.choice([b"p2", b"p2", b"p9", b"b"])
+            flags = rng.choice([0] * 20 + [1, 2])
+            extension = EXTENSION_LENGTH.pack(2) + b"{}" if flags == 2 else b""
+            for _ in range(rng.randrange(1, most + 1) if not flags else 1):
+                head = HEADER.pack(1, flags, 0, len(name), len(data))
+                data += frame(head + name + extension + rng.choice(sizes) * b"x")
+        reads.append(bytes(data))
+    outputs = []
+    for feed in (_routing_c.feed, _routing_py.feed):
+        net = FakeNet(
+            client("a"),
+            client("b"),
+            client("p2", connections=2),
+            client("p9", connections=9),
+            feed=feed,
+        )
+        peers = [net.connect(name) for name in ["a", "b", *["p2"] * 2, *["p9"] * 9]]
+        for name in ("b", "p2", "p9"):
+            peers[0].message(name)
+        for number, data in enumerate(reads):
+            peers[0].send_bytes(data)
+            if number == 1:
+                # Its outbox leaves the ring in the middle of a round.
+                peers[5].block()
+        outputs.append([bytes(peer.stream) for peer in peers])
+    assert outputs[0] == outputs[1]
+
+
+def test_routing_twins_have_the_same_runs() -> None:
+    """Both loops begin runs in reads of the same length, and end them alike."""
+    assert _routing_c.RUNS == (_routing_py.PLENTY, _routing_py.LONGEST_RUN)
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 5), (3, 2), (0, 11), (11, 11)])
