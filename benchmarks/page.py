@@ -256,6 +256,9 @@ def _growth_table(run: Run, workload: Workload, entrants: Sequence[Entrant]) -> 
     systems = list(dict.fromkeys(entrant.system for entrant in entrants))
     columns = [("", workload.unit), *workload.also]
     titles = [f"{SYSTEMS[system].title}, {title}" for _, title in columns for system in systems]
+    first = entrants[0].variant
+    if workload.shows_growth:
+        titles += [f"{SYSTEMS[system].title}, to that of {first}" for system in systems]
     ratio = len(systems) > 1
     what = entrants[0].variant.partition(" ")[2]
     yield f"| {' | '.join([what, *titles, *(['ratio'] if ratio else [])])} |"
@@ -267,6 +270,12 @@ def _growth_table(run: Run, workload: Workload, entrants: Sequence[Entrant]) -> 
         }
         cells = ["" if value is None else number(value) for each in of.values() for value in each]
         ours, *peers = of[""]
+        if workload.shows_growth:
+            least = [run.median(workload.key, f"{system}/{first}", "") for system in systems]
+            cells += [
+                f"{number(value / start)} x" if value and start else ""
+                for value, start in zip(of[""], least, strict=True)
+            ]
         if ratio:
             cells.append(f"{number(ours / peers[0])} x" if ours and peers[0] else "")
         yield f"| {' | '.join([variant.partition(' ')[0], *cells])} |"

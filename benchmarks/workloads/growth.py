@@ -268,6 +268,8 @@ class Subscribing(Growth):
 class PoolSize(Growth, Pool):
     """Messages to a pool, by the number of its members."""
 
+    shows_growth = True
+
     def members(self, entrant: Entrant, timing: Timing) -> int:
         return self.size(entrant, timing)
 

@@ -236,6 +236,7 @@ class Workload:
         higher: Whether more is better.
         entrants: The systems that take part.
         own_stages: Whether every measurement needs a stage of its own.
+        shows_growth: Whether the page compares each size with the first one.
     """
 
     key = ""
@@ -243,6 +244,7 @@ class Workload:
     unit = "messages/s"
     higher = True
     own_stages = False
+    shows_growth = False
     #: Rounds after which there is nothing new to learn.
     most_rounds = 100
     entrants: Sequence[Entrant] = ()
