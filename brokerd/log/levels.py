@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
-from structlog.typing import FilteringBoundLogger
+from structlog import DropEvent
+from structlog.typing import EventDict, FilteringBoundLogger
 
 from brokerd.config import units
 from brokerd.config.model import Log as Settings
@@ -130,8 +131,24 @@ def make_area_bound_logger(admit: Callable[[str, str], bool]) -> type[FilteringB
 
 
 def _method(name: str, admit: Callable[[str, str], bool]) -> Callable[..., Any]:
-    def method(self: Any, event: str, **fields: Any) -> Any:
-        return self._proxy_to_logger(name, event, **fields) if admit(name, event) else None
+    def method(self: Any, event: str, **fields: Any) -> None:
+        if not admit(name, event):
+            return
+        # The same as structlog's _proxy_to_logger, without four calls and two more dicts.
+        # The header fields come first: see add_header.
+        event_dict: EventDict = {
+            "timestamp": "",
+            "level": name,
+            "event": event,
+            **self._context,
+            **fields,
+        }
+        try:
+            for processor in self._processors:
+                event_dict = processor(self._logger, name, event_dict)
+        except DropEvent:
+            return
+        self._logger.sink.put(event_dict)
 
     method.__name__ = name
     return method

@@ -61,9 +61,14 @@ def add_header(logger: WrappedLogger, method_name: str, event_dict: EventDict) -
     """Return the event with its header fields in front of the fields of the call."""
     # structlog's TimeStamper and add_log_level would take several times as long, and would
     # put their fields behind.
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    timestamp = f"{_date_and_time(seconds)}.{microseconds:06}Z"
+    if "timestamp" in event_dict:
+        # It is in its place, and so are the other header fields.
+        event_dict["timestamp"] = timestamp
+        return event_dict
     return {
-        "timestamp": f"{_date_and_time(seconds)}.{nanoseconds // 1000:06}Z",
+        "timestamp": timestamp,
         "level": method_name,
         "event": event_dict.pop("event"),
         **event_dict,

@@ -86,8 +86,9 @@ class LogRateLimiter:
             flow.timer = self._loop.call_later(limit.period_s, self._end_period, event)
         flow.level = level
         if limit.has_line(about):
-            many = {} if count == 1 else {"count": count}
-            getattr(log or self.log, level)(event, **fields, **many)
+            if count != 1:
+                fields["count"] = count
+            getattr(log or self.log, level)(event, **fields)
         else:
             limit.count(about, count)
 

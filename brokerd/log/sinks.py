@@ -50,6 +50,8 @@ _BATCH: Final = 256
 #: Bytes that a write to a pipe takes whole, so that lines of several processes do not
 #: mix (pipe(7), PIPE_BUF).
 _WHOLE: Final = 4096
+#: Most bytes of one write to a file, which takes every write whole.
+_WHOLE_IN_FILE: Final = 64 * 1024
 
 
 class Target(Protocol):
@@ -76,12 +78,11 @@ class Descriptor:
     owned: the descriptor is closed with this object.
     """
 
-    together = _WHOLE
-
     def __init__(self, descriptor: int, *, owned: bool = False) -> None:
         self._descriptor = descriptor
         self._owned = owned
         self._unwritten = _missing_line_end(descriptor)
+        self.together = _written_whole(descriptor)
 
     def write(self, line: bytes) -> None:
         """Write lines; the rest of a partly written line is written before the next one."""
@@ -109,12 +110,22 @@ class Descriptor:
         """Switch to another descriptor, such as that of a newly opened file."""
         old, self._descriptor = self._descriptor, descriptor
         self._unwritten = _missing_line_end(descriptor)
+        self.together = _written_whole(descriptor)
         os.close(old)
 
     def close(self) -> None:
         """Close the descriptor, if this object owns it."""
         if self._owned:
             os.close(self._descriptor)
+
+
+def _written_whole(descriptor: int) -> int:
+    """Return how many bytes a write takes whole, so that no other line gets in between."""
+    try:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        is_file = False
+    return _WHOLE_IN_FILE if is_file else _WHOLE
 
 
 def _missing_line_end(descriptor: int) -> bytes:
@@ -218,7 +229,9 @@ class Sink:
         self._queue: deque[_Item] = deque()
         #: Of the lines in the queue.
         self._bytes = 0
-        self._change = threading.Condition()
+        # To enter a lock takes less time than to enter a condition, which is in Python.
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._busy = False
         #: Whether the thread waits for an item, and has to be woken.
@@ -232,7 +245,7 @@ class Sink:
 
     def put(self, event: Mapping[str, Any] | bytes) -> None:
         """Queue an event, which is not changed any more, or its line; never blocks."""
-        with self._change:
+        with self._lock:
             if self._closed:
                 return
             if len(self._queue) < _BATCH and not isinstance(event, bytes):
@@ -331,11 +344,13 @@ class Sink:
         them.
         """
         lines: list[bytes] = []
+        size = 0
         for item in items:
             line = b"" if isinstance(item, _Lost) or callable(item) else self._line(item)
-            if lines and (not line or sum(map(len, lines)) + len(line) > self.target.together):
+            size += len(line)
+            if lines and (not line or size > self.target.together):
                 self._write(lines)
-                lines = []
+                lines, size = [], len(line)
             if isinstance(item, _Lost):
                 self._failed += item.count
             elif callable(item):

@@ -19,7 +19,6 @@ from brokerd.core.cluster.admission import Verdict
 from brokerd.core.goaway import reason_frame
 from brokerd.core.session import Session
 from brokerd.log.rate_limit import LogRateLimiter
-from brokerd.net.bound_loggers import session_logger
 from brokerd.net.connection.busy_poll import BusyPoll
 from brokerd.net.connection.connection import Connection
 from brokerd.net.connection.connections import Connections
@@ -445,7 +444,10 @@ class Server:
             "info",
             "client.connected",
             name,
-            log=session_logger(self.log, session),
+            # Not bound to a logger, which would take as long as the line.
+            name=name,
+            address=session.address,
+            peer=session.peer,
             listener=pending.listener,
             key=pending.credential.key.key_id,
             **_tls_fields(pending.tls_peer),

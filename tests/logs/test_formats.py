@@ -82,7 +82,9 @@ def test_log_json_is_read_back_unchanged(text: str) -> None:
 
 def test_log_json_of_other_values_is_as_json_writes_them() -> None:
     """Numbers, lists and mappings are JSON too, whatever the keys."""
-    event = entry(**{"count": 3, "of": None, "seconds": 0.5, "is_late": True, 'a "key"': "ä"})
+    event = entry(
+        **{"count": 3, "of": None, "seconds": 0.5, "is_late": True, 'a "key"': "ä", "%s": "%d"}
+    )
     event = {**event, "reasons": {"full": 2}, "names": ["a", "b"]}
     assert rendered(JSON, event) == json.dumps(event).encode() + b"\n"
 

@@ -302,6 +302,21 @@ def test_descriptor_of_file_with_line_cut_short_begins_new_line(
     assert path.read_bytes().splitlines() == [*before.splitlines(), b"next"]
 
 
+@pytest.mark.parametrize("is_file", [True, False])
+def test_descriptor_takes_many_lines_at_once_if_it_is_file(tmp_path: Path, is_file: bool) -> None:
+    """A pipe takes no more than PIPE_BUF whole; the lines of other processes would mix."""
+    reading, writing = os.pipe()
+    target = Descriptor(writing)
+    if is_file:
+        target.replace(open_for_append(str(tmp_path / "log")))
+    assert target.together == (64 * 1024 if is_file else 4096)
+    target.write(b"line\n")
+    if not is_file:
+        assert os.read(reading, 100) == b"line\n"
+        os.close(writing)
+    os.close(reading)
+
+
 def test_descriptor_non_blocking_is_waited_for() -> None:
     """Nothing is lost when a write would block, and the descriptor stays non-blocking."""
     reading, writing = os.pipe()

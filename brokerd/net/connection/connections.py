@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from brokerd.net.bound_loggers import session_logger
 from brokerd.net.connection.connection import GRACE
 from brokerd.net.connection.lingering_close import LingeringClose
 
@@ -115,7 +114,10 @@ class Connections:
             "info",
             "client.disconnected",
             session.client.name,
-            log=session_logger(self._log_limiter.log, session),
+            # Not bound to a logger, which would take as long as the line.
+            name=session.client.name,
+            address=session.address,
+            peer=session.peer,
             reason=reason,
         )
         self.note_if_empty()

@@ -53,7 +53,7 @@ class RateLimit:
         self._in_all = in_all
         self.period_s = _PERIOD_S
         self._lines = 0
-        self._lines_about: Counter[str] = Counter()
+        self._lines_about: dict[str, int] = {}
         self.counted: Counter[str] = Counter()
 
     def has_line(self, about: str = "") -> bool:
@@ -62,10 +62,11 @@ class RateLimit:
         about: the parties; they are known already in later periods.
         """
         few = self._few if self.period_s == _PERIOD_S else _FEW_LATER
-        if self._lines >= self._in_all or self._lines_about[about] >= few:
+        lines_about = self._lines_about.get(about, 0)
+        if self._lines >= self._in_all or lines_about >= few:
             return False
         self._lines += 1
-        self._lines_about[about] += 1
+        self._lines_about[about] = lines_about + 1
         return True
 
     def count(self, reason: str, times: int = 1) -> None:
@@ -93,5 +94,5 @@ class RateLimit:
     def _begin(self, period_s: float) -> None:
         self.period_s = period_s
         self._lines = 0
-        self._lines_about = Counter()
+        self._lines_about = {}
         self.counted = Counter()
