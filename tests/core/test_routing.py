@@ -7,7 +7,7 @@ import struct
 import pytest
 from support.fake_network import FakeNet, Feed, Peer, client
 
-from brokerd.config.values import WhenFull
+from brokerd.config.values import RateConfig, WhenFull
 from brokerd.core import _routing_py, routing
 from brokerd.core.broker import CoreLimits
 from brokerd.core.routing_result import RoutingResult
@@ -557,6 +557,19 @@ def test_routing_pool_members_get_equally_many_of_runs_cut_short(feed: Feed) -> 
     numbers = [len(member.take()) for member in members]
     assert sum(numbers) == 300 * (_routing_py.LONGEST_RUN + 1)
     assert abs(numbers[0] - numbers[1]) <= _routing_py.LONGEST_RUN
+
+
+def test_routing_pool_members_take_turns_for_sender_with_rate(feed: Feed) -> None:
+    """Each message of a sender with a rate is measured by itself; there are no runs."""
+    net = FakeNet(
+        client("ann", rate=RateConfig(100_000.0, None)), client("pool", connections=2), feed=feed
+    )
+    ann, one, two = net.connect("ann"), net.connect("pool"), net.connect("pool")
+    ann.message("pool")
+    one.take()
+    two.take()
+    ann.send_bytes(b"".join(frame(body(Kind.MESSAGE, n, "pool", b"x" * 90)) for n in range(1000)))
+    assert sorted([ids(one), ids(two)]) == [list(range(0, 1000, 2)), list(range(1, 1000, 2))]
 
 
 def test_routing_pool_member_without_room_ends_its_run(feed: Feed) -> None:
