@@ -69,6 +69,18 @@ def test_reset_recheck_idle_connections_have_no_timer(socket_dir: Path) -> None:
         alice.ping()
 
 
+def test_reset_recheck_ended_connection_is_forgotten_at_once(socket_dir: Path) -> None:
+    """Thousands may end in a second, and their memory is used again."""
+    with running_daemon(configuration(str(socket_dir / "sock"), "alice")) as broker:
+        recheck = broker.daemon._server.context.reset_recheck  # type: ignore[union-attr]
+        with broker.login("alice") as alice:
+            alice.ping()
+            alice.ping()
+            assert broker.call(lambda: len(list(recheck.read_lately()))) == 1
+        broker.log.wait("client.disconnected")
+        assert broker.call(lambda: list(recheck.read_lately())) == []
+
+
 @pytest.mark.parametrize("size", [4_000, 300_000])
 def test_reset_recheck_held_sender_keeps_its_earlier_frames(socket_dir: Path, size: int) -> None:
     """The second check does not read on from a held sender that has disconnected. All

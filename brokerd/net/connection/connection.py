@@ -570,6 +570,7 @@ class Connection:
                 with contextlib.suppress(OSError):
                     self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
+        self.context.reset_recheck.forget(self)
         self.context.connections.on_lost(self, reason)
 
     @property

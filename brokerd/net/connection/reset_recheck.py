@@ -41,6 +41,11 @@ class ResetRecheck:
         if self._timer is None and hasattr(select, "poll"):
             self._timer = self._loop.call_later(_LATER, self._look)
 
+    def forget(self, connection: Connection) -> None:
+        """Forget a connection that has ended, whose memory would be kept for two seconds."""
+        self._connections.discard(connection)
+        self._checked.discard(connection)
+
     def read_lately(self) -> Iterator[Connection]:
         """Yield the connections that were read in the last second, and some others."""
         yield from self._connections
