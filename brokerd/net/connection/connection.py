@@ -711,11 +711,11 @@ def was_reset(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket, *, is_tcp: bool) -> None:
     """Set a connection's socket to non-blocking, and TCP_NODELAY on TCP.
 
     Raises OSError.
     """
     sock.setblocking(False)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
+    if is_tcp:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -98,7 +98,8 @@ class Acceptor:
             self._pause(listening, error)
             return False
         try:
-            tune(sock)
+            # Only the peer of a TCP socket has a pair of address and port.
+            tune(sock, is_tcp=isinstance(peer, tuple))
         except OSError:
             # The peer has disconnected already.
             sock.close()
