@@ -247,6 +247,11 @@ class WaitQueue(Generic[T]):
                 del client
                 if poll is None:
                     return NOTHING
+                # An item may have come before ``turn.interrupt`` was set: no input would
+                # end the wait for it.
+                if self.inbox.items or not turn.lock.locked():
+                    leader.leave(turn)
+                    return NOTHING
                 poll.poll(LONGEST_WAIT_MS)
                 client = leader.client()
                 if client is not None and client._take_lone(self, turn):

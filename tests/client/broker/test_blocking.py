@@ -39,6 +39,7 @@ from brokerd_client.blocking import base
 from brokerd_client.blocking.base import MOST_THREADS
 from brokerd_client.blocking.poller import SelectorPoller
 from brokerd_client.blocking.transport import Transport
+from brokerd_client.blocking.waiters import Turn
 from brokerd_client.errors import (
     AddressError,
     AuthenticationError,
@@ -1233,6 +1234,37 @@ def test_client_requests_on_kept_input_take_the_short_way(
         monkeypatch.setattr(bob, "_read_ahead", general)
         for number in range(20):
             assert keeping.request("bob", number).payload == number
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_client_recv_message_read_while_it_takes_kept_input_wakes_it(
+    server: FakeServer, keeping: Client, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """The message is returned, or waited for anew if another thread has taken it."""
+    begin_take, box = keeping._begin_take, keeping._inbox
+
+    def begin_late(turn: Turn) -> Any:
+        """Begin after other threads have read a message, and have kept the input again."""
+        monkeypatch.setattr(keeping, "_begin_take", begin_take)
+        bob.send("alice", "early")
+        with keeping._lock:
+            keeping._transport.return_input()
+        until(lambda: len(box.inbox.items) == 1)
+        if taken:
+            assert keeping.recv(PATIENCE).payload == "early"
+        until(lambda: keeping.ping() > 0 and keeping._transport.kept)
+        return begin_take(turn)
+
+    got: list[object] = []
+    receiver = threading.Thread(target=lambda: got.append(keeping.recv().payload))
+    with join("bob", server) as bob:
+        monkeypatch.setattr(keeping, "_begin_take", begin_late)
+        receiver.start()
+        if taken:
+            until(lambda: keeping._begin_take == begin_take and bool(box.waiters))
+            bob.send("alice", "next")
+        receiver.join(PATIENCE)
+    assert got == ["next" if taken else "early"]
 
 
 def test_client_request_on_kept_input_times_out(server: FakeServer, keeping: Client) -> None:
