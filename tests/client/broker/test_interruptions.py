@@ -555,19 +555,24 @@ def test_client_recv_on_kept_input_interrupted_at_every_instruction_loses_nothin
     got: list[Message] = []
     functions = ("_read", "_begin_take", "_take_lone", "_read_lone", "hand_over", "leave")
     with pair(broker) as (alice, _):
+        until(lambda: alice.ping() > 0 and alice._transport.kept)
         alice.send("alice", b"first")
-        # See positions().
+        # See positions(). This call runs the same functions as those that follow.
         interrupted(alice.recv, sys.maxsize, interrupt, functions)
-        position, ran = 0, True
-        while ran:
+        position, missed = 0, 0
+        # A wake-up that was meant for an earlier call makes a call shorter, and Python
+        # 3.13 does not trace each function in each call: a single miss is not the end.
+        while missed < 10:
             until(lambda: alice.ping() > 0 and alice._transport.kept)
             alice.send("alice", body(position, 8))
+            ran = True
             try:
                 ran = interrupted(lambda: got.append(alice.recv()), position, interrupt, functions)
             except Interruption:
                 got.append(alice.recv(PATIENCE))
             assert got.pop().body == body(position, 8)
-            position += 1
+            position += ran
+            missed = 0 if ran else missed + 1
         assert position > 100
         assert not alice._inbox.inbox.items
 
