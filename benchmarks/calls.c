@@ -17,6 +17,9 @@
  *   calls flood SECONDS FILE FD...
  *       The first connection writes FILE's bytes again and again and never pauses; what arrives anywhere is
  *       thrown away. This is a nuisance for others, and nothing of it is measured.
+ *   calls fill SECONDS WINDOW FILE RECEIPT FD...
+ *       Each connection writes FILE's message again and again, and gets the file RECEIPT for each. Together they
+ *       keep WINDOW messages under way, until the time is over.
  *
  * The answer is one JSON object on standard output. Everything it waits for has a bound. With LOAD_SERVER=PID in
  * the environment, the processor time of that process is in the answer, for the time that was measured.
@@ -284,9 +287,9 @@ static void print_times(void)
     qsort(u, count, sizeof *u, by_size);
     if (!trouble && !time_count)
         trouble = "nothing arrived";
-    printf("{\"count\": %zu, \"p50\": %.4f, \"p99\": %.4f, \"longest\": %.4f, \"p50_cpu\": %.4f, \"longest_cpu\": %.4f, "
+    printf("{\"count\": %zu, \"p50\": %.4f, \"p90\": %.4f, \"p99\": %.4f, \"longest\": %.4f, \"p50_cpu\": %.4f, \"longest_cpu\": %.4f, "
            "\"trouble\": \"%s\"}\n",
-           time_count, t[count / 2] * 1e3, t[count * 99 / 100] * 1e3, t[count - 1] * 1e3, u[count / 2] * 1e3,
+           time_count, t[count / 2] * 1e3, t[count * 9 / 10] * 1e3, t[count * 99 / 100] * 1e3, t[count - 1] * 1e3, u[count / 2] * 1e3,
            u[count - 1] * 1e3, trouble ? trouble : "");
 }
 
@@ -443,6 +446,117 @@ static void flood(int argc, char **argv)
     printf("{\"sent\": %llu, \"trouble\": \"%s\"}\n", (unsigned long long)sent, trouble ? trouble : "");
 }
 
+/* fill ------------------------------------------------------------------------------------------------------- */
+
+#define REPEATED (1 << 18) /* bytes of a file that is repeated, about */
+
+/* A file again and again; the next byte is at. */
+struct repeated {
+    char *data;
+    size_t one, size, at;
+};
+
+struct filler {
+    int fd;
+    struct repeated out, in;
+    uint64_t under_way, unsent; /* messages; bytes of them that are not written yet */
+};
+
+/* The repetitions are longer by one read than a position can be. */
+static struct repeated read_repeated(const char *path)
+{
+    struct repeated r = {0};
+    char *one = contents(path, &r.one);
+    if (!r.one || r.one > REPEATED / 2)
+        fail("a file of an unexpected size");
+    r.size = (REPEATED + BUFFER) / r.one * r.one;
+    r.data = malloc(r.size);
+    if (!r.data)
+        fail("malloc");
+    for (size_t at = 0; at < r.size; at += r.one)
+        memcpy(r.data + at, one, r.one);
+    free(one);
+    return r;
+}
+
+static void fill_on(struct filler *f)
+{
+    while (f->unsent) {
+        uint64_t left = f->out.size - f->out.at;
+        ssize_t w = send(f->fd, f->out.data + f->out.at, f->unsent < left ? f->unsent : left, MSG_NOSIGNAL);
+        if (w < 0 && errno != EAGAIN && errno != EINTR)
+            trouble = "the server closed a connection";
+        if (w <= 0)
+            return;
+        f->unsent -= w;
+        f->out.at = (f->out.at + w) % f->out.one;
+    }
+}
+
+static uint64_t take_receipts(struct filler *f, char *scratch)
+{
+    ssize_t r = recv(f->fd, scratch, BUFFER, 0);
+    if (!r || (r < 0 && errno != EAGAIN && errno != EINTR))
+        trouble = "the server closed a connection";
+    if (r <= 0)
+        return 0;
+    if (memcmp(scratch, f->in.data + f->in.at, r))
+        trouble = "something else arrived than a receipt";
+    uint64_t count = (f->in.at + r) / f->in.one;
+    f->in.at = (f->in.at + r) % f->in.one;
+    if (count > f->under_way)
+        trouble = "more arrived than was sent";
+    return count;
+}
+
+static void fill_all(int argc, char **argv)
+{
+    double begin = now(), end = begin + atof(argv[0]);
+    int count = argc - 4, waiting = 1;
+    uint64_t share = strtoull(argv[1], NULL, 10) / count, confirmed = 0;
+    struct repeated out = read_repeated(argv[2]), in = read_repeated(argv[3]);
+    struct filler *all = calloc(count, sizeof *all);
+    struct pollfd *polled = calloc(count, sizeof *polled);
+    char *scratch = malloc(BUFFER);
+    if (!share || !all || !polled || !scratch)
+        fail("no share, or no memory");
+    for (int i = 0; i < count; i++) {
+        all[i] = (struct filler){.fd = atoi(argv[4 + i]), .out = out, .in = in};
+        polled[i].fd = all[i].fd;
+        set_blocking(all[i].fd, 0);
+    }
+    while (!trouble && waiting && now() < end + DRAIN_S) {
+        waiting = 0;
+        for (int i = 0; i < count; i++) {
+            struct filler *f = &all[i];
+            uint64_t more = share - f->under_way;
+            /* A few at a time would be many writes. */
+            if (more * 4 >= share && now() < end) {
+                f->under_way += more;
+                f->unsent += more * out.one;
+                fill_on(f);
+            }
+            waiting |= f->under_way > 0;
+            polled[i].events = POLLIN | (f->unsent ? POLLOUT : 0);
+        }
+        if (!waiting || poll(polled, count, 20) <= 0)
+            continue;
+        for (int i = 0; i < count && !trouble; i++) {
+            if (polled[i].revents & POLLOUT)
+                fill_on(&all[i]);
+            if (polled[i].revents & ~POLLOUT) {
+                uint64_t some = take_receipts(&all[i], scratch);
+                all[i].under_way -= some;
+                confirmed += some;
+            }
+        }
+    }
+    if (!trouble && waiting)
+        trouble = "not everything that was sent has a receipt";
+    printf("{\"seconds\": %.6f, \"count\": %llu, \"cpu\": %.4f, \"trouble\": \"%s\"}\n", now() - begin,
+           (unsigned long long)confirmed, cpu_time(), trouble ? trouble : "");
+}
+
 int main(int argc, char **argv)
 {
     behave();
@@ -454,6 +568,8 @@ int main(int argc, char **argv)
         politely(argc - 2, argv + 2);
     else if (argc > 4 && !strcmp(argv[1], "flood"))
         flood(argc - 2, argv + 2);
+    else if (argc > 6 && !strcmp(argv[1], "fill"))
+        fill_all(argc - 2, argv + 2);
     else {
         fprintf(stderr, "usage: see the head of calls.c\n");
         return 2;

@@ -16,13 +16,13 @@ from benchmarks.dialects import Brokerd, Nats, Redis, read_exactly, read_until
 from brokerd_client.wire.envelope import HEADER, CodecId, Flag, Kind
 from brokerd_client.wire.framing import frame
 
-__all__ = ["Consumer", "JetStream", "Mailboxes", "RedisStream", "StoredDialect"]
+__all__ = ["RECEIPT_SIZE", "Consumer", "JetStream", "Mailboxes", "RedisStream", "StoredDialect"]
 
 #: The mailbox, and the prefix of its senders' names, all of one length.
 BOX: Final = "box00"
 #: Bytes of a receipt of brokerd: length, header, and the name of the broker.
 _HEAD: Final = 16
-_RECEIPT: Final = _HEAD + len("$broker")
+RECEIPT_SIZE: Final = _HEAD + len("$broker")
 _STREAM: Final = "S"
 
 
@@ -83,10 +83,10 @@ class Mailboxes(StoredDialect):
         return frame(header + BOX.encode() + payload)
 
     def receipts(self, data: bytes) -> tuple[int, bytes]:
-        count = len(data) // _RECEIPT
-        if count and set(data[4 : count * _RECEIPT : _RECEIPT]) != {Kind.RECEIPT}:
+        count = len(data) // RECEIPT_SIZE
+        if count and set(data[4 : count * RECEIPT_SIZE : RECEIPT_SIZE]) != {Kind.RECEIPT}:
             raise RuntimeError(f"brokerd says {data[:300]!r}")
-        return count, data[count * _RECEIPT :]
+        return count, data[count * RECEIPT_SIZE :]
 
     def consumer(self, sock: socket.socket, window: int, payload: bytes) -> Consumer:
         body = json.dumps({"op": "open_mailbox", "window": window}).encode()

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.stored import BOX, StoredDialect
+from benchmarks.dialects import read_exactly
+from benchmarks.stored import BOX, RECEIPT_SIZE, StoredDialect
 from benchmarks.systems import STORED
 from benchmarks.workloads.stage import Entrant, Result, Spoilt, Stage, Timing, Workload, client
 
@@ -56,11 +57,6 @@ class _Sender:
         self.under_way += count
         self._unsent = memoryview(bytes(self._unsent) + self._message * count)
         self.write()
-
-    def send_to(self, name: str) -> None:
-        """Send further messages to a client, whose name is as long as the mailbox's."""
-        assert len(name) == len(BOX), "receipts are counted by their length"
-        self._message = self._message.replace(BOX.encode(), name.encode(), 1)
 
     def write(self) -> bool:
         """Write what waits; return whether all is written."""
@@ -240,16 +236,21 @@ class LiveBeside(_Stored):
 
     The same senders also send to a client instead. That shows what their load costs
     without the disk and the store process.
+
+    The senders and the client that measures stand for clients on other machines. They get
+    and take the processors of this one accordingly: see ``Stage.set_urgency``.
     """
 
     key = "live-beside-stored"
     title = "round trip of a live message beside a mailbox, p99"
     unit = "µs"
     higher = False
+    also = (("p50", "p50, µs"), ("p90", "p90, µs"), ("beside", "messages/s beside it"))
     entrants = tuple(
         Entrant("brokerd-mailbox", variant)
         for variant in ("idle", "saturated", "saturated with live messages")
     )
+    window = 10_000
     #: Receives the live messages.
     recipient = client(_SENDERS + 1)
 
@@ -257,18 +258,41 @@ class LiveBeside(_Stored):
         return [*super().names(entrant, timing), self.recipient]
 
     def measure(self, stage: Stage, timing: Timing) -> Result:
-        senders = self.senders(stage, _SENDERS)
+        seconds = timing.warm_s + timing.seconds
         variant = stage.entrant.variant
-        with contextlib.ExitStack() as load, stage.watched(client(_SENDERS)) as seen:
+        beside = 0.0
+        with stage.watched(client(_SENDERS), is_urgent=True) as seen:
             if variant == "idle":
-                time.sleep(timing.warm_s + timing.seconds)
+                time.sleep(seconds)
+            elif variant == "saturated":
+                beside = self._fill(stage, seconds, BOX)
             else:
-                if variant != "saturated":
-                    load.enter_context(self._received(stage))
-                    for sender in senders:
-                        sender.send_to(self.recipient)
-                self.store(senders, 10_000, timing.warm_s + timing.seconds, 1 << 60)
-        return Result(seen["p99"] * 1000, {name: seen[name] * 1000 for name in ("p50", "longest")})
+                with self._received(stage):
+                    beside = self._fill(stage, seconds, self.recipient)
+        more = {name: seen[name] * 1000 for name in ("p50", "p90", "longest")}
+        return Result(seen["p99"] * 1000, {**more, "beside": beside})
+
+    def _fill(self, stage: Stage, seconds: float, recipient: str) -> float:
+        """Send to a recipient at full speed; return the messages per second."""
+        assert len(recipient) == len(BOX), "a receipt is known by its length"
+        names = [client(number) for number in range(_SENDERS)]
+        message = STORED[stage.entrant.system].message(names[0], _PAYLOAD)
+        message = message.replace(BOX.encode(), recipient.encode(), 1)
+        receipt = self._receipt(stage.connections[names[0]], message)
+        files = (stage.file("fill", message), stage.file("filled", receipt))
+        descriptors = [stage.connections[name].fileno() for name in names]
+        filler = stage.begin(
+            ["fill", seconds, self.window, *files, *descriptors], "calls.c", is_urgent=False
+        )
+        report = stage.report(filler, seconds + _ANSWER_S)
+        return float(report["count"] / report["seconds"])
+
+    def _receipt(self, sock: socket.socket, message: bytes) -> bytes:
+        """Return the receipt of one message, as it arrives."""
+        sock.setblocking(True)
+        sock.settimeout(_ANSWER_S)
+        sock.sendall(message)
+        return read_exactly(sock, RECEIPT_SIZE)
 
     @contextlib.contextmanager
     def _received(self, stage: Stage) -> Iterator[None]:
@@ -276,6 +300,7 @@ class LiveBeside(_Stored):
         sock = stage.running.connect(self.recipient)
         sock.setblocking(True)
         with sock, subprocess.Popen(["cat"], stdin=sock, stdout=subprocess.DEVNULL) as process:
+            stage.set_urgency(process.pid, is_urgent=False)
             try:
                 yield
             finally:

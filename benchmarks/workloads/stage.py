@@ -173,8 +173,13 @@ class Stage:
         report["server_cpu_whole"] = process.cpu_s() - cpu
         return report
 
-    def begin(self, arguments: Sequence[object], program: str) -> subprocess.Popen[str]:
-        """Start the load generator with every connection of this stage."""
+    def begin(
+        self, arguments: Sequence[object], program: str, *, is_urgent: bool | None = None
+    ) -> subprocess.Popen[str]:
+        """Start the load generator with every connection of this stage.
+
+        is_urgent: see ``set_urgency``; None leaves it as it is.
+        """
         generator = subprocess.Popen(
             [str(compiled(program, self.directory.parent)), *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -185,7 +190,21 @@ class Stage:
             env={**os.environ, "LOAD_SERVER": str(self.running.process.pid)},
         )
         self._generators.append(generator)
+        if is_urgent is not None:
+            self.set_urgency(generator.pid, is_urgent=is_urgent)
         return generator
+
+    @staticmethod
+    def set_urgency(pid: int, *, is_urgent: bool) -> None:
+        """Give a process a processor at once, or only one that nothing else needs.
+
+        The first needs a privilege; without it, the process stays as it is.
+        """
+        if is_urgent:
+            with contextlib.suppress(PermissionError):
+                os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+        else:
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
     def report(self, generator: subprocess.Popen[str], timeout_s: float) -> dict[str, Any]:
         """Wait for the load generator's end, and return what it says."""
@@ -205,11 +224,13 @@ class Stage:
         return report
 
     @contextlib.contextmanager
-    def watched(self, name: str) -> Iterator[dict[str, float]]:
+    def watched(self, name: str, *, is_urgent: bool | None = None) -> Iterator[dict[str, float]]:
         """Measure the round trips of a client's messages to itself inside the block.
 
         That client has nothing to do with what happens. The figures, in milliseconds,
         are in the dictionary after the block.
+
+        is_urgent: see ``set_urgency``; None leaves it as it is.
         """
         dialect, payload = self.running.dialect, ID + b"x" * 8
         if name not in self.connections:
@@ -218,7 +239,9 @@ class Stage:
         answer = self.probe(name, message, [name], payload)
         files = (self.file("watch", message), self.file("watched", answer))
         descriptor = self.connections[name].fileno()
-        watch = self.begin(["watch", dialect.stray, descriptor, *files], "calls.c")
+        watch = self.begin(
+            ["watch", dialect.stray, descriptor, *files], "calls.c", is_urgent=is_urgent
+        )
         figures: dict[str, float] = {}
         time.sleep(0.1)
         yield figures

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import Popen
 from typing import TypeVar
 from xml.etree import ElementTree as ET
 
@@ -231,6 +232,64 @@ def count_answers(stage: Stage, answers: list[int], *, well: bool) -> int:
         thread.join()
         for sock in (answering, delivering):
             sock.close()
+
+
+@pytest.mark.parametrize(
+    ("receipts", "trouble"),
+    [
+        (b"receipt." * 3 + b"refused.", "something else arrived"),
+        (b"receipt." * 9, "more arrived than was sent"),
+    ],
+    ids=["a refusal", "one too many"],
+)
+def test_fill_with_wrong_receipts_gives_no_figure(
+    receipts: bytes, trouble: str, stage_dir: Path
+) -> None:
+    """Eight messages are under way, and each receipt is compared."""
+    with Stage(Entrant("direct"), Setup([], stage_dir)) as stage:
+        sender, server = socket.socketpair()
+        with sender, server:
+            filler = begin_filling(stage, sender, 20)
+            assert read_exactly(server, 64) == b"message." * 8
+            server.sendall(receipts)
+            with pytest.raises(Spoilt, match=trouble):
+                stage.report(filler, 30)
+
+
+def test_fill_with_all_receipts_counts_them(stage_dir: Path) -> None:
+    """The last ones are awaited when the time is over; the program leaves processors alone."""
+    with Stage(Entrant("direct"), Setup([], stage_dir)) as stage:
+        sender, server = socket.socketpair()
+        with sender, server:
+            filler = begin_filling(stage, sender, 0.1)
+            assert os.sched_getscheduler(filler.pid) == os.SCHED_IDLE
+            count = 0
+            # It sends more as soon as a quarter of the eight is confirmed.
+            while message := recv_or_end(server, filler):
+                # As many bytes of receipts, from where the last ones ended.
+                begun = count % 8
+                server.sendall((b"receipt." * 9)[begun : begun + len(message)])
+                count += len(message)
+            assert stage.report(filler, 30)["count"] == count // 8 >= 8
+
+
+def begin_filling(stage: Stage, sender: socket.socket, seconds: float) -> Popen[str]:
+    """Start the load generator with one sender, which keeps eight messages under way."""
+    stage.connections = {"sender": sender}
+    files = [stage.file(name, name.encode() + b".") for name in ("message", "receipt")]
+    arguments = ["fill", seconds, 8, *files, sender.fileno()]
+    return stage.begin(arguments, "calls.c", is_urgent=False)
+
+
+def recv_or_end(server: socket.socket, filler: Popen[str]) -> bytes:
+    """Return what the load generator sends, or nothing once it has ended."""
+    server.settimeout(0.01)
+    while True:
+        try:
+            return server.recv(64)
+        except TimeoutError:
+            if filler.poll() is not None:
+                return b""
 
 
 def test_page_begins_with_what_applications_send(tmp_path: Path) -> None:
