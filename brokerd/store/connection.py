@@ -47,9 +47,9 @@ __all__ = ["StoreConnection", "StoreSettings"]
 #: Bytes received at once, and the size asked for of the socket's buffers.
 _READ: Final = 256 << 10
 _SOCKET_BYTES: Final = 4 << 20
-#: Seconds per turn of the loop after which further answers wait: the clients of a large
-#: batch have many receipts.
-_TURN_S: Final = 0.0002
+#: Seconds per turn of the loop after which further answers wait. The answer to a large
+#: batch takes longer: then it is one at a time.
+_TURN_S: Final = 0.00003
 #: Pieces per call of sendmsg.
 _PIECES: Final = 256
 #: Longest wait, in seconds, for the end of a process that has closed its socket: it does
@@ -411,7 +411,7 @@ class StoreConnection:
         try:
             while answer := self._received.next():
                 self._pass_on(answer)
-                if time.monotonic() > end:
+                if self._received and time.monotonic() > end:
                     self._passing_on = True
                     self._loop.call_soon(self._pass_some_on)
                     break

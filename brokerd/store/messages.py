@@ -225,6 +225,10 @@ class Received:
         #: Where the bytes begin that were not returned.
         self._at = 0
 
+    def __bool__(self) -> bool:
+        """Return whether bytes were not returned."""
+        return self._at < len(self._bytes)
+
     def add(self, received: bytes | memoryview) -> None:
         """Add bytes."""
         if self._at:

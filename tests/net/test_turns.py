@@ -10,9 +10,12 @@ from typing import Any, cast
 
 import pytest
 from support.raw_client import MESSAGE, RECEIPT, WANT_RECEIPT, Raw, packed
-from support.running_daemon import configuration, running_daemon
+from support.running_daemon import RunningDaemon, configuration, running_daemon
+from support.waiting import until
 
 from brokerd.net.connection import turns as turns_module
+from brokerd.net.connection.connection import Connection
+from brokerd.net.connection.state import State
 from brokerd.net.connection.turns import Turns
 
 SENT = 2000
@@ -122,6 +125,33 @@ def test_senders_to_a_mailbox_read_in_turns_lose_nothing(
             == 2 * SENT
         )
     assert taken > 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mailboxes need POSIX locks")
+def test_sender_to_a_mailbox_waits_for_its_turn_also_after_a_pause(tmp_path: Path) -> None:
+    """A bulk of stored messages makes the next one wait for its turn; a live one does not."""
+    clients: dict[str, Any] = {"alice": None, "bob": {"mailbox": True}}
+    store = {"path": str(tmp_path), "min_free": 0}
+    with (
+        running_daemon(configuration("127.0.0.1:0", clients, store=store)) as broker,
+        broker.login("alice") as alice,
+    ):
+        for recipient, count, is_storing in (("bob", 100, True), ("alice", 1, False)):
+            frames = [
+                packed(MESSAGE, recipient, b"x", message_id=number, flags=WANT_RECEIPT)
+                for number in range(count)
+            ]
+            alice.sock.sendall(b"".join(frames))
+            received = [alice.recv() for _ in range(count if is_storing else 2)]
+            assert sum(frame.kind == RECEIPT for frame in received) == count
+            until(lambda: broker.call(lambda: _only(broker).state) is State.READING)
+            assert _only(broker).is_storing == is_storing
+
+
+def _only(broker: RunningDaemon) -> Connection:
+    """Return the only connection."""
+    (connection,) = broker.daemon.server.connections
+    return connection
 
 
 def _send(raw: Raw) -> None:

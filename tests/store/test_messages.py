@@ -53,10 +53,14 @@ def test_messages_are_returned_one_by_one() -> None:
     assert (first.word, bytes(first.body)) == ("first", b"abc")
     assert received.next() is None
 
+    assert not received
+
     received.add(b"".join([*message("second"), *message("third")]))
 
+    assert received
     words = [each.word for each in iter(received.next, None)]
     assert words == ["second", "third"]
+    assert not received
 
 
 def test_messages_absurd_size_is_refused() -> None:

@@ -89,7 +89,7 @@ class Connection:
     state: whether input is read and routed; see the table in ``state``.
     most_read: bytes per read; fewer than READ_BUFFER after the sender's turn was cut short.
         What a turn leaves is copied, to wait for the next one.
-    is_storing: many of the frames in the last turn were for mailboxes. Then reading waits
+    is_storing: many of the frames that came last were for mailboxes. Then reading waits
         for its turn too: such a sender is paced by the disk.
     writing: output waits until the system takes more. The socket is watched for that,
         in every state but CLOSED.
@@ -219,14 +219,18 @@ class Connection:
             return
         self._read_at_once()
 
-    def _read_at_once(self) -> None:
+    def _read_at_once(self) -> int:
+        """Read and route once; return the number of bytes."""
         self.context.reset_recheck.note(self)
         self.context.busy_poll.begin_read()
+        size = 0
         try:
-            self.context.settlement.settle_read(self._read())
+            size = self._read()
+            self.context.settlement.settle_read(size)
             self.context.busy_poll.end_read()
         except Exception as error:  # noqa: BLE001 - a bug here must not stop the other connections
             self._broken(error)
+        return size
 
     def postpone(self) -> None:
         """Read no input until ``read_postponed`` is called: its client has closed."""
@@ -237,15 +241,15 @@ class Connection:
         if not self.waits:
             return
         self._change(Event.READ)
-        self._read_at_once()
+        size = self._read_at_once()
         if self.state is not State.READING:
             return
-        if self.is_storing:
+        if self.is_storing and size:
             # It has its next turn without waiting for the socket.
             self._change(Event.YIELD)
             self.context.turns.add(self)
         else:
-            # There was more than one read takes.
+            # The event loop reports further input, also what one read does not take.
             self.context.loop.add_reader(self.fd, self.on_readable)
 
     def may_read(self) -> bool:
@@ -274,7 +278,6 @@ class Connection:
             else:
                 size = self.stream.recv_into(view)
         except (BlockingIOError, InterruptedError):
-            self.is_storing = False
             return 0
         except OSError as error:
             self._end(error.strerror or type(error).__name__)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Turns"]
 
-#: Seconds after which further senders wait for the next turn of the event loop.
-_SLICE_S: Final = 0.0001
+#: Seconds after which further senders wait for the next turn of the event loop. Most turns
+#: take longer: then it is one at a time.
+_SLICE_S: Final = 0.00002
 
 
 class Turns:
