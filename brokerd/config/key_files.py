@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import secrets
 import shlex
 import stat
 from collections.abc import Mapping
@@ -57,6 +56,8 @@ _KIND: Final = FileKind(
 
 def new_key() -> str:
     """Return a new random key, as text for a file."""
+    import secrets
+
     return secrets.token_urlsafe(_KEY_SIZE)
 
 

@@ -7,7 +7,6 @@ place. Only unknown field names are repeated, with a hint at the name that was m
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from typing import Any, Final, get_args
@@ -49,6 +48,8 @@ def unknown_key(key: str, keys: Iterable[str]) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """Return ``did you mean 'that'?`` with the most similar word, or "" without one."""
+    import difflib
+
     # A comparison costs the product of the lengths; a longer word is not a typing
     # error.
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6) if len(word) <= 64 else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ class ClusterHost:
         self._broker = broker
         self._log = log
         self._settle = settle
-        self.boot_id = secrets.token_hex(8)
+        self.boot_id = os.urandom(8).hex()
         self.membership: Membership | None = None
 
     @property
