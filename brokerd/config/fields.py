@@ -10,8 +10,9 @@ import re
 from datetime import UTC, date, datetime, time
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field, InstanceOf
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import WithJsonSchema
+from pydantic_core.core_schema import CoreSchema, any_schema
 
 from brokerd.config import cert_subjects as subjects
 from brokerd.config import units
@@ -298,6 +299,14 @@ def _text(value: object) -> str:
     return value
 
 
+class _AsChecked:
+    """Accepts what a check before it has returned; pydantic would model the class, too."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> CoreSchema:
+        """Return the schema of anything."""
+        return any_schema()
+
+
 Duration: TypeAlias = Annotated[
     float,
     BeforeValidator(units.duration),
@@ -388,7 +397,8 @@ ByteRate: TypeAlias = Annotated[
     ),
 ]
 Where: TypeAlias = Annotated[
-    InstanceOf[Address],
+    Address,
+    _AsChecked(),
     BeforeValidator(_address),
     WithJsonSchema(
         {
