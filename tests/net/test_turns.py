@@ -129,14 +129,18 @@ def test_senders_to_a_mailbox_read_in_turns_lose_nothing(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="mailboxes need POSIX locks")
 def test_sender_to_a_mailbox_waits_for_its_turn_also_after_a_pause(tmp_path: Path) -> None:
-    """A bulk of stored messages makes the next one wait for its turn; a live one does not."""
+    """A bulk of stored messages makes the next one wait for its turn; a live one does not.
+
+    The second bulk is read in a turn, and so is the end of its input.
+    """
     clients: dict[str, Any] = {"alice": None, "bob": {"mailbox": True}}
     store = {"path": str(tmp_path), "min_free": 0}
     with (
         running_daemon(configuration("127.0.0.1:0", clients, store=store)) as broker,
         broker.login("alice") as alice,
     ):
-        for recipient, count, is_storing in (("bob", 100, True), ("alice", 1, False)):
+        bulk, live = ("bob", 100, True), ("alice", 1, False)
+        for recipient, count, is_storing in (bulk, bulk, live):
             frames = [
                 packed(MESSAGE, recipient, b"x", message_id=number, flags=WANT_RECEIPT)
                 for number in range(count)
