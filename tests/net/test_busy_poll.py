@@ -109,15 +109,50 @@ def test_busy_poll_in_vain_needs_more_close_reads_until_one_succeeds() -> None:
     assert loop.polls
 
 
-def test_busy_poll_that_lost_the_processor_rests() -> None:
+def test_busy_poll_after_many_finds_begins_again_soon() -> None:
+    """One message that came late does not end the polls of a steady conversation."""
+    loop = Loop()
+    loop.read(9, CLOSE)
+    loop.read(64, CLOSE)
+    loop.pass_time(200e-6)
+    assert not loop.polls
+    loop.read(1, FAR)
+    loop.read(7, NEAR)
+    assert not loop.polls
+    loop.read(1, NEAR)
+    assert loop.polls
+    # This poll finds nothing, so that the next one is rarer.
+    loop.pass_time(200e-6)
+    loop.read(1, FAR)
+    loop.read(15, NEAR)
+    assert not loop.polls
+    loop.read(1, NEAR)
+    assert loop.polls
+
+
+def test_busy_poll_that_lost_the_processor_rests_a_hundred_times_as_long() -> None:
     loop = Loop()
     loop.read(9, CLOSE)
     assert loop.polls
-    loop.pass_time(0.005)
+    loop.pass_time(0.00506)
     assert not loop.polls
+    loop.pass_time(0.4)
     loop.read(1000, CLOSE)
     assert not loop.polls
-    loop.pass_time(1.0)
+    loop.pass_time(0.1)
+    loop.read(1000, CLOSE)
+    assert loop.polls
+
+
+def test_busy_poll_that_lost_the_processor_for_long_rests_a_second() -> None:
+    loop = Loop()
+    loop.read(9, CLOSE)
+    loop.pass_time(60.0)
+    assert not loop.polls
+    loop.pass_time(0.9)
+    loop.read(1000, CLOSE)
+    assert not loop.polls
+    loop.pass_time(0.1)
     loop.read(1000, CLOSE)
     assert loop.polls
 
