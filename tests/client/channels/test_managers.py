@@ -84,7 +84,9 @@ def test_manager_connects_to_a_server_of_another_client(
 
 
 def test_manager_of_sync_types_shares_a_dict(environ: RunningBroker) -> None:
-    with managers.SyncManager("broker://alice") as manager:
+    # The fork server, Python 3.14's default, may have begun before the variables were set.
+    context = multiprocessing.get_context("spawn")
+    with managers.SyncManager("broker://alice", ctx=context) as manager:
         shared = manager.dict(a=1)
         shared["b"] = manager.list([2])
         assert (shared["a"], list(shared["b"])) == (1, [2])
