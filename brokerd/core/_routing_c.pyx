@@ -1020,6 +1020,10 @@ cdef object _feed(
                         and frame is None
                     ):
                         frame = PyBytes_FromStringAndSize(out, size_out)
+                    # Before the request that an answer makes room for.
+                    if own_size:
+                        _write_receipt(own, at + ID_OFFSET)
+                        _touch(own, touched)
                     if member is not None:
                         flight.choose(member)
                         requests.expect(
@@ -1037,9 +1041,6 @@ cdef object _feed(
                         if freed and source.client in freed:
                             broker.turn.charge(1)
                             broker.in_flight.dispatch(source.client)
-                    if own_size:
-                        _write_receipt(own, at + ID_OFFSET)
-                        _touch(own, touched)
                     messages += 1
                     size_in += size
                     begin = position

@@ -247,6 +247,14 @@ def test_routing_twins_refuse_topic_ending_behind_its_frame() -> None:
     assert [call[0] for call in plain.calls[:2]] == ["handle", "malformed"]
 
 
+def test_routing_twins_confirm_an_answer_before_the_next_request() -> None:
+    """A RECEIPT of an answer comes before the request that the answer makes room for."""
+    request = frame(HEADER.pack(Kind.REQUEST, 0, 0, 4, 1) + b"pool")
+    steps = [("repeat", 1, request, 10), ("answer", 3, 0, Kind.REPLY, Flag.RECEIPT, b"")]
+    member = agree(steps).entries[3]
+    assert [each.kind for each in member.take()][-2:] == [Kind.RECEIPT, Kind.REQUEST]
+
+
 @pytest.mark.parametrize("seed", random_seeds(int(os.environ.get("BROKERD_SEEDS", "60"))))
 def test_routing_twins_agree_on_random_steps(seed: int) -> None:
     """Bytes out, bytes kept, calls of the broker and counters are equal after every
