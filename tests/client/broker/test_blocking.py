@@ -1253,15 +1253,19 @@ def test_client_recv_message_read_while_it_takes_kept_input_wakes_it(
         if taken:
             assert keeping.recv(PATIENCE).payload == "early"
         until(lambda: keeping.ping() > 0 and keeping._transport.kept)
+        has_read.set()
         return begin_take(turn)
 
+    has_read = threading.Event()
     got: list[object] = []
     receiver = threading.Thread(target=lambda: got.append(keeping.recv().payload))
     with join("bob", server) as bob:
         monkeypatch.setattr(keeping, "_begin_take", begin_late)
         receiver.start()
         if taken:
-            until(lambda: keeping._begin_take == begin_take and bool(box.waiters))
+            # The gate of the call so far was opened; it waits at a new one.
+            assert has_read.wait(PATIENCE)
+            until(lambda: bool(box.waiters))
             bob.send("alice", "next")
         receiver.join(PATIENCE)
     assert got == ["next" if taken else "early"]
