@@ -67,7 +67,10 @@ class AnswerPoll:
         now = self._clock()
         if self._waits and now < self._end_at:
             self._give_way()
-            self._loop.call_soon(self._poll)
+            if self._policy.ends(now, self._clock()):
+                self._polls = False
+            else:
+                self._loop.call_soon(self._poll)
             return
         self._polls = False
         if self._waits:

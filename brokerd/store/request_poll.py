@@ -62,4 +62,6 @@ class RequestPoll:
                 self._policy.note_failure(now, end_at)
                 return
             self._give_way()
+            if self._policy.ends(now, self._clock()):
+                return
         self._policy.note_success()

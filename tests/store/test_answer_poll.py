@@ -80,6 +80,27 @@ def test_answer_poll_gives_way_in_each_turn(loop: _Loop) -> None:
     assert given == pytest.approx([100.0001, 100.0002])
 
 
+def test_answer_poll_ends_when_another_program_keeps_the_processor(loop: _Loop) -> None:
+    """It gave it away, and got it back too late: nothing is polled for a moment."""
+
+    def give_way() -> None:
+        loop.now += 300e-6
+
+    poll = AnswerPoll(
+        loop,  # type: ignore[arg-type]
+        may_poll=True,
+        clock=lambda: loop.now,
+        give_way=give_way,
+    )
+    poll.begin()
+    assert not loop.turn()
+    poll.end()
+    assert not any(is_polled(poll, loop) for _ in range(5))
+    loop.now += 0.011
+    poll.begin()
+    assert loop.calls
+
+
 def test_answer_poll_without_an_answer_makes_the_next_ones_rare(loop: _Loop) -> None:
     """A slow disk costs little: each poll in vain doubles the waits without one."""
     poll = poll_of(loop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from brokerd.store.request_poll import RequestPoll
 
 
@@ -56,6 +58,35 @@ def test_request_poll_gives_way_after_each_look() -> None:
     )
     assert polls_of(poll, sock, 3) == 3
     assert polls == [1, 2]
+
+
+def test_request_poll_that_loses_the_processor_ends_and_the_next_ones_rest_longer() -> None:
+    """It gave the processor away, and another program kept it."""
+    sock = _Socket()
+    sock.step = 0.0
+    kept_s = 300e-6
+
+    def give_way() -> None:
+        sock.now += kept_s
+
+    poll = RequestPoll(sock, may_poll=True, clock=lambda: sock.now, give_way=give_way)
+    rests = []
+    for _ in range(9):
+        assert polls_of(poll, sock, 3) == 1
+        lost_at = sock.now
+        while not polls_of(poll, sock, 3):
+            sock.now += 0.001
+        rests.append(sock.now - lost_at)
+        sock.now += 2.0
+    # The poll that ends each rest doubles the next one, too.
+    assert rests == pytest.approx([0.01, 0.04, 0.16, 0.64, 1, 1, 1, 1, 1], abs=0.002)
+
+    kept_s = 0.0
+    assert all(polls_of(poll, sock, 1) for _ in range(100))
+    kept_s = 300e-6
+    assert polls_of(poll, sock, 3) == 1
+    sock.now += 0.011
+    assert polls_of(poll, sock, 1) == 1
 
 
 def test_request_poll_in_vain_makes_the_next_ones_rare() -> None:
