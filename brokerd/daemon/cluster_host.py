@@ -1,4 +1,7 @@
-"""The daemon's place in its cluster: joined at the start, left at the end."""
+"""The daemon's place in its cluster: joined at the start, left at the end.
+
+The modules of a cluster are loaded only where one is configured.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,15 @@ from typing import TYPE_CHECKING
 
 from brokerd import __version__
 from brokerd.config.model import Config
-from brokerd.core.cluster.cluster import Cluster, ClusterSettings
-from brokerd.core.cluster.remote_traffic import join_cluster
 from brokerd.daemon.threads import run_in_thread
-from brokerd.net.cluster.membership import Membership, MembershipError
-from brokerd.net.cluster.nats_connection import preload
+from brokerd.net.cluster.errors import MembershipError
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from brokerd.core.broker import Broker
+    from brokerd.core.cluster.cluster import ClusterSettings
+    from brokerd.net.cluster.membership import Membership
     from brokerd.net.server import Server
 
 __all__ = ["ClusterHost", "MembershipError"]
@@ -51,12 +53,16 @@ class ClusterHost:
     async def prepare(self, config: Config) -> None:
         """Load what a cluster needs."""
         if config.cluster is not None:
-            await run_in_thread(preload)
+            await run_in_thread(_preload)
 
     def attach(self, config: Config, server: Server) -> None:
         """Make the broker a host of the configured cluster; do nothing without one."""
         if config.cluster is None:
             return
+        from brokerd.core.cluster.cluster import Cluster
+        from brokerd.core.cluster.remote_traffic import join_cluster
+        from brokerd.net.cluster.membership import Membership
+
         loop = asyncio.get_running_loop()
         traffic = join_cluster(self._broker, config.cluster.host, loop.time)
         traffic.cluster = Cluster(self._settings(config), traffic)
@@ -77,6 +83,8 @@ class ClusterHost:
     def _settings(self, config: Config) -> ClusterSettings:
         cluster = config.cluster
         assert cluster is not None
+        from brokerd.core.cluster.cluster import ClusterSettings
+
         return ClusterSettings(
             host=cluster.host,
             boot_id=self.boot_id,
@@ -128,3 +136,11 @@ class ClusterHost:
         """Leave the cluster without a word."""
         if self.membership is not None:
             self.membership.kill()
+
+
+def _preload() -> None:
+    """Import the modules of a cluster, and NATS' client; to be called in a thread."""
+    import brokerd.net.cluster.membership  # noqa: F401 - attach asks for it
+    from brokerd.net.cluster.nats_connection import preload
+
+    preload()

@@ -24,7 +24,7 @@ from brokerd.daemon.mailbox_store import StoreError
 from brokerd.daemon.memory import keep_freed
 from brokerd.daemon.systemd import Supervisor
 from brokerd.log.logger import AuditError, in_words
-from brokerd.net.cluster.membership import MembershipError
+from brokerd.net.cluster.errors import MembershipError
 from brokerd.net.listen.listener import ListenError
 from brokerd.net.listen.socket_activation import ActivatedSockets, SocketActivationError
 from brokerd.upgrade.channel import UpgradeChannelError

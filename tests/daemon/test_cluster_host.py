@@ -13,7 +13,7 @@ from support.nats_server import NatsServer, nats_server, needs_nats
 from support.raw_client import MESSAGE, RECEIPT, REPLY, REQUEST, WANT_RECEIPT, Raw
 from support.running_daemon import RunningDaemon, configuration, running_daemon
 
-from brokerd.net.cluster.membership import MembershipError
+from brokerd.net.cluster.errors import MembershipError
 
 pytestmark = needs_nats
 

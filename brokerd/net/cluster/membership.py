@@ -13,9 +13,10 @@ from structlog.typing import FilteringBoundLogger
 
 from brokerd.config.values import ClusterConfig
 from brokerd.core.cluster.cluster import Cluster, ClusterSettings
+from brokerd.net.cluster.errors import MembershipError
 from brokerd.net.cluster.nats_connection import NatsConnection
 
-__all__ = ["Membership", "MembershipError"]
+__all__ = ["Membership"]
 
 #: Seconds that a start waits for NATS, to hear of another broker with this host's name.
 _START_S: Final = 1.5
@@ -24,10 +25,6 @@ _PAUSE_S: Final = 0.0001
 #: Seconds for the other hosts to agree that they send nothing, and between two looks.
 _HOLD_S: Final = 1.0
 _LOOK_S: Final = 0.002
-
-
-class MembershipError(Exception):
-    """This broker can't be a part of its cluster; the text says why."""
 
 
 class Membership:

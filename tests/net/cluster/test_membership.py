@@ -12,7 +12,7 @@ from support.cluster_net import message
 from support.nats_hosts import NatsHost, eventually, run_limited
 from support.nats_server import NatsServer, nats_server, needs_nats
 
-from brokerd.net.cluster.membership import MembershipError
+from brokerd.net.cluster.errors import MembershipError
 
 pytestmark = needs_nats
 
