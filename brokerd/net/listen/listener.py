@@ -247,10 +247,10 @@ def _hint(address: Address, error: OSError) -> str:
 
 
 def _look_up(address: Address) -> list[Any]:
+    # For text, Python would import its tables of international names.
+    host = address.host.encode() if address.host.isascii() else address.host
     return list(
-        socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ),
+        socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE),
     )
 
 
