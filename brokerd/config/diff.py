@@ -8,9 +8,9 @@ key, never the key.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from brokerd.config.address_check import may_overlap
 from brokerd.config.model import Config, Limits, Log
@@ -52,8 +52,7 @@ _SECRETS: Final = ("user", "password", "credentials", "nkey")
 _SHOWN: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The differences between the running configuration and a new one.
 
     Attributes:

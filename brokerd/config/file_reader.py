@@ -10,8 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 __all__ = ["FileKind", "Unreadable", "read_file", "target_of"]
 
@@ -40,8 +39,7 @@ class Unreadable(Exception):
         self.column = column
 
 
-@dataclass(frozen=True, slots=True)
-class FileKind:
+class FileKind(NamedTuple):
     """The limit of one kind of file, and the remedies that its errors give.
 
     Attributes:

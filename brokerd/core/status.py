@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from brokerd.core.changes import Changes
 
 __all__ = ["CoreLimits", "Status"]
 
 
-@dataclass(frozen=True, slots=True)
-class CoreLimits:
+class CoreLimits(NamedTuple):
     """The core's ``limits:``.
 
     Attributes:

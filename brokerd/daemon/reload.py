@@ -162,7 +162,7 @@ def _prepared(
     )
     return replace(
         prepared,
-        plan=replace(plan, restart=(*plan.restart, *_another_version())),
+        plan=plan._replace(restart=(*plan.restart, *_another_version())),
         resolved=look_up(new),
         warnings=tuple(lint_warnings(prepared.config, datetime.now(UTC))),
     )
