@@ -93,46 +93,6 @@ def test_import_of_daemon_loads_no_parser_of_arguments_and_no_metadata() -> None
     )
 
 
-#: Modules that libraries import for features that a configuration can't ask for.
-UNUSED = ("decimal", "fractions", "platform", "random", "secrets", "uuid", "zoneinfo")
-
-
-def test_import_of_daemon_loads_no_module_for_unused_types() -> None:
-    """The daemon starts without the modules of types that no configuration has."""
-    loaded = loaded_by(
-        "from brokerd.cli.startup import import_libraries; import_libraries(); import"
-        " brokerd.daemon.process; from brokerd.config.load import load_text;"
-        " load_text('listen: [/s]\\nclients: {a: {key: k}}')"
-    )
-    assert "pydantic.types" in loaded
-    assert not loaded & set(UNUSED)
-
-
-#: What programs get after the start of a broker, as in every other program.
-AS_USUAL = """
-import re
-import typing
-import uuid
-from decimal import Decimal
-
-import yaml
-
-assert Decimal("0.1") + Decimal("0.2") == Decimal("0.3")
-assert str(uuid.UUID(int=0)).startswith("00000000-")
-assert isinstance(re.compile("a+"), re.Pattern)
-assert typing.TypedDict("Point", {"x": int}).__annotations__ == {"x": int}
-assert yaml.safe_load("[2026-01-02, 0x10, 1.5, yes, \\u00e4]")[1:] == [16, 1.5, True, "\\u00e4"]
-"""
-
-
-def test_import_of_libraries_leaves_modules_as_usual() -> None:
-    """The modules that are replaced while libraries are imported are the real ones
-    afterwards, and PyYAML's patterns match.
-    """
-    start = "from brokerd.cli.startup import import_libraries; import_libraries()"
-    assert "decimal" in loaded_by(f"{start}\n{AS_USUAL}")
-
-
 def test_import_of_daemon_with_plugins_allowed_looks_for_them() -> None:
     """A user's value of PYDANTIC_DISABLE_PLUGINS is obeyed."""
     assert "importlib.metadata" in loaded_by(

@@ -27,6 +27,7 @@ from yaml.events import (
     SequenceEndEvent,
     StreamEndEvent,
 )
+from yaml.reader import Reader
 
 from brokerd.config.marked_values import Map, Seq
 from brokerd.config.problems import Path, Place, Problem, format_path
@@ -44,8 +45,6 @@ _REPEATED_EACH: Final = 20
 #: Characters searched in one call: a millisecond's work.
 _SEARCHED: Final = 256 * 1024
 
-#: The ASCII characters that YAML can't hold.
-_UNPRINTABLE_ASCII: Final = re.compile(r"[^\t\n\r -~]")
 #: What both parsers say of a list or a mapping in brackets that does not end.
 _UNCLOSED: Final = re.compile(r"(?:did not find )?expected ',' or '(?P<bracket>[]}])'")
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -151,14 +150,8 @@ def _unprintable(text: str) -> re.Match[str] | None:
 
     The text is searched in pieces: a long search keeps all other threads waiting.
     """
-    pattern = _UNPRINTABLE_ASCII
-    if not text.isascii():
-        # The pattern takes milliseconds to compile.
-        from yaml.reader import Reader
-
-        pattern = Reader.NON_PRINTABLE
     for start in range(0, len(text), _SEARCHED):
-        bad = pattern.search(text, start, start + _SEARCHED)
+        bad = Reader.NON_PRINTABLE.search(text, start, start + _SEARCHED)
         if bad is not None:
             return bad
     return None
