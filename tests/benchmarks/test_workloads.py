@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.dialects import read_exactly  # noqa: E402 - the directory is no package that is installed
 from benchmarks.goals import GOALS, REMARKS, Goal  # noqa: E402
-from benchmarks.machinery import compiler  # noqa: E402
+from benchmarks.machinery import compiler, wait_for  # noqa: E402
 from benchmarks.page import CHAPTER_TITLES, Run, write_page  # noqa: E402
 from benchmarks.systems import SYSTEMS, Setup  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
@@ -37,6 +37,7 @@ from benchmarks.workloads import (  # noqa: E402
     Stage,
     Timing,
 )
+from benchmarks.workloads.connections import Connecting  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     compiler() is None, reason="the load generator needs a C compiler (cc)"
@@ -154,6 +155,21 @@ def test_workload_server_that_ends_gives_no_figure(stage_dir: Path) -> None:
         stage.running.process.stop()
         with pytest.raises(Spoilt, match="has ended"):
             workload.measure(stage, SHORT)
+
+
+def test_connecting_counts_clients_that_the_log_only_counts(stage_dir: Path) -> None:
+    """The log does not name a client for each of its connections, if they are many."""
+    workload = WORKLOADS["connect"]
+    assert isinstance(workload, Connecting)
+    entrant = Entrant("brokerd")
+    with Stage(entrant, Setup(["c0000"], stage_dir)) as stage:
+        for _ in range(60):
+            stage.connect("c0000").close()
+        with wait_for("the number of connections without a line", 10) as turns:
+            for _ in turns:
+                if workload._welcomed(stage) >= 60:
+                    break
+        assert workload._welcomed(stage) == 60
 
 
 def test_workload_with_server_greeting_yields_figure(stage_dir: Path) -> None:
