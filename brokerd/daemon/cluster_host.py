@@ -1,6 +1,6 @@
 """The daemon's place in its cluster: joined at the start, left at the end.
 
-The modules of a cluster are loaded only where one is configured.
+What a cluster needs is imported only if the configuration has one.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def test_large_frame_stays_where_system_maps_no_memory(monkeypatch: pytest.Monke
 
 @with_huge_pages
 def test_large_frame_gets_memory_of_one_that_nothing_refers_to() -> None:
-    """A shorter frame in the memory of a longer one has its own bytes, and no others."""
+    """A shorter frame in the memory of a longer one contains only its own bytes."""
     spare = SpareFrames()
     first = mapped(spare, 9 << 20, b"o")
     before = place(first)

@@ -121,7 +121,7 @@ def test_busy_poll_after_many_finds_begins_again_soon() -> None:
     assert not loop.polls
     loop.read(1, NEAR)
     assert loop.polls
-    # This poll finds nothing, so that the next one is rarer.
+    # After a poll in vain, the next one needs more reads.
     loop.pass_time(200e-6)
     loop.read(1, FAR)
     loop.read(15, NEAR)

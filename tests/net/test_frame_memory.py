@@ -72,7 +72,7 @@ def test_frame_memory_closed_keeps_nothing() -> None:
 
 
 def test_frame_memory_serves_messages_that_follow_each_other() -> None:
-    """Each recipient gets the bytes of its own message, whoever had the memory before."""
+    """Each recipient gets its own message, whichever message had the memory before."""
     clients = {name: {"queue": "64MiB"} for name in ("alice", "bob", "carol")}
     limits = {"max_message": "16MiB"}
     with (

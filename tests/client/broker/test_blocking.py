@@ -1240,7 +1240,7 @@ def test_client_requests_on_kept_input_take_the_short_way(
 def test_client_recv_message_read_while_it_takes_kept_input_wakes_it(
     server: FakeServer, keeping: Client, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    """The message is returned, or waited for anew if another thread has taken it."""
+    """recv returns the message, or waits again if another thread has taken it."""
     begin_take, box = keeping._begin_take, keeping._inbox
 
     def begin_late(turn: Turn) -> Any:
