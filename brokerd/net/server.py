@@ -453,7 +453,7 @@ class Server:
             **_tls_fields(pending.tls_peer),
         )
         connection.open(session, pending.reader.take_rest())
-        self.context.settlement.settle_soon()
+        self.settle()
 
     def _turn_away(self, pending: PendingConnection, room: Room, reason: str = "") -> None:
         """Refuse a connection whose client has proved its key; send the code, if any."""

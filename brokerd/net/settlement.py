@@ -66,7 +66,6 @@ class Settlement:
         self.has_turns = True
         self._settling = False
         self._running_deferred = False
-        self._settles_soon = False
         self._tick: asyncio.TimerHandle | None = None
         #: The time of that timer, in seconds of the event loop. uvloop's handle does
         #: not know it once the time has passed.
@@ -182,18 +181,6 @@ class Settlement:
         """
         if cluster.has_outgoing:
             self.on_outgoing()
-
-    def settle_soon(self) -> None:
-        """Settle in the next turn of the event loop, once for all connections that begin
-        in this one.
-        """
-        if not self._settles_soon:
-            self._settles_soon = True
-            self._loop.call_soon(self._settle_now)
-
-    def _settle_now(self) -> None:
-        self._settles_soon = False
-        self.settle()
 
     def settle(self) -> None:
         """Carry out the core's decisions: write, close, resume, run commands, set the

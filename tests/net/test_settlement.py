@@ -13,26 +13,6 @@ from brokerd.log.rate_limit import LogRateLimiter
 from brokerd.net.settlement import Settlement
 
 
-def test_settlement_soon_settles_once_in_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many connections may begin in one turn."""
-    loop = asyncio.new_event_loop()
-    broker = Broker((), version="test", now_wall=0.0)
-    log = LogRateLimiter(loop, Recorder().logger)
-    settlement = Settlement(loop, broker, log, lambda command: None, wall=lambda: 0.0)
-    settled = []
-    monkeypatch.setattr(settlement, "settle", lambda: settled.append(loop.time()))
-
-    for turn in range(1, 3):
-        settlement.settle_soon()
-        settlement.settle_soon()
-        assert len(settled) == turn - 1
-        loop.run_until_complete(asyncio.sleep(0))
-        assert len(settled) == turn
-
-    settlement.close()
-    loop.close()
-
-
 @pytest.mark.parametrize("settle", ["settle", "settle_read"])
 def test_settlement_publishes_only_what_there_is_for_other_hosts(settle: str) -> None:
     loop = asyncio.new_event_loop()
