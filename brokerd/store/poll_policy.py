@@ -4,8 +4,8 @@ Between two looks, a poll gives its processor to any process that waits for it. 
 the very client whose next message is polled for: the receipt has woken it on this
 processor. Without this, a round trip with two polls takes a sixth longer.
 
-A program that keeps the processor would make it take half as long again: it ends the poll.
-The rest behind that doubles each time, because the program may need the processor for long.
+A program that keeps the processor would make that round trip half as long again. So the
+poll ends. The time without polls doubles each time, because the program may go on.
 
 A poll in vain doubles the number of waits before the next one. Where other programs need
 the processors, the system takes this process's away in the middle of a poll: no poll

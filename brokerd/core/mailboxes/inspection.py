@@ -58,7 +58,7 @@ class Inspection:
         self._storing = storing
         self._feeding = feeding
         self._acknowledging = acknowledging
-        #: For each mailbox, the changes that wait until the present one is carried out.
+        #: For each mailbox, the changes that wait for the one being carried out.
         self._waiting: dict[Mailbox, deque[Callable[[], None]]] = {}
 
     def _begin(self, mailbox: Mailbox, change: Callable[[], None]) -> None:
