@@ -149,7 +149,9 @@ def test_admission_remembered_origins_are_bounded(monkeypatch: pytest.MonkeyPatc
     admission = Admission()
     for number in range(10):
         admission.gave_way(f"{number}", 0.0)
-        admission.remove(peer(f"{number}", admission))
+        one = peer(f"{number}", admission)
+        assert admission.least(0.0)[0] is one
+        admission.remove(one)
     assert list(admission._halvings) == ["7", "8", "9"]
     assert (admission._by_origin, admission._by_weight, admission._most) == ({}, {}, 0)
 

@@ -46,6 +46,7 @@ class Rank(IntEnum):
 
 #: To ask the enumeration itself takes some times as long.
 _RANKS: Final = tuple(Rank)
+_SILENT: Final = Rank.SILENT
 #: Weight that a handshake adds to its origin: a peer that has proved a key counts half.
 _WEIGHTS: Final = {Rank.FAILED: 2, Rank.SILENT: 2, Rank.JUDGED: 2, Rank.PROVED: 1}
 
@@ -75,9 +76,16 @@ class _OriginHandshakes:
 
 
 class Admission:
-    """All pending handshakes by origin, and the record of the origins."""
+    """All pending handshakes, and the record of the origins.
+
+    While there is room, no handshake gives way. They are sorted by origin from the first
+    call of ``least`` on, until none is left.
+    """
 
     def __init__(self) -> None:
+        #: All handshakes, oldest first, and whether they are sorted by origin.
+        self._all: dict[PendingConnection, None] = {}
+        self._is_sorted = False
         self._by_origin: dict[str, _OriginHandshakes] = {}
         #: The origins of each weight, with their handshakes.
         self._by_weight: dict[int, dict[str, _OriginHandshakes]] = {}
@@ -90,30 +98,47 @@ class Admission:
 
     def add(self, pending: PendingConnection, now: float) -> None:
         """Add a new handshake."""
-        handshakes = self._by_origin.get(pending.origin)
-        if handshakes is None:
-            handshakes = self._by_origin[pending.origin] = _OriginHandshakes(pending.origin)
-        pending.rank, pending.moved_at = Rank.SILENT, now
-        handshakes.ranks[Rank.SILENT][pending] = None
-        self._weigh(handshakes, _WEIGHTS[Rank.SILENT])
+        pending.rank, pending.moved_at = _SILENT, now
+        self._all[pending] = None
+        if self._is_sorted:
+            self._insert(pending)
 
     def advance(self, pending: PendingConnection, rank: Rank, now: float) -> None:
         """Record that a peer has taken a step; the time for its next step begins."""
-        handshakes = self._by_origin[pending.origin]
-        del handshakes.ranks[pending.rank][pending]
-        handshakes.ranks[rank][pending] = None
-        change = _WEIGHTS[rank] - _WEIGHTS[pending.rank]
+        former = pending.rank
         pending.rank, pending.moved_at = rank, now
-        if change:
-            self._weigh(handshakes, change)
+        if self._is_sorted:
+            handshakes = self._by_origin[pending.origin]
+            del handshakes.ranks[former][pending]
+            handshakes.ranks[rank][pending] = None
+            change = _WEIGHTS[rank] - _WEIGHTS[former]
+            if change:
+                self._weigh(handshakes, change)
 
     def remove(self, pending: PendingConnection) -> None:
         """Remove a handshake that is over."""
-        handshakes = self._by_origin[pending.origin]
-        del handshakes.ranks[pending.rank][pending]
-        self._weigh(handshakes, -_WEIGHTS[pending.rank])
-        if not handshakes.weight:
-            del self._by_origin[pending.origin]
+        del self._all[pending]
+        if self._is_sorted:
+            handshakes = self._by_origin[pending.origin]
+            del handshakes.ranks[pending.rank][pending]
+            self._weigh(handshakes, -_WEIGHTS[pending.rank])
+            if not handshakes.weight:
+                del self._by_origin[pending.origin]
+            self._is_sorted = bool(self._all)
+
+    def _sort(self) -> None:
+        """Sort all handshakes by origin; oldest first in each rank."""
+        self._is_sorted = True
+        for pending in sorted(self._all, key=_moved_at):
+            self._insert(pending)
+
+    def _insert(self, pending: PendingConnection) -> None:
+        """Add a handshake to those of its origin."""
+        handshakes = self._by_origin.get(pending.origin)
+        if handshakes is None:
+            handshakes = self._by_origin[pending.origin] = _OriginHandshakes(pending.origin)
+        handshakes.ranks[pending.rank][pending] = None
+        self._weigh(handshakes, _WEIGHTS[pending.rank])
 
     def _weigh(self, handshakes: _OriginHandshakes, change: int) -> None:
         if handshakes.weight:
@@ -132,6 +157,8 @@ class Admission:
         """Return the handshake that gives way first, or None, and the seconds until it
         may.
         """
+        if not self._is_sorted and self._all:
+            self._sort()
         first: PendingConnection | None = None
         first_wait = float("inf")
         for handshakes in islice(self._by_weight.get(self._most, {}).values(), _LOOKS):
@@ -169,14 +196,20 @@ class Admission:
         """Record a peer that has finished its handshake: double its origin's grace
         again.
         """
-        self._without_record = (_next(self._without_record, -1, now), self._without_record[1])
-        self._note(origin, _next(self._halvings.get(origin, (0, now)), -1, now), now)
+        if self._without_record[0]:
+            self._without_record = (_next(self._without_record, -1, now), self._without_record[1])
+        record = self._halvings.get(origin)
+        self._note(origin, 0 if record is None else _next(record, -1, now), now)
 
     def _note(self, origin: str, halvings: int, now: float) -> None:
         self._halvings.pop(origin, None)
         self._halvings[origin] = (halvings, now)
         if len(self._halvings) > _REMEMBERED:
             self._halvings.popitem(last=False)
+
+
+def _moved_at(pending: PendingConnection) -> float:
+    return pending.moved_at
 
 
 def _next(before: tuple[int, float], change: int, now: float) -> int:
