@@ -250,14 +250,21 @@ class Broker:
         session.closed_number = self.take_number()
         if self.status.changes is not None:
             self.status.changes.note_left(session)
-        self.mailboxes.leave(session)
+        # Most sessions leave nothing behind, and need few of these calls.
+        if session.consumer is not None or session.held_by is not None:
+            self.mailboxes.leave(session)
         self._remove_from_lists(session)
-        self.held.release(session)
+        if session.held_by is not None:
+            self.held.release(session)
         self.held.release_waiters(session)
-        self.in_flight.cancel_all(session)
-        self.requests.forget_kept(session)
-        self.reports.add(session, session.outbox.take_unsent())
-        mark_orphaned(session)
+        if session.outgoing_requests:
+            self.in_flight.cancel_all(session)
+        if session.incoming_requests:
+            self.requests.forget_kept(session)
+        if session.incoming_requests or session.waiting_requests or session.outbox.waiting:
+            self.reports.add(session, session.outbox.take_unsent())
+        if session.recipients:
+            mark_orphaned(session)
         self._drop_references(session)
         if session.host:
             return
@@ -302,7 +309,8 @@ class Broker:
         """Remove a session from its client, its topics, and the lists of waiting sessions."""
         self.goaway.finishing.pop(session, None)
         self.operations.asking.discard(session)
-        self.taps.stop(session)
+        if self.taps.all:
+            self.taps.stop(session)
         self.channels.leave(session)
         # A retired session has been removed from its client before.
         if session.host:
@@ -343,7 +351,7 @@ class Broker:
         return (
             bool(self.reports)
             or bool(self.in_flight)
-            or bool(self.deferred)
+            or bool(self.deferred.jobs)
             or self.mailboxes.has_work
             or self.held.has_deferred_work
             or bool(self.revocation)

@@ -426,7 +426,7 @@ class Events:
 
         change: ``online`` or ``offline``.
         """
-        if not (self._topics or self._deferred):
+        if not (self._deferred.jobs or self._topics):
             # Without subscriptions and earlier events, there is nothing to deliver.
             self._show_presence(client, client.online, now_wall)
             return
