@@ -109,7 +109,8 @@ class FrameReader:
                 arrives.
             BadLength: The length is not valid.
         """
-        span = self._span(limit)
+        # A caller asks once more after each frame.
+        span = self._span(limit) if self._buffer else None
         if span is None:
             return None
         body_start, size = span
