@@ -19,6 +19,9 @@ __all__ = ["Counters", "HandshakeOutcome"]
 class HandshakeOutcome(StrEnum):
     """How a handshake ended."""
 
+    # Enum's own hash is a method in Python.
+    __hash__ = str.__hash__
+
     ACCEPTED = "accepted"
     """The peer proved its identity and was accepted."""
     REJECTED = "rejected"

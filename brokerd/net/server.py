@@ -53,6 +53,13 @@ __all__ = ["Server"]
 #: Connections checked against a new keyring in one turn of the event loop: some
 #: milliseconds' work.
 _JUDGED: Final = 256
+# Until Python 3.12, reading a member of an enumeration takes as long as ten attributes.
+_FREE: Final = Room.FREE
+_REPLACES: Final = Room.REPLACES
+_TAKEN: Final = Room.TAKEN
+_ENDING: Final = Room.ENDING
+_ASKING: Final = Room.ASKING
+_ACCEPTED: Final = HandshakeOutcome.ACCEPTED
 #: The answers of other hosts.
 _ROOMS: Final = {
     Verdict.FREE: Room.FREE,
@@ -330,7 +337,7 @@ class Server:
             has_room, leaving = self.broker.place_for(name)
         if not has_room:
             return Room.DRAINING if self.broker.status.draining else Room.TAKEN
-        return Room.FREE if leaving is None else Room.REPLACES
+        return _FREE if leaving is None else _REPLACES
 
     def _room_in_cluster(self, name: str) -> Room:
         """Return whether there is room for one more connection of ``name``, here and at
@@ -339,7 +346,7 @@ class Server:
         ASKING: the caller asks again in another turn.
         """
         room, traffic = self.room_for(name), self.broker.traffic
-        if room is not Room.FREE or traffic is None:
+        if room is not _FREE or traffic is None:
             return room
         verdict = traffic.admission.judge(name, self.context.loop.time())
         if verdict is Verdict.ASKING:
@@ -363,15 +370,15 @@ class Server:
         if self.broker.traffic is not None and pending.claimed and not is_channel:
             # A channel needs no place, so no other host is asked for one.
             room = self._room_in_cluster(name)
-        is_beyond = room in (Room.REPLACES, Room.TAKEN, Room.ENDING) or self._is_elsewhere(name)
-        if (is_beyond and not pending.claimed) or room is Room.ASKING or is_channel:
+        is_beyond = room in (_REPLACES, _TAKEN, _ENDING) or self._is_elsewhere(name)
+        if (is_beyond and not pending.claimed) or room is _ASKING or is_channel:
             client = self.broker.exchange.resolve(name)
             assert client is not None, "its key is in the keyring"
             self.undecided.add(pending, client)
         else:
             # The handshake is over, so a client that gave its name can't wait for another
             # turn.
-            self._conclude(pending, Room.TAKEN if room is Room.ENDING else room)
+            self._conclude(pending, _TAKEN if room is _ENDING else room)
 
     def _is_elsewhere(self, name: str) -> bool:
         """Return whether another host may have to give up its connection of ``name``."""
@@ -419,12 +426,12 @@ class Server:
 
     def _conclude(self, pending: PendingConnection, room: Room) -> None:
         """Begin the session of a connection that has room, and refuse another one."""
-        if room not in (Room.FREE, Room.REPLACES):
+        if room is not _FREE and room is not _REPLACES:
             self._turn_away(pending, room)
             return
         assert pending.credential is not None
         name = pending.credential.client.name
-        if room is Room.REPLACES:
+        if room is _REPLACES:
             _, leaving = self.broker.place_for(name)
             assert leaving is not None
             leaving.connection.end(ErrorCode.REPLACED, "connection replaced by a new one")
@@ -439,7 +446,7 @@ class Server:
             connection=connection,
         )
         self.context.connections.add(connection)
-        self.counters.handshakes[HandshakeOutcome.ACCEPTED] += 1
+        self.counters.handshakes[_ACCEPTED] += 1
         self.context.log_limiter.note(
             "info",
             "client.connected",

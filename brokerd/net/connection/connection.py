@@ -74,6 +74,19 @@ _READS: Final = 16
 _sendmsg = getattr(socket.socket, "sendmsg", None)
 #: States in which no input may be read, whatever the session's own state.
 _UNREADABLE: Final = (State.WAITING, State.CLOSING, State.CLOSED)
+# Until Python 3.12, reading a member of an enumeration takes as long as ten attributes.
+_NEW: Final = State.NEW
+_READING: Final = State.READING
+_WAITING: Final = State.WAITING
+_CLOSED: Final = State.CLOSED
+_READ: Final = Event.READ
+_LOSE: Final = Event.LOSE
+_CONSUMED: Final = RoutingResult.CONSUMED
+_FLUSH: Final = RoutingResult.FLUSH
+_CHANNEL: Final = RoutingResult.CHANNEL
+_YIELD: Final = RoutingResult.YIELD
+_BLOCKED: Final = RoutingResult.BLOCKED
+_CLOSE: Final = RoutingResult.CLOSE
 
 
 class Connection:
@@ -141,7 +154,7 @@ class Connection:
         self.session: Session
         self.pending_input: bytes | memoryview = b""
         self.large_frame: LargeFrame | MappedFrame | None = None
-        self.state = State.NEW
+        self.state = _NEW
         self.most_read = READ_BUFFER
         self.is_storing = False
         self.writing = False
@@ -156,12 +169,12 @@ class Connection:
     @property
     def closed(self) -> bool:
         """Whether the connection has ended."""
-        return self.state is State.CLOSED
+        return self.state is _CLOSED
 
     @property
     def waits(self) -> bool:
         """Whether other connections have their turn before ``pending_input`` is routed."""
-        return self.state is State.WAITING
+        return self.state is _WAITING
 
     def _change(self, event: Event) -> None:
         follows = NEXT[self.state].get(event)
@@ -177,7 +190,7 @@ class Connection:
             self.resume()
 
     def _read_on_events(self) -> None:
-        self._change(Event.READ)
+        self._change(_READ)
         self.context.loop.add_reader(self.fd, self.on_readable)
 
     def restore(self, pending_input: bytes, large_frame: LargeFrame | None, *, waits: bool) -> None:
@@ -240,9 +253,9 @@ class Connection:
         """Read what has arrived, up to the end of the connection."""
         if not self.waits:
             return
-        self._change(Event.READ)
+        self._change(_READ)
         size = self._read_at_once()
-        if self.state is not State.READING:
+        if self.state is not _READING:
             return
         if self.is_storing and size:
             # It has its next turn without waiting for the socket.
@@ -306,13 +319,13 @@ class Connection:
             self._stop_reading(Event.CLOSE)
             return
         kept, self.pending_input = self.pending_input, b""
-        self._change(Event.READ)
+        self._change(_READ)
         large_frame = self.large_frame
         if kept:
             self._route(memoryview(kept), len(kept))
         elif large_frame is not None and large_frame.is_whole:
             self._route_large_frame(large_frame)
-        if self.state is State.READING:
+        if self.state is _READING:
             # Not before: to watch the socket for the time of one turn costs ten system
             # calls.
             self.context.loop.add_reader(self.fd, self.on_readable)
@@ -340,13 +353,13 @@ class Connection:
         if taps.active:
             taps.begin(session, view, start, now)
         position, result = feed(context.broker, session, view, start, stop, now)
-        while result is RoutingResult.FLUSH:
+        while result is _FLUSH:
             context.settlement.write_touched()
             if self.closed or session.closing:
-                result = RoutingResult.CLOSE
+                result = _CLOSE
                 break
             position, result = feed(context.broker, session, view, position, stop, now)
-        while result is RoutingResult.CHANNEL and session.messages_in:
+        while result is _CHANNEL and session.messages_in:
             # Frames that stayed in the routing loop have come before: it is refused.
             position, result = feed(context.broker, session, view, position, stop, now)
         if context.broker.turn.budget != context.turn_budget:
@@ -357,29 +370,29 @@ class Connection:
             # The copies are sent.
             context.settlement.has_more = True
         self.is_storing = session.uncommitted - stored >= _MANY_STORED
-        if result is RoutingResult.YIELD:
+        if result is _YIELD:
             self.most_read = max(_LEAST, position - start)
         elif self.most_read < READ_BUFFER:
             self.most_read = min(2 * self.most_read, READ_BUFFER)
-        if result is RoutingResult.CONSUMED and stop < end:
-            result = RoutingResult.YIELD
-        if self.state is State.CLOSED:
+        if result is _CONSUMED and stop < end:
+            result = _YIELD
+        if self.state is _CLOSED:
             pass
-        elif result is RoutingResult.CLOSE:
+        elif result is _CLOSE:
             self._stop_reading(Event.CLOSE)
-        elif result is RoutingResult.CHANNEL:
+        elif result is _CHANNEL:
             self._become_channel(bytes(view[position:end]))
         else:
             self._keep(view, position, end)
-            if result is RoutingResult.BLOCKED:
+            if result is _BLOCKED:
                 self._stop_reading(Event.HOLD)
-            elif result is RoutingResult.YIELD:
+            elif result is _YIELD:
                 self._stop_reading(Event.YIELD)
                 context.turns.add(self)
 
     def _become_channel(self, unread: bytes) -> None:
         """End the session, and leave the socket to a channel."""
-        self._stop_reading(Event.LOSE)
+        self._stop_reading(_LOSE)
         self.context.loop.remove_writer(self.fd)
         self.pending_input, self.large_frame = b"", None
         self.context.connections.on_lost(self, "the connection becomes a channel")
@@ -558,7 +571,7 @@ class Connection:
         """
         if self.closed:
             return
-        self._stop_reading(Event.LOSE)
+        self._stop_reading(_LOSE)
         if self.writing:
             self.context.loop.remove_writer(self.fd)
         if self.grace is not None:

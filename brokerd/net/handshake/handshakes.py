@@ -56,6 +56,12 @@ _NOT_HERE: Final = (
     "key is bound to a TLS channel, but this connection has none: a proxy in between terminates TLS"
 )
 
+# Until Python 3.12, reading a member of an enumeration takes as long as ten attributes.
+_JUDGED: Final = Rank.JUDGED
+_PROVED: Final = Rank.PROVED
+_ENDING: Final = Room.ENDING
+_FULL: Final = Room.FULL
+
 _GIVES_WAY: Final = (
     "limits.handshakes reached; of all origins this one had the most pending handshakes, and this"
     " handshake was the least advanced of them"
@@ -222,7 +228,8 @@ class PendingHandshakes:
         pending.heard += data
         pending.reader.feed(data)
         spoken = pending.spoken
-        self._read_on(pending)
+        if pending.tls_stream is not None:
+            self._read_on(pending)
         if pending.proof is None:
             self._pull(pending)
         elif pending.reader.buffered > 2 * LIMIT:
@@ -272,13 +279,13 @@ class PendingHandshakes:
                     pending.claimed = name.decode("ascii", "backslashreplace")
                     if not pending.muted:
                         pending.proof = step if name == step.name else replace(step, name=name)
-                        self._advance(pending, Rank.JUDGED)
+                        self._advance(pending, _JUDGED)
                         self._search(pending, pending.proof)
                         return
                     # The other process has welcomed the peer already, with this key.
                     assert pending.credential is not None
                     result = pending.credential.key.value
-                    self._advance(pending, Rank.PROVED)
+                    self._advance(pending, _PROVED)
         except StopIteration:
             self._admit(pending)
         except AuthenticationError as error:
@@ -353,26 +360,27 @@ class PendingHandshakes:
         pending.refusal = identity.refusal
         if identity.credential is not None:
             pending.credential = identity.credential
-        key = None
-        if identity.accepted is not None:
-            room = self._room_for(identity.accepted.client.name)
-            if room is Room.ENDING:
+        key, accepted = None, identity.accepted
+        if accepted is not None:
+            room = self._room_for(accepted.client.name)
+            if room is _ENDING:
                 self._loop.call_soon(self._identified, pending, identity)
                 return
             # A client whose name is connected, or that comes during a drain, is told so
             # after the handshake: its key is right. Channels have a limit of their own.
-            if room is Room.FULL and not pending.is_channel:
+            if room is _FULL and not pending.is_channel:
                 pending.refusal = room.value
                 pending.outcome = HandshakeOutcome.REFUSED
             else:
-                key = key_on(pending.tls_peer, identity.accepted.key.value)
-                self._advance(pending, Rank.PROVED)
+                key = key_on(pending.tls_peer, accepted.key.value)
+                self._advance(pending, _PROVED)
         if pending.reader.buffered > 2 * LIMIT:
             # Reading has stopped meanwhile.
             self._loop.add_reader(pending.fd, self._on_readable, pending)
         pending.proof = None
         self._go_on(pending, key)
-        self._read_on(pending)
+        if pending.tls_stream is not None:
+            self._read_on(pending)
 
     # The end of a handshake
 

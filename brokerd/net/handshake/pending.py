@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Final
 
 from brokerd.config.values import TlsConfig
 from brokerd.net.byte_stream import ByteStream
@@ -21,6 +22,10 @@ from brokerd_client.wire.framing import FrameReader
 from brokerd_client.wire.handshake import NONCE_SIZE, Proof, as_listener
 
 __all__ = ["PendingConnection"]
+
+# Until Python 3.12, reading a member of an enumeration takes as long as ten attributes.
+_REJECTED: Final = HandshakeOutcome.REJECTED
+_SILENT: Final = Rank.SILENT
 
 
 class PendingConnection:
@@ -124,9 +129,9 @@ class PendingConnection:
         self.refusal = ""
         self.silent = True
         #: The outcome that a failure would count as.
-        self.outcome = HandshakeOutcome.REJECTED
+        self.outcome = _REJECTED
         self.done = False
-        self.rank = Rank.SILENT
+        self.rank = _SILENT
         self.moved_at = 0.0
 
     @property
