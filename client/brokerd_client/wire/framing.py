@@ -34,6 +34,8 @@ MAX_SHORT: Final = 0x7FFFFFFF
 
 _HEADER_SIZE: Final = LENGTH.size
 _LONG_HEADER_SIZE: Final = LONG_LENGTH.size
+#: Bytes of a body up to which a second copy takes less time than a view.
+_SHORT: Final = 512
 
 
 def frame_prefix(size: int) -> bytes:
@@ -109,16 +111,21 @@ class FrameReader:
                 arrives.
             BadLength: The length is not valid.
         """
+        buffer = self._buffer
         # A caller asks once more after each frame.
-        span = self._span(limit) if self._buffer else None
+        span = self._span(limit) if buffer else None
         if span is None:
             return None
         body_start, size = span
-        if len(self._buffer) - body_start < size:
+        end = body_start + size
+        if len(buffer) < end:
             return None
-        with memoryview(self._buffer) as view:
-            body = bytes(view[body_start : body_start + size])
-        self._consume(body_start + size)
+        if size <= _SHORT:
+            body = bytes(buffer[body_start:end])
+        else:
+            with memoryview(buffer) as view:
+                body = bytes(view[body_start:end])
+        self._consume(end)
         return body
 
     def missing(self, limit: int) -> int:
