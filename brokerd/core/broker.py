@@ -181,7 +181,7 @@ class Broker:
 
     def place_for(self, name: str) -> tuple[bool, Session | None]:
         """Return (whether a connection may join as ``name``, the session replaced)."""
-        client = self.exchange.resolve(name)
+        client = self.exchange.clients.get(name)
         if client is None or self.status.draining:
             return False, None
         if len(client.sessions) < client.config.connections:
@@ -197,10 +197,10 @@ class Broker:
 
         instance: the new, unique part of its address within a pool, ``[0-9a-z]{1,16}``.
         """
-        client = self.exchange.resolve(name)
+        client = self.exchange.clients.get(name)
         assert client is not None, "place_for said there is room"
         session = Session(client, instance, peer=peer, since=now_wall, connection=connection)
-        session.number = self.take_number()
+        session.number = next(self._order)
         if self.status.changes is not None:
             self.status.changes.note(session)
         if self.traffic is not None:
@@ -247,7 +247,7 @@ class Broker:
         # First: the parts ask a session whether it is open, and the reports ask when it
         # closed. The steps between the first and the last may come in any order.
         session.open = False
-        session.closed_number = self.take_number()
+        session.closed_number = next(self._order)
         if self.status.changes is not None:
             self.status.changes.note_left(session)
         # Most sessions leave nothing behind, and need few of these calls.
@@ -352,7 +352,7 @@ class Broker:
             bool(self.reports)
             or bool(self.in_flight)
             or bool(self.deferred.jobs)
-            or self.mailboxes.has_work
+            or (bool(self.mailboxes.boxes) and self.mailboxes.has_work)
             or self.held.has_deferred_work
             or bool(self.revocation)
             or not self.topics.is_tidy
@@ -380,13 +380,14 @@ class Broker:
     @property
     def next_deadline(self) -> float | None:
         """When :meth:`tick` is due, on the clock of ``now``; None without deadlines."""
-        deadlines = (
-            self.held.next_deadline,
-            self.requests.deadlines.next,
-            self.channels.next_deadline,
-            self.mailboxes.timers.next,
-            None if self.traffic is None else self.traffic.next_deadline,
-        )
+        # Asked for each connection: parts that have none are not called.
+        deadlines = [self.requests.deadlines.next, self.channels.next_deadline]
+        if self.held.deadlines:
+            deadlines.append(self.held.next_deadline)
+        if self.mailboxes.boxes:
+            deadlines.append(self.mailboxes.timers.next)
+        if self.traffic is not None:
+            deadlines.append(self.traffic.next_deadline)
         first = None
         for each in deadlines:
             if each is not None and (first is None or each < first):

@@ -74,8 +74,9 @@ class DeferredWrites:
 
     def take_back(self) -> None:
         """Count all these outboxes as touched again, to be written in this turn."""
-        self._touched.extend(self._waiting)
-        self._waiting.clear()
+        if self._waiting:
+            self._touched.extend(self._waiting)
+            self._waiting.clear()
 
     def _write_some(self) -> None:
         waiting = self._waiting

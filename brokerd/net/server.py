@@ -322,7 +322,9 @@ class Server:
 
         ENDING: the caller asks again in another turn.
         """
-        if len(self.connections) + len(self.undecided) >= self.limits.connections:
+        context = self.context
+        count = len(context.connections.established) + len(self.undecided)
+        if count >= context.limits.connections:
             return Room.FULL
         has_room, leaving = self.broker.place_for(name)
         if not has_room:
@@ -415,7 +417,7 @@ class Server:
         """Refuse a connection whose key a reload has removed since it was proved; return
         whether that was so.
         """
-        if pending.keyring is self.keyring:
+        if pending.keyring is self.context.keyring:
             # The search has found the same.
             return False
         assert pending.credential is not None
@@ -436,7 +438,7 @@ class Server:
             assert leaving is not None
             leaving.connection.end(ErrorCode.REPLACED, "connection replaced by a new one")
         now_wall = self.context.wall()
-        self.keyring.let_in(pending.credential, now_wall)
+        self.context.keyring.let_in(pending.credential, now_wall)
         connection = _connection(self.context, pending, pending.credential)
         session = self.broker.attach(
             name,
@@ -460,7 +462,7 @@ class Server:
             **_tls_fields(pending.tls_peer),
         )
         connection.open(session, pending.reader.take_rest())
-        self.settle()
+        self.context.settlement.settle()
 
     def _turn_away(self, pending: PendingConnection, room: Room, reason: str = "") -> None:
         """Refuse a connection whose client has proved its key; send the code, if any."""

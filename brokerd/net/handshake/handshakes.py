@@ -40,7 +40,7 @@ from brokerd.net.handshake.tls import (
 )
 from brokerd_client.errors import AuthenticationError, FrameError, TlsError
 from brokerd_client.wire.first_frames import without_channel
-from brokerd_client.wire.framing import frame_prefix
+from brokerd_client.wire.framing import LENGTH
 from brokerd_client.wire.handshake import FAILURE, LIMIT, Proof, Receive, Send, as_listener
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class PendingHandshakes:
             self._lose(pending, error)
 
     def _send(self, pending: PendingConnection, body: bytes) -> None:
-        data = frame_prefix(len(body)) + body
+        data = LENGTH.pack(len(body)) + body
         if pending.stream.send(data) != len(data):
             raise OSError("peer does not read the bytes of the handshake")
         pending.spoken += 1

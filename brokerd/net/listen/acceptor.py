@@ -87,7 +87,10 @@ class Acceptor:
             self._stop(wait)
             return False
         try:
-            if self._context.connections.count + len(self._handshakes) >= _MOST_SOCKETS:
+            if (
+                sys.maxsize != _MOST_SOCKETS
+                and self._context.connections.count + len(self._handshakes) >= _MOST_SOCKETS
+            ):
                 raise OSError(errno.EMFILE, "more connections than the event loop can wait for")
             sock, peer = listening.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError, ConnectionResetError):
