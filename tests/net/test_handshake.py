@@ -593,6 +593,26 @@ def test_handshake_silent_peers_do_not_delay_accept() -> None:
                 peer.close()
 
 
+def test_handshakes_listed_for_new_process_have_sent_their_frames() -> None:
+    """Frames wait for the end of the turn. Whatever counts as sent when an upgrade reads
+    the state is sent: the new process does not send it again.
+    """
+    with served() as broker:
+        handshakes = broker.daemon.server.pending_handshakes
+
+        def begin() -> tuple[int, bytes]:
+            own, peer = socket.socketpair()
+            own.setblocking(False)
+            with peer:
+                handshakes.begin(own, "", "test", allow_md5=False)
+                (pending,) = handshakes.pending_connections()
+                return pending.spoken, peer.recv(1000, socket.MSG_DONTWAIT)
+
+        spoken, received = broker.call(begin)
+        assert spoken == 1
+        assert received[4:].startswith(CHALLENGE)
+
+
 def test_handshake_reset_by_peer_leaves_nothing_behind() -> None:
     """A reset in the middle of the handshake disturbs no other client, and no state of
     it is kept.

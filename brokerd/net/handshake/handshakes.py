@@ -4,8 +4,11 @@ another.
 A connection is pending until it has proved its identity. The search for the key behind
 an answer without a name can take a thousand tries. So searches run in slices, one per
 turn of the event loop. The search with the fewest tries runs first. So a client that
-used its key lately is accepted at once, even during a flood of unknown peers. Source:
-docs/protocol.md, "Handshake".
+used its key lately is accepted at once, even during a flood of unknown peers.
+
+The frames for the peers are sent at the end of each turn. To send wakes a program, and to
+wake it takes longer than the send itself. A program with many connections then works on
+all frames of a turn, and sleeps once. Source: docs/protocol.md, "Handshake".
 """
 
 from __future__ import annotations
@@ -92,6 +95,8 @@ class PendingHandshakes:
         self._searches: list[tuple[int, int, PendingConnection, KeySearch]] = []
         self._order = itertools.count()
         self._searching = False
+        #: The peers with frames to send at the end of this turn.
+        self._to_send: list[PendingConnection] = []
         self._timer: asyncio.TimerHandle | None = None
         #: The recent failures of each origin.
         self.failures = Failures()
@@ -174,7 +179,8 @@ class PendingHandshakes:
     # Handshakes of another process
 
     def pending_connections(self) -> list[PendingConnection]:
-        """Return the pending connections, oldest first."""
+        """Return the pending connections, oldest first; all their frames are sent."""
+        self._send_all()
         return list(self._pending_connections)
 
     def take_over(self, pending: PendingConnection) -> None:
@@ -264,9 +270,12 @@ class PendingHandshakes:
                     if pending.muted:
                         pending.muted -= 1
                         continue
-                    if step.body == FAILURE and self._delay(pending):
+                    if step.body != FAILURE:
+                        self._send_later(pending, step.body)
+                    elif self._delay(pending):
                         return
-                    self._send(pending, step.body)
+                    else:
+                        self._send(pending, FAILURE)
                 elif isinstance(step, Receive):
                     body = pending.reader.next_frame(LIMIT)
                     if body is None:
@@ -297,11 +306,35 @@ class PendingHandshakes:
         except OSError as error:
             self._lose(pending, error)
 
-    def _send(self, pending: PendingConnection, body: bytes) -> None:
-        data = LENGTH.pack(len(body)) + body
-        if pending.stream.send(data) != len(data):
-            raise OSError("peer does not read the bytes of the handshake")
+    def _send_later(self, pending: PendingConnection, body: bytes) -> None:
+        """Send a frame at the end of this turn of the event loop."""
+        if not pending.unsent:
+            if not self._to_send:
+                self._loop.call_soon(self._send_all)
+            self._to_send.append(pending)
+        pending.unsent += LENGTH.pack(len(body)) + body
         pending.spoken += 1
+
+    def _send_all(self) -> None:
+        """Send the frames of this turn."""
+        to_send, self._to_send = self._to_send, []
+        for pending in to_send:
+            try:
+                self._send_unsent(pending)
+            except OSError as error:
+                self._lose(pending, error)
+
+    def _send(self, pending: PendingConnection, body: bytes) -> None:
+        """Send a frame at once, behind those of this turn. Raises OSError."""
+        pending.unsent += LENGTH.pack(len(body)) + body
+        pending.spoken += 1
+        self._send_unsent(pending)
+
+    def _send_unsent(self, pending: PendingConnection) -> None:
+        """Send a peer's frames of this turn, if any. Raises OSError."""
+        data, pending.unsent = pending.unsent, b""
+        if data and pending.stream.send(data) != len(data):
+            raise OSError("peer does not read the bytes of the handshake")
 
     # Finding the key
 
@@ -388,6 +421,13 @@ class PendingHandshakes:
         assert pending.credential is not None, (
             "a handshake ends well only with a key that was found"
         )
+        if pending.unsent:
+            # A peer may send its part without waiting for the broker's.
+            try:
+                self._send_unsent(pending)
+            except OSError as error:
+                self._lose(pending, error)
+                return
         self.failures.forgive(pending.origin)
         self._admission.got_in(pending.origin, self._loop.time())
         self._forget(pending, got_in=True)
@@ -446,6 +486,9 @@ class PendingHandshakes:
 
     def _forget(self, pending: PendingConnection, *, got_in: bool = False) -> None:
         pending.done = True
+        if pending.unsent:
+            with contextlib.suppress(OSError):
+                self._send_unsent(pending)
         if not got_in and len(self._pending_connections) >= self._context.limits.handshakes:
             # The peer kept a place from a new connection, whether it had to give way or
             # left by itself.

@@ -41,8 +41,9 @@ class PendingConnection:
         be OPEN or JOIN.
     nonce: the random part of the broker's challenge.
     heard: every byte that the peer has sent.
-    spoken: number of frames sent to the peer. With nonce and heard, another process can
-        continue: see PendingHandshakes.take_over.
+    unsent: frames that are sent to the peer at the end of this turn.
+    spoken: number of frames sent to the peer, with the unsent ones. With nonce and heard,
+        another process can continue: see PendingHandshakes.take_over.
     muted: number of frames that were sent already, and are not sent again.
     slowed: the peer has failed and is told so later; until then its input is ignored.
     tls: the TLS settings, None without TLS.
@@ -87,6 +88,7 @@ class PendingConnection:
         "tls_peer",
         "tls_stream",
         "uid",
+        "unsent",
     )
 
     def __init__(
@@ -118,6 +120,7 @@ class PendingConnection:
         self.nonce = nonce or os.urandom(NONCE_SIZE)
         self.steps = as_listener(self.nonce, allow_md5=True, named=True)
         self.heard = bytearray()
+        self.unsent = b""
         self.spoken = 0
         self.muted = 0
         self.slowed = False
