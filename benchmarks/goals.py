@@ -619,10 +619,11 @@ REMARKS: Final[dict[tuple[str, str], str]] = {
         " takes longer: Python 3.11 looks attributes and methods up once, compiled code each time."
     ),
     ("connect-log", "brokerd/by name, log level error"): (
-        "the two log lines take some 16 µs. Of these, 3 make two events in the thread of the event"
-        " loop. 7 make the lines and write them, in the log's thread. The rest shows up in no"
-        " function. In a process that does nothing else, both lines take 9 µs. To make the lines"
-        " in the event loop's thread, one by one or 32 at once, saves nothing that can be measured."
+        "the two log lines. In a process that does nothing else, three quarters of their time make"
+        " and write the lines, in the log's thread, and a quarter queues two events in the thread"
+        " of the event loop. Beside connections they take longer, which shows up in no function."
+        " To make the lines in the event loop's thread, one by one or 32 at once, saves nothing"
+        " that can be measured."
     ),
     ("pool-size", "brokerd/4 members"): (
         "the writes. Without them a message costs less than 30 ns, to one of a thousand members"

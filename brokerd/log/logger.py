@@ -31,7 +31,6 @@ counts the occurrences within a second.
 from __future__ import annotations
 
 import atexit
-import functools
 import os
 import sys
 import time
@@ -43,7 +42,7 @@ from structlog.typing import FilteringBoundLogger, Processor, WrappedLogger
 
 from brokerd.config.model import Log as Settings
 from brokerd.config.values import LogFormat
-from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, render
+from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, renderer
 from brokerd.log.levels import AreaLevels, make_area_bound_logger
 from brokerd.log.processors import AuditBranch, add_header, may_be_audited
 from brokerd.log.sinks import Descriptor, Journal, Sink, Target, of_stream, open_for_append
@@ -295,7 +294,7 @@ def _logger(
 
 
 def _sink(target: Target, form: Format) -> Sink:
-    return Sink(target, functools.partial(render, form))
+    return Sink(target, renderer(form))
 
 
 def _place(chosen: LogFormat, stream: TextIO, journal: str) -> Sink:

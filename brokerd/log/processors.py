@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from structlog import DropEvent
 from structlog.typing import EventDict, WrappedLogger
@@ -24,12 +24,20 @@ __all__ = [
     "HEADER_FIELDS",
     "PRIORITIES",
     "AuditBranch",
+    "RawEvent",
     "add_header",
+    "date_and_time",
     "escape_control_characters",
     "may_be_audited",
     "message",
     "to_journal_fields",
+    "with_header",
 ]
+
+#: An event before its header fields: the time in nanoseconds since the epoch, the level,
+#: the event and its other fields. A sink's thread makes its line with less work than a
+#: dict with all fields needs.
+RawEvent: TypeAlias = tuple[int, str, str, dict[str, Any]]
 
 #: The journal's priorities of our levels (syslog(3)).
 PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
@@ -61,8 +69,7 @@ def add_header(logger: WrappedLogger, method_name: str, event_dict: EventDict) -
     """Return the event with its header fields in front of the fields of the call."""
     # structlog's TimeStamper and add_log_level would take several times as long, and would
     # put their fields behind.
-    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
-    timestamp = f"{_date_and_time(seconds)}.{microseconds:06}Z"
+    timestamp = _timestamp(time.time_ns())
     if "timestamp" in event_dict:
         # It is in its place, and so are the other header fields.
         event_dict["timestamp"] = timestamp
@@ -75,8 +82,20 @@ def add_header(logger: WrappedLogger, method_name: str, event_dict: EventDict) -
     }
 
 
+def with_header(raw: RawEvent) -> EventDict:
+    """Return a raw event with its header fields in front of the others."""
+    time_ns, level, event, fields = raw
+    return {"timestamp": _timestamp(time_ns), "level": level, "event": event, **fields}
+
+
+def _timestamp(time_ns: int) -> str:
+    """Return the time in UTC, to the microsecond."""
+    seconds, microseconds = divmod(time_ns // 1000, 1_000_000)
+    return f"{date_and_time(seconds)}.{microseconds:06}Z"
+
+
 @functools.lru_cache(maxsize=1)
-def _date_and_time(seconds: int) -> str:
+def date_and_time(seconds: int) -> str:
     """Return the date and time of a whole second since the epoch, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TextIO, TypeAlias
 
-from brokerd.log.processors import add_header
+from brokerd.log.processors import RawEvent, add_header
 
 __all__ = [
     "MOST_BYTES",
@@ -213,7 +213,9 @@ class _Lost:
         self.count = 0
 
 
-_Item: TypeAlias = Mapping[str, Any] | bytes | _Lost | Callable[[], None]
+#: An event, with its header fields or without them.
+_Event: TypeAlias = Mapping[str, Any] | RawEvent
+_Item: TypeAlias = _Event | bytes | _Lost | Callable[[], None]
 
 
 class Sink:
@@ -223,7 +225,7 @@ class Sink:
     lost: the number of lines that could not be written.
     """
 
-    def __init__(self, target: Target, render: Callable[[Mapping[str, Any]], bytes]) -> None:
+    def __init__(self, target: Target, render: Callable[[_Event], bytes]) -> None:
         self.target = target
         self._render = render
         self._queue: deque[_Item] = deque()
@@ -234,8 +236,8 @@ class Sink:
         self._change = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._busy = False
-        #: Whether the thread waits for an item, and has to be woken.
-        self._idle = False
+        #: Whether the thread waits for an item, and has to be woken or started.
+        self._idle = True
         #: Whether ``flush`` waits for the lines.
         self._hurries = False
         self._closed = False
@@ -243,13 +245,18 @@ class Sink:
         self._failed = 0
         self.lost = 0
 
-    def put(self, event: Mapping[str, Any] | bytes) -> None:
+    def put(self, event: _Event | bytes) -> None:
         """Queue an event, which is not changed any more, or its line; never blocks."""
         with self._lock:
             if self._closed:
                 return
-            if len(self._queue) < _BATCH and not isinstance(event, bytes):
-                self._add(event)
+            queue = self._queue
+            if len(queue) < _BATCH and not isinstance(event, bytes):
+                if self._idle or len(queue) == _BATCH - 1:
+                    self._add(event)
+                else:
+                    # The thread need not be woken: it takes what has gathered.
+                    queue.append(event)
                 return
             line = event if isinstance(event, bytes) else self._render(event)
             last = self._queue[-1] if self._queue else None
@@ -336,7 +343,8 @@ class Sink:
     def _take(self) -> list[_Item]:
         """Return the next items of the queue."""
         items = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
-        self._bytes -= sum(len(item) for item in items if isinstance(item, bytes))
+        if self._bytes:
+            self._bytes -= sum(len(item) for item in items if isinstance(item, bytes))
         return items
 
     def _carry_out(self, items: list[_Item]) -> None:
@@ -351,17 +359,17 @@ class Sink:
             if lines and (not line or size > self.target.together):
                 self._write(lines)
                 lines, size = [], len(line)
-            if isinstance(item, _Lost):
+            if line:
+                lines.append(line)
+            elif isinstance(item, _Lost):
                 self._failed += item.count
             elif callable(item):
                 item()
-            elif line:
-                lines.append(line)
             else:
                 self._count_lost(1)
         self._write(lines)
 
-    def _line(self, item: Mapping[str, Any] | bytes) -> bytes:
+    def _line(self, item: _Event | bytes) -> bytes:
         """Return the line of an event, or nothing if it can't be made."""
         try:
             return item if isinstance(item, bytes) else self._render(item)

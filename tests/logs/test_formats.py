@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, render
+from brokerd.log.formats import JOURNAL, JSON, PREFIXED, Format, console, render, renderer
+from brokerd.log.processors import RawEvent, with_header
 
 #: What ends lines, moves cursors, turns text around, or looks like a field.
 HOSTILE = [
@@ -52,6 +53,29 @@ def is_harmless(text: str, colors: bool = False) -> bool:
     if colors:
         text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return text.isprintable()
+
+
+@pytest.mark.parametrize("form", [*FORMS, "journal"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"name": "alice", "peer": "127.0.0.1:1"},
+        {"count": 1, "reason": None, "reasons": {"a": 2}},
+        {"%s": "%d", 'a"b': "\n\u2028\ud800"},
+        {"timestamp": "2026", "name": "alice"},
+    ],
+    ids=str,
+)
+def test_log_line_of_raw_event_is_that_of_its_dict(form: str, fields: dict[str, Any]) -> None:
+    """An event that was queued without its header fields has the same line."""
+    chosen = {**FORMS, "journal": JOURNAL}[form]
+    raw: RawEvent = (1_700_000_000_042_999_000, "info", "client.con%nected", fields)
+
+    line = rendered(chosen, with_header(raw))
+
+    assert render(chosen, raw) == line
+    assert renderer(chosen)(raw) == renderer(chosen)(raw) == line
 
 
 @pytest.mark.parametrize("form", FORMS)
