@@ -163,6 +163,7 @@ ROWS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("brokerd.daemon",),
         (
             *LEAVES,
+            "brokerd_client._common.processors",
             "brokerd.config",
             "brokerd.core",
             "brokerd.net",

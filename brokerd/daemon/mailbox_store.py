@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from brokerd.net.connection.busy_poll import has_spare_processor
 from brokerd.store.connection import StoreConnection, StoreSettings
 from brokerd.store.directory import Refused
 from brokerd.store.messages import VERSION
+from brokerd_client._common.processors import has_spare_processor
 
 if TYPE_CHECKING:
     import socket

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import pytest
 from support.running_daemon import configuration, running_daemon
 
-from brokerd.net.connection.busy_poll import BusyPoll, has_spare_processor
+from brokerd.net.connection.busy_poll import BusyPoll
 
 #: Seconds between two reads.
 CLOSE, NEAR, FAR = 20e-6, 100e-6, 0.01
@@ -161,45 +159,6 @@ def test_busy_poll_without_spare_processor_never_begins() -> None:
     loop = Loop(may_poll=False)
     loop.read(1000, CLOSE)
     assert not loop.polls
-
-
-@pytest.mark.parametrize(
-    ("group", "quotas", "expected"),
-    [
-        ("/", {}, True),
-        ("/", {"": "max 100000"}, True),
-        ("/", {"": "150000 100000"}, False),
-        ("/a/b", {"a": "max 100000", "a/b": "max 100000"}, True),
-        ("/a/b", {"a": "50000 100000", "a/b": "max 100000"}, False),
-    ],
-)
-def test_has_spare_processor_with_quota_is_false(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    group: str,
-    quotas: dict[str, str],
-    expected: bool,
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/\n0::{group}\n")
-    for path, quota in quotas.items():
-        directory = tmp_path / "sys/fs/cgroup" / path
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "cpu.max").write_text(f"{quota}\n")
-    assert has_spare_processor(tmp_path) is expected
-
-
-def test_has_spare_processor_on_one_processor_is_false(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
-    assert not has_spare_processor(tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4}, raising=False)
-    assert has_spare_processor(tmp_path)
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert not has_spare_processor(tmp_path)
 
 
 def test_busy_poll_of_broker_begins_with_close_reads_and_ends(socket_dir: Path) -> None:

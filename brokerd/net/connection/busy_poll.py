@@ -18,17 +18,16 @@ sleeps as usual.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from brokerd_client._common.processors import has_spare_processor
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["BusyPoll", "has_spare_processor"]
+__all__ = ["BusyPoll"]
 
 #: Seconds from the end of a read to the begin of the next one that count as close. Longer
 #: polls, which wait for clients in Python, take the processor that these need.
@@ -52,35 +51,6 @@ _STEADY: Final = 64
 _LATE_S: Final = 0.001
 _REST: Final = 100
 _LONGEST_REST_S: Final = 1.0
-
-
-def has_spare_processor(root: Path = Path("/")) -> bool:
-    """Return whether this process may use more than one processor, without a quota.
-
-    A quota, as containers have one, would be used up by the polls.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    else:
-        processors = os.cpu_count() or 1
-    return processors > 1 and not _has_quota(root)
-
-
-def _has_quota(root: Path) -> bool:
-    """Return whether the control group of this process, or one above it, has a quota."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return False
-    own = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), "")
-    top = root / "sys/fs/cgroup"
-    for group in (top / own, *(top / own).parents):
-        with contextlib.suppress(OSError):
-            if not (group / "cpu.max").read_text().startswith("max"):
-                return True
-        if group == top:
-            break
-    return False
 
 
 class BusyPoll:
