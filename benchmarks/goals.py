@@ -600,14 +600,12 @@ REMARKS: Final[dict[tuple[str, str], str]] = {
         " the rest, which a faster client does not shorten."
     ),
     ("python-blocking", "stock-client"): (
-        "both libraries make three system calls per request at each end: 9 to 14 µs of processor"
-        " time in the system. The rest is Python: 13 µs at each end, where a Connection takes 3."
-        " These are 20 calls of functions at the sender and 29 at the other end, for timeouts,"
-        " threads, interrupts, cancelled requests and reconnects. In a loop without sockets they"
-        " take 4.5 and 5.7 µs, and more than twice as much after each sleep. To wait with recv"
-        " alone, without poll, would save less than 1 µs. Both rates depend on where the system"
-        " runs the three processes: a round trip of two bare Python processes took 16 µs in some"
-        " runs and 55 in others."
+        "both libraries make three system calls per request at each end. The rest is Python, with"
+        " 20 calls of functions at the sender and 29 at the other end, for timeouts, threads,"
+        " interrupts, cancelled requests and reconnects: three to four times as much processor"
+        " time as a Connection takes. A thread that waits polls for a moment, so that no processor"
+        " has to wake up. Where other programs keep the processors, it does not, and both rates"
+        " depend on where the system runs the three processes."
     ),
     ("connect", "nats"): (
         "a connection by name and its end are three sends, three receives, two log lines, a"

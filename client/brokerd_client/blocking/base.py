@@ -750,7 +750,7 @@ class BaseClient(ClientProperties):
                     transport.wake()
                 else:
                     self._clear = True
-            ready = bool(poll.poll(1000 * limit_s))
+            ready = transport.input_poll.run(poll) or bool(poll.poll(1000 * limit_s))
             if ready:
                 with self._lock:
                     reply = self._read_lone()

@@ -30,6 +30,7 @@ from brokerd_client._common.keepalive import DEFAULT_S, LOOKS, TCP, Silence, has
 from brokerd_client._common.lookup import Candidate, Lookup, numeric
 from brokerd_client._common.pipe_bridge import dial_pipe
 from brokerd_client.address import Address, validate_family
+from brokerd_client.blocking.input_poll import InputPoll
 from brokerd_client.blocking.poller import READ, WRITE, EpollPoller, poller
 from brokerd_client.errors import TlsError
 
@@ -132,6 +133,8 @@ class Transport:
         self._borrower_waker = self._new_borrower_waker()
         #: What that thread waits for: the socket and its waker.
         self._poll: Any = None
+        #: What it does before it sleeps, where it has kept the input.
+        self.input_poll = InputPoll()
 
     @property
     def open(self) -> bool:

@@ -252,7 +252,8 @@ class WaitQueue(Generic[T]):
                 if self.inbox.items or not turn.lock.locked():
                     leader.leave(turn)
                     return NOTHING
-                poll.poll(LONGEST_WAIT_MS)
+                if not self._transport.input_poll.run(poll):
+                    poll.poll(LONGEST_WAIT_MS)
                 client = leader.client()
                 if client is not None and client._take_lone(self, turn):
                     return turn.items[0]
